@@ -1,0 +1,50 @@
+# make test | demo | gpu | lint | clean; `make help` explains.
+PYTHON ?= python3
+VENV ?= .venv
+GPU_PYTHON ?= python3
+ARGS ?=
+
+BIN := $(VENV)/bin
+install = $(BIN)/python -m pip install -c constraints.txt -e ".[$(1)]"
+
+.DELETE_ON_ERROR:
+.PHONY: help test lint demo gpu clean
+
+help:
+	@echo "make test    ruff, mypy and pytest, in $(VENV) (made on first use; PYTHON=... chooses the interpreter)"
+	@echo "make lint    ruff and mypy only"
+	@echo "make demo    python -m fused_losses demo, in $(VENV); no GPU needed"
+	@echo "make gpu     bench/gpu.py with \$$(GPU_PYTHON), which has torch and triton already; installs nothing"
+	@echo "make clean   remove $(VENV), build products and caches"
+	@echo "ARGS=... is passed on: to pytest, the demo or bench/gpu.py"
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m fused_losses demo $(ARGS)
+
+gpu:
+	env -u PYTHONPATH $(GPU_PYTHON) bench/gpu.py $(ARGS)
+
+# An old pip will do if it cannot be upgraded.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	-$(BIN)/python -m pip install --quiet --upgrade pip
+
+# dev includes demo; after an edit of the metadata each is installed again by the target that needs it.
+$(VENV)/.dev: setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,dev)
+	touch $(VENV)/.demo $@
+
+$(VENV)/.demo: setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,demo)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

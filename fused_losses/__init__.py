@@ -1,0 +1,13 @@
+"""Fused loss head of preference optimisation: log-probs, divergences and pair losses of policy and reference without a
+vocabulary-size temporary. Start at token_stats (stats.py) and preference_loss (losses.py); reference.py defines correct."""
+
+from . import divergences, reference
+from .losses import LossOutput, dpo_loss, preference_loss
+from .sources import LogProbs, Logits, TokenStats
+from .stats import token_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LogProbs", "Logits", "LossOutput", "TokenStats", "divergences", "dpo_loss", "preference_loss", "reference", "token_stats",
+]  # fmt: skip

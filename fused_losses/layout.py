@@ -1,0 +1,70 @@
+"""How rows lie in memory, and the description of one token_stats problem that ops hand to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .divergences import Divergence
+
+
+class Problem(NamedTuple):
+    """Everything about a token_stats call that is not a tensor."""
+
+    divergences: tuple[Divergence, ...]
+    entropy: bool
+    shift: bool
+    ignore_index: int
+    vocab: int  # valid entries, the same on both sides
+    softcap: float  # 0.0: none
+    multiplier: float  # scale / temperature
+    ref_softcap: float
+    ref_multiplier: float
+
+
+class PairProblem(NamedTuple):
+    """Everything about a pair_loss call that is not a tensor."""
+
+    divergence: Divergence
+    term: Callable  # the loss as a formula of the margin: (margin, *term_params) -> loss, dloss/dmargin
+    term_params: tuple[float, ...]
+    beta: float
+    length: int  # tokens of a row of a padded batch; 0 when packed
+    ref_summed: bool  # reference log-probs come one per sequence
+
+
+def collapse(x: Tensor, trailing: int) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions, merged as far as the strides allow without a copy."""
+    lead = x.dim() - trailing
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:lead], x.stride()[:lead], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims
+
+
+def row_layout(x: Tensor, trailing: int) -> tuple[int, int, int]:
+    """(inner size, outer stride, inner stride): row i lies at (i // inner) * outer + (i % inner) * inner stride."""
+    dims = collapse(x, trailing)
+    if len(dims) > 2:
+        raise AssertionError(f"rows of {tuple(x.shape)} with strides {x.stride()} do not lie on two strides")
+    if len(dims) == 2:
+        return dims[1][0], dims[0][1], dims[1][1]
+    return (dims[0][0], 0, dims[0][1]) if dims else (1, 0, 0)
+
+
+def rows_view(x: Tensor, trailing: int) -> Tensor:
+    """x as [outer, inner, *trailing], a view."""
+    inner, outer_stride, inner_stride = row_layout(x, trailing)
+    lead = x.dim() - trailing
+    count = 1
+    for size in x.shape[:lead]:
+        count *= size
+    shape = (count // max(inner, 1), inner, *x.shape[lead:])
+    return x.as_strided(shape, (outer_stride, inner_stride, *x.stride()[lead:]))

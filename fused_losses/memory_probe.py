@@ -1,0 +1,57 @@
+"""Peak memory of a piece of PyTorch code, to the byte: what it asked the allocators for, not what the process holds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.autograd.profiler import profile
+
+
+def peak_bytes(fn: Callable[[], object]) -> int:
+    """Largest number of bytes that `fn()` holds at any moment beyond what is live when it starts.
+
+    Counts every tensor, temporary, saved activation, gradient and return value that torch allocates during the call, in
+    custom ops and in backward as well, whether or not it is still alive at the end. Not counted: memory of other
+    libraries (NumPy arrays, packing buffers inside BLAS) and, on the CPU, of Python threads other than the caller's.
+    Freeing a tensor that was live before the call does not lower the count on the CPU.
+
+    With CUDA in use this is the larger of the host's and the devices' peaks: code that works on one side asks the other
+    for little. The call runs under the profiler, so time it separately.
+    """
+    gc.collect()  # garbage of the caller must not be freed in the middle of the measurement
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
+        torch.cuda.reset_peak_memory_stats(gpu)
+    start = [torch.cuda.memory_allocated(gpu) for gpu in gpus]
+    with profile(profile_memory=True) as prof:
+        fn()
+    device = sum(torch.cuda.max_memory_allocated(gpu) - before for gpu, before in zip(gpus, start, strict=True))
+    assert prof.kineto_results is not None
+    return max(_host_peak(prof.kineto_results.experimental_event_tree()), device)
+
+
+def _host_peak(roots: Iterable[Any]) -> int:
+    """Replay the CPU allocator's events in order of time.
+
+    The profiler's own running total also sees frees of blocks from an earlier profile, so match blocks by address here.
+    """
+    events, stack = [], list(roots)
+    while stack:
+        event = stack.pop()
+        stack.extend(event.children)
+        if event.name == "[memory]" and event.extra_fields.device.type == "cpu":
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    live: dict[int, int] = {}
+    total = peak = 0
+    for _, pointer, size in sorted(events, key=lambda event: event[0]):
+        if size > 0:
+            total += size - live.pop(pointer, 0)
+            live[pointer] = size
+        else:
+            total -= live.pop(pointer, 0)
+        peak = max(peak, total)
+    return peak

@@ -1,0 +1,54 @@
+"""From a row's running sums to its divergences: the closing arithmetic of the one-pass (separable) forward.
+
+One sweep over a row of policy logits z and reference logits w keeps, for constants c, m_p, m_q of the row,
+
+    a = e^(z - m_p)   b = e^(w - m_q)   d = z - w - c     (c about z - w, so d is small where the models agree)
+    A = sum a   B = sum b   A1 = sum a d   B1 = sum b d   B2 = sum b d^2   R = sum a^s b^(1-s)
+
+With delta = c - m_p + m_q and K = log E_q[e^d], log p - log q = d - K and
+
+    KL(p||q) = E_p[d] - K      KL(q||p) = K - E_q[d]      log sum p^s q^(1-s) = log R/B - s log A/B
+
+Near p = q these differences cancel to noise: K comes from exponentials that are all about 1, with an absolute error of
+about the machine epsilon, while the KLs are of second order in d. But K is also G(1) for G(s) = log E_q[e^(s d)], whose
+slopes G'(0) = E_q[d], G'(1) = E_p[d] and curvature G''(0) = Var_q[d] the sums give with an error that is small against
+d itself. Their interpolation, with J = E_p[d] - E_q[d] and v = Var_q[d],
+
+    G(s) = s E_q[d] + v s^2/2 + (J - v) s^3/3
+
+is therefore used wherever the two values of K agree to within the noise of the first.
+"""
+
+from __future__ import annotations
+
+from .pointwise import HUGE, INF, absolute, log, log1p, maximum, where
+
+
+def _log_ratio(excess, total, base):
+    """log(total / base), excess = total - base summed without cancellation."""
+    x = excess / base
+    return where(absolute(x) < 0.5, log1p(x), log(total) - log(base))
+
+
+def close_pair(A, B, A_minus_B, A1, B1, B2, delta, noise):
+    """K, KL(p||q), KL(q||p), and for the power family log A/B, v, J and whether the interpolation holds."""
+    log_ab = _log_ratio(A_minus_B, A, B)
+    k = log_ab - delta
+    mean_p = A1 / A
+    mean_q = B1 / B
+    v = maximum(B2 / B - mean_q * mean_q, 0.0 * mean_q)
+    j = mean_p - mean_q
+    forward = v / 6.0 + j / 3.0
+    near = absolute(mean_q + forward - k) <= noise
+    reverse = where(near, j - forward, mean_p - k)
+    forward = where(near, forward, k - mean_q)
+    k = where(near, mean_q + forward, k)
+    reverse = where(reverse > HUGE, INF, maximum(reverse, 0.0 * k))
+    forward = where(forward > HUGE, INF, maximum(forward, 0.0 * k))
+    return k, reverse, forward, log_ab, v, j, near
+
+
+def close_power(R, B, R_minus_B, log_ab, v, j, near, s):
+    """log sum p^s q^(1-s): <= 0 between 0 and 1, >= 0 beyond."""
+    m = where(near, s * (s - 1.0) * (v / 2.0 + (j - v) * (s + 1.0) / 3.0), _log_ratio(R_minus_B, R, B) - s * log_ab)
+    return where(m * (s * (s - 1.0)) > 0.0, m, 0.0 * log_ab)

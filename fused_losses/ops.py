@@ -1,0 +1,239 @@
+"""The operators that torch sees: schema, shapes (fake), autograd. Nothing else knows about dispatch.
+
+    fused_losses::token_stats            -> token_stats_backward | token_stats_backward_ (gradient in place of the logits)
+    fused_losses::pair_loss              -> pair_loss_backward
+
+Divergences and losses travel by name; a second differentiation raises.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import divergences as registry
+from . import torch_backend
+from .layout import PairProblem, Problem
+from .pair_terms import TERMS
+
+
+def _backend(name: str) -> ModuleType:
+    if name == "torch":
+        return torch_backend
+    from .kernels import launch
+
+    return launch
+
+
+def stats_dtype(x: Tensor) -> torch.dtype:
+    """Statistics are float32, or float64 for float64 logits."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# One row of arguments describes the problem in every op below, in the order of layout.Problem.
+_PROBLEM = (
+    "str divergences, bool entropy, bool shift, int ignore_index, int vocab, "
+    "float softcap, float multiplier, float ref_softcap, float ref_multiplier, str backend"
+)
+
+
+def _problem(divergences: str, *rest) -> tuple[Problem, str]:  # type: ignore[no-untyped-def]
+    bound = tuple(registry.from_key(key) for key in divergences.split(";") if key)
+    return Problem(bound, *rest[:-1]), rest[-1]
+
+
+def _allocate(policy: Tensor, ref: Tensor | None, problem: Problem) -> list[Tensor]:
+    rows = policy.numel() // policy.shape[-1]
+    n = len(problem.divergences)
+
+    def new(*shape: int) -> Tensor:
+        return policy.new_empty(shape, dtype=stats_dtype(policy))
+
+    return [
+        new(rows),
+        new(rows if ref is not None else 0),
+        new(rows),
+        new(rows if problem.entropy else 0),
+        new(n, rows),
+        policy.new_empty(rows, dtype=torch.bool),
+        new(7 + 2 * n, rows),
+    ]
+
+
+@custom_op(
+    "fused_losses::token_stats", mutates_args=(),
+    schema=f"(Tensor policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool inplace_backward) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def token_stats(policy, labels, ref, *rest):  # type: ignore[no-untyped-def]
+    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], argmax hit [rows], and what backward needs."""
+    problem, backend = _problem(*rest[:-1])
+    out = _allocate(policy, ref, problem)
+    if out[0].numel():
+        logps, ref_logps, lse, entropy, div, hit, saved = out
+        _backend(backend).forward(
+            problem, policy, labels, ref, logps, ref_logps if ref is not None else None, lse,
+            entropy if problem.entropy else None, div if len(div) else None, hit, saved,
+        )  # fmt: skip
+    return tuple(out)
+
+
+@token_stats.register_fake
+def _(policy, labels, ref, *rest):  # type: ignore[no-untyped-def]
+    return tuple(_allocate(policy, ref, _problem(*rest[:-1])[0]))
+
+
+_GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy, Tensor? g_div, Tensor saved"
+
+
+def _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw):  # type: ignore[no-untyped-def]
+    grads = tuple(None if g is None else g.contiguous() for g in grads)
+    if saved.shape[1]:
+        _backend(backend).backward(problem, policy, labels, ref, saved, grads, dz, dw)
+
+
+@custom_op(
+    "fused_losses::token_stats_backward", mutates_args=(),
+    schema=f"({_GRADS}, Tensor policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor[]",
+)  # fmt: skip
+def token_stats_backward(*args):  # type: ignore[no-untyped-def]
+    """[gradient to the policy logits] and [gradient to the reference logits], each where wanted."""
+    grads, (saved, policy, labels, ref), rest = args[:5], args[5:9], args[9:]
+    (problem, backend), (to_policy, to_ref) = _problem(*rest[:-2]), rest[-2:]
+    dz = torch.empty_like(policy) if to_policy else None
+    dw = torch.empty_like(ref) if to_ref else None
+    _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw)
+    return [d for d in (dz, dw) if d is not None]
+
+
+@token_stats_backward.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    policy, ref, (to_policy, to_ref) = args[6], args[8], args[-2:]
+    return [torch.empty_like(x) for x, wanted in ((policy, to_policy), (ref, to_ref)) if wanted]
+
+
+@custom_op(
+    "fused_losses::token_stats_backward_", mutates_args=("policy",),
+    schema=f"({_GRADS}, Tensor(a!) policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor[]",
+)  # fmt: skip
+def token_stats_backward_(*args):  # type: ignore[no-untyped-def]
+    """As token_stats_backward, the policy gradient written over the policy logits; returns [gradient to the reference]."""
+    grads, (saved, policy, labels, ref), rest = args[:5], args[5:9], args[9:]
+    (problem, backend), (_, to_ref) = _problem(*rest[:-2]), rest[-2:]
+    dw = torch.empty_like(ref) if to_ref else None
+    _run_backward(grads, saved, policy, labels, ref, problem, backend, policy, dw)
+    return [dw] if dw is not None else []
+
+
+@token_stats_backward_.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(args[8])] if args[-1] else []
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    policy, labels, ref, *ctx.problem, ctx.inplace = inputs
+    ctx.save_for_backward(policy, labels, ref, output[-1])
+    ctx.mark_non_differentiable(*output[-2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    policy, labels, ref, saved = ctx.saved_tensors
+    to_policy, to_ref = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    op = token_stats_backward_ if ctx.inplace and to_policy else token_stats_backward
+    found = list(op(*grads[:5], saved, policy.detach(), labels, ref, *ctx.problem, to_policy, to_ref))
+    dz = None
+    if to_policy:
+        dz = policy.detach() if ctx.inplace else found.pop(0)
+    return dz, None, found.pop() if to_ref else None, *[None] * (len(ctx.problem) + 1)
+
+
+token_stats.register_autograd(_backward, setup_context=_setup)
+
+
+def once_differentiable(op, name: str) -> None:  # type: ignore[no-untyped-def]
+    """A second derivative is an error in words, not a missing-formula message."""
+
+    def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+        raise RuntimeError(f"fused_losses.{name} can be differentiated once; use fused_losses.reference for more")
+
+    op.register_autograd(refuse)
+
+
+once_differentiable(token_stats_backward, "token_stats")
+
+# ---- pairs ---------------------------------------------------------------------------------------------------------
+
+_PAIR = "str term, float[] term_params, str divergence, float beta, int length, bool ref_summed, str backend"
+
+
+def _pair_problem(term, term_params, divergence, beta, length, ref_summed, backend):  # type: ignore[no-untyped-def]
+    link = registry.from_key(divergence)
+    return PairProblem(link, TERMS[term], tuple(term_params), beta, length, ref_summed), backend
+
+
+def _allocate_pairs(logps: Tensor, cu_seqlens: Tensor | None, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sequences = logps.numel() // max(length, 1) if cu_seqlens is None else cu_seqlens.numel() - 1
+    sizes = (sequences // 2, sequences, sequences, sequences)
+    new = [logps.new_empty(n, dtype=stats_dtype(logps)) for n in sizes]
+    return new[0], new[1], new[2], new[3]
+
+
+@custom_op(
+    "fused_losses::pair_loss", mutates_args=(),
+    schema=f"(Tensor logps, Tensor? ref_logps, Tensor mask, Tensor? cu_seqlens, {_PAIR}) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def pair_loss(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
+    """losses [B], sequence log-probs of policy and reference [2B], dloss/dh [2B] for backward."""
+    problem, backend = _pair_problem(*rest)
+    out = _allocate_pairs(logps, cu_seqlens, problem.length)
+    if out[0].numel():
+        _backend(backend).pair_forward(problem, logps, ref_logps, mask, cu_seqlens, *out)
+    return out
+
+
+@pair_loss.register_fake
+def _(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
+    return _allocate_pairs(logps, cu_seqlens, rest[4])
+
+
+@custom_op(
+    "fused_losses::pair_loss_backward", mutates_args=(),
+    schema="(Tensor? g_losses, Tensor? g_logps, Tensor? g_ref, Tensor coef, Tensor logps, Tensor? ref_logps, Tensor mask, "
+    f"Tensor? cu_seqlens, {_PAIR}, bool to_policy, bool to_ref) -> Tensor[]",
+)  # fmt: skip
+def pair_loss_backward(*args):  # type: ignore[no-untyped-def]
+    grads, (coef, logps, ref_logps, mask, cu_seqlens), rest = args[:3], args[3:8], args[8:]
+    (problem, backend), (to_policy, to_ref) = _pair_problem(*rest[:-2]), rest[-2:]
+    d_logps = torch.empty_like(logps) if to_policy else None
+    d_ref = torch.empty_like(ref_logps) if to_ref else None
+    grads = tuple(None if g is None else g.contiguous() for g in grads)
+    if coef.numel():
+        _backend(backend).pair_backward(problem, grads, coef, mask, cu_seqlens, d_logps, d_ref)
+    return [d for d in (d_logps, d_ref) if d is not None]
+
+
+@pair_loss_backward.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(x) for x, wanted in ((args[4], args[-2]), (args[5], args[-1])) if wanted]
+
+
+def _pair_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    logps, ref_logps, mask, cu_seqlens, *ctx.problem = inputs
+    ctx.save_for_backward(output[-1], logps, ref_logps, mask, cu_seqlens)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.set_materialize_grads(False)
+
+
+def _pair_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    found = list(pair_loss_backward(*grads[:3], *ctx.saved_tensors, *ctx.problem, *wanted))
+    d_logps = found.pop(0) if wanted[0] else None
+    return d_logps, found.pop() if wanted[1] else None, None, None, *[None] * len(ctx.problem)
+
+
+pair_loss.register_autograd(_pair_backward, setup_context=_pair_setup)
+once_differentiable(pair_loss_backward, "preference_loss")

@@ -1,0 +1,149 @@
+"""token_stats: the one differentiable primitive. Checks its input, calls the operator, shapes the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backend import choose
+from .divergences import Divergence, parse
+from .layout import collapse
+from .sources import LogProbs, Logits, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+
+Asked = str | Divergence | Sequence[str | Divergence] | None
+
+
+def token_stats(
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None = None,
+    *,
+    divergence: Asked = None,
+    entropy: bool = False,
+    shift: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probs, divergences and entropy per token from one pass over the logits, gradients from one more.
+
+        p = softmax(policy), q = softmax(ref)      logps = log p(y)    ref_logps = log q(y)    D(p, q)    H(p)
+
+    Nothing of vocabulary size is allocated but the gradient. Each output may be differentiated on its own, with any
+    incoming gradient; the reference gets a gradient only if its tensor requires one.
+
+    Args:
+        policy: logits [..., V], or fl.Logits with head options, or fl.LogProbs [...]. float32 | float16 | bfloat16,
+            float64 on the torch backend. Any strides.
+        labels: token ids [...], any integer type. With shift=True labels [..., T] belong to logits [..., T, V] of the
+            same positions, the causal shift is done inside, and outputs are [..., T - 1].
+        ref: as policy, or None. Same dtype and number of (valid) tokens.
+        divergence: a name such as "forward_kl" or "js(beta=0.3)", a fl.divergences.get(...), or several.
+        entropy: also return H(p).
+        ignore_index: tokens with this label count for nothing and get zero gradient.
+        inplace_backward: write the policy's gradient over its logits, which are lost.
+
+    Raises TypeError or ValueError naming the argument. Label ids out of range raise on the torch backend and give NaN
+    in their row on Triton, never a read out of bounds.
+    """
+    policy, labels = as_source("policy", policy), check_labels(labels)
+    asked = parse(divergence)
+    if shift and labels.dim() == 0:
+        raise ValueError("shift: expected labels with a time dimension, got a 0-d tensor")
+    if isinstance(policy, LogProbs):
+        if asked or entropy or inplace_backward:
+            raise ValueError("policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need logits")
+        mask = _mask(labels, shift, ignore_index)
+        return TokenStats(
+            _given("policy", policy, mask), _reference_alone(ref, labels, shift, ignore_index), {}, None, None, mask, None
+        )
+
+    check_aligned("policy", policy, labels)
+    source = None if ref is None else as_source("ref", ref)
+    if isinstance(source, Logits):
+        check_aligned("ref", source, labels)
+        check_pair(policy, source)
+    elif asked:
+        raise ValueError(f"divergence: {asked[0].key!r} needs ref as logits, got {'None' if ref is None else 'fl.LogProbs'}")
+    return _from_logits(policy, labels, source, asked, entropy, shift, ignore_index, inplace_backward)
+
+
+def _from_logits(
+    policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, asked: tuple[Divergence, ...],
+    entropy: bool, shift: bool, ignore_index: int, inplace: bool,
+) -> TokenStats:  # fmt: skip
+    mask = _mask(labels, shift, ignore_index)
+    w = ref if isinstance(ref, Logits) else None
+    tensors = [policy.logits, *([w.logits] if w else []), labels.unsqueeze(-1)]
+    if any(len(collapse(x, 1)) > 2 for x in tensors):
+        return _stack(policy, labels, ref, asked, entropy, shift, ignore_index, inplace)
+    if inplace and 0 in policy.logits.stride():
+        raise ValueError("inplace_backward: expected logits that own their memory, got an expanded (stride 0) view")
+    logps, ref_logps, lse, ent, div, hit, _ = ops.token_stats(
+        policy.logits, labels, w.logits if w else None,
+        ";".join(d.key for d in asked), entropy, shift, ignore_index, policy.vocab,
+        policy.softcap or 0.0, policy.multiplier, (w.softcap or 0.0) if w else 0.0, w.multiplier if w else 1.0,
+        choose(policy.logits.device, policy.logits.dtype), inplace,
+    )  # fmt: skip
+
+    def shaped(x: Tensor) -> Tensor:
+        x = x.view(labels.shape)
+        return x[..., :-1] if shift else x
+
+    return TokenStats(
+        logps=shaped(logps),
+        ref_logps=shaped(ref_logps) if w else _given("ref", ref, mask) if isinstance(ref, LogProbs) else None,
+        divergence={d.key: shaped(x) for d, x in zip(asked, div.unbind(0), strict=True)},
+        entropy=shaped(ent) if entropy else None,
+        lse=shaped(lse),
+        mask=mask,
+        correct=shaped(hit),
+    )
+
+
+def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest) -> TokenStats:  # type: ignore[no-untyped-def]
+    """Rows on more than two strides (a slice of a slice): one call for each entry of the first dimension."""
+
+    def part(x: Logits | LogProbs | None, i: int) -> Logits | LogProbs | None:
+        if isinstance(x, LogProbs):
+            return LogProbs(x.logps[i])
+        return x and Logits(
+            x.logits[i], softcap=x.softcap, scale=x.scale, temperature=x.temperature, valid_vocab=x.valid_vocab
+        )
+
+    parts = [_from_logits(part(policy, i), labels[i], part(ref, i), *rest) for i in range(len(labels))]  # type: ignore[arg-type]
+    first = parts[0]
+
+    def joined(name: str) -> Tensor | None:
+        return None if getattr(first, name) is None else torch.stack([getattr(p, name) for p in parts])
+
+    divergence = {k: torch.stack([p.divergence[k] for p in parts]) for k in first.divergence}
+    names = ("logps", "ref_logps", "entropy", "lse", "mask", "correct")
+    return TokenStats(divergence=divergence, **{n: joined(n) for n in names})  # type: ignore[arg-type]
+
+
+def _mask(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    return (labels[..., 1:] if shift else labels) != ignore_index
+
+
+def _given(name: str, source: LogProbs, mask: Tensor) -> Tensor:
+    """Precomputed per-token log-probs, zero where the mask is False."""
+    if source.logps.shape != mask.shape:
+        raise ValueError(
+            f"{name}: expected fl.LogProbs {list(mask.shape)}, one for each output token, got {list(source.logps.shape)}"
+        )
+    if source.logps.device != mask.device:
+        raise ValueError(f"{name}: expected fl.LogProbs on {mask.device} as the labels are, got {source.logps.device}")
+    return source.logps.masked_fill(~mask, 0)
+
+
+def _reference_alone(ref: Source | None, labels: Tensor, shift: bool, ignore_index: int) -> Tensor | None:
+    """ref_logps where the policy's log-probs were given."""
+    if ref is None:
+        return None
+    source = as_source("ref", ref)
+    if isinstance(source, LogProbs):
+        return _given("ref", source, _mask(labels, shift, ignore_index))
+    return token_stats(source, labels, shift=shift, ignore_index=ignore_index).logps

@@ -1,0 +1,88 @@
+"""The pairwise kernel: masked sequence sums, log-ratios, link, margin and pair term of a preference batch.
+
+    pair_forward    one program a pair; also leaves dloss/dh of each sequence, so that backward only scales
+    pair_backward   one program a sequence: spreads the sequence's gradient over its tokens
+
+Sequences lie in rows of T tokens, or packed between cu_seqlens[i] and cu_seqlens[i + 1]; chosen first, rejected second.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bounds(Cu, s, T):
+    """First token and end of sequence s."""
+    if Cu is None:
+        return s * T, s * T + T
+    else:
+        return tl.load(Cu + s).to(tl.int64), tl.load(Cu + s + 1).to(tl.int64)
+
+
+@triton.jit
+def sequence_sums(Logp, Ref, Mask, Cu, s, T, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """sum of log p and of log q over the tokens that count."""
+    first, end = bounds(Cu, s, T)
+    policy = tl.zeros([BLOCK], tl.float32)
+    ref = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        keep = tl.load(Mask + i, mask=i < end, other=0).to(tl.int1) & (i < end)
+        policy += tl.load(Logp + i, mask=keep, other=0.0).to(tl.float32)
+        if REF_TOKENS:
+            ref += tl.load(Ref + i, mask=keep, other=0.0).to(tl.float32)
+    total = tl.sum(ref)
+    if Ref is not None:
+        if not REF_TOKENS:
+            total = tl.load(Ref + s).to(tl.float32)
+    return tl.sum(policy), total
+
+
+@triton.jit
+def pair_forward(
+    Logp, Ref, Mask, Cu,  # [tokens], [tokens] or [2 B] or None, [tokens], [2 B + 1] or None
+    Loss, SeqLogp, SeqRef, Coef,  # [B], [2 B], [2 B], [2 B]: dLoss / dh of each sequence
+    T, beta, link_numbers, term_numbers,
+    LINK: tl.constexpr, TERM: tl.constexpr, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """loss = TERM(beta (s(h_chosen) - s(h_rejected))), h = sum log p - sum log q."""
+    b = tl.program_id(0).to(tl.int64)
+    pairs = tl.num_programs(0).to(tl.int64)
+    policy_w, ref_w = sequence_sums(Logp, Ref, Mask, Cu, b, T, REF_TOKENS, BLOCK)
+    policy_l, ref_l = sequence_sums(Logp, Ref, Mask, Cu, b + pairs, T, REF_TOKENS, BLOCK)
+    score_w, slope_w = LINK(policy_w - ref_w, *link_numbers)
+    score_l, slope_l = LINK(policy_l - ref_l, *link_numbers)
+    loss, slope = TERM(beta * (score_w - score_l), *term_numbers)
+    tl.store(Loss + b, loss)
+    tl.store(SeqLogp + b, policy_w)
+    tl.store(SeqLogp + b + pairs, policy_l)
+    tl.store(SeqRef + b, ref_w)
+    tl.store(SeqRef + b + pairs, ref_l)
+    tl.store(Coef + b, beta * slope * slope_w)
+    tl.store(Coef + b + pairs, -beta * slope * slope_l)
+
+
+@triton.jit
+def pair_backward(
+    dLoss, dSeqLogp, dSeqRef, Coef, Mask, Cu,  # incoming [B], [2 B], [2 B], each or None
+    dLogp, dRef,  # [tokens], [tokens] or [2 B], each or None
+    pairs, T, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0).to(tl.int64)
+    first, end = bounds(Cu, s, T)
+    g = 0.0
+    if dLoss is not None:
+        g = tl.load(dLoss + s % pairs) * tl.load(Coef + s)
+    g_policy = g + tl.load(dSeqLogp + s) if dSeqLogp is not None else g
+    g_ref = tl.load(dSeqRef + s) - g if dSeqRef is not None else -g
+    for start in range(first, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        keep = tl.load(Mask + i, mask=i < end, other=0).to(tl.int1)
+        if dLogp is not None:
+            tl.store(dLogp + i, tl.where(keep, g_policy, 0.0), mask=i < end)
+        if REF_TOKENS:
+            if dRef is not None:
+                tl.store(dRef + i, tl.where(keep, g_ref, 0.0), mask=i < end)
+    if not REF_TOKENS:
+        if dRef is not None:
+            tl.store(dRef + s, g_ref)

@@ -1,0 +1,407 @@
+"""The per-token primitive on logits: log-probs, divergences, entropy from one read of each logit; gradients from one more.
+
+    token_stats_forward    one program a row (token): sweep() once, close_row(); a second sweep only for term divergences
+    token_stats_backward   one program a row: reads z (and w), writes dz (and dw)
+
+Bytes, V entries of b bytes: forward bV or 2bV (4bV with a term divergence), backward 2bV or 3bV. The mathematics of
+the sweep and of its accuracy near p = q is in fused_losses/moments.py, that of each divergence in
+fused_losses/divergences.py. Everything is accumulated in fp32 and in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+from ..moments import close_pair as _close_pair
+from ..moments import close_power as _close_power
+from .device import LN2, LOG2E, in_bits, jit, tanh
+
+close_pair, close_power = jit(_close_pair), jit(_close_power)
+
+FLOOR = tl.constexpr(-1e37)  # suppressed logits are raised to this: exp gives 0, and no inf - inf or 0 * inf arises
+LOW = tl.constexpr(-1e30)  # the shift of a side that has shown no finite logit yet
+LN2_HI = tl.constexpr(0.693145751953125)  # LN2_HI k is exact for integers |k| < 2^9
+LN2_LO = tl.constexpr(1.42860682030941723212e-6)
+NOISE = tl.constexpr(3e-7)  # error of a log-ratio of two fp32 sums of exponentials near 1
+
+
+@triton.jit
+def head(x, side):
+    """softcap tanh(x / softcap) * multiplier, and its derivative. side = (softcap or None, multiplier or None)."""
+    slope = 1.0
+    x = x.to(tl.float32)
+    if side[0] is not None:
+        y = tanh(x / side[0])
+        x = y * side[0]
+        slope = 1.0 - y * y
+    if side[1] is not None:
+        x = x * side[1]
+        slope = slope * side[1]
+    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL), slope
+
+
+@triton.jit
+def pointers(X, v, stride):
+    """Addresses of vocabulary entries v of a row: the usual stride 1 stays in 32 bits."""
+    if stride == 1:
+        return X + v
+    else:
+        return X + v.to(tl.int64) * stride
+
+
+@triton.jit
+def tile(X, v, V, stride, side, MASKED: tl.constexpr):
+    """One step of a row: logits as the loss sees them, FLOOR beyond V, and the slope of the head."""
+    if MASKED:
+        x, slope = head(tl.load(pointers(X, v, stride), mask=v < V, other=0.0), side)
+        return tl.where(v < V, x, FLOOR), slope
+    else:
+        return head(tl.load(pointers(X, v, stride)), side)
+
+
+@triton.jit
+def row_offset(row, layout):
+    """int64 offset of a row in a tensor of two leading strides: layout = (inner size, outer stride, inner stride)."""
+    return (row // layout[0]) * layout[1] + (row % layout[0]) * layout[2]
+
+
+@triton.jit
+def shifts(zmax, wmax, c):
+    """Integer base-2 shifts above both maxima, apart by round(c log2 e): then a/b = e^d up to a known constant.
+
+    A side whose own maximum would lie 2^60 below its shift gets a shift of its own: no underflow.
+    """
+    p = tl.maximum(tl.ceil(zmax * LOG2E), LOW)
+    q = tl.maximum(tl.ceil(wmax * LOG2E), LOW)
+    k = tl.floor(c * LOG2E + 0.5)
+    m = tl.maximum(q, p - k)
+    tied = (m - q < 60.0) & (m + k - p < 60.0)
+    return tl.where(tied, m + k, p), tl.where(tied, m, q)
+
+
+@triton.jit
+def sweep(z, w, state, c, powers, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr):
+    """Fold one step [UNROLL, LANES] into the row's sums, kept per lane. The shifts move only when a maximum has outgrown
+    them by a factor 4: a branch that few steps take."""
+    mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R = state
+    zmax = tl.maximum(zmax, tl.max(tl.max(z, 0), 0))
+    grown = zmax * LOG2E - mp
+    if REF:
+        wmax = tl.maximum(wmax, tl.max(tl.max(w, 0), 0))
+        grown = tl.maximum(grown, wmax * LOG2E - mq)
+    if grown > 2.0:
+        p, q = shifts(zmax, wmax, c)
+        x = mp - p
+        y = mq - q
+        scale_p = tl.exp2(x)
+        scale_q = tl.exp2(y)
+        E = (E + A * x) * scale_p
+        A, A1 = A * scale_p, A1 * scale_p
+        B, B1, B2 = B * scale_q, B1 * scale_q, B2 * scale_q
+        scaled = ()
+        for i in tl.static_range(len(powers)):
+            scaled = scaled + (R[i] * tl.exp2(powers[i] * x + (1.0 - powers[i]) * y),)
+        R = scaled
+        mp, mq = p, q
+    x = in_bits(z, mp)
+    a = tl.exp2(x)
+    A += tl.sum(a, 0)
+    if ENTROPY:
+        E += tl.sum(a * x, 0)
+    if REF:
+        y = in_bits(w, mq)
+        b = tl.exp2(y)
+        B += tl.sum(b, 0)
+        if MOMENTS:
+            d = (z - w) - c
+            A1 += tl.sum(a * d, 0)
+            bd = b * d
+            B1 += tl.sum(bd, 0)
+            B2 += tl.sum(bd * d, 0)
+        added = ()
+        for i in tl.static_range(len(powers)):
+            added = added + (R[i] + tl.sum(tl.exp2(powers[i] * x + (1.0 - powers[i]) * y), 0),)
+        R = added
+    return mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R
+
+
+@triton.jit
+def normalised(z, w, row):
+    """p, q, t = log p - log q, log p, log q of one step, from the row's saved numbers."""
+    mp, log_a, mq, log_b, c, k = row
+    lp = in_bits(z, mp) - log_a
+    lq = in_bits(w, mq) - log_b
+    return tl.exp2(lp), tl.exp2(lq), (z - w - c) - k, lp * LN2, lq * LN2
+
+
+@triton.jit
+def terms(z, w, row, sums, numbers, TERMS: tl.constexpr, GRADS: tl.constexpr):
+    """Second sweep: sum_v c_v and sum_v h_v of every term divergence."""
+    p, q, t, lp, lq = normalised(z, w, row)
+    new = ()
+    for i in tl.static_range(len(TERMS)):
+        if TERMS[i] is not None:
+            c, h = TERMS[i](p, q, t, lp, lq, *numbers[i]), GRADS[i](p, q, t, lp, lq, *numbers[i])
+            new = new + ((sums[i][0] + tl.sum(c, 0), sums[i][1] + tl.sum(h, 0)),)
+        else:
+            new = new + (sums[i],)
+    return new
+
+
+@triton.jit
+def token_label(Labels, layout, row, T, ignore_index, SHIFT: tl.constexpr):
+    """The label of a row; with SHIFT that of the next position, none at the last."""
+    if SHIFT:
+        last = row % T == T - 1
+        label = tl.load(Labels + row_offset(tl.where(last, row, row + 1), layout)).to(tl.int64)
+        return tl.where(last, ignore_index, label)
+    else:
+        return tl.load(Labels + row_offset(row, layout)).to(tl.int64)
+
+
+@triton.jit
+def finite(x):
+    """x, and 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def token_stats_forward(
+    Z, z_layout, z_stride, z_side,  # policy logits [rows, V]
+    W, w_layout, w_stride, w_side,  # reference logits [rows, V], or None
+    Labels, label_layout, ignore_index, T,
+    Logp, RefLogp, Lse, Entropy, Div, Hit, Saved,  # [rows] each, Div [n, rows], Saved [7 + 2 n, rows]
+    V, numbers, powers, degrees,
+    ROWS: tl.constexpr, TERMS: tl.constexpr, GRADS: tl.constexpr, POWER: tl.constexpr,
+    SHIFT: tl.constexpr, MOMENTS: tl.constexpr, SECOND: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """log p(y), log q(y), lse, entropy, divergences and whether y is the argmax. Saved: see token_stats_backward."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    n: tl.constexpr = len(ROWS)
+    REF: tl.constexpr = W is not None
+    ENTROPY: tl.constexpr = Entropy is not None
+    label = token_label(Labels, label_layout, row, T, ignore_index, SHIFT)
+    if label == ignore_index:
+        tl.store(Logp + row, 0.0)
+        tl.store(Lse + row, 0.0)
+        if REF:
+            tl.store(RefLogp + row, 0.0)
+        if ENTROPY:
+            tl.store(Entropy + row, 0.0)
+        for i in tl.static_range(n):
+            tl.store(Div + i * rows + row, 0.0)
+        for i in tl.static_range(7 + 2 * n):
+            tl.store(Saved + i * rows + row, 0.0)
+        tl.store(Hit + row, 0)
+        return
+
+    valid = (label >= 0) & (label < V)
+    y = tl.where(valid, label, 0)
+    Z += row_offset(row, z_layout)
+    zy = head(tl.load(pointers(Z, y, z_stride)), z_side)[0]
+    wy = zy
+    if REF:
+        W += row_offset(row, w_layout)
+        wy = head(tl.load(pointers(W, y, w_stride)), w_side)[0]
+    known = (zy > LOW) & (wy > LOW)
+    c = tl.where(known, zy - wy, 0.0)  # a constant about z - w: the label's own is at hand
+    mq = tl.where(wy > LOW, tl.floor(wy * LOG2E), LOW)
+    mp = tl.where(zy > LOW, tl.where(known, mq + tl.floor(c * LOG2E + 0.5), tl.floor(zy * LOG2E)), LOW)
+
+    BLOCK: tl.constexpr = UNROLL * LANES
+    v = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    zero = tl.zeros([LANES], tl.float32)
+    R = ()
+    for i in tl.static_range(len(powers)):
+        R = R + (zero,)
+    state = (mp, mq, zy, wy, zero, zero, zero, zero, zero, zero, R)
+    main = V // BLOCK * BLOCK
+    for start in tl.range(0, main, BLOCK, num_stages=STAGES):
+        z = tile(Z, start + v, V, z_stride, z_side, False)[0]
+        w = z
+        if REF:
+            w = tile(W, start + v, V, w_stride, w_side, False)[0]
+        state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY)
+    if main < V:
+        z = tile(Z, main + v, V, z_stride, z_side, True)[0]
+        w = z
+        if REF:
+            w = tile(W, main + v, V, w_stride, w_side, True)[0]
+        state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY)
+
+    mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R = state
+    bad = float("nan")
+    total_a = tl.sum(A)
+    log_a = tl.log2(total_a)
+    logp = (in_bits(zy, mp) - log_a) * LN2
+    logp = tl.where(zy > LOW, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), float("-inf"))
+    entropy = tl.maximum((log_a - tl.sum(E) / total_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(Logp + row, tl.where(valid & (total_a > 0), logp, bad))
+    tl.store(Lse + row, (mp + log_a) * LN2)
+    tl.store(Hit + row, (zy >= zmax) & valid)
+    tl.store(Saved + row, mp)
+    tl.store(Saved + rows + row, log_a)
+    if ENTROPY:
+        tl.store(Entropy + row, entropy)
+        tl.store(Saved + 6 * rows + row, finite(entropy))
+    if REF:
+        total_b = tl.sum(B)
+        log_b = tl.log2(total_b)
+        logq = (in_bits(wy, mq) - log_b) * LN2
+        logq = tl.where(wy > LOW, tl.minimum(logq, 0.0, propagate_nan=tl.PropagateNan.ALL), float("-inf"))
+        tl.store(RefLogp + row, tl.where(valid & (total_b > 0), logq, bad))
+        apart = mp - mq
+        delta = (c - apart * LN2_HI) - apart * LN2_LO
+        k, reverse, forward, log_ab, curve, j, near = close_pair(
+            total_a, total_b, tl.sum(A - B), tl.sum(A1), tl.sum(B1), tl.sum(B2), delta, NOISE
+        )
+        tl.store(Saved + 2 * rows + row, mq)
+        tl.store(Saved + 3 * rows + row, log_b)
+        tl.store(Saved + 4 * rows + row, c)
+        tl.store(Saved + 5 * rows + row, k)
+        sums = ()
+        for i in tl.static_range(n):
+            if TERMS[i] is not None:
+                sums = sums + ((zero, zero),)
+            else:
+                sums = sums + ((0.0, 0.0),)
+        if SECOND:
+            saved = (mp, log_a, mq, log_b, c, k)
+            for start in tl.range(0, main, BLOCK, num_stages=STAGES):
+                z = tile(Z, start + v, V, z_stride, z_side, False)[0]
+                w = tile(W, start + v, V, w_stride, w_side, False)[0]
+                sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
+            if main < V:
+                z = tile(Z, main + v, V, z_stride, z_side, True)[0]
+                w = tile(W, main + v, V, w_stride, w_side, True)[0]
+                sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
+        for i in tl.static_range(n):
+            if TERMS[i] is not None:
+                value, slope = tl.sum(sums[i][0]), tl.sum(sums[i][1])
+                value = tl.where(value > 1e20, float("inf"), tl.where(value < 0, 0.0, value))
+            else:
+                power = 0.0
+                if POWER[i] >= 0:
+                    s = powers[POWER[i]]
+                    power = close_power(tl.sum(R[POWER[i]]), total_b, tl.sum(R[POWER[i]] - B), log_ab, curve, j, near, s)
+                value, slope = ROWS[i](reverse, forward, power, *numbers[i])
+            tl.store(Div + i * rows + row, value)
+            tl.store(Saved + (7 + 2 * i) * rows + row, finite(slope))
+            tl.store(Saved + (8 + 2 * i) * rows + row, finite(degrees[i] * value - slope))
+
+
+@triton.jit
+def slopes(
+    z, w, v, y, slope_p, slope_q, row, coefs, g_div, numbers,
+    GRADS_P: tl.constexpr, GRADS_Q: tl.constexpr, REF: tl.constexpr, ENTROPY: tl.constexpr,
+    WANT_P: tl.constexpr, WANT_Q: tl.constexpr,
+):  # fmt: skip
+    """dz and dw of one step."""
+    g_logp, g_ref, g_entropy, coef_p, coef_q = coefs
+    if REF:
+        p, q, t, lp, lq = normalised(z, w, row)
+    else:
+        lp = in_bits(z, row[0]) - row[1]
+        p = tl.exp2(lp)
+        lp = lp * LN2
+    dz = p
+    dw = p
+    if WANT_P:
+        dz = p * coef_p
+        if ENTROPY:
+            dz -= p * lp * g_entropy
+        for i in tl.static_range(len(GRADS_P)):
+            dz += GRADS_P[i](p, q, t, lp, lq, *numbers[i]) * g_div[i]
+        dz = (dz + tl.where(v == y, g_logp, 0.0)) * slope_p
+    if WANT_Q:
+        dw = q * coef_q
+        for i in tl.static_range(len(GRADS_Q)):
+            dw += GRADS_Q[i](p, q, t, lp, lq, *numbers[i]) * g_div[i]
+        dw = (dw + tl.where(v == y, g_ref, 0.0)) * slope_q
+    return dz, dw
+
+
+@triton.jit
+def token_stats_backward(
+    Z, z_layout, z_stride, z_side, dZ, dz_layout, dz_stride,  # dZ None: no policy gradient
+    W, w_layout, w_stride, w_side, dW, dw_layout, dw_stride,  # W None: nothing asks for q
+    Labels, label_layout, ignore_index, T,
+    dLogp, dRef, dLse, dEntropy, dDiv,  # incoming gradients [rows], [rows], [rows], [rows], [n, rows], each or None
+    Saved,  # m_p, log2 A, m_q, log2 B, c, K, entropy, then per divergence sum_v h, sum_v k
+    V, width_z, width_w, numbers,
+    GRADS_P: tl.constexpr, GRADS_Q: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], through the head; columns beyond V get 0."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    n: tl.constexpr = len(GRADS_P)
+    REF: tl.constexpr = W is not None
+    WANT_P: tl.constexpr = dZ is not None
+    WANT_Q: tl.constexpr = dW is not None
+    ENTROPY: tl.constexpr = dEntropy is not None
+    label = token_label(Labels, label_layout, row, T, ignore_index, SHIFT)
+    v = tl.arange(0, BLOCK)
+    if WANT_P:
+        dZ += row_offset(row, dz_layout)
+    if WANT_Q:
+        dW += row_offset(row, dw_layout)
+    done = label == ignore_index
+    if WANT_P:
+        for start in range(0 if done else V, width_z, BLOCK):
+            tl.store(pointers(dZ, start + v, dz_stride), 0.0, mask=start + v < width_z)
+    if WANT_Q:
+        for start in range(0 if done else V, width_w, BLOCK):
+            tl.store(pointers(dW, start + v, dw_stride), 0.0, mask=start + v < width_w)
+    if done:
+        return
+
+    Z += row_offset(row, z_layout)
+    g_logp = tl.load(dLogp + row).to(tl.float32) if dLogp is not None else 0.0
+    g_ref = tl.load(dRef + row).to(tl.float32) if dRef is not None else 0.0
+    g_lse = tl.load(dLse + row).to(tl.float32) if dLse is not None else 0.0
+    g_entropy = tl.load(dEntropy + row).to(tl.float32) if ENTROPY else 0.0
+    coef_p = g_lse - g_logp
+    if ENTROPY:
+        coef_p -= g_entropy * tl.load(Saved + 6 * rows + row)
+    coef_q = -g_ref
+    g_div = ()
+    for i in tl.static_range(n):
+        g = tl.load(dDiv + i * rows + row).to(tl.float32)
+        coef_p -= g * tl.load(Saved + (7 + 2 * i) * rows + row)
+        coef_q -= g * tl.load(Saved + (8 + 2 * i) * rows + row)
+        g_div = g_div + (g,)
+    coefs = (g_logp, g_ref, g_entropy, coef_p, coef_q)
+    saved = (tl.load(Saved + row), tl.load(Saved + rows + row))
+    if REF:
+        W += row_offset(row, w_layout)
+        saved = saved + (tl.load(Saved + 2 * rows + row), tl.load(Saved + 3 * rows + row))
+        saved = saved + (tl.load(Saved + 4 * rows + row), tl.load(Saved + 5 * rows + row))
+
+    main = V // BLOCK * BLOCK
+    for start in tl.range(0, main, BLOCK, num_stages=STAGES):
+        o = start + v
+        z, slope_p = tile(Z, o, V, z_stride, z_side, False)
+        w, slope_q = z, slope_p
+        if REF:
+            w, slope_q = tile(W, o, V, w_stride, w_side, False)
+        dz, dw = slopes(
+            z, w, o, label, slope_p, slope_q, saved, coefs, g_div, numbers, GRADS_P, GRADS_Q, REF, ENTROPY, WANT_P, WANT_Q
+        )
+        if WANT_P:
+            tl.store(pointers(dZ, o, dz_stride), dz)
+        if WANT_Q:
+            tl.store(pointers(dW, o, dw_stride), dw)
+    if main < V:
+        o = main + v
+        z, slope_p = tile(Z, o, V, z_stride, z_side, True)
+        w, slope_q = z, slope_p
+        if REF:
+            w, slope_q = tile(W, o, V, w_stride, w_side, True)
+        dz, dw = slopes(
+            z, w, o, label, slope_p, slope_q, saved, coefs, g_div, numbers, GRADS_P, GRADS_Q, REF, ENTROPY, WANT_P, WANT_Q
+        )
+        if WANT_P:
+            tl.store(pointers(dZ, o, dz_stride), dz, mask=o < V)
+        if WANT_Q:
+            tl.store(pointers(dW, o, dw_stride), dw, mask=o < V)

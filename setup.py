@@ -1,0 +1,33 @@
+"""Packaging metadata; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fused_losses/__init__.py").read_text("utf-8"), re.M)[1]
+
+DEMO = ["transformers", "datasets", "tokenizers", "matplotlib", "tqdm"]
+TEST = ["pytest", "pytest-benchmark", "hypothesis", "setuptools>=77.0.3", "wheel", *DEMO]
+LINT = ["ruff", "mypy"]
+
+setup(
+    name="fused_losses",
+    version=VERSION,
+    description="Fused Triton kernels and PyTorch wrappers for preference-optimisation losses",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
+    extras_require={"demo": DEMO, "test": TEST, "lint": LINT, "dev": TEST + LINT},
+    # kernels/ is a folder of its own in the repository and fused_losses.kernels everywhere else. The symlink
+    # fused_losses/kernels makes that true in a checkout too; without an __init__.py in kernels/, `import kernels`
+    # from the repository root still finds the unrelated package of that name.
+    packages=[*find_packages(include=["fused_losses", "fused_losses.*"]), "fused_losses.kernels"],
+    package_dir={"fused_losses.kernels": "kernels"},
+    package_data={"fused_losses": ["py.typed", "data/*.jsonl"]},
+    zip_safe=False,
+)
