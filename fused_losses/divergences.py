@@ -24,7 +24,7 @@ from functools import lru_cache
 from torch import Tensor, log, sqrt, xlogy
 
 from .pointwise import (
-    absolute, bounded, capped_exp, difference, exp, expm1, logmix, maximum, sign, where,
+    absolute, bounded, capped_exp, difference, exp, expm1, finite_exp, logmix, maximum, sign, where,
 )  # fmt: skip
 
 Formula = Callable[..., Tensor]
@@ -121,13 +121,11 @@ def _jeffreys_link(h):
 
 
 def _power_grad_p(p, q, t, lp, lq, s, weight):
-    r = exp(lp + (s - 1.0) * bounded(t))
-    return difference(r, p, (s - 1.0) * t) * (weight / (s - 1.0))
+    return difference(finite_exp(lp + (s - 1.0) * t), p, (s - 1.0) * t) * (weight / (s - 1.0))
 
 
 def _power_grad_q(p, q, t, lp, lq, s, weight):
-    r = exp(lq + s * bounded(t))
-    return difference(r, q, s * t) * (-weight / s)
+    return difference(finite_exp(lq + s * t), q, s * t) * (-weight / s)
 
 
 def _power_row(reverse, forward, power, s, weight):
@@ -397,20 +395,20 @@ def linkable() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _get(name: str, params: tuple[tuple[str, float], ...]) -> Divergence:
-    if name not in _FACTORIES:
-        raise ValueError(f"divergence: unknown name {name!r}; known: {', '.join(_FACTORIES)}")
-    defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[name]).parameters.items()}
-    if unknown := dict(params).keys() - defaults.keys():
-        raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(unknown)}; it takes: {list(defaults)}")
-    values = defaults | {k: float(v) for k, v in params}
-    key = name if values == defaults else f"{name}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
-    return replace(_FACTORIES[name](**values), name=name, key=key)
+def _bind(name: str, values: tuple[tuple[str, float], ...], default: bool) -> Divergence:
+    key = name if default else f"{name}({', '.join(f'{k}={v!r}' for k, v in values)})"
+    return replace(_FACTORIES[name](**dict(values)), name=name, key=key)
 
 
 def get(name: str, **params: float) -> Divergence:
     """The divergence of that name with its parameters bound, e.g. get("alpha", a=0.3). Unknown names raise."""
-    return _get(name, tuple(sorted(params.items())))
+    if name not in _FACTORIES:
+        raise ValueError(f"divergence: unknown name {name!r}; known: {', '.join(_FACTORIES)}")
+    defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[name]).parameters.items()}
+    if unknown := params.keys() - defaults.keys():
+        raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(unknown)}; it takes: {list(defaults)}")
+    values = defaults | {k: float(v) for k, v in params.items()}
+    return _bind(name, tuple(values.items()), values == defaults)
 
 
 def from_key(key: str | Divergence) -> Divergence:

@@ -16,7 +16,8 @@ d itself. Their interpolation, with J = E_p[d] - E_q[d] and v = Var_q[d],
 
     G(s) = s E_q[d] + v s^2/2 + (J - v) s^3/3
 
-is therefore used wherever the two values of K agree to within the noise of the first.
+is therefore used wherever it agrees with the exponentials to within their noise: the more readily, the smaller v, since
+its own error grows as v^2. The power family is treated alike, by G(s) - s K.
 """
 
 from __future__ import annotations
@@ -30,8 +31,13 @@ def _log_ratio(excess, total, base):
     return where(absolute(x) < 0.5, log1p(x), log(total) - log(base))
 
 
+def _agree(x, y, v, noise):
+    """Where interpolation and exponentials differ by no more than the noise that counts at this variance."""
+    return absolute(x - y) * (1.0 + 500.0 * v) <= noise
+
+
 def close_pair(A, B, A_minus_B, A1, B1, B2, delta, noise):
-    """K, KL(p||q), KL(q||p), and for the power family log A/B, v, J and whether the interpolation holds."""
+    """K, KL(p||q), KL(q||p), and for close_power log A/B, v, J."""
     log_ab = _log_ratio(A_minus_B, A, B)
     k = log_ab - delta
     mean_p = A1 / A
@@ -39,16 +45,18 @@ def close_pair(A, B, A_minus_B, A1, B1, B2, delta, noise):
     v = maximum(B2 / B - mean_q * mean_q, 0.0 * mean_q)
     j = mean_p - mean_q
     forward = v / 6.0 + j / 3.0
-    near = absolute(mean_q + forward - k) <= noise
+    near = _agree(mean_q + forward, k, v, noise)
     reverse = where(near, j - forward, mean_p - k)
     forward = where(near, forward, k - mean_q)
     k = where(near, mean_q + forward, k)
     reverse = where(reverse > HUGE, INF, maximum(reverse, 0.0 * k))
     forward = where(forward > HUGE, INF, maximum(forward, 0.0 * k))
-    return k, reverse, forward, log_ab, v, j, near
+    return k, reverse, forward, log_ab, v, j
 
 
-def close_power(R, B, R_minus_B, log_ab, v, j, near, s):
-    """log sum p^s q^(1-s): <= 0 between 0 and 1, >= 0 beyond."""
-    m = where(near, s * (s - 1.0) * (v / 2.0 + (j - v) * (s + 1.0) / 3.0), _log_ratio(R_minus_B, R, B) - s * log_ab)
+def close_power(R, B, R_minus_B, log_ab, v, j, s, noise):
+    """log sum p^s q^(1-s): <= 0 for s in (0, 1), >= 0 beyond."""
+    exact = _log_ratio(R_minus_B, R, B) - s * log_ab
+    smooth = s * (s - 1.0) * (v / 2.0 + (j - v) * (s + 1.0) / 3.0)
+    m = where(_agree(smooth, exact, v, (1.0 + s * s) * noise), smooth, exact)
     return where(m * (s * (s - 1.0)) > 0.0, m, 0.0 * log_ab)

@@ -90,7 +90,7 @@ _GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy
 
 
 def _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw):  # type: ignore[no-untyped-def]
-    grads = tuple(None if g is None else g.contiguous() for g in grads)
+    grads = tuple(None if g is None or g.numel() == 0 else g.contiguous() for g in grads)  # empty: not an output here
     if saved.shape[1]:
         _backend(backend).backward(problem, policy, labels, ref, saved, grads, dz, dw)
 
@@ -143,11 +143,13 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
     policy, labels, ref, saved = ctx.saved_tensors
     to_policy, to_ref = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    op = token_stats_backward_ if ctx.inplace and to_policy else token_stats_backward
-    found = list(op(*grads[:5], saved, policy.detach(), labels, ref, *ctx.problem, to_policy, to_ref))
+    inplace = ctx.inplace and to_policy
+    op = token_stats_backward_ if inplace else token_stats_backward
+    policy = policy.detach() if inplace else policy
+    found = list(op(*grads[:5], saved, policy, labels, ref, *ctx.problem, to_policy, to_ref))
     dz = None
     if to_policy:
-        dz = policy.detach() if ctx.inplace else found.pop(0)
+        dz = policy if inplace else found.pop(0)
     return dz, None, found.pop() if to_ref else None, *[None] * (len(ctx.problem) + 1)
 
 

@@ -15,28 +15,32 @@ import torch
 from torch import Tensor, exp, expm1, log1p, maximum
 from torch import abs as absolute
 from torch import log as log
-from torch.nn.functional import softplus as _softplus
 
 FLOOR = -1e37
 HUGE = 1e20
 INF = float("inf")
 
 __all__ = [
-    "FLOOR", "HUGE", "INF", "absolute", "bounded", "capped_exp", "difference", "exp", "expm1", "log", "log1p", "logmix",
-    "maximum", "sigmoid", "sign", "softplus", "where",
+    "FLOOR", "HUGE", "INF", "absolute", "bounded", "capped_exp", "difference", "exp", "expm1", "finite_exp", "log", "log1p",
+    "logmix", "maximum", "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip
 
 sigmoid, sign, where = torch.sigmoid, torch.sign, torch.where
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x) without the linear cut-off that torch puts at x = 20."""
-    return _softplus(x, threshold=1e4)
+    """log(1 + e^x), exact to rounding everywhere (torch's own cuts off at x = 20)."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def capped_exp(x: Tensor) -> Tensor:
     """exp(min(x, 80)): links that grow exponentially stay finite in fp32 (the cap that TRL uses)."""
     return exp(x.clamp(max=80.0))
+
+
+def finite_exp(x: Tensor) -> Tensor:
+    """exp(x), and 0 where that would be infinite: as bounded(), for a slope that is an exponential."""
+    return exp(x).nan_to_num_(posinf=0.0)
 
 
 def difference(p: Tensor, q: Tensor, t: Tensor) -> Tensor:

@@ -88,16 +88,18 @@ def _from_logits(
         choose(policy.logits.device, policy.logits.dtype), inplace,
     )  # fmt: skip
 
-    def shaped(x: Tensor) -> Tensor:
+    def shaped(x: Tensor, leaf: Tensor | None = None) -> Tensor:
+        """As the labels; without a graph where the tensor it depends on asks for no gradient."""
+        x = x if leaf is None or leaf.requires_grad else x.detach()
         x = x.view(labels.shape)
         return x[..., :-1] if shift else x
 
     return TokenStats(
-        logps=shaped(logps),
-        ref_logps=shaped(ref_logps) if w else _given("ref", ref, mask) if isinstance(ref, LogProbs) else None,
+        logps=shaped(logps, policy.logits),
+        ref_logps=shaped(ref_logps, w.logits) if w else _given("ref", ref, mask) if isinstance(ref, LogProbs) else None,
         divergence={d.key: shaped(x) for d, x in zip(asked, div.unbind(0), strict=True)},
-        entropy=shaped(ent) if entropy else None,
-        lse=shaped(lse),
+        entropy=shaped(ent, policy.logits) if entropy else None,
+        lse=shaped(lse, policy.logits),
         mask=mask,
         correct=shaped(hit),
     )

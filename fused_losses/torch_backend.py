@@ -70,12 +70,16 @@ class _Side:
     def __init__(self, x: Tensor, y: Tensor):
         self.x = x
         self.shift = x.amax(1)
+        self.shift.masked_fill_(self.shift < -HUGE, 0)  # a row without any token: its sum is 0, its log-probs NaN
         self.exp = torch.sub(x, self.shift[:, None]).exp_()
         self.total = self.exp.sum(1)
-        self.log_total = self.total.log()
+        log_total = self.total.log()
         self.target = x.gather(1, y[:, None]).squeeze(1)
-        logp = (self.target - self.shift) - self.log_total
-        self.logp = logp.clamp(max=0).masked_fill(self.target < -HUGE, -INF)
+        logp = ((self.target - self.shift) - log_total).clamp(max=0).masked_fill(self.target < -HUGE, -INF)
+        empty = self.total == 0
+        self.logp = logp.masked_fill(empty, float("nan"))
+        self.lse = self.shift + log_total
+        self.log_total = log_total.masked_fill(empty, 0)
 
 
 def _normalised(z: Tensor, w: Tensor, row: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -99,7 +103,7 @@ def _pair_sums(p: _Side, q: _Side, problem: Problem) -> tuple[Tensor, Tensor, li
     noise = 2 * torch.finfo(d.dtype).eps
     excess = torch.sub(p.exp, q.exp, out=bd).sum(1)
     k, *rest = close_pair(p.total, q.total, excess, a1, b1, b2, delta, noise)
-    reverse, forward, log_ab, curve, j, near = rest
+    reverse, forward, log_ab, curve, j = rest
     results: list[tuple[Tensor, Tensor]] = []
     terms = None
     for div in problem.divergences:
@@ -116,13 +120,14 @@ def _pair_sums(p: _Side, q: _Side, problem: Problem) -> tuple[Tensor, Tensor, li
         if div.power is not None:
             s = div.power
             x = (p.x - p.shift[:, None]).mul_(s).add_((q.x - q.shift[:, None]).mul_(1 - s)).exp_()
-            power = close_power(x.sum(1), q.total, x.sub_(q.exp).sum(1), log_ab, curve, j, near, s)
+            power = close_power(x.sum(1), q.total, x.sub_(q.exp).sum(1), log_ab, curve, j, s, noise)
         results.append(div.row(reverse, forward, power, *div.params))
     return c, k, results
 
 
 def _finite(x: Tensor) -> Tensor:
-    return x.masked_fill(x.isinf(), 0)
+    """x, and 0 where it is not finite: the slope of an infinite value is left out of the gradient."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def check_labels(labels: Tensor, problem: Problem) -> None:
@@ -154,7 +159,7 @@ def forward(
         z, _ = _head(_take(z_rows, rows)[:, :v], problem.softcap, problem.multiplier, dtype)
         p = _Side(z, y)
         logps[rows] = p.logp
-        lse[rows] = p.shift + p.log_total
+        lse[rows] = p.lse
         hit[rows] = p.target >= p.shift
         saved[0, rows], saved[1, rows] = p.shift, p.log_total
         if entropy is not None:

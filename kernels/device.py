@@ -67,6 +67,11 @@ def capped_exp(x):
 
 
 @triton.jit
+def finite_exp(x):
+    return tl.where(x < 88.0, exp(x), 0.0)
+
+
+@triton.jit
 def _expm1_near(t):  # Taylor: relative error below 2^-24 for |t| <= 1/4
     u = 1 / 120 + t * (1 / 720)
     u = 1 / 24 + t * u

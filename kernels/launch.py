@@ -16,12 +16,18 @@ def on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
+def _rows(x, trailing):
+    """row_layout with the row count kept out of it: Triton would compile anew for counts of another divisibility."""
+    inner, outer_stride, inner_stride = row_layout(x, trailing)
+    return (1, inner_stride, 0) if outer_stride == 0 else (inner, outer_stride, inner_stride)
+
+
 def _side(x, softcap, multiplier):
     """(pointer, row layout, vocabulary stride, head) of one side; absent parts are None."""
     if x is None:
         return None, (1, 0, 0), 1, (None, None)
     head = (softcap or None, None if multiplier == 1.0 else multiplier)
-    return x, row_layout(x, 1), x.stride(-1), head
+    return x, _rows(x, 1), x.stride(-1), head
 
 
 def _formulas(divergences: tuple[Divergence, ...]):
@@ -51,7 +57,7 @@ def forward(problem: Problem, policy, labels, ref, logps, ref_logps, lse, entrop
         token_stats.token_stats_forward[(logps.numel(),)](
             *_side(policy, problem.softcap, problem.multiplier),
             *_side(ref, problem.ref_softcap, problem.ref_multiplier),
-            labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
+            labels, _rows(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
             logps, ref_logps, lse, entropy, div, hit, saved, problem.vocab,
             **formulas, SHIFT=problem.shift,
             UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
@@ -68,7 +74,7 @@ def backward(problem: Problem, policy, labels, ref, saved, grads, dz, dw) -> Non
         token_stats.token_stats_backward[(saved.shape[1],)](
             *z, *_side(dz, None, 1.0)[:3],
             *w, *_side(dw, None, 1.0)[:3],
-            labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
+            labels, _rows(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
             *grads, saved, problem.vocab, policy.shape[-1], ref.shape[-1] if ref is not None else 0,
             tuple(d.params for d in divergences),
             GRADS_P=tuple(jit(d.grad_p) for d in divergences), GRADS_Q=tuple(jit(d.grad_q) for d in divergences),

@@ -160,7 +160,7 @@ def token_label(Labels, layout, row, T, ignore_index, SHIFT: tl.constexpr):
 
 @triton.jit
 def finite(x):
-    """x, and 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
+    """x, and 0 where it is not finite: the slope of an infinite value is left out of the gradient."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
@@ -241,10 +241,10 @@ def token_stats_forward(
     tl.store(Lse + row, (mp + log_a) * LN2)
     tl.store(Hit + row, (zy >= zmax) & valid)
     tl.store(Saved + row, mp)
-    tl.store(Saved + rows + row, log_a)
+    tl.store(Saved + rows + row, tl.where(total_a > 0, log_a, 0.0))
     if ENTROPY:
         tl.store(Entropy + row, entropy)
-        tl.store(Saved + 6 * rows + row, finite(entropy))
+    tl.store(Saved + 6 * rows + row, finite(entropy) if ENTROPY else 0.0)
     if REF:
         total_b = tl.sum(B)
         log_b = tl.log2(total_b)
@@ -253,11 +253,11 @@ def token_stats_forward(
         tl.store(RefLogp + row, tl.where(valid & (total_b > 0), logq, bad))
         apart = mp - mq
         delta = (c - apart * LN2_HI) - apart * LN2_LO
-        k, reverse, forward, log_ab, curve, j, near = close_pair(
+        k, reverse, forward, log_ab, curve, j = close_pair(
             total_a, total_b, tl.sum(A - B), tl.sum(A1), tl.sum(B1), tl.sum(B2), delta, NOISE
         )
         tl.store(Saved + 2 * rows + row, mq)
-        tl.store(Saved + 3 * rows + row, log_b)
+        tl.store(Saved + 3 * rows + row, tl.where(total_b > 0, log_b, 0.0))
         tl.store(Saved + 4 * rows + row, c)
         tl.store(Saved + 5 * rows + row, k)
         sums = ()
@@ -284,11 +284,15 @@ def token_stats_forward(
                 power = 0.0
                 if POWER[i] >= 0:
                     s = powers[POWER[i]]
-                    power = close_power(tl.sum(R[POWER[i]]), total_b, tl.sum(R[POWER[i]] - B), log_ab, curve, j, near, s)
+                    excess = tl.sum(R[POWER[i]] - B)
+                    power = close_power(tl.sum(R[POWER[i]]), total_b, excess, log_ab, curve, j, s, NOISE)
                 value, slope = ROWS[i](reverse, forward, power, *numbers[i])
             tl.store(Div + i * rows + row, value)
             tl.store(Saved + (7 + 2 * i) * rows + row, finite(slope))
             tl.store(Saved + (8 + 2 * i) * rows + row, finite(degrees[i] * value - slope))
+    else:
+        for i in tl.static_range(2, 6):
+            tl.store(Saved + i * rows + row, 0.0)
 
 
 @triton.jit

@@ -1,0 +1,55 @@
+"""python -m fused_losses env | check | memory | demo: what runs here, is it right, what will it take, show me."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+
+from . import __version__
+
+COMMANDS = {  # name: (summary, example)
+    "env": ("versions, devices, and which backend runs on each and why", ""),
+    "check": (
+        "value and gradient errors on your shapes, next to those of eager torch",
+        "--shape 2,128,32000 --dtype bfloat16 --divergence forward_kl 'js(beta=0.3)'",
+    ),
+    "memory": (
+        "what a loss step allocates, here and in naive code",
+        "--batch 8 --length 1024 --vocab 128256 --dtype bfloat16 --divergence forward_kl",
+    ),
+    "demo": ("a small DPO training with naive and with fused code, and a picture", "--steps 10 --out demo.png"),
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """All commands by name; the options, and so the import, of one of them only."""
+    parser = argparse.ArgumentParser(prog="python -m fused_losses", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fused_losses {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (summary, example) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=f"Print or show {summary}.")
+        sub.epilog = f"example: python -m fused_losses {name} {example}"
+        if name == command:
+            module = import_module(f"{__package__}.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(main=module.main)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 fine, 1 the command found something wrong, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
+    try:
+        return args.main(args)
+    except (ValueError, TypeError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

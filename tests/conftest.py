@@ -1,0 +1,51 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors; it must be chosen before Triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device():
+    return torch.accelerator.current_accelerator() if GPU else torch.device("cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch):
+    """Every test that takes this runs once on each backend."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """torch.empty and friends hand out NaN, so that whatever a kernel leaves unwritten shows."""
+
+    def poisoned(make):
+        def wrapped(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(True)
+
+        return wrapped
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

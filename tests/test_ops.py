@@ -1,0 +1,158 @@
+"""The operators as torch sees them: opcheck, torch.compile, checkpointing, transforms, memory, and a bare import."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import labels_for, logits
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+import fused_losses as fl
+from fused_losses import divergences, ops
+from fused_losses.memory_probe import peak_bytes
+
+OPS = torch.ops.fused_losses
+
+
+def stats_arguments(device, divergence, entropy, shift, backend, requires_grad, with_ref=True, softcap=0.0):
+    z, w = logits((2, 4, 33), device)
+    z.requires_grad_(requires_grad)
+    y = labels_for((2, 4), 33, device)
+    ref = w.requires_grad_(requires_grad) if with_ref else None
+    return (z, y, ref, divergence, entropy, shift, -100, 33, softcap, 1.0, 0.0, 0.5, backend, False)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize(
+    ("divergence", "entropy", "shift", "with_ref"),
+    [("", False, False, False), ("", True, True, True), ("forward_kl;js(beta=0.3)", True, False, True), ("alpha", False, True, True)],
+)  # fmt: skip
+def test_opcheck_token_stats(backend, device, divergence, entropy, shift, with_ref, requires_grad):
+    args = stats_arguments(device, divergence, entropy, shift, backend, requires_grad, with_ref)
+    opcheck(OPS.token_stats.default, args)
+
+
+def test_opcheck_backward_ops(backend, device):
+    z, y, w, *rest = stats_arguments(device, "forward_kl;alpha", True, False, backend, False)
+    saved = OPS.token_stats(z, y, w, *rest)[-1]
+    g = torch.ones(8, device=device)
+    for g_div, to_ref in ((torch.ones(2, 8, device=device), True), (None, False)):
+        args = (g, None, g, None, g_div, saved, z, y, w, *rest[:-1], True, to_ref)
+        opcheck(OPS.token_stats_backward.default, args, test_utils=("test_schema", "test_faketensor"))
+        opcheck(OPS.token_stats_backward_.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_pair_loss(backend, device, packed):
+    logps = torch.randn(12, device=device).requires_grad_()
+    ref = torch.randn(12, device=device).requires_grad_()
+    mask = torch.arange(12, device=device) % 3 > 0
+    cu = torch.tensor([0, 3, 5, 9, 12], device=device) if packed else None
+    args = (logps, ref, mask, cu, "sigmoid", [0.1], "js", 0.3, 0 if packed else 3, False, backend)
+    opcheck(OPS.pair_loss.default, args)
+    coef = OPS.pair_loss(*args)[-1].detach()
+    back = (torch.ones(2, device=device), None, None, coef, logps.detach(), ref.detach(), mask, cu, *args[4:], True, True)
+    opcheck(OPS.pair_loss_backward.default, back, test_utils=("test_schema", "test_faketensor"))
+
+
+def step(z, y, w):
+    """What a training loop does: a loss, a divergence as a penalty, an entropy bonus."""
+    out = fl.dpo_loss(z, y, fl.Logits(w, temperature=1.5), divergence="js", shift=True)
+    stats = fl.token_stats(z, y, w, divergence=["forward_kl", "alpha(a=0.3)"], entropy=True, shift=True)
+    return out.loss + sum(d.mean() for d in stats.divergence.values()) - stats.entropy.mean(), out.metrics["rewards/margins"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks(backend, device, dynamic):
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (5, 7):
+        z, w = logits((4, length, 45), device)
+        y = labels_for((4, length), 45, device)
+        eager, margin = step(z, y, w)
+        loss, metric = compiled(z, y, w)
+        torch.testing.assert_close(loss, eager)
+        torch.testing.assert_close(metric, margin)
+        torch.testing.assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(eager, z))
+    if dynamic:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(backend, device, reentrant):
+    z, w = logits((4, 6, 45), device)
+    y = labels_for((4, 6), 45, device)
+    call = lambda z: fl.dpo_loss(z * 1.0, y, w.detach()).loss  # noqa: E731
+    expected = torch.autograd.grad(call(z), z)[0]
+    checkpoint(call, z, use_reentrant=reentrant).backward()
+    torch.testing.assert_close(z.grad, expected)
+
+
+def test_autocast(backend, device):
+    z, w = logits((4, 6, 45), device)
+    y = labels_for((4, 6), 45, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        inside = fl.dpo_loss(z, y, w).loss
+    assert inside.dtype == torch.float32 and torch.equal(inside, fl.dpo_loss(z, y, w).loss)
+
+
+def test_second_derivative_is_refused_in_words(backend, device):
+    z, w = logits((4, 6, 45), device)
+    y = labels_for((4, 6), 45, device)
+    (g,) = torch.autograd.grad(fl.dpo_loss(z, y, w).loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once; use fused_losses.reference"):
+        torch.autograd.grad(g.sum(), z)
+    (g,) = torch.autograd.grad(fl.token_stats(z, y).logps.sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(g.sum(), z)
+
+
+def test_func_grad_is_refused(device):
+    """torch.library's autograd formulas do not work under functorch; torch says so."""
+    z, w = logits((4, 6, 45), device)
+    y = labels_for((4, 6), 45, device)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda z: fl.dpo_loss(z, y, w.detach()).loss)(z.detach())
+
+
+def test_nothing_of_vocabulary_size_but_the_gradient(device, monkeypatch):
+    """At most a twentieth of the twin's memory beyond inputs and gradient, on an input that no block holds whole."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton" if device.type != "cpu" else "torch")
+    z, w = logits((2048, 50304), device)
+    w = w.detach()
+    y = labels_for((2048,), 50304, device, masked=False)
+
+    def run(f):
+        z.grad = None
+        stats = f.token_stats(z, y, w, divergence="forward_kl")
+        (stats.logps.sum() + stats.divergence["forward_kl"].sum()).backward()
+
+    gradient = z.numel() * 4
+    extra = {f: peak_bytes(lambda f=f: run(f)) - gradient for f in (fl, fl.reference)}
+    assert extra[fl] <= extra[fl.reference] / 20, {k.__name__: v / 2**20 for k, v in extra.items()}
+
+
+def test_inplace_allocates_no_gradient(device, monkeypatch):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton" if device.type != "cpu" else "torch")
+    z, w = logits((1024, 50304), device)
+    y = labels_for((1024,), 50304, device)
+    held = z * 1
+    stats = fl.token_stats(held, y, w.detach(), divergence="js", inplace_backward=True)
+    loss = (stats.logps + stats.divergence["js"]).sum()
+    assert peak_bytes(lambda: torch.autograd.grad(loss, held)) < held.numel() * 4 / 1.5
+
+
+def test_import_needs_torch_alone():
+    code = (
+        "import sys; before = set(sys.modules); import torch, numpy; import fused_losses\n"
+        "bad = {'triton', 'transformers', 'datasets', 'matplotlib', 'kernels'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registry_reaches_the_operators():
+    """Ops take divergences by name: every key must read back as itself."""
+    for name in divergences.names():
+        assert ops._problem(name, False, False, -100, 5, 0.0, 1.0, 0.0, 1.0, "torch")[0].divergences == (divergences.get(name),)
