@@ -1,7 +1,6 @@
 """python -m fused_losses check: how far values and gradients are from the truth on your shapes, eager torch's and ours.
 
-`run` does the measuring and returns the rows of the table; `measure` takes tensors of your own.
-"""
+`run` does the measuring and returns the rows of the table; `measure` takes tensors of your own."""
 
 from __future__ import annotations
 
@@ -22,15 +21,16 @@ from .backend import BACKENDS, choose, explain
 from .divergences import Divergence, linkable, names, parse
 from .losses import LOSSES
 
-TOKEN_STATS = "token_stats"  # stands for the numbers per token where a list of losses is asked for
+TOKEN_STATS = "token_stats"  # stands for the numbers per token where losses are asked for
+KNOWN = (TOKEN_STATS, *LOSSES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD = ("softcap", "scale", "temperature")
 
 # Ours computes in float32 whatever the input is and rounds a gradient once, so that is what it is held to: a bound on
-# eager bfloat16 would pass a kernel that had lost all but two digits. Where the problem itself magnifies rounding (policy
-# close to reference, long sequences under links that grow like e^h) no fp32 code reaches 1e-5. Eager torch then says what
-# one may expect; twice that, as either error is one draw. The rounding of a gradient is its own and not u ||truth||,
-# which would be too much for most and too little where fp16 gradients are subnormal.
+# eager bfloat16 would pass a kernel that has lost all but two digits. Where the problem itself magnifies rounding
+# (models that are close, links that grow like e^h) no fp32 code reaches 1e-5; eager torch then says what one may
+# expect, twice that as either error is one draw. The rounding of a gradient is measured: unit roundoff times its norm
+# would be too much for most, and too little where fp16 gradients are subnormal.
 BASE, CHANCE = 1e-5, 2.0
 RULE = """\
 error    ||x - truth|| / ||truth|| over the whole tensor, masked rows included. The truth is fused_losses.reference in
@@ -39,8 +39,7 @@ allowed  1e-5 or, if larger, twice the error of eager torch: in the dtype or in 
          number (our values are float32). For a gradient, which has the dtype of the logits, plus what one rounding of
          the true gradient to that dtype costs (an ulp in Triton's interpreter, which truncates to bfloat16)."""
 
-# A root of mean squares below this is rounding noise of the float64 truth: errors are then relative to this instead.
-NOTHING = 1e-11
+NOTHING = 1e-11  # a root of mean squares below this is the truth's own rounding noise: errors are relative to this then
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,8 @@ class Case(NamedTuple):
 
 
 def _token_case(name: str) -> Case:
-    def output(library: Any, policy: fl.Logits, labels: Tensor, ref: fl.Logits) -> Tensor:
-        return getattr(library.token_stats(policy, labels, ref, entropy=name == "entropy"), name)
-
-    return Case(name, "w" if name == "ref_logps" else "z", output)
+    side = "w" if name == "ref_logps" else "z"
+    return Case(name, side, lambda lib, p, y, q: getattr(lib.token_stats(p, y, q, entropy=name == "entropy"), name))
 
 
 def _divergence_case(d: Divergence) -> Case:
@@ -100,16 +97,14 @@ def _divergence_case(d: Divergence) -> Case:
 
 
 def _loss_case(loss: str, d: Divergence) -> Case:
-    def output(library: Any, policy: fl.Logits, labels: Tensor, ref: fl.Logits) -> Tensor:
-        return library.preference_loss(policy, labels, ref, loss=loss, divergence=d, reduction="none").loss
-
-    return Case(f"{loss}, {d.key}", "z", output, pairs=True)
+    options = {"loss": loss, "divergence": d, "reduction": "none"}
+    return Case(f"{loss}, {d.key}", "z", lambda lib, p, y, q: lib.preference_loss(p, y, q, **options).loss, pairs=True)
 
 
 def cases(divergences: Sequence[str] | None = None, losses: Sequence[str] | None = None) -> Iterator[Case]:
     """What to check. A divergence without an f-DPO link is an error where it and a loss were both asked for by name."""
-    if unknown := set(losses or ()) - {TOKEN_STATS, *LOSSES}:
-        raise ValueError(f"loss: unknown name {unknown.pop()!r}; known: {', '.join([TOKEN_STATS, *LOSSES])}")
+    if unknown := set(losses or ()) - set(KNOWN):
+        raise ValueError(f"loss: unknown name {unknown.pop()!r}; known: {', '.join(KNOWN)}")
     asked = parse(divergences or names())
     if losses is None or TOKEN_STATS in losses:
         yield from map(_token_case, ("logps", "ref_logps", "entropy", "lse"))
@@ -143,8 +138,7 @@ def _outcome(case: Case, library: Any, x: Inputs, dtype: torch.dtype, head: dict
 
 
 def error(x: Tensor, truth: Tensor) -> float:
-    floor = NOTHING * math.sqrt(max(truth.numel(), 1))
-    return ((x.double() - truth).norm() / truth.norm().clamp(min=floor)).item()
+    return ((x.double() - truth).norm() / truth.norm().clamp(min=NOTHING * math.sqrt(truth.numel()))).item()
 
 
 def _rounding(truth: Tensor, dtype: torch.dtype) -> float:
@@ -159,15 +153,15 @@ def measure(case: Case, x: Inputs, head: dict[str, Any] | None = None) -> list[R
     head, dtype = head or {}, x.policy.dtype
     truths = _outcome(case, fl.reference, x, torch.float64, head)
     ours = _outcome(case, fl, x, dtype, head)
-    eager = {d: _outcome(case, fl.reference, x, d, head) for d in (dtype, torch.float32)}
+    eager = {d: _outcome(case, fl.reference, x, d, head) for d in {dtype, torch.float32}}
     rows = []
     for part, truth in truths.items():
         errors = {d: error(results[part], truth) for d, results in eager.items()}
         attainable = min((e for e in errors.values() if math.isfinite(e)), default=0.0)
         rounding = _rounding(truth, ours[part].dtype)
         allowed = max(BASE, CHANCE * attainable) + rounding
-        name = str(dtype).removeprefix("torch.")
-        rows.append(Row(name, case.what, part, errors[dtype], error(ours[part], truth), allowed, rounding))
+        numbers = errors[dtype], error(ours[part], truth), allowed, rounding
+        rows.append(Row(str(dtype).removeprefix("torch."), case.what, part, *numbers))
     return rows
 
 
@@ -175,11 +169,11 @@ def run(
     shape: Sequence[int] = (2, 7, 1003), dtypes: Sequence[torch.dtype] = tuple(DTYPES.values()),
     divergences: Sequence[str] | None = None, losses: Sequence[str] | None = None, *,
     device: torch.device | str = "cpu", spread: float = 1.0, seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None, **head: Any,
+    progress: Callable[[int, int], None] | None = None, **head: Any,
 ) -> list[Row]:  # fmt: skip
     """All rows of the table. shape: B, T, V. head: options of fl.Logits, for both sides."""
     if len(shape) != 3 or min(shape) < 1 or not 0 <= spread < math.inf:
-        raise ValueError(f"shape, spread: expected B, T, V >= 1 and a finite spread >= 0, got {shape} and {spread}")
+        raise ValueError(f"expected shape B,T,V of numbers >= 1 and spread >= 0, got {shape} and {spread}")
     plan = list(cases(divergences, losses))
     # Links grow like e^h and h sums over T tokens: unless h stays about 1, they overflow in the truth and in training.
     near = min(spread, 1 / math.sqrt(shape[1]))
@@ -187,7 +181,8 @@ def run(
     for i, dtype in enumerate(dtypes):
         tokens, pairs = (make_inputs(shape, s, seed, torch.device(device), dtype) for s in (spread, near))
         for j, case in enumerate(plan):
-            progress(i * len(plan) + j + 1, len(dtypes) * len(plan))
+            if progress:
+                progress(i * len(plan) + j + 1, len(dtypes) * len(plan))
             rows += measure(case, pairs if case.pairs else tokens, head)
     return rows
 
@@ -203,28 +198,20 @@ def table(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     worst = max(rows, key=lambda row: row.share)
-    where = f"{worst.dtype} {worst.what} {worst.part}, error {worst.ours:.1e} where {worst.allowed:.1e} is allowed"
-    return f"{sum(row.ok for row in rows)} of {len(rows)} checks pass, worst: {where}"
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as problem:
-        raise argparse.ArgumentTypeError(f"torch cannot use {text!r}: {str(problem).splitlines()[0]}") from None
+    named = f"{worst.dtype} {worst.what} {worst.part}, error {worst.ours:.1e} where {worst.allowed:.1e} is allowed"
+    return f"{sum(row.ok for row in rows)} of {len(rows)} checks pass, worst: {named}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    losses = ", ".join([TOKEN_STATS, *LOSSES])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = f"Compare values and gradients with the truth; exit code 1 if any is not as good as allowed.\n\n{RULE}"
+    parser.description = f"Values and gradients against the truth. Exit code 1 if one is worse than allowed.\n\n{RULE}"
     add = parser.add_argument
     add("--shape", default="2,7,1003", metavar="B,T,V", help="B pairs: logits [2B, T, V]; default %(default)s")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the logits; default: all three")
     add("--divergence", nargs="+", metavar="NAME", help="such as js or 'js(beta=0.3)'; default: all")
-    add("--loss", nargs="+", metavar="NAME", help=f"of {losses}; default: all, the losses with every f-DPO link")
-    add("--device", type=_device, default=device, help="default here: %(default)s")
+    add("--loss", nargs="+", metavar="NAME", help=f"{', '.join(KNOWN)}; default: all, losses with all f-DPO links")
+    add("--device", default=device, help="default here: %(default)s")
     add("--backend", choices=BACKENDS, help="sets FUSED_LOSSES_BACKEND; on the CPU, triton means its interpreter: slow")
     add("--spread", type=float, default=1.0, help="standard deviation of policy - reference logits; default 1")
     add("--seed", type=int, default=0, help="of the inputs; default 0")
@@ -241,23 +228,23 @@ def _use(backend: str, device: torch.device) -> None:
 
 
 def _show(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rcase {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    print(f"\rcase {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.backend:
-        _use(args.backend, args.device)
+    shape = [int(size) if size.isdecimal() else 0 for size in args.shape.split(",")]
     try:
-        shape = [int(size) for size in args.shape.split(",")]
-        backend, reason = explain(args.device)
-    except RuntimeError as problem:  # a backend that cannot run here is bad input, not a failed check
-        raise ValueError(str(problem)) from None
+        device = torch.empty(0, device=args.device).device
+        if args.backend:
+            _use(args.backend, device)
+        backend, reason = explain(device)
+    except (RuntimeError, AssertionError) as problem:  # what cannot run here is bad input, not a failed check
+        raise ValueError(str(problem).splitlines()[0]) from None
     head = {name: value for name in HEAD if (value := getattr(args, name)) is not None}
     rows = run(
         shape, [DTYPES[name] for name in args.dtype], args.divergence, args.loss,
-        device=args.device, spread=args.spread, seed=args.seed, progress=_show, **head,
+        device=device, spread=args.spread, seed=args.seed, progress=_show if sys.stderr.isatty() else None, **head,
     )  # fmt: skip
-    print(f"B, T, V = {args.shape} on {args.device}, spread {args.spread:g}\n{backend} backend: {reason}\n")
+    print(f"B, T, V = {args.shape} on {device}, spread {args.spread:g}\n{backend} backend: {reason}\n")
     print(f"{table(rows)}\n\n{RULE}\n\n{summary(rows)}")
     return 0 if all(row.ok for row in rows) else 1

@@ -183,10 +183,11 @@ def train_step(policy: Any, optimizer: Any, reference: Any, batch: Batch, loss_f
     return Step(loss.item(), margin, accuracy, loss_seconds, seconds)
 
 
-def error_of_loss(loss_function: LossFunction, eager: LossFunction, *args: Tensor) -> float:
-    """Relative difference on the same logits, of the loss or of its gradient if that is larger."""
-    results = [forward_and_backward(f, *args)[:2] for f in (loss_function, eager)]
-    return max(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in zip(*results, strict=True))
+def error_of_loss(loss_function: partial[Loss], *args: Tensor) -> float:
+    """Relative difference to the eager twin on the same logits, of the loss or of its gradient if that is larger."""
+    eager_function = partial(loss_function, library=fl.reference)
+    results = [forward_and_backward(f, *args)[:2] for f in (loss_function, eager_function)]
+    return max(((ours - eager).norm() / eager.norm()).item() for ours, eager in zip(*results, strict=True))
 
 
 def report(naive: list[Step], fused: list[Step], peaks: list[float], gradient: float) -> None:
@@ -282,8 +283,7 @@ def main(args: argparse.Namespace) -> int:
                         inputs = batch.logits(policies[name]), batch.logits(reference), batch.labels
                     peaks[name] = peak_bytes(partial(forward_and_backward, loss_function, *inputs)) / 2**20
                     if name != "naive":
-                        eager = partial(loss_function, library=fl.reference)
-                        errors[name] = error_of_loss(loss_function, eager, *inputs)
+                        errors[name] = error_of_loss(loss_function, *inputs)
 
     bars, gradient = [peaks["naive"], peaks["fused"]], batches[0].labels.numel() * args.vocab * 4 / 2**20
     report(runs["naive"], runs["fused"], bars, gradient)

@@ -16,7 +16,7 @@ from .backend import explain
 VARIABLES = ("FUSED_LOSSES_BACKEND", "TRITON_INTERPRET")
 MEANING = {
     "triton": "the Triton kernels",
-    "torch": "plain torch operations a few rows at a time, with the same formulas as the kernels",
+    "torch": "plain torch, a few rows at a time, with the kernels' formulas; Triton does not run",
 }
 
 
@@ -36,10 +36,11 @@ def _version(name: str) -> str:
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    accelerator = torch.version.cuda and f"CUDA {torch.version.cuda}" or torch.version.hip and f"ROCm {torch.version.hip}"
+    kinds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": torch.version.xpu}
+    built = [f"{kind} {version}" for kind, version in kinds.items() if version]
     yield "fused_losses", __version__
     yield "python", platform.python_version()
-    yield "torch", f"{torch.__version__} (built for {accelerator or 'CPU'})"
+    yield "torch", f"{torch.__version__} (built for {', '.join(built) or 'the CPU alone'})"
     yield "triton", _version("triton")
     yield "numpy", _version("numpy")
     yield "platform", platform.platform()
@@ -82,12 +83,15 @@ def backend_of(device: torch.device) -> tuple[str | None, str]:
         name, reason = explain(device)
     except (RuntimeError, ValueError) as error:
         return None, f"nothing runs: {error}"
-    return name, f"{name} backend, {MEANING[name]}; because: {reason}"
+    where = " in Triton's interpreter: slow, for tests" if (name, device.type) == ("triton", "cpu") else ""
+    return name, f"{name} backend: {MEANING[name]}{where}\nwhy: {reason}"
 
 
 def _print(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {text}" for name, text in rows), end="\n\n")
+    width = max(len(name) for name, _ in rows) + 2
+    for name, text in rows:
+        print(f"{name:<{width}}{text}".replace("\n", "\n" + " " * width))
+    print()
 
 
 def main(args: argparse.Namespace) -> int:

@@ -46,20 +46,21 @@ def _formulas(divergences: tuple[Divergence, ...]):
     }
 
 
+def forward_config(divergences: tuple[Divergence, ...]) -> configs.Config:
+    if any(d.term is not None for d in divergences):
+        return configs.FORWARD_TWO_PASS
+    return configs.FORWARD_POWER if any(d.power is not None for d in divergences) else configs.FORWARD
+
+
 def forward(problem: Problem, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, saved) -> None:
-    formulas = _formulas(problem.divergences)
-    config = configs.FORWARD
-    if formulas["SECOND"]:
-        config = configs.FORWARD_TWO_PASS
-    elif formulas["powers"]:
-        config = configs.FORWARD_POWER
+    config = forward_config(problem.divergences)
     with on(policy.device):
         token_stats.token_stats_forward[(logps.numel(),)](
             *_side(policy, problem.softcap, problem.multiplier),
             *_side(ref, problem.ref_softcap, problem.ref_multiplier),
             labels, _rows(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
             logps, ref_logps, lse, entropy, div, hit, saved, problem.vocab,
-            **formulas, SHIFT=problem.shift,
+            **_formulas(problem.divergences), SHIFT=problem.shift,
             UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
 
