@@ -169,7 +169,9 @@ def launches(names: list[str]) -> dict[str, tuple[tuple[str, ...], bool, bool]]:
     return cases | {name: ((name,), False, True) for name in names}
 
 
-def compile_workload(divergences, entropy, ref, target: str, vocab: int = 128256, dtype: str = "bfloat16", to_ref=False):
+def compile_workload(
+    divergences, entropy, ref, target: str, vocab: int = 128256, dtype: str = "bfloat16", to_ref=False
+):
     """(forward kernel, entries per thread), (backward kernel, entries per thread) of token_stats on 2-D logits."""
     import torch
 
@@ -212,7 +214,10 @@ def report(targets: list[str]) -> list[dict]:
                 if target.startswith("sm_"):
                     measured = profile(kernel, per_thread)
                     row |= asdict(measured) | {"loads": dict(measured.loads), "stores": dict(measured.stores)}
-                    row |= {"limit": moved[direction] * INSTRUCTIONS_PER_BYTE, "mufu_limit": moved[direction] * MUFU_PER_BYTE}
+                    row |= {
+                        "limit": moved[direction] * INSTRUCTIONS_PER_BYTE,
+                        "mufu_limit": moved[direction] * MUFU_PER_BYTE,
+                    }
                 rows.append(row)
     print(file=sys.stderr)
     return rows

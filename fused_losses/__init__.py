@@ -3,7 +3,7 @@ vocabulary-size temporary. Start at token_stats (stats.py) and preference_loss (
 
 from . import divergences, reference
 from .losses import LossOutput, dpo_loss, preference_loss
-from .sources import LogProbs, Logits, TokenStats
+from .sources import Logits, LogProbs, TokenStats
 from .stats import token_stats
 
 __version__ = "0.1.0"

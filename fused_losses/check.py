@@ -74,10 +74,9 @@ class Inputs:
     weight: Tensor
 
     def __post_init__(self) -> None:
-        v = self.policy.shape[-1]
-        bad = (self.labels != -100) & ((self.labels < 0) | (self.labels >= v))
-        if bad.any():
-            raise ValueError(f"labels: expected ids in [0, {v}) or -100, got {self.labels[bad][0].item()}")
+        vocab, y = self.policy.shape[-1], self.labels[self.labels != -100]
+        if y.numel() and not 0 <= y.min() <= y.max() < vocab:
+            raise ValueError(f"labels: expected ids in [0, {vocab}) or -100, got {y.min()} to {y.max()}")
 
 
 class Case(NamedTuple):
@@ -228,7 +227,7 @@ def _use(backend: str, device: torch.device) -> None:
 
 
 def _show(done: int, total: int) -> None:
-    print(f"\rcase {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    print(f"\rcase {done} of {total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -245,6 +244,6 @@ def main(args: argparse.Namespace) -> int:
         shape, [DTYPES[name] for name in args.dtype], args.divergence, args.loss,
         device=device, spread=args.spread, seed=args.seed, progress=_show if sys.stderr.isatty() else None, **head,
     )  # fmt: skip
-    print(f"B, T, V = {args.shape} on {device}, spread {args.spread:g}\n{backend} backend: {reason}\n")
-    print(f"{table(rows)}\n\n{RULE}\n\n{summary(rows)}")
+    setting = f"B, T, V = {args.shape} on {device}, spread {args.spread:g}\n{backend} backend: {reason}"
+    print(setting, table(rows), RULE, summary(rows), sep="\n\n")
     return 0 if all(row.ok for row in rows) else 1

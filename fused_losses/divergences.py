@@ -24,7 +24,17 @@ from functools import lru_cache
 from torch import Tensor, log, sqrt, xlogy
 
 from .pointwise import (
-    absolute, bounded, capped_exp, difference, exp, expm1, finite_exp, logmix, maximum, sign, where,
+    absolute,
+    bounded,
+    capped_exp,
+    difference,
+    exp,
+    expm1,
+    finite_exp,
+    logmix,
+    maximum,
+    sign,
+    where,
 )  # fmt: skip
 
 Formula = Callable[..., Tensor]

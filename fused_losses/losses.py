@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from .backend import choose
 from .divergences import Divergence, from_key
-from .sources import LogProbs, Logits, Source, TokenStats, as_source, check_labels
+from .sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
 from .stats import token_stats
 
 
@@ -168,14 +168,18 @@ def _check_batch(labels: Tensor, cu_seqlens: Tensor | None) -> int:
     if labels.dim() != 1:
         raise ValueError(f"labels: expected packed labels [total] with cu_seqlens, got {list(labels.shape)}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}")
+        raise TypeError(
+            f"cu_seqlens: expected an int32 or int64 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() % 2 == 0:
         raise ValueError(f"cu_seqlens: expected [2B + 1] offsets, got {list(cu_seqlens.shape)}")
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens: expected on {labels.device} as the labels are, got {cu_seqlens.device}")
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != labels.numel() or (cu_seqlens.diff() < 0).any():
-            raise ValueError(f"cu_seqlens: expected offsets rising from 0 to {labels.numel()}, got {cu_seqlens.tolist()}")
+            raise ValueError(
+                f"cu_seqlens: expected offsets rising from 0 to {labels.numel()}, got {cu_seqlens.tolist()}"
+            )
     return cu_seqlens.numel() - 1
 
 
@@ -184,7 +188,9 @@ def _shift_packed(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tens
     if labels.numel() == 0:
         return labels
     shifted = labels.roll(-1)
-    shifted[cu_seqlens[1:].long() - 1] = ignore_index  # an empty sequence marks its predecessor's end, or wraps to the last
+    shifted[cu_seqlens[1:].long() - 1] = (
+        ignore_index  # an empty sequence marks its predecessor's end, or wraps to the last
+    )
     return shifted
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from .divergences import Divergence, from_key, parse
 from .losses import LossOutput, _check_batch, _check_options, _metrics, _reduce, _shift_packed
-from .sources import LogProbs, Logits, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+from .sources import Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
 from .stats import Asked, _given
 
 
@@ -71,7 +71,8 @@ def preference_loss(
     """fl.preference_loss, one sequence after another."""
     _check_options(loss, beta, label_smoothing, reduction, num_items)
     link = from_key(divergence)
-    assert link.f_dpo_link() and link.score
+    link.f_dpo_link()
+    assert link.score is not None
     sequences = _check_batch(check_labels(labels), cu_seqlens)
     if shift and cu_seqlens is not None:
         labels, shift = _shift_packed(labels, cu_seqlens, ignore_index), False

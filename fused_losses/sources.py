@@ -48,7 +48,9 @@ class Logits:
         _positive("temperature", self.temperature)
         v = self.logits.shape[-1]
         if self.valid_vocab is not None and not 1 <= self.valid_vocab <= v:
-            raise ValueError(f"valid_vocab: expected an int in [1, {v}] for logits with V={v}, got {self.valid_vocab!r}")
+            raise ValueError(
+                f"valid_vocab: expected an int in [1, {v}] for logits with V={v}, got {self.valid_vocab!r}"
+            )
 
     @property
     def vocab(self) -> int:

@@ -11,7 +11,7 @@ from . import ops
 from .backend import choose
 from .divergences import Divergence, parse
 from .layout import collapse
-from .sources import LogProbs, Logits, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+from .sources import Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
 
 Asked = str | Divergence | Sequence[str | Divergence] | None
 
@@ -54,10 +54,18 @@ def token_stats(
         raise ValueError("shift: expected labels with a time dimension, got a 0-d tensor")
     if isinstance(policy, LogProbs):
         if asked or entropy or inplace_backward:
-            raise ValueError("policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need logits")
+            raise ValueError(
+                "policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need logits"
+            )
         mask = _mask(labels, shift, ignore_index)
         return TokenStats(
-            _given("policy", policy, mask), _reference_alone(ref, labels, shift, ignore_index), {}, None, None, mask, None
+            _given("policy", policy, mask),
+            _reference_alone(ref, labels, shift, ignore_index),
+            {},
+            None,
+            None,
+            mask,
+            None,
         )
 
     check_aligned("policy", policy, labels)
@@ -66,7 +74,9 @@ def token_stats(
         check_aligned("ref", source, labels)
         check_pair(policy, source)
     elif asked:
-        raise ValueError(f"divergence: {asked[0].key!r} needs ref as logits, got {'None' if ref is None else 'fl.LogProbs'}")
+        raise ValueError(
+            f"divergence: {asked[0].key!r} needs ref as logits, got {'None' if ref is None else 'fl.LogProbs'}"
+        )
     return _from_logits(policy, labels, source, asked, entropy, shift, ignore_index, inplace_backward)
 
 

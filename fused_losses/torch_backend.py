@@ -183,7 +183,12 @@ def forward(
 
 
 def _slopes(
-    x: list[Tensor], grads: list[tuple[Divergence, bool, Tensor]], prob: Tensor, coef: Tensor, y: Tensor, g: Tensor | None
+    x: list[Tensor],
+    grads: list[tuple[Divergence, bool, Tensor]],
+    prob: Tensor,
+    coef: Tensor,
+    y: Tensor,
+    g: Tensor | None,
 ) -> Tensor:
     """prob * coef + sum_i g_i h_i + g 1[v = y]; grads holds (divergence, policy side?, g_i)."""
     out = prob * coef[:, None]
@@ -266,7 +271,9 @@ def _zero_outside(out: Tensor, labels: Tensor, problem: Problem) -> None:
     out[..., problem.vocab :] = 0
 
 
-def _sequence_sums(x: Tensor, mask: Tensor, problem: PairProblem, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _sequence_sums(
+    x: Tensor, mask: Tensor, problem: PairProblem, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     x = x.to(dtype).masked_fill(~mask, 0)
     if cu_seqlens is None:
         return x.view(-1, problem.length).sum(1)

@@ -59,6 +59,17 @@ def tile(X, v, V, stride, side, MASKED: tl.constexpr):
 
 
 @triton.jit
+def pair(Z, z_stride, z_side, W, w_stride, w_side, v, V, MASKED: tl.constexpr):
+    """z, w and their heads' slopes of one step; without a reference w stands for z."""
+    z, slope_z = tile(Z, v, V, z_stride, z_side, MASKED)
+    if W is not None:
+        w, slope_w = tile(W, v, V, w_stride, w_side, MASKED)
+        return z, w, slope_z, slope_w
+    else:
+        return z, z, slope_z, slope_z
+
+
+@triton.jit
 def row_offset(row, layout):
     """int64 offset of a row in a tensor of two leading strides: layout = (inner size, outer stride, inner stride)."""
     return (row // layout[0]) * layout[1] + (row % layout[0]) * layout[2]
@@ -213,21 +224,15 @@ def token_stats_forward(
     v = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     zero = tl.zeros([LANES], tl.float32)
     R = ()
-    for i in tl.static_range(len(powers)):
+    for i in tl.static_range(len(powers)):  # noqa: B007
         R = R + (zero,)
     state = (mp, mq, zy, wy, zero, zero, zero, zero, zero, zero, R)
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STAGES):
-        z = tile(Z, start + v, V, z_stride, z_side, False)[0]
-        w = z
-        if REF:
-            w = tile(W, start + v, V, w_stride, w_side, False)[0]
+        z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, start + v, V, False)
         state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY)
     if main < V:
-        z = tile(Z, main + v, V, z_stride, z_side, True)[0]
-        w = z
-        if REF:
-            w = tile(W, main + v, V, w_stride, w_side, True)[0]
+        z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, main + v, V, True)
         state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY)
 
     mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R = state
@@ -269,12 +274,10 @@ def token_stats_forward(
         if SECOND:
             saved = (mp, log_a, mq, log_b, c, k)
             for start in tl.range(0, main, BLOCK, num_stages=STAGES):
-                z = tile(Z, start + v, V, z_stride, z_side, False)[0]
-                w = tile(W, start + v, V, w_stride, w_side, False)[0]
+                z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, start + v, V, False)
                 sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
             if main < V:
-                z = tile(Z, main + v, V, z_stride, z_side, True)[0]
-                w = tile(W, main + v, V, w_stride, w_side, True)[0]
+                z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, main + v, V, True)
                 sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
         for i in tl.static_range(n):
             if TERMS[i] is not None:
@@ -297,11 +300,12 @@ def token_stats_forward(
 
 @triton.jit
 def slopes(
-    z, w, v, y, slope_p, slope_q, row, coefs, g_div, numbers,
+    tiles, v, y, row, coefs, g_div, numbers,
     GRADS_P: tl.constexpr, GRADS_Q: tl.constexpr, REF: tl.constexpr, ENTROPY: tl.constexpr,
     WANT_P: tl.constexpr, WANT_Q: tl.constexpr,
 ):  # fmt: skip
     """dz and dw of one step."""
+    z, w, slope_z, slope_w = tiles
     g_logp, g_ref, g_entropy, coef_p, coef_q = coefs
     if REF:
         p, q, t, lp, lq = normalised(z, w, row)
@@ -317,12 +321,12 @@ def slopes(
             dz -= p * lp * g_entropy
         for i in tl.static_range(len(GRADS_P)):
             dz += GRADS_P[i](p, q, t, lp, lq, *numbers[i]) * g_div[i]
-        dz = (dz + tl.where(v == y, g_logp, 0.0)) * slope_p
+        dz = (dz + tl.where(v == y, g_logp, 0.0)) * slope_z
     if WANT_Q:
         dw = q * coef_q
         for i in tl.static_range(len(GRADS_Q)):
             dw += GRADS_Q[i](p, q, t, lp, lq, *numbers[i]) * g_div[i]
-        dw = (dw + tl.where(v == y, g_ref, 0.0)) * slope_q
+        dw = (dw + tl.where(v == y, g_ref, 0.0)) * slope_w
     return dz, dw
 
 
@@ -385,26 +389,20 @@ def token_stats_backward(
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STAGES):
         o = start + v
-        z, slope_p = tile(Z, o, V, z_stride, z_side, False)
-        w, slope_q = z, slope_p
-        if REF:
-            w, slope_q = tile(W, o, V, w_stride, w_side, False)
+        tiles = pair(Z, z_stride, z_side, W, w_stride, w_side, o, V, False)
         dz, dw = slopes(
-            z, w, o, label, slope_p, slope_q, saved, coefs, g_div, numbers, GRADS_P, GRADS_Q, REF, ENTROPY, WANT_P, WANT_Q
-        )
+            tiles, o, label, saved, coefs, g_div, numbers, GRADS_P, GRADS_Q, REF, ENTROPY, WANT_P, WANT_Q
+        )  # fmt: skip
         if WANT_P:
             tl.store(pointers(dZ, o, dz_stride), dz)
         if WANT_Q:
             tl.store(pointers(dW, o, dw_stride), dw)
     if main < V:
         o = main + v
-        z, slope_p = tile(Z, o, V, z_stride, z_side, True)
-        w, slope_q = z, slope_p
-        if REF:
-            w, slope_q = tile(W, o, V, w_stride, w_side, True)
+        tiles = pair(Z, z_stride, z_side, W, w_stride, w_side, o, V, True)
         dz, dw = slopes(
-            z, w, o, label, slope_p, slope_q, saved, coefs, g_div, numbers, GRADS_P, GRADS_Q, REF, ENTROPY, WANT_P, WANT_Q
-        )
+            tiles, o, label, saved, coefs, g_div, numbers, GRADS_P, GRADS_Q, REF, ENTROPY, WANT_P, WANT_Q
+        )  # fmt: skip
         if WANT_P:
             tl.store(pointers(dZ, o, dz_stride), dz, mask=o < V)
         if WANT_Q:

@@ -37,7 +37,9 @@ def test_published_values(key, backend, device):
     ours = fl.token_stats(z[None], torch.zeros(1, dtype=torch.long, device=device), w[None], divergence=key)
     (value,) = ours.divergence.values()
     assert value.item() == pytest.approx(VALUES[key], rel=3e-6)
-    assert divergences.from_key(key).define(STUDENT.softmax(-1), TEACHER.softmax(-1)).item() == pytest.approx(VALUES[key], rel=1e-12)
+    assert divergences.from_key(key).define(STUDENT.softmax(-1), TEACHER.softmax(-1)).item() == pytest.approx(
+        VALUES[key], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +100,9 @@ def test_every_divergence_has_a_link_or_a_reason():
     assert set(divergences.linkable()) | set(REFUSED) == set(NAMES)
     for name, reason in REFUSED.items():
         with pytest.raises(ValueError, match=reason):
-            fl.dpo_loss(torch.randn(2, 1, 5), torch.zeros(2, 1, dtype=torch.long), torch.randn(2, 1, 5), divergence=name)
+            fl.dpo_loss(
+                torch.randn(2, 1, 5), torch.zeros(2, 1, dtype=torch.long), torch.randn(2, 1, 5), divergence=name
+            )
 
 
 def test_identities():
@@ -108,7 +112,9 @@ def test_identities():
         torch.testing.assert_close(get("js", beta=beta).define(p, q), get("js", beta=1 - beta).define(q, p))
     torch.testing.assert_close(get("alpha", a=1e-6).define(p, q), get("reverse_kl").define(p, q), rtol=1e-4, atol=0)
     torch.testing.assert_close(get("alpha", a=1 - 1e-6).define(p, q), get("forward_kl").define(p, q), rtol=1e-4, atol=0)
-    torch.testing.assert_close(get("alpha_beta", a=1, b=1e-6).define(p, q), get("forward_kl").define(p, q), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        get("alpha_beta", a=1, b=1e-6).define(p, q), get("forward_kl").define(p, q), rtol=1e-3, atol=0
+    )
     torch.testing.assert_close(get("alpha_beta", a=1, b=1).define(p, q), 0.5 * (p - q).square().sum(-1))
     torch.testing.assert_close(get("pearson_chi2").define(p, q), get("neyman_chi2").define(q, p))
     torch.testing.assert_close(get("squared_hellinger").define(p, q), 1 - (p * q).sqrt().sum(-1))
@@ -117,7 +123,9 @@ def test_identities():
 def test_parsing():
     assert divergences.parse(None) == ()
     assert [d.key for d in divergences.parse(["js", "js(beta=0.3)", "js"])] == ["js", "js(beta=0.3)"]
-    assert divergences.get("alpha", a=0.5) is divergences.from_key("alpha") is divergences.from_key(" alpha( a = 0.5 ) ")
+    assert (
+        divergences.get("alpha", a=0.5) is divergences.from_key("alpha") is divergences.from_key(" alpha( a = 0.5 ) ")
+    )
 
 
 @pytest.mark.parametrize(

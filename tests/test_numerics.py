@@ -104,7 +104,9 @@ def test_forward_kl_gradient_is_exact_where_the_value_is_infinite(backend, devic
     z, w = logits((2, 40), device)
     with torch.no_grad():
         z[:, 3] = -INF
-    kl = fl.token_stats(z, torch.zeros(2, dtype=torch.long, device=device), w, divergence="forward_kl").divergence["forward_kl"]
+    kl = fl.token_stats(z, torch.zeros(2, dtype=torch.long, device=device), w, divergence="forward_kl").divergence[
+        "forward_kl"
+    ]
     (g,) = torch.autograd.grad(kl.sum(), z)
     torch.testing.assert_close(g, (z.softmax(-1) - w.softmax(-1)).detach(), rtol=1e-5, atol=1e-7)
 

@@ -27,7 +27,10 @@ def stats_arguments(device, divergence, entropy, shift, backend, requires_grad, 
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize(
     ("divergence", "entropy", "shift", "with_ref"),
-    [("", False, False, False), ("", True, True, True), ("forward_kl;js(beta=0.3)", True, False, True), ("alpha", False, True, True)],
+    [
+        ("", False, False, False), ("", True, True, True),
+        ("forward_kl;js(beta=0.3)", True, False, True), ("alpha", False, True, True),
+    ],
 )  # fmt: skip
 def test_opcheck_token_stats(backend, device, divergence, entropy, shift, with_ref, requires_grad):
     args = stats_arguments(device, divergence, entropy, shift, backend, requires_grad, with_ref)
@@ -53,7 +56,19 @@ def test_opcheck_pair_loss(backend, device, packed):
     args = (logps, ref, mask, cu, "sigmoid", [0.1], "js", 0.3, 0 if packed else 3, False, backend)
     opcheck(OPS.pair_loss.default, args)
     coef = OPS.pair_loss(*args)[-1].detach()
-    back = (torch.ones(2, device=device), None, None, coef, logps.detach(), ref.detach(), mask, cu, *args[4:], True, True)
+    back = (
+        torch.ones(2, device=device),
+        None,
+        None,
+        coef,
+        logps.detach(),
+        ref.detach(),
+        mask,
+        cu,
+        *args[4:],
+        True,
+        True,
+    )
     opcheck(OPS.pair_loss_backward.default, back, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -61,7 +76,9 @@ def step(z, y, w):
     """What a training loop does: a loss, a divergence as a penalty, an entropy bonus."""
     out = fl.dpo_loss(z, y, fl.Logits(w, temperature=1.5), divergence="js", shift=True)
     stats = fl.token_stats(z, y, w, divergence=["forward_kl", "alpha(a=0.3)"], entropy=True, shift=True)
-    return out.loss + sum(d.mean() for d in stats.divergence.values()) - stats.entropy.mean(), out.metrics["rewards/margins"]
+    return out.loss + sum(d.mean() for d in stats.divergence.values()) - stats.entropy.mean(), out.metrics[
+        "rewards/margins"
+    ]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -155,4 +172,6 @@ def test_import_needs_torch_alone():
 def test_registry_reaches_the_operators():
     """Ops take divergences by name: every key must read back as itself."""
     for name in divergences.names():
-        assert ops._problem(name, False, False, -100, 5, 0.0, 1.0, 0.0, 1.0, "torch")[0].divergences == (divergences.get(name),)
+        assert ops._problem(name, False, False, -100, 5, 0.0, 1.0, 0.0, 1.0, "torch")[0].divergences == (
+            divergences.get(name),
+        )

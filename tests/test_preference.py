@@ -89,10 +89,14 @@ def test_packed_equals_padded(backend, device, shift, kind):
     pz, pw, py, cu, short = packed(z, w, y)
     padded = fl.dpo_loss(z, short, w, shift=shift, divergence="js", reduction="none")
     ours = fl.dpo_loss(pz, py, pw, cu_seqlens=cu.to(kind), shift=shift, divergence="js", reduction="none")
-    twin = fl.reference.dpo_loss(pz.double(), py, pw.double(), cu_seqlens=cu, shift=shift, divergence="js", reduction="none")
+    twin = fl.reference.dpo_loss(
+        pz.double(), py, pw.double(), cu_seqlens=cu, shift=shift, divergence="js", reduction="none"
+    )
     torch.testing.assert_close(ours.loss, padded.loss)
     torch.testing.assert_close(ours.loss.double(), twin.loss, rtol=1e-5, atol=1e-6)
-    for g, t in zip(torch.autograd.grad(ours.loss.sum(), (z, w)), torch.autograd.grad(padded.loss.sum(), (z, w)), strict=True):
+    for g, t in zip(
+        torch.autograd.grad(ours.loss.sum(), (z, w)), torch.autograd.grad(padded.loss.sum(), (z, w)), strict=True
+    ):
         torch.testing.assert_close(g, t)
 
 
@@ -100,10 +104,16 @@ def test_reference_given_four_ways(backend, device):
     z, w, y = batch(device)
     logits_ref = fl.dpo_loss(z, y, w.detach(), shift=True)
     tokens = fl.token_stats(w.detach(), y, shift=True).logps
-    for given in (tokens, tokens.sum(1), tokens.masked_fill(tokens == 0, math.nan)):  # masked positions may hold anything
+    for given in (
+        tokens,
+        tokens.sum(1),
+        tokens.masked_fill(tokens == 0, math.nan),
+    ):  # masked positions may hold anything
         out = fl.dpo_loss(z, y, fl.LogProbs(given), shift=True)
         torch.testing.assert_close(out.loss, logits_ref.loss)
-        torch.testing.assert_close(torch.autograd.grad(out.loss, z), torch.autograd.grad(logits_ref.loss, z, retain_graph=True))
+        torch.testing.assert_close(
+            torch.autograd.grad(out.loss, z), torch.autograd.grad(logits_ref.loss, z, retain_graph=True)
+        )
     free = fl.dpo_loss(z, y, shift=True)
     truth = fl.reference.dpo_loss(z.double(), y, shift=True)
     torch.testing.assert_close(free.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
@@ -149,7 +159,9 @@ def test_published_values(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     h, y = torch.tensor([[0.7], [-0.4]], dtype=torch.float64), torch.zeros(2, 1, dtype=torch.long)
     assert fl.dpo_loss(fl.LogProbs(h), y).loss.item() == pytest.approx(0.639658918622423, rel=1e-12)
-    assert fl.dpo_loss(fl.LogProbs(h), y, label_smoothing=0.1).loss.item() == pytest.approx(0.650658918622423, rel=1e-12)
+    assert fl.dpo_loss(fl.LogProbs(h), y, label_smoothing=0.1).loss.item() == pytest.approx(
+        0.650658918622423, rel=1e-12
+    )
 
 
 def test_extreme_margins_stay_finite(backend, device):
@@ -179,7 +191,9 @@ def test_empty_batches(backend, device, shape):
     out.loss.backward()
     assert not z.grad.any()
     nothing = torch.zeros(1, dtype=torch.int32, device=device)
-    assert fl.dpo_loss(z.reshape(-1, 9)[:0], torch.zeros(0, dtype=torch.long, device=device), cu_seqlens=nothing).loss == 0
+    assert (
+        fl.dpo_loss(z.reshape(-1, 9)[:0], torch.zeros(0, dtype=torch.long, device=device), cu_seqlens=nothing).loss == 0
+    )
 
 
 def test_entropy_metric_and_inplace(backend, device):

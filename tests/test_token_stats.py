@@ -15,7 +15,9 @@ def fp32(kind):
     return 1e-5
 
 
-@pytest.mark.parametrize("shape", [(1, 2), (7, 777), (3, 8193)], ids=str)  # least; one masked step; full steps and a tail
+@pytest.mark.parametrize(
+    "shape", [(1, 2), (7, 777), (3, 8193)], ids=str
+)  # least; one masked step; full steps and a tail
 def test_float32_matches_the_twin(backend, device, shape, poison):
     z, w = logits(shape, device)
     compare(z, w, labels_for(shape[:1], shape[1], device), fp32, **EVERYTHING)
@@ -102,7 +104,11 @@ def views(device):
     yield "sliced vocabulary", base[:, 0, 0, :50], other[:, 1, 1, :50]
     yield "vocabulary stride 2", base[:, 0, 0, ::2], other[:, 0, 0, ::2]
     yield "permuted", base[:, :, 0].permute(1, 0, 2), other[:, :, 0].permute(1, 0, 2)
-    yield "three strides", base[::2, :-1, :1].expand(2, 5, 3, 64), other[::2, ::2][:, :, :].repeat(1, 2, 2, 1)[:, :5, :3]
+    yield (
+        "three strides",
+        base[::2, :-1, :1].expand(2, 5, 3, 64),
+        other[::2, ::2][:, :, :].repeat(1, 2, 2, 1)[:, :5, :3],
+    )
     yield "expanded", base[0, 0, :1].expand(4, 64), other[0, :4, 1]
 
 
@@ -154,9 +160,13 @@ def test_incoming_gradients_of_any_stride(backend, device):
     z, w = logits((6, 99), device)
     stats = fl.token_stats(z, labels_for((6,), 99, device), w, divergence=["forward_kl", "js"], entropy=True)
     for value in outputs(stats).values():
-        (expanded,) = torch.autograd.grad(value, z, torch.ones((), device=device).expand(6), retain_graph=True, allow_unused=True)
+        (expanded,) = torch.autograd.grad(
+            value, z, torch.ones((), device=device).expand(6), retain_graph=True, allow_unused=True
+        )
         (plain,) = torch.autograd.grad(value, z, torch.ones(6, device=device), retain_graph=True, allow_unused=True)
-        (strided,) = torch.autograd.grad(value, z, torch.ones(12, device=device)[::2], retain_graph=True, allow_unused=True)
+        (strided,) = torch.autograd.grad(
+            value, z, torch.ones(12, device=device)[::2], retain_graph=True, allow_unused=True
+        )
         assert expanded is plain is None or (torch.equal(expanded, plain) and torch.equal(strided, plain))
 
 
