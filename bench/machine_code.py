@@ -193,7 +193,7 @@ def compile_workload(
             div if divergences else None, hit, saved,
         )  # fmt: skip
         launch.backward(problem, z, y, w, saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
-    config = launch.forward_config(problem.divergences)
+    config = launch.forward_config(problem.divergences, entropy)
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
 
 

@@ -124,12 +124,9 @@ LABELS = {
 }
 
 
-def size(bytes_: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if bytes_ < 1024:
-            return f"{bytes_:.4g} {unit}"
-        bytes_ /= 1024
-    return f"{bytes_:.2f} GiB"
+def size(count: int) -> str:
+    power = min(3, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.2f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,9 +154,9 @@ def _print(step: Step, sizes: dict[str, int]) -> None:
     for key, label in LABELS.items():
         per_logit = sizes[key] / step.rows / step.vocab
         print(f"{label:<38}{size(sizes[key]):>14}{size(inputs + sizes[key]):>14}{per_logit:>16.2f}")
-    whose = "both models' logits" if step.both else "the policy's logits"
-    print(f"\n{size(step.logits * (1 + step.both))} of that is the gradient of {whose}, which either code has to return;")
-    print("inplace_backward=True writes the policy's over its logits. Naive: float32 log-softmaxes, textbook divergences.")
+    gradient = size(step.logits * (1 + step.both))
+    print(f"\n{gradient} of it is the gradient of {'both' if step.both else 'the policy'}, which either code has to return;")
+    print("inplace_backward=True writes the policy's over its logits. Naive: float32 log-softmax, textbook divergences.")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -46,14 +46,15 @@ def _formulas(divergences: tuple[Divergence, ...]):
     }
 
 
-def forward_config(divergences: tuple[Divergence, ...]) -> configs.Config:
+def forward_config(divergences: tuple[Divergence, ...], entropy: bool) -> configs.Config:
     if any(d.term is not None for d in divergences):
         return configs.FORWARD_TWO_PASS
-    return configs.FORWARD_POWER if any(d.power is not None for d in divergences) else configs.FORWARD
+    more = any(d.power is not None for d in divergences) or (entropy and divergences)
+    return configs.FORWARD_MORE if more else configs.FORWARD
 
 
 def forward(problem: Problem, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, saved) -> None:
-    config = forward_config(problem.divergences)
+    config = forward_config(problem.divergences, problem.entropy)
     with on(policy.device):
         token_stats.token_stats_forward[(logps.numel(),)](
             *_side(policy, problem.softcap, problem.multiplier),
