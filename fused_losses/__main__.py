@@ -32,7 +32,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (summary, example) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=f"Print or show {summary}.")
-        sub.epilog = f"example: python -m fused_losses {name} {example}"
+        sub.epilog = f"example: python -m fused_losses {name} {example}".rstrip()
         if name == command:
             module = import_module(f"{__package__}.{name}")
             module.add_arguments(sub)

@@ -26,7 +26,7 @@ from torch import Tensor, log, sqrt, xlogy
 from .pointwise import (
     absolute,
     bounded,
-    capped_exp,
+    cap,
     difference,
     exp,
     expm1,
@@ -62,6 +62,9 @@ class Divergence:
 
     def __str__(self) -> str:
         return self.key
+
+    def __reduce__(self):
+        return from_key, (self.key,)
 
     def f_dpo_link(self) -> Callable:
         """The link s(h) of f-DPO (Wang et al. 2024, 2309.16240), or a ValueError that says why there is none."""
@@ -105,7 +108,7 @@ def _forward_row(reverse, forward, power):
 
 
 def _forward_link(h):
-    e = capped_exp(-h)
+    e = exp(cap(-h))
     return -e, where(h > -80.0, e, 0.0)
 
 
@@ -122,7 +125,7 @@ def _jeffreys_row(reverse, forward, power):
 
 
 def _jeffreys_link(h):
-    e = capped_exp(-h)
+    e = exp(cap(-h))
     return h + 1.0 - e, 1.0 + where(h > -80.0, e, 0.0)
 
 
@@ -144,8 +147,8 @@ def _power_row(reverse, forward, power, s, weight):
 
 
 def _power_link(h, s, weight):
-    e = capped_exp((s - 1.0) * h)
-    return (e - 1.0) * (weight / (s - 1.0)), where((s - 1.0) * h < 80.0, weight * e, 0.0)
+    x = cap((s - 1.0) * h)
+    return expm1(x) * (weight / (s - 1.0)), where(x < 80.0, weight * exp(x), 0.0)
 
 
 def _js_term(p, q, t, lp, lq, beta):
@@ -424,6 +427,8 @@ def get(name: str, **params: float) -> Divergence:
 def from_key(key: str | Divergence) -> Divergence:
     """Reads "js" or "js(beta=0.3)", or hands a Divergence through."""
     if isinstance(key, Divergence):
+        if key.name not in _FACTORIES or from_key(key.key) is not key:
+            raise ValueError(f"divergence: expected one made by fl.divergences.get(), got {key.key or key!r}")
         return key
     if not isinstance(key, str):
         raise TypeError(f"divergence: expected a name or a Divergence, got {type(key).__name__}")

@@ -31,7 +31,7 @@ class PairProblem(NamedTuple):
     term: Callable  # the loss as a formula of the margin: (margin, *term_params) -> loss, dloss/dmargin
     term_params: tuple[float, ...]
     beta: float
-    length: int  # tokens of a row of a padded batch; 0 when packed
+    sequences: int  # 2 B
     ref_summed: bool  # reference log-probs come one per sequence
 
 
@@ -49,22 +49,29 @@ def collapse(x: Tensor, trailing: int) -> list[tuple[int, int]]:
     return dims
 
 
-def row_layout(x: Tensor, trailing: int) -> tuple[int, int, int]:
-    """(inner size, outer stride, inner stride): row i lies at (i // inner) * outer + (i % inner) * inner stride."""
+def _outer_inner(x: Tensor, trailing: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(size, stride) of an outer and an inner dimension that hold the rows between them."""
     dims = collapse(x, trailing)
     if len(dims) > 2:
         raise AssertionError(f"rows of {tuple(x.shape)} with strides {x.stride()} do not lie on two strides")
-    if len(dims) == 2:
-        return dims[1][0], dims[0][1], dims[1][1]
-    return (dims[0][0], 0, dims[0][1]) if dims else (1, 0, 0)
+    dims = [(1, 0)] * (2 - len(dims)) + dims
+    return dims[0], dims[1]
+
+
+def row_layout(x: Tensor, trailing: int) -> tuple[int, int, int]:
+    """(inner size, outer stride, inner stride): row i lies at (i // inner) * outer + (i % inner) * inner stride.
+
+    Rows on one stride are (1, stride, 0): the row count stays out of it, for Triton would compile anew for counts of
+    another divisibility.
+    """
+    outer, inner = _outer_inner(x, trailing)
+    return (1, inner[1], 0) if outer[0] == 1 else (inner[0], outer[1], inner[1])
 
 
 def rows_view(x: Tensor, trailing: int) -> Tensor:
     """x as [outer, inner, *trailing], a view."""
-    inner, outer_stride, inner_stride = row_layout(x, trailing)
+    outer, inner = _outer_inner(x, trailing)
     lead = x.dim() - trailing
-    count = 1
-    for size in x.shape[:lead]:
-        count *= size
-    shape = (count // max(inner, 1), inner, *x.shape[lead:])
-    return x.as_strided(shape, (outer_stride, inner_stride, *x.stride()[lead:]))
+    return x.as_strided(
+        (outer[0], inner[0], *x.shape[lead:]), (outer[1], inner[1], *x.stride()[lead:]), x.storage_offset()
+    )  # fmt: skip

@@ -37,7 +37,7 @@ class Batch:
     ref_logps: Tensor | None  # per token, flat, or per sequence
     mask: Tensor  # per token, flat
     cu_seqlens: Tensor | None
-    length: int
+    sequences: int
     ref_summed: bool
     divergence: Divergence
     beta: float
@@ -47,7 +47,7 @@ class Batch:
         dtype = self.logps.dtype if self.logps.dtype == torch.float64 else None
         losses, policy, ref, _ = ops.pair_loss(
             self.logps, self.ref_logps, self.mask, self.cu_seqlens, name, list(params), self.divergence.key, self.beta,
-            self.length, self.ref_summed, choose(self.logps.device, dtype),
+            self.sequences, self.ref_summed, choose(self.logps.device, dtype),
         )  # fmt: skip
         return losses, policy, ref
 
@@ -107,8 +107,7 @@ def preference_loss(
     if source is None and link.name != "reverse_kl":
         raise ValueError(f"divergence: {link.key!r} needs a reference, got ref=None")
     sequences = _check_batch(labels, cu_seqlens)
-    summed = isinstance(source, LogProbs) and source.logps.shape == (sequences,) and cu_seqlens is None
-    summed = summed or (isinstance(source, LogProbs) and cu_seqlens is not None and source.logps.shape == (sequences,))
+    summed = isinstance(source, LogProbs) and source.logps.shape == (sequences,) != labels.shape
     if shift and cu_seqlens is not None:
         labels, shift = _shift_packed(labels, cu_seqlens, ignore_index), False
 
@@ -124,7 +123,7 @@ def preference_loss(
         ref_logps=None if ref_logps is None else ref_logps.reshape(-1),
         mask=stats.mask.reshape(-1),
         cu_seqlens=cu_seqlens,
-        length=stats.mask.shape[-1] if cu_seqlens is None else 0,
+        sequences=sequences,
         ref_summed=summed,
         divergence=link,
         beta=float(beta),

@@ -155,8 +155,12 @@ def _print(step: Step, sizes: dict[str, int]) -> None:
         per_logit = sizes[key] / step.rows / step.vocab
         print(f"{label:<38}{size(sizes[key]):>14}{size(inputs + sizes[key]):>14}{per_logit:>16.2f}")
     gradient = size(step.logits * (1 + step.both))
-    print(f"\n{gradient} of it is the gradient of {'both' if step.both else 'the policy'}, which either code has to return;")
-    print("inplace_backward=True writes the policy's over its logits. Naive: float32 log-softmax, textbook divergences.")
+    print(
+        f"\n{gradient} of it is the gradient of {'both' if step.both else 'the policy'}, which either code has to return;"
+    )
+    print(
+        "inplace_backward=True writes the policy's over its logits. Naive: float32 log-softmax, textbook divergences."
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ def _log_ratio(excess, total, base):
 
 def _agree(x, y, v, noise):
     """Where interpolation and exponentials differ by no more than the noise that counts at this variance."""
-    return absolute(x - y) * (1.0 + 500.0 * v) <= noise
+    return absolute(x - y) * (1.0 + 2000.0 * v) <= noise
 
 
 def close_pair(A, B, A_minus_B, A1, B1, B2, delta, noise):
@@ -54,9 +54,10 @@ def close_pair(A, B, A_minus_B, A1, B1, B2, delta, noise):
     return k, reverse, forward, log_ab, v, j
 
 
-def close_power(R, B, R_minus_B, log_ab, v, j, s, noise):
-    """log sum p^s q^(1-s): <= 0 for s in (0, 1), >= 0 beyond."""
-    exact = _log_ratio(R_minus_B, R, B) - s * log_ab
+def close_power(R_minus_B_over_B, log_rb, log_ab, v, j, s, noise):
+    """log sum p^s q^(1-s) from log R/B: <= 0 for s in (0, 1), >= 0 beyond."""
+    x = R_minus_B_over_B
+    exact = where(absolute(x) < 0.5, log1p(x), log_rb) - s * log_ab
     smooth = s * (s - 1.0) * (v / 2.0 + (j - v) * (s + 1.0) / 3.0)
     m = where(_agree(smooth, exact, v, (1.0 + s * s) * noise), smooth, exact)
-    return where(m * (s * (s - 1.0)) > 0.0, m, 0.0 * log_ab)
+    return where(m * (s * (s - 1.0)) < 0.0, 0.0 * log_ab, m)

@@ -169,19 +169,23 @@ once_differentiable(token_stats_backward, "token_stats")
 
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
-_PAIR = "str term, float[] term_params, str divergence, float beta, int length, bool ref_summed, str backend"
+_PAIR = "str term, float[] term_params, str divergence, float beta, int sequences, bool ref_summed, str backend"
 
 
-def _pair_problem(term, term_params, divergence, beta, length, ref_summed, backend):  # type: ignore[no-untyped-def]
+def _pair_problem(term, term_params, divergence, beta, sequences, ref_summed, backend):  # type: ignore[no-untyped-def]
     link = registry.from_key(divergence)
-    return PairProblem(link, TERMS[term], tuple(term_params), beta, length, ref_summed), backend
+    return PairProblem(link, TERMS[term], tuple(term_params), beta, sequences, ref_summed), backend
 
 
-def _allocate_pairs(logps: Tensor, cu_seqlens: Tensor | None, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sequences = logps.numel() // max(length, 1) if cu_seqlens is None else cu_seqlens.numel() - 1
+def _allocate_pairs(logps: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes = (sequences // 2, sequences, sequences, sequences)
     new = [logps.new_empty(n, dtype=stats_dtype(logps)) for n in sizes]
     return new[0], new[1], new[2], new[3]
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Per-token numbers, small beside the logits."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 @custom_op(
@@ -191,15 +195,15 @@ def _allocate_pairs(logps: Tensor, cu_seqlens: Tensor | None, length: int) -> tu
 def pair_loss(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
     """losses [B], sequence log-probs of policy and reference [2B], dloss/dh [2B] for backward."""
     problem, backend = _pair_problem(*rest)
-    out = _allocate_pairs(logps, cu_seqlens, problem.length)
-    if out[0].numel():
-        _backend(backend).pair_forward(problem, logps, ref_logps, mask, cu_seqlens, *out)
+    out = _allocate_pairs(logps, problem.sequences)
+    if problem.sequences:
+        _backend(backend).pair_forward(problem, *_contiguous(logps, ref_logps, mask, cu_seqlens), *out)
     return out
 
 
 @pair_loss.register_fake
 def _(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
-    return _allocate_pairs(logps, cu_seqlens, rest[4])
+    return _allocate_pairs(logps, rest[4])
 
 
 @custom_op(
@@ -210,17 +214,19 @@ def _(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def
 def pair_loss_backward(*args):  # type: ignore[no-untyped-def]
     grads, (coef, logps, ref_logps, mask, cu_seqlens), rest = args[:3], args[3:8], args[8:]
     (problem, backend), (to_policy, to_ref) = _pair_problem(*rest[:-2]), rest[-2:]
-    d_logps = torch.empty_like(logps) if to_policy else None
-    d_ref = torch.empty_like(ref_logps) if to_ref else None
-    grads = tuple(None if g is None else g.contiguous() for g in grads)
-    if coef.numel():
+    # zeros where tokens may lie outside every packed sequence
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    d_logps = make(logps.shape, dtype=logps.dtype, device=logps.device) if to_policy else None
+    d_ref = make(ref_logps.shape, dtype=ref_logps.dtype, device=logps.device) if to_ref else None
+    if problem.sequences:
+        grads, (mask, cu_seqlens) = tuple(_contiguous(*grads)), _contiguous(mask, cu_seqlens)
         _backend(backend).pair_backward(problem, grads, coef, mask, cu_seqlens, d_logps, d_ref)
     return [d for d in (d_logps, d_ref) if d is not None]
 
 
 @pair_loss_backward.register_fake
 def _(*args):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(x) for x, wanted in ((args[4], args[-2]), (args[5], args[-1])) if wanted]
+    return [x.new_empty(x.shape) for x, wanted in ((args[4], args[-2]), (args[5], args[-1])) if wanted]
 
 
 def _pair_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ HUGE = 1e20
 INF = float("inf")
 
 __all__ = [
-    "FLOOR", "HUGE", "INF", "absolute", "bounded", "capped_exp", "difference", "exp", "expm1", "finite_exp", "log", "log1p",
+    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "exp", "expm1", "finite_exp", "log", "log1p",
     "logmix", "maximum", "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip
 
@@ -33,14 +33,15 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-def capped_exp(x: Tensor) -> Tensor:
-    """exp(min(x, 80)): links that grow exponentially stay finite in fp32 (the cap that TRL uses)."""
-    return exp(x.clamp(max=80.0))
+def cap(x: Tensor) -> Tensor:
+    """min(x, 80), for links that grow exponentially: they stay finite in fp32 (the cap that TRL uses)."""
+    return x.clamp(max=80.0)
 
 
 def finite_exp(x: Tensor) -> Tensor:
     """exp(x), and 0 where that would be infinite: as bounded(), for a slope that is an exponential."""
-    return exp(x).nan_to_num_(posinf=0.0)
+    e = exp(x)
+    return e.masked_fill_(e == INF, 0.0)
 
 
 def difference(p: Tensor, q: Tensor, t: Tensor) -> Tensor:

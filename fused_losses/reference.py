@@ -79,7 +79,7 @@ def preference_loss(
     source = None if ref is None else as_source("ref", ref)
     if source is None and link.name != "reverse_kl":
         raise ValueError(f"divergence: {link.key!r} needs a reference, got ref=None")
-    summed = isinstance(source, LogProbs) and source.logps.shape == (sequences,)
+    summed = isinstance(source, LogProbs) and source.logps.shape == (sequences,) != labels.shape
     stats = token_stats(
         policy, labels, None if summed else ref, entropy=entropy, shift=shift, ignore_index=ignore_index
     )  # fmt: skip

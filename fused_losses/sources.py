@@ -47,7 +47,7 @@ class Logits:
         _positive("scale", self.scale)
         _positive("temperature", self.temperature)
         v = self.logits.shape[-1]
-        if self.valid_vocab is not None and not 1 <= self.valid_vocab <= v:
+        if self.valid_vocab is not None and (type(self.valid_vocab) is not int or not 1 <= self.valid_vocab <= v):
             raise ValueError(
                 f"valid_vocab: expected an int in [1, {v}] for logits with V={v}, got {self.valid_vocab!r}"
             )
@@ -111,7 +111,7 @@ def check_labels(labels: object) -> Tensor:
         raise TypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"labels: expected integer token ids, got {labels.dtype}")
-    return labels
+    return labels if labels.dtype in (torch.int64, torch.int32) else labels.long()  # ignore_index must not wrap around
 
 
 def check_aligned(name: str, x: Logits, labels: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def token_stats(
         inplace_backward: write the policy's gradient over its logits, which are lost.
 
     Raises TypeError or ValueError naming the argument. Label ids out of range raise on the torch backend and give NaN
-    in their row on Triton, never a read out of bounds.
+    log-probs on Triton, never a read out of bounds.
     """
     policy, labels = as_source("policy", policy), check_labels(labels)
     asked = parse(divergence)
@@ -87,7 +88,9 @@ def _from_logits(
     mask = _mask(labels, shift, ignore_index)
     w = ref if isinstance(ref, Logits) else None
     tensors = [policy.logits, *([w.logits] if w else []), labels.unsqueeze(-1)]
-    if any(len(collapse(x, 1)) > 2 for x in tensors):
+    if labels.numel() and any(len(collapse(x, 1)) > 2 for x in tensors):
+        if inplace:
+            raise ValueError("inplace_backward: expected logits whose rows lie on two strides; make them contiguous")
         return _stack(policy, labels, ref, asked, entropy, shift, ignore_index, inplace)
     if inplace and 0 in policy.logits.stride():
         raise ValueError("inplace_backward: expected logits that own their memory, got an expanded (stride 0) view")
@@ -118,14 +121,15 @@ def _from_logits(
 def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest) -> TokenStats:  # type: ignore[no-untyped-def]
     """Rows on more than two strides (a slice of a slice): one call for each entry of the first dimension."""
 
-    def part(x: Logits | LogProbs | None, i: int) -> Logits | LogProbs | None:
+    def parts_of(x: Logits | LogProbs | None) -> list:
+        if x is None:
+            return [None] * len(labels)
         if isinstance(x, LogProbs):
-            return LogProbs(x.logps[i])
-        return x and Logits(
-            x.logits[i], softcap=x.softcap, scale=x.scale, temperature=x.temperature, valid_vocab=x.valid_vocab
-        )
+            return [LogProbs(part) for part in x.logps.unbind(0)]
+        return [replace(x, logits=part) for part in x.logits.unbind(0)]
 
-    parts = [_from_logits(part(policy, i), labels[i], part(ref, i), *rest) for i in range(len(labels))]  # type: ignore[arg-type]
+    triples = zip(parts_of(policy), labels.unbind(0), parts_of(ref), strict=True)
+    parts = [_from_logits(*triple, *rest) for triple in triples]
     first = parts[0]
 
     def joined(name: str) -> Tensor | None:

@@ -119,15 +119,19 @@ def _pair_sums(p: _Side, q: _Side, problem: Problem) -> tuple[Tensor, Tensor, li
         power = torch.zeros_like(k)
         if div.power is not None:
             s = div.power
-            x = (p.x - p.shift[:, None]).mul_(s).add_((q.x - q.shift[:, None]).mul_(1 - s)).exp_()
-            power = close_power(x.sum(1), q.total, x.sub_(q.exp).sum(1), log_ab, curve, j, s, noise)
+            x = (p.x - p.shift[:, None]).mul_(s).add_((q.x - q.shift[:, None]).mul_(1 - s))
+            top = x.amax(1) if s * (s - 1) > 0 else torch.zeros_like(k)  # between 0 and 1 nothing exceeds 0
+            x.sub_(top[:, None]).exp_()
+            log_rb = x.sum(1).log() + top - q.total.log()
+            excess = x.mul_(top.exp()[:, None]).sub_(q.exp).sum(1) / q.total
+            power = close_power(excess, log_rb, log_ab, curve, j, s, noise)
         results.append(div.row(reverse, forward, power, *div.params))
     return c, k, results
 
 
 def _finite(x: Tensor) -> Tensor:
-    """x, and 0 where it is not finite: the slope of an infinite value is left out of the gradient."""
-    return x.nan_to_num(0.0, 0.0, 0.0)
+    """x, and 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
+    return x.masked_fill(x.isinf(), 0)
 
 
 def check_labels(labels: Tensor, problem: Problem) -> None:
@@ -175,11 +179,13 @@ def forward(
         if div is None:
             continue
         c, k, results = _pair_sums(p, q, problem)
-        saved[4, rows], saved[5, rows] = c, k
+        empty = (p.total == 0) | (q.total == 0)
+        saved[4, rows], saved[5, rows] = c.masked_fill(empty, 0), k.masked_fill(empty, 0)
         for i, (value, slope) in enumerate(results):
-            div[i, rows] = value
-            saved[7 + 2 * i, rows] = _finite(slope)
-            saved[8 + 2 * i, rows] = _finite(problem.divergences[i].degree * value - slope)
+            other = _finite(problem.divergences[i].degree * value) - _finite(slope)
+            div[i, rows] = value.masked_fill(empty, float("nan"))
+            saved[7 + 2 * i, rows] = _finite(slope).masked_fill(empty, 0)
+            saved[8 + 2 * i, rows] = other.masked_fill(empty, 0)
 
 
 def _slopes(
@@ -276,14 +282,14 @@ def _sequence_sums(
 ) -> Tensor:
     x = x.to(dtype).masked_fill(~mask, 0)
     if cu_seqlens is None:
-        return x.view(-1, problem.length).sum(1)
+        return x.view(problem.sequences, -1).sum(1)
     return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), initial=0.0)
 
 
 def _spread(x: Tensor, mask: Tensor, problem: PairProblem, cu_seqlens: Tensor | None) -> Tensor:
     """Each sequence's number on its tokens that count."""
     if cu_seqlens is None:
-        tokens = x[:, None].expand(-1, problem.length).reshape(-1)
+        tokens = x[:, None].expand(-1, mask.numel() // problem.sequences).reshape(-1)
     else:
         tokens = x.repeat_interleave(cu_seqlens.diff().long(), output_size=mask.numel())
     return tokens.masked_fill(~mask, 0)

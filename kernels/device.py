@@ -6,8 +6,11 @@ import types
 import triton
 import triton.language as tl
 
+from .. import pointwise
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HUGE = tl.constexpr(pointwise.HUGE)
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -37,7 +40,7 @@ def absolute(x):
 
 @triton.jit
 def maximum(x, y):
-    return tl.maximum(x, y)
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def where(c, x, y):
 
 @triton.jit
 def sign(x):
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0.0))
 
 
 @triton.jit
@@ -62,13 +65,13 @@ def softplus(x):
 
 
 @triton.jit
-def capped_exp(x):
-    return exp(tl.minimum(x, 80.0))
+def cap(x):
+    return tl.minimum(x, 80.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def finite_exp(x):
-    return tl.where(x < 88.0, exp(x), 0.0)
+    return tl.where(x > 88.0, 0.0, exp(x))
 
 
 @triton.jit
@@ -119,12 +122,12 @@ def logmix(t, w):
 
 @triton.jit
 def bounded(t):
-    return tl.where(tl.abs(t) < 1e20, t, 0.0)
+    return tl.where(tl.abs(t) > HUGE, 0.0, t)
 
 
 @triton.jit
 def tanh(x):
-    e = expm1(2.0 * tl.minimum(tl.abs(x), 20.0))
+    e = expm1(2.0 * tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL))
     y = e / (e + 2.0)
     return tl.where(x < 0, -y, y)
 

@@ -16,18 +16,12 @@ def on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _rows(x, trailing):
-    """row_layout with the row count kept out of it: Triton would compile anew for counts of another divisibility."""
-    inner, outer_stride, inner_stride = row_layout(x, trailing)
-    return (1, inner_stride, 0) if outer_stride == 0 else (inner, outer_stride, inner_stride)
-
-
 def _side(x, softcap, multiplier):
-    """(pointer, row layout, vocabulary stride, head) of one side; absent parts are None."""
+    """(pointer, row layout, vocabulary stride, head) of one side; absent parts are None, and so is a stride of 1."""
     if x is None:
-        return None, (1, 0, 0), 1, (None, None)
+        return None, (1, 0, 0), None, (None, None)
     head = (softcap or None, None if multiplier == 1.0 else multiplier)
-    return x, _rows(x, 1), x.stride(-1), head
+    return x, row_layout(x, 1), None if x.stride(-1) == 1 else x.stride(-1), head
 
 
 def _formulas(divergences: tuple[Divergence, ...]):
@@ -59,7 +53,7 @@ def forward(problem: Problem, policy, labels, ref, logps, ref_logps, lse, entrop
         token_stats.token_stats_forward[(logps.numel(),)](
             *_side(policy, problem.softcap, problem.multiplier),
             *_side(ref, problem.ref_softcap, problem.ref_multiplier),
-            labels, _rows(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
+            labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
             logps, ref_logps, lse, entropy, div, hit, saved, problem.vocab,
             **_formulas(problem.divergences), SHIFT=problem.shift,
             UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
@@ -76,7 +70,7 @@ def backward(problem: Problem, policy, labels, ref, saved, grads, dz, dw) -> Non
         token_stats.token_stats_backward[(saved.shape[1],)](
             *z, *_side(dz, None, 1.0)[:3],
             *w, *_side(dw, None, 1.0)[:3],
-            labels, _rows(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
+            labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
             *grads, saved, problem.vocab, policy.shape[-1], ref.shape[-1] if ref is not None else 0,
             tuple(d.params for d in divergences),
             GRADS_P=tuple(jit(d.grad_p) for d in divergences), GRADS_Q=tuple(jit(d.grad_q) for d in divergences),
@@ -89,7 +83,7 @@ def pair_forward(problem: PairProblem, logps, ref, mask, cu_seqlens, losses, seq
     with on(logps.device):
         pairs.pair_forward[(losses.numel(),)](
             logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef,
-            problem.length, problem.beta, problem.divergence.params, problem.term_params,
+            mask.numel(), mask.numel() // problem.sequences, problem.beta, problem.divergence.params, problem.term_params,
             LINK=jit(problem.divergence.f_dpo_link()), TERM=jit(problem.term),
             REF_TOKENS=ref is not None and not problem.ref_summed,
             BLOCK=configs.PAIRS.lanes, num_warps=configs.PAIRS.warps,
@@ -100,6 +94,7 @@ def pair_backward(problem: PairProblem, grads, coef, mask, cu_seqlens, d_logps, 
     """grads: of losses [B], seq_logps [2B], seq_ref [2B], each contiguous or None."""
     with on(coef.device):
         pairs.pair_backward[(coef.numel(),)](
-            *grads, coef, mask, cu_seqlens, d_logps, d_ref, coef.numel() // 2, problem.length,
+            *grads, coef, mask, cu_seqlens, d_logps, d_ref, coef.numel() // 2,
+            mask.numel(), mask.numel() // problem.sequences,
             REF_TOKENS=not problem.ref_summed, BLOCK=configs.PAIRS.lanes, num_warps=configs.PAIRS.warps,
         )  # fmt: skip

@@ -11,18 +11,20 @@ import triton.language as tl
 
 
 @triton.jit
-def bounds(Cu, s, T):
-    """First token and end of sequence s."""
+def bounds(Cu, s, tokens, T):
+    """First token and end of sequence s, inside the batch whatever Cu says."""
     if Cu is None:
         return s * T, s * T + T
     else:
-        return tl.load(Cu + s).to(tl.int64), tl.load(Cu + s + 1).to(tl.int64)
+        first = tl.load(Cu + s).to(tl.int64)
+        end = tl.load(Cu + s + 1).to(tl.int64)
+        return tl.maximum(first, 0), tl.minimum(end, tokens)
 
 
 @triton.jit
-def sequence_sums(Logp, Ref, Mask, Cu, s, T, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+def sequence_sums(Logp, Ref, Mask, Cu, s, tokens, T, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """sum of log p and of log q over the tokens that count."""
-    first, end = bounds(Cu, s, T)
+    first, end = bounds(Cu, s, tokens, T)
     policy = tl.zeros([BLOCK], tl.float32)
     ref = tl.zeros([BLOCK], tl.float32)
     for start in range(first, end, BLOCK):
@@ -42,14 +44,14 @@ def sequence_sums(Logp, Ref, Mask, Cu, s, T, REF_TOKENS: tl.constexpr, BLOCK: tl
 def pair_forward(
     Logp, Ref, Mask, Cu,  # [tokens], [tokens] or [2 B] or None, [tokens], [2 B + 1] or None
     Loss, SeqLogp, SeqRef, Coef,  # [B], [2 B], [2 B], [2 B]: dLoss / dh of each sequence
-    T, beta, link_numbers, term_numbers,
+    tokens, T, beta, link_numbers, term_numbers,
     LINK: tl.constexpr, TERM: tl.constexpr, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """loss = TERM(beta (s(h_chosen) - s(h_rejected))), h = sum log p - sum log q."""
     b = tl.program_id(0).to(tl.int64)
     pairs = tl.num_programs(0).to(tl.int64)
-    policy_w, ref_w = sequence_sums(Logp, Ref, Mask, Cu, b, T, REF_TOKENS, BLOCK)
-    policy_l, ref_l = sequence_sums(Logp, Ref, Mask, Cu, b + pairs, T, REF_TOKENS, BLOCK)
+    policy_w, ref_w = sequence_sums(Logp, Ref, Mask, Cu, b, tokens, T, REF_TOKENS, BLOCK)
+    policy_l, ref_l = sequence_sums(Logp, Ref, Mask, Cu, b + pairs, tokens, T, REF_TOKENS, BLOCK)
     score_w, slope_w = LINK(policy_w - ref_w, *link_numbers)
     score_l, slope_l = LINK(policy_l - ref_l, *link_numbers)
     loss, slope = TERM(beta * (score_w - score_l), *term_numbers)
@@ -66,10 +68,10 @@ def pair_forward(
 def pair_backward(
     dLoss, dSeqLogp, dSeqRef, Coef, Mask, Cu,  # incoming [B], [2 B], [2 B], each or None
     dLogp, dRef,  # [tokens], [tokens] or [2 B], each or None
-    pairs, T, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    pairs, tokens, T, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    first, end = bounds(Cu, s, T)
+    first, end = bounds(Cu, s, tokens, T)
     g = 0.0
     if dLoss is not None:
         g = tl.load(dLoss + s % pairs) * tl.load(Coef + s)

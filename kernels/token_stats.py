@@ -11,14 +11,17 @@ fused_losses/divergences.py. Everything is accumulated in fp32 and in base 2.
 import triton
 import triton.language as tl
 
+from .. import pointwise
 from ..moments import close_pair as _close_pair
 from ..moments import close_power as _close_power
 from .device import LN2, LOG2E, in_bits, jit, tanh
 
 close_pair, close_power = jit(_close_pair), jit(_close_power)
 
-FLOOR = tl.constexpr(-1e37)  # suppressed logits are raised to this: exp gives 0, and no inf - inf or 0 * inf arises
-LOW = tl.constexpr(-1e30)  # the shift of a side that has shown no finite logit yet
+FLOOR = tl.constexpr(pointwise.FLOOR)  # suppressed logits are raised to this
+LOW = tl.constexpr(-pointwise.HUGE)  # below this a logit counts as suppressed; the shift of a side that has shown no other
+HUGE = tl.constexpr(pointwise.HUGE)
+INF = tl.constexpr(pointwise.INF)
 LN2_HI = tl.constexpr(0.693145751953125)  # LN2_HI k is exact for integers |k| < 2^9
 LN2_LO = tl.constexpr(1.42860682030941723212e-6)
 NOISE = tl.constexpr(3e-7)  # error of a log-ratio of two fp32 sums of exponentials near 1
@@ -41,8 +44,8 @@ def head(x, side):
 
 @triton.jit
 def pointers(X, v, stride):
-    """Addresses of vocabulary entries v of a row: the usual stride 1 stays in 32 bits."""
-    if stride == 1:
+    """Addresses of vocabulary entries v of a row: the usual stride 1 (None) stays in 32 bits."""
+    if stride is None:
         return X + v
     else:
         return X + v.to(tl.int64) * stride
@@ -108,10 +111,10 @@ def sweep(z, w, state, c, powers, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTR
         E = (E + A * x) * scale_p
         A, A1 = A * scale_p, A1 * scale_p
         B, B1, B2 = B * scale_q, B1 * scale_q, B2 * scale_q
-        scaled = ()
+        moved = ()
         for i in tl.static_range(len(powers)):
-            scaled = scaled + (R[i] * tl.exp2(powers[i] * x + (1.0 - powers[i]) * y),)
-        R = scaled
+            moved = moved + ((R[i][0], R[i][1] + powers[i] * x + (1.0 - powers[i]) * y),)
+        R = moved
         mp, mq = p, q
     x = in_bits(z, mp)
     a = tl.exp2(x)
@@ -129,8 +132,10 @@ def sweep(z, w, state, c, powers, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTR
             B1 += tl.sum(bd, 0)
             B2 += tl.sum(bd * d, 0)
         added = ()
-        for i in tl.static_range(len(powers)):
-            added = added + (R[i] + tl.sum(tl.exp2(powers[i] * x + (1.0 - powers[i]) * y), 0),)
+        for i in tl.static_range(len(powers)):  # each has a shift of its own: outside 0 < s < 1 nothing else bounds it
+            e = powers[i] * x + (1.0 - powers[i]) * y
+            shift = tl.maximum(R[i][1], tl.ceil(tl.max(tl.max(e, 0), 0)))
+            added = added + ((R[i][0] * tl.exp2(R[i][1] - shift) + tl.sum(tl.exp2(e - shift), 0), shift),)
         R = added
     return mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R
 
@@ -171,8 +176,8 @@ def token_label(Labels, layout, row, T, ignore_index, SHIFT: tl.constexpr):
 
 @triton.jit
 def finite(x):
-    """x, and 0 where it is not finite: the slope of an infinite value is left out of the gradient."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    """x, and 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
+    return tl.where(tl.abs(x) == INF, 0.0, x)
 
 
 @triton.jit
@@ -215,17 +220,18 @@ def token_stats_forward(
     if REF:
         W += row_offset(row, w_layout)
         wy = head(tl.load(pointers(W, y, w_stride)), w_side)[0]
-    known = (zy > LOW) & (wy > LOW)
-    c = tl.where(known, zy - wy, 0.0)  # a constant about z - w: the label's own is at hand
+    known = (zy > LOW) & (wy > LOW) & (tl.abs(zy - wy) < 64.0)
+    c = tl.where(known, zy - wy, 0.0)  # a constant about z - w: the label's own is at hand, unless it is an outlier
     mq = tl.where(wy > LOW, tl.floor(wy * LOG2E), LOW)
     mp = tl.where(zy > LOW, tl.where(known, mq + tl.floor(c * LOG2E + 0.5), tl.floor(zy * LOG2E)), LOW)
 
     BLOCK: tl.constexpr = UNROLL * LANES
     v = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     zero = tl.zeros([LANES], tl.float32)
+    low = tl.sum(zero) + LOW
     R = ()
     for i in tl.static_range(len(powers)):  # noqa: B007
-        R = R + (zero,)
+        R = R + ((zero, low),)
     state = (mp, mq, zy, wy, zero, zero, zero, zero, zero, zero, R)
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STAGES):
@@ -240,13 +246,13 @@ def token_stats_forward(
     total_a = tl.sum(A)
     log_a = tl.log2(total_a)
     logp = (in_bits(zy, mp) - log_a) * LN2
-    logp = tl.where(zy > LOW, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), float("-inf"))
+    logp = tl.where(zy > LOW, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
     entropy = tl.maximum((log_a - tl.sum(E) / total_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(Logp + row, tl.where(valid & (total_a > 0), logp, bad))
+    tl.store(Logp + row, tl.where(valid & (total_a != 0), logp, bad))
     tl.store(Lse + row, (mp + log_a) * LN2)
     tl.store(Hit + row, (zy >= zmax) & valid)
     tl.store(Saved + row, mp)
-    tl.store(Saved + rows + row, tl.where(total_a > 0, log_a, 0.0))
+    tl.store(Saved + rows + row, tl.where(total_a == 0, 0.0, log_a))
     if ENTROPY:
         tl.store(Entropy + row, entropy)
     tl.store(Saved + 6 * rows + row, finite(entropy) if ENTROPY else 0.0)
@@ -254,15 +260,15 @@ def token_stats_forward(
         total_b = tl.sum(B)
         log_b = tl.log2(total_b)
         logq = (in_bits(wy, mq) - log_b) * LN2
-        logq = tl.where(wy > LOW, tl.minimum(logq, 0.0, propagate_nan=tl.PropagateNan.ALL), float("-inf"))
-        tl.store(RefLogp + row, tl.where(valid & (total_b > 0), logq, bad))
+        logq = tl.where(wy > LOW, tl.minimum(logq, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
+        tl.store(RefLogp + row, tl.where(valid & (total_b != 0), logq, bad))
         apart = mp - mq
         delta = (c - apart * LN2_HI) - apart * LN2_LO
         k, reverse, forward, log_ab, curve, j = close_pair(
             total_a, total_b, tl.sum(A - B), tl.sum(A1), tl.sum(B1), tl.sum(B2), delta, NOISE
         )
         tl.store(Saved + 2 * rows + row, mq)
-        tl.store(Saved + 3 * rows + row, tl.where(total_b > 0, log_b, 0.0))
+        tl.store(Saved + 3 * rows + row, tl.where(total_b == 0, 0.0, log_b))
         tl.store(Saved + 4 * rows + row, c)
         tl.store(Saved + 5 * rows + row, k)
         sums = ()
@@ -279,20 +285,23 @@ def token_stats_forward(
             if main < V:
                 z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, main + v, V, True)
                 sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
+        alive = (total_a != 0) & (total_b != 0)
         for i in tl.static_range(n):
             if TERMS[i] is not None:
                 value, slope = tl.sum(sums[i][0]), tl.sum(sums[i][1])
-                value = tl.where(value > 1e20, float("inf"), tl.where(value < 0, 0.0, value))
+                value = tl.where(value > HUGE, INF, tl.where(value < 0, 0.0, value))
             else:
                 power = 0.0
                 if POWER[i] >= 0:
-                    s = powers[POWER[i]]
-                    excess = tl.sum(R[POWER[i]] - B)
-                    power = close_power(tl.sum(R[POWER[i]]), total_b, excess, log_ab, curve, j, s, NOISE)
+                    r, shift = R[POWER[i]]
+                    log_r = (tl.log2(tl.sum(r)) + shift) * LN2
+                    excess = tl.sum(r * tl.exp2(shift) - B) / total_b
+                    power = close_power(excess, log_r - log_b * LN2, log_ab, curve, j, powers[POWER[i]], NOISE)
                 value, slope = ROWS[i](reverse, forward, power, *numbers[i])
-            tl.store(Div + i * rows + row, value)
-            tl.store(Saved + (7 + 2 * i) * rows + row, finite(slope))
-            tl.store(Saved + (8 + 2 * i) * rows + row, finite(degrees[i] * value - slope))
+            other = finite(degrees[i] * value) - finite(slope)
+            tl.store(Div + i * rows + row, tl.where(alive, value, bad))
+            tl.store(Saved + (7 + 2 * i) * rows + row, tl.where(alive, finite(slope), 0.0))
+            tl.store(Saved + (8 + 2 * i) * rows + row, tl.where(alive, other, 0.0))
     else:
         for i in tl.static_range(2, 6):
             tl.store(Saved + i * rows + row, 0.0)

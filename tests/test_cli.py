@@ -17,70 +17,63 @@ from fused_losses.memory_probe import peak_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["check", "--shape", "1,3,50", "--dtype", "float32", "--device", "cpu"]
-FLOATS = list(check.DTYPES.values())
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Whatever a command does to these is undone; empty means not set."""
+    """What --backend sets is undone; empty means not set."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "")
-    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", ""))
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
 
 
-def scaled(monkeypatch, name, index, factor):
-    """The torch backend with one of its outputs off by a factor: `index` counts the arguments of forward or backward."""
-    run = getattr(torch_backend, name)
-
-    def wrong(*args):
-        run(*args)
-        if args[index] is not None:
-            args[index].mul_(factor)
-
-    monkeypatch.setattr(torch_backend, name, wrong)
-
-
-# ---- the program -----------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for one another cost more than these small tensors do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_module_runs_and_imports_one_command():
     """A real process: the exit code gets out, and `env` does not pay for the imports of `demo`."""
+
+    def python(*argv):
+        env = {**os.environ, "FUSED_LOSSES_BACKEND": "torch"}
+        return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+
     code = "import sys; from fused_losses.__main__ import main; code = main(['env'])"
-    code += "; print(sorted(m for m in sys.modules if m in ('fused_losses.demo', 'fused_losses.check'))); sys.exit(code)"
-    quiet = {**os.environ, "FUSED_LOSSES_BACKEND": "torch"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=quiet, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+    code += "; print({'fused_losses.demo', 'fused_losses.check'} & {*sys.modules}); sys.exit(code)"
+    done = python("-c", code)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stderr
     assert "why: FUSED_LOSSES_BACKEND=torch" in done.stdout
 
-    bad = [sys.executable, "-m", "fused_losses", "check", "--divergence", "nope"]
-    done = subprocess.run(bad, cwd=ROOT, env=quiet, capture_output=True, text=True)
+    done = python("-m", "fused_losses", "check", "--divergence", "nope")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: divergence: unknown name 'nope'") and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    assert f"example: python -m fused_losses {command}" in capsys.readouterr().out
+def test_help_and_usage(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert f"example: python -m fused_losses {command}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["chek"])
+    assert "usage: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["check", "--shape", "2,3"], "B,T,V"),
         (["check", "--shape", "2,3,x"], "B,T,V"),
         (["check", "--divergence", "js(beta=2)"], "js beta: expected a number in (0, 1)"),
-        (["check", "--divergence", "js(gamma=1)"], "unknown parameter gamma"),
         (["check", "--loss", "nope"], "known: token_stats, sigmoid"),
         (["check", "--loss", "sigmoid", "--divergence", "total_variation"], "cannot be used as an f-DPO link"),
         (["check", "--softcap", "-1", "--device", "cpu"], "softcap: expected a finite number > 0"),
-        (["check", "--device", "nope"], "nope"),
         (["check", "--device", "meta", "--backend", "triton"], "cannot run on meta"),
         (["memory", "--batch", "0"], "batch, length, vocab >= 1"),
         (["memory", "--no-ref", "--divergence", "js"], "needs a reference"),
-        (["memory", "--divergence", "nope"], "unknown name 'nope'"),
     ],
     ids=" ".join,
 )
@@ -88,16 +81,6 @@ def test_bad_input_is_an_error_in_words(argv, words, capsys):
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and words in err and not out
-
-
-@pytest.mark.parametrize("argv", [[], ["chek"], ["check", "--dtype", "int8"], ["memory", "--batch", "x"]], ids=" ".join)
-def test_bad_arguments(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2 and "usage: " in capsys.readouterr().err
-
-
-# ---- env -------------------------------------------------------------------------------------------------------------
 
 
 def test_env_says_what_runs_and_why(capsys, monkeypatch):
@@ -113,16 +96,7 @@ def test_env_says_what_runs_and_why(capsys, monkeypatch):
     assert "nothing runs: FUSED_LOSSES_BACKEND: expected one of triton, torch, got 'nope'" in capsys.readouterr().out
 
 
-def test_env_reports_a_broken_package(monkeypatch):
-    assert env._version("no_such_package_anywhere") == "not installed"
-    monkeypatch.setitem(sys.modules, "broken", None)
-    assert env._version("broken").startswith(("cannot be imported", "not installed"))
-
-
-# ---- check -----------------------------------------------------------------------------------------------------------
-
-
-def test_check_covers_the_registries(capsys):
+def test_check_covers_the_registries():
     rows = check.run((2, 5, 257))
     assert all(row.ok for row in rows), check.table([row for row in rows if not row.ok])
     parts = {(row.what, row.part) for row in rows if row.dtype == "bfloat16"}
@@ -153,61 +127,52 @@ def test_check_at_any_spread(spread):
 
 def test_check_triton(device, capsys):
     pytest.importorskip("triton")
-    argv = ["check", "--shape", "1,3,50", "--device", str(device), "--backend", "triton", "--divergence", "forward_kl", "js"]
-    assert main([*argv, "--dtype", "float32", "bfloat16"]) == 0
+    argv = (
+        f"check --shape 1,3,50 --device {device} --backend triton --divergence forward_kl js --dtype float32 bfloat16"
+    )
+    assert main(argv.split()) == 0
     assert "triton backend: FUSED_LOSSES_BACKEND=triton" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("function", "index", "dtype", "factor", "fails"),
+    ("function", "index", "spoil", "dtype", "fails"),
     [
-        ("backward", 6, "float32", 1 + 1e-4, "dz"),
-        ("backward", 7, "float32", 1 + 1e-4, "dw"),
-        ("backward", 6, "bfloat16", 1 + 1e-2, "dz"),
-        ("backward", 6, "float16", float("nan"), "dz"),
-        ("forward", 8, "bfloat16", 1 + 1e-4, "value"),
-        ("pair_forward", 5, "float32", 1 + 1e-4, "value"),
+        ("backward", 6, 1 + 1e-4, "float32", "dz"),
+        ("backward", 7, 1 + 1e-4, "float32", "dw"),
+        ("backward", 6, 1 + 1e-2, "bfloat16", "dz"),
+        ("backward", 6, float("nan"), "float16", "dz"),
+        ("backward", 6, "leak", "float32", "dz"),
+        ("forward", 8, 1 + 1e-4, "bfloat16", "value"),
+        ("pair_forward", 5, 1 + 1e-4, "float32", "value"),
     ],
 )
-def test_check_catches_a_wrong_kernel(function, index, dtype, factor, fails, monkeypatch, capsys):
+def test_check_catches_a_wrong_kernel(function, index, spoil, dtype, fails, monkeypatch, capsys):
+    """One argument of one function of the torch backend, an output, is spoilt."""
+    run = getattr(torch_backend, function)
+
+    def wrong(*args):
+        run(*args)
+        if spoil == "leak" and args[index] is not None:
+            args[index][args[2] == -100] = 1e-3  # a gradient where there is no token
+        elif args[index] is not None:
+            args[index].mul_(spoil)
+
     argv = ["check", "--shape", "1,3,50", "--device", "cpu", "--dtype", dtype, "--divergence", "forward_kl"]
     assert main(argv) == 0
-    scaled(monkeypatch, function, index, factor)
+    monkeypatch.setattr(torch_backend, function, wrong)
     assert main(argv) == 1
-    lines = capsys.readouterr().out.splitlines()
-    wrong = [line.split() for line in lines if line.endswith("NO")]
-    assert wrong and {line[-5] for line in wrong} == {fails}
-    assert not lines[-1].startswith("11 of 11")
-
-
-def test_check_catches_a_gradient_in_masked_rows(monkeypatch):
-    run = torch_backend.backward
-
-    def wrong(problem, policy, labels, *rest):
-        run(problem, policy, labels, *rest)
-        if (dz := rest[-2]) is not None:
-            dz[labels == -100] = 1e-3
-
-    monkeypatch.setattr(torch_backend, "backward", wrong)
-    assert not all(row.ok for row in check.run((1, 3, 50), [torch.float32], losses=["token_stats"]) if row.part == "dz")
-
-
-def test_check_rejects_labels_out_of_range():
-    x = check.make_inputs((1, 3, 50), 1.0, 0, torch.device("cpu"), torch.float32)
-    assert (x.labels == -100).any()
-    for bad in (50, -1):
-        with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 50\) or -100"):
-            check.Inputs(x.policy, x.ref, torch.full_like(x.labels, bad), x.weight)
+    failed = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("NO")]
+    assert failed and {line[-5] for line in failed} == {fails}
 
 
 def test_measure_takes_tensors_of_ones_own():
-    z = torch.randn(2, 4, 31)
-    own = check.Inputs(z, z + 0.1, torch.randint(31, (2, 4)), torch.ones(8))
+    z, labels = torch.randn(2, 4, 31), torch.randint(31, (2, 4))
     (case,) = (case for case in check.cases() if case.what == "logps")
-    assert [row.part for row in check.measure(case, own, {"scale": 0.5})] == ["value", "dz"]
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
+    own = check.Inputs(z, z + 0.1, labels, torch.ones(8))
+    assert [row.part for row in check.measure(case, own, {"scale": 0.5}) if row.ok] == ["value", "dz"]
+    for bad in (31, -1):
+        with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 31\) or -100"):
+            check.Inputs(z, z, torch.full_like(labels, bad), torch.ones(8))
 
 
 def step(names, rows, vocab, dtype, device="cpu", both=False, ref=True):
@@ -223,49 +188,41 @@ def gradients(loss, z, w):
     return torch.autograd.grad(loss, [x for x in (z, w) if x is not None and x.requires_grad])
 
 
+ALONE = [[name] for name in divergences.names()]
+
+
 @pytest.mark.parametrize("both", [False, True], ids=["policy", "both"])
 @pytest.mark.parametrize(
-    "names",
-    [[], *([name] for name in divergences.names()), ["reverse_kl", "forward_kl"], ["total_variation", "js", "alpha"]],
-    ids="+".join,
+    "names", [None, [], *ALONE, ["reverse_kl", "forward_kl"], ["total_variation", "js", "alpha"]], ids=str
 )
 def test_memory_of_naive_code(names, both):
-    for dtype in FLOATS if len(names) != 1 else FLOATS[:2]:
-        model, z, w, labels = step(names, 128, 2048, dtype, both=both)
+    ref = names is not None
+    for dtype in check.DTYPES.values():
+        model, z, w, labels = step(names, 128, 2048, dtype, both=both and ref, ref=ref)
         measured = peak_bytes(lambda: gradients(memory.naive_loss(z, labels, w, model.divergences), z, w))  # noqa: B023
         assert model.naive() == pytest.approx(measured, rel=0.1), dtype
 
 
-def test_memory_of_naive_code_without_reference():
-    model, z, w, labels = step([], 128, 2048, torch.bfloat16, ref=False)
-    measured = peak_bytes(lambda: gradients(memory.naive_loss(z, labels, w, ()), z, w))
-    assert model.naive() == pytest.approx(measured, rel=0.1)
-
-
 def ours(model, z, w, labels, inplace=False):
+    """Peak bytes of the same step in this library."""
     logits = z * 1 if inplace else z  # in place of something that is not a leaf, as in training
-    ours = lambda: fl.token_stats(logits, labels, w, divergence=model.divergences, inplace_backward=inplace)  # noqa: E731
 
     def loss():
-        stats = ours()
-        total = stats.logps.sum() + sum(d.sum() for d in stats.divergence.values())
-        return gradients(total if w is None else total - stats.ref_logps.sum(), logits, w)
+        stats = fl.token_stats(logits, labels, w, divergence=model.divergences, inplace_backward=inplace)
+        return (stats.logps - stats.ref_logps).sum() + sum(d.sum() for d in stats.divergence.values())
 
-    return peak_bytes(loss)
+    return peak_bytes(lambda: gradients(loss(), logits, w))
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["policy", "both"])
-@pytest.mark.parametrize("names", [[], ["forward_kl"], ["alpha", "js"]], ids="+".join)
+@pytest.mark.parametrize("names", [[], ["forward_kl"], ["alpha", "js"]], ids=str)
 def test_memory_of_the_torch_backend(names, both, monkeypatch):
-    """Gradients and blocks, with blocks small enough for gradients to count, as they do at real sizes."""
-    monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 1 << 15)
-    model, *tensors = step(names, 256, 2048, torch.float32, both=both)
-    assert model.fused("torch") == pytest.approx(ours(model, *tensors), rel=0.1)
-
-
-@pytest.mark.parametrize("names", [[], ["forward_kl"], ["js"], divergences.names()], ids="+".join)
-def test_memory_of_the_torch_backend_in_place(names):
-    """Blocks alone. The model is a bound: a little over what is used, never under."""
+    """Gradients and blocks, with blocks small enough for gradients to count, as they do at real sizes; then blocks alone,
+    of which the model is a bound: a little over what is used, never under."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_backend, "BLOCK_BYTES", 1 << 15)
+        model, *tensors = step(names, 256, 2048, torch.float32, both=both)
+        assert model.fused("torch") == pytest.approx(ours(model, *tensors), rel=0.1)
     model, *tensors = step(names, 256, 8192, torch.bfloat16)
     measured = ours(model, *tensors, inplace=True)
     assert 0.95 * measured <= model.fused("torch", inplace=True) <= 1.3 * measured
@@ -285,18 +242,9 @@ def test_memory_report(capsys):
     assert main([*argv, "--divergence", "forward_kl"]) == 0
     out = capsys.readouterr().out
     assert "[4, 64, 32000] bfloat16, divergence: forward_kl" in out and "naive eager code" in out
-    assert max(map(len, out.splitlines())) <= 120
-
     assert main([*argv, "--json"]) == 0
     sizes = json.loads(capsys.readouterr().out)
     logits = 4 * 64 * 32000 * 2
     assert sizes["policy_logits"] == sizes["reference_logits"] == logits
     assert sizes["naive"] == 6 * logits and logits <= sizes["triton"] < 1.01 * logits
     assert sizes["triton_inplace"] < 0.01 * logits < sizes["torch_inplace"] < sizes["torch"]
-
-    assert main([*argv, "--json", "--no-ref"]) == 0
-    assert json.loads(capsys.readouterr().out)["reference_logits"] == 0
-
-
-def test_memory_knows_every_divergence():
-    assert set(memory.NAIVE_DIVERGENCE) == set(divergences.names())

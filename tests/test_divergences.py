@@ -1,6 +1,9 @@
 """The registry: every entry's formulas against one another, published values, and what bad input gets."""
 
+import copy
+import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -126,6 +129,13 @@ def test_parsing():
     assert (
         divergences.get("alpha", a=0.5) is divergences.from_key("alpha") is divergences.from_key(" alpha( a = 0.5 ) ")
     )
+
+
+def test_divergences_travel():
+    d = divergences.get("js", beta=0.3)
+    assert pickle.loads(pickle.dumps(d)) is d and copy.deepcopy(d) is d
+    with pytest.raises(ValueError, match=r"expected one made by fl.divergences.get\(\)"):
+        divergences.parse(dataclasses.replace(d, params=(0.1,)))
 
 
 @pytest.mark.parametrize(

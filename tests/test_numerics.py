@@ -27,7 +27,8 @@ def test_near_the_reference(backend, device, kl, noise, allowed, offset):
     assert truth["reverse_kl"].mean().item() == pytest.approx(kl, rel=0.3)
     for name in NAMES:
         error = ((ours[name] - truth[name]) / truth[name]).abs().max().item()
-        assert (ours[name] >= 0).all() and error <= allowed, f"{name}: {error:.1e}"
+        # With an offset the logarithms of the sums are not small, and each rounds once more.
+        assert (ours[name] >= 0).all() and error <= (2 * allowed if offset else allowed), f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("noise", [0.3, 0.03, 1e-3, 1e-4, 1e-6])
@@ -143,6 +144,39 @@ def test_rows_that_rise_late(backend, device):
     truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=names, entropy=True)
     for name, value in outputs(truth).items():
         torch.testing.assert_close(outputs(ours)[name].double(), value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_power_sums_that_outgrow_every_shift(backend, device):
+    """Terms p^2/q far above both maxima, met before the row's maximum; and sums that are infinite."""
+    z, w = torch.full((1, 8192), -5.0, device=device), torch.zeros(1, 8192, device=device)
+    z[0, 5], w[0, 5], z[0, 8000] = 0.0, -100.0, 60.0
+    y = torch.zeros(1, dtype=torch.long, device=device)
+    truth = divergences.get("pearson_chi2").define(z.double().softmax(-1), w.double().softmax(-1))
+    ours = fl.token_stats(z, y, w, divergence="pearson_chi2").divergence["pearson_chi2"]
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=0)
+    z, w = torch.randn(1, 6, device=device), torch.randn(1, 6, device=device)
+    w[0, 3] = -1e4
+    for label in (0, 3):
+        stats = fl.token_stats(z, y + label, w, divergence=["pearson_chi2", "squared_hellinger"]).divergence
+        assert stats["pearson_chi2"].item() == INF and 0 < stats["squared_hellinger"].item() < 1
+
+
+@pytest.mark.parametrize("low", [-1e9, -65504.0, -1e4])
+def test_label_among_tokens_masked_by_a_large_number(backend, device, low):
+    """A top-k teacher: the label's own logit is an outlier on one side, and must not spoil the rest of the row."""
+    z, w = logits((2, 301), device, spread=0.3)
+    with torch.no_grad():
+        w[:, 200:] = low
+    y = torch.tensor([250, 7], device=device)
+    names = [n for n in NAMES if n not in ("reverse_kl", "jeffreys", "pearson_chi2")]
+    z64, w64 = double(z), double(w)
+    ours = fl.token_stats(z, y, w, divergence=names).divergence
+    truth = fl.reference.token_stats(z64, y, w64, divergence=names).divergence
+    one = torch.ones(2, device=device)
+    for name in names:
+        assert relative(ours[name], truth[name]) <= 1e-5, name
+        for g, t in zip(gradients(ours[name], (z, w), one), gradients(truth[name], (z64, w64), one), strict=True):
+            assert t.isnan().any() or relative(g, t) <= 1e-5, name
 
 
 def test_nan_is_not_hidden(backend, device):

@@ -53,7 +53,7 @@ def test_opcheck_pair_loss(backend, device, packed):
     ref = torch.randn(12, device=device).requires_grad_()
     mask = torch.arange(12, device=device) % 3 > 0
     cu = torch.tensor([0, 3, 5, 9, 12], device=device) if packed else None
-    args = (logps, ref, mask, cu, "sigmoid", [0.1], "js", 0.3, 0 if packed else 3, False, backend)
+    args = (logps, ref, mask, cu, "sigmoid", [0.1], "js", 0.3, 4, False, backend)
     opcheck(OPS.pair_loss.default, args)
     coef = OPS.pair_loss(*args)[-1].detach()
     back = (

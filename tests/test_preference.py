@@ -187,6 +187,8 @@ def test_masked_sequences_and_batches(backend, device, poison):
 def test_empty_batches(backend, device, shape):
     z, w = logits((*shape, 9), device)
     out = fl.dpo_loss(z, torch.zeros(shape, dtype=torch.long, device=device), w)
+    none = fl.dpo_loss(z, torch.zeros(shape, dtype=torch.long, device=device), w, reduction="none").loss
+    assert none.tolist() == pytest.approx([math.log(2)] * (shape[0] // 2))
     assert out.loss.isfinite() and all(v.isfinite() for v in out.metrics.values())
     out.loss.backward()
     assert not z.grad.any()
@@ -194,6 +196,25 @@ def test_empty_batches(backend, device, shape):
     assert (
         fl.dpo_loss(z.reshape(-1, 9)[:0], torch.zeros(0, dtype=torch.long, device=device), cu_seqlens=nothing).loss == 0
     )
+
+
+def test_log_probs_of_any_stride(backend, device):
+    """Slices and expansions of per-token and per-sequence numbers, and a shift that leaves one column of two."""
+    z, w, y = batch(device, length=2)
+    y[:, 1] = 3
+    mine, truth = fl.dpo_loss(z, y, w, shift=True), fl.reference.dpo_loss(z.double(), y, w.double(), shift=True)
+    torch.testing.assert_close(mine.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    wide = torch.randn(12, 2, device=device)
+    a, b = fl.LogProbs(wide[::2]), fl.LogProbs(wide[::2].clone())
+    assert torch.equal(fl.dpo_loss(z, y, a).loss, fl.dpo_loss(z, y, b).loss)
+    a, b = fl.LogProbs(wide[0, :1].expand(6)), fl.LogProbs(wide[0, :1].repeat(6))
+    assert torch.equal(fl.dpo_loss(z, y, a).loss, fl.dpo_loss(z, y, b).loss)
+
+
+def test_alpha_link_near_reverse_kl(backend, device):
+    h, y = torch.tensor([[0.7], [-0.4]], device=device), torch.zeros(2, 1, dtype=torch.long, device=device)
+    out = fl.dpo_loss(fl.LogProbs(h), y, fl.LogProbs(torch.zeros_like(h)), divergence="alpha(a=1e-6)")
+    assert out.loss.item() == pytest.approx(0.639658918622423, rel=1e-5)
 
 
 def test_entropy_metric_and_inplace(backend, device):

@@ -109,6 +109,7 @@ def views(device):
         base[::2, :-1, :1].expand(2, 5, 3, 64),
         other[::2, ::2][:, :, :].repeat(1, 2, 2, 1)[:, :5, :3],
     )
+    yield "expanded batch", base[0, :, 0].expand(3, 6, 64), other[1:2, :, 0].expand(3, 6, 64)
     yield "expanded", base[0, 0, :1].expand(4, 64), other[0, :4, 1]
 
 
@@ -116,7 +117,7 @@ def test_strides(backend, device):
     """Any view, no copies asked of the caller: same numbers as on contiguous clones."""
     for what, z, w in views(device):
         y = labels_for(z.shape[:-1], z.shape[-1], device)
-        y = y.t().contiguous().t() if y.dim() == 2 else y
+        y = y[:1].expand(y.shape) if what == "expanded batch" else y.t().contiguous().t() if y.dim() == 2 else y
         options = {"divergence": ["reverse_kl", "js"], "entropy": True}
         a = fl.token_stats(z, y, w, **options)
         b = fl.token_stats(z.contiguous(), y.contiguous(), w.contiguous(), **options)
@@ -256,6 +257,12 @@ def test_label_types(backend, device, dtype):
     z, _ = logits((4, 50), device)
     y = torch.tensor([0, 49, 7, 20], device=device)
     assert torch.equal(fl.token_stats(z, y.to(dtype)).logps, fl.token_stats(z, y).logps)
+
+
+def test_ignore_index_does_not_wrap_around(backend, device):
+    z, _ = logits((1, 200), device)
+    stats = fl.token_stats(z, torch.tensor([156], dtype=torch.uint8, device=device))  # -100 as uint8 is 156
+    assert stats.mask.all() and stats.logps.item() < 0
 
 
 def test_labels_out_of_range(device, monkeypatch):
