@@ -300,11 +300,14 @@ def pair_forward(
     losses: Tensor, seq_logps: Tensor, seq_ref: Tensor, coef: Tensor,
 ) -> None:  # fmt: skip
     seq_logps.copy_(_sequence_sums(logps, mask, problem, cu_seqlens, coef.dtype))
-    seq_ref.zero_()
-    if ref is not None:
-        seq_ref.copy_(ref if problem.ref_summed else _sequence_sums(ref, mask, problem, cu_seqlens, coef.dtype))
+    h = seq_logps.clone()
+    if ref is not None and problem.ref_summed:
+        h -= ref
+    elif ref is not None:  # the ratio token by token, where it is small
+        h = _sequence_sums(logps.to(coef.dtype) - ref.to(coef.dtype), mask, problem, cu_seqlens, coef.dtype)
+    torch.sub(seq_logps, h, out=seq_ref)
     pairs = losses.numel()
-    score, slope = problem.divergence.f_dpo_link()(seq_logps - seq_ref, *problem.divergence.params)
+    score, slope = problem.divergence.f_dpo_link()(h, *problem.divergence.params)
     loss, gain = problem.term(problem.beta * (score[:pairs] - score[pairs:]), *problem.term_params)
     losses.copy_(loss)
     coef.copy_(torch.cat([gain, -gain]) * slope * problem.beta)

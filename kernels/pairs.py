@@ -23,21 +23,24 @@ def bounds(Cu, s, tokens, T):
 
 @triton.jit
 def sequence_sums(Logp, Ref, Mask, Cu, s, tokens, T, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """sum of log p and of log q over the tokens that count."""
+    """sum of log p and of log p - log q over the tokens that count: the ratio token by token, where it is small."""
     first, end = bounds(Cu, s, tokens, T)
     policy = tl.zeros([BLOCK], tl.float32)
-    ref = tl.zeros([BLOCK], tl.float32)
+    ratio = tl.zeros([BLOCK], tl.float32)
     for start in range(first, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         keep = tl.load(Mask + i, mask=i < end, other=0).to(tl.int1) & (i < end)
-        policy += tl.load(Logp + i, mask=keep, other=0.0).to(tl.float32)
+        logp = tl.load(Logp + i, mask=keep, other=0.0).to(tl.float32)
+        policy += logp
         if REF_TOKENS:
-            ref += tl.load(Ref + i, mask=keep, other=0.0).to(tl.float32)
-    total = tl.sum(ref)
-    if Ref is not None:
-        if not REF_TOKENS:
-            total = tl.load(Ref + s).to(tl.float32)
-    return tl.sum(policy), total
+            ratio += logp - tl.load(Ref + i, mask=keep, other=0.0).to(tl.float32)
+    total = tl.sum(policy)
+    h = tl.sum(ratio)
+    if not REF_TOKENS:
+        h = total
+        if Ref is not None:
+            h = total - tl.load(Ref + s).to(tl.float32)
+    return total, h
 
 
 @triton.jit
@@ -50,16 +53,16 @@ def pair_forward(
     """loss = TERM(beta (s(h_chosen) - s(h_rejected))), h = sum log p - sum log q."""
     b = tl.program_id(0).to(tl.int64)
     pairs = tl.num_programs(0).to(tl.int64)
-    policy_w, ref_w = sequence_sums(Logp, Ref, Mask, Cu, b, tokens, T, REF_TOKENS, BLOCK)
-    policy_l, ref_l = sequence_sums(Logp, Ref, Mask, Cu, b + pairs, tokens, T, REF_TOKENS, BLOCK)
-    score_w, slope_w = LINK(policy_w - ref_w, *link_numbers)
-    score_l, slope_l = LINK(policy_l - ref_l, *link_numbers)
+    policy_w, h_w = sequence_sums(Logp, Ref, Mask, Cu, b, tokens, T, REF_TOKENS, BLOCK)
+    policy_l, h_l = sequence_sums(Logp, Ref, Mask, Cu, b + pairs, tokens, T, REF_TOKENS, BLOCK)
+    score_w, slope_w = LINK(h_w, *link_numbers)
+    score_l, slope_l = LINK(h_l, *link_numbers)
     loss, slope = TERM(beta * (score_w - score_l), *term_numbers)
     tl.store(Loss + b, loss)
     tl.store(SeqLogp + b, policy_w)
     tl.store(SeqLogp + b + pairs, policy_l)
-    tl.store(SeqRef + b, ref_w)
-    tl.store(SeqRef + b + pairs, ref_l)
+    tl.store(SeqRef + b, policy_w - h_w)
+    tl.store(SeqRef + b + pairs, policy_l - h_l)
     tl.store(Coef + b, beta * slope * slope_w)
     tl.store(Coef + b + pairs, -beta * slope * slope_l)
 

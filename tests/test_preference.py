@@ -211,6 +211,18 @@ def test_log_probs_of_any_stride(backend, device):
     assert torch.equal(fl.dpo_loss(z, y, a).loss, fl.dpo_loss(z, y, b).loss)
 
 
+def test_long_sequences_keep_their_ratio(backend, device):
+    """h is a small difference of sums of thousands: each token's ratio is taken before it is summed."""
+    logps = -10 * torch.rand(2, 3000, device=device)
+    ref = logps + 0.001 * torch.randn(2, 3000, device=device)
+    y = torch.zeros(2, 3000, dtype=torch.long, device=device)
+    ours = fl.dpo_loss(fl.LogProbs(logps), y, fl.LogProbs(ref), divergence="neyman_chi2", beta=1.0)
+    truth = fl.reference.dpo_loss(
+        fl.LogProbs(logps.double()), y, fl.LogProbs(ref.double()), divergence="neyman_chi2", beta=1.0
+    )
+    assert relative(ours.loss, truth.loss) <= 1e-5
+
+
 def test_alpha_link_near_reverse_kl(backend, device):
     h, y = torch.tensor([[0.7], [-0.4]], device=device), torch.zeros(2, 1, dtype=torch.long, device=device)
     out = fl.dpo_loss(fl.LogProbs(h), y, fl.LogProbs(torch.zeros_like(h)), divergence="alpha(a=1e-6)")
