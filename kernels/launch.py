@@ -74,7 +74,7 @@ def backward(problem: Problem, policy, labels, ref, saved, grads, dz, dw) -> Non
             *grads, saved, problem.vocab, policy.shape[-1], ref.shape[-1] if ref is not None else 0,
             tuple(d.params for d in divergences),
             GRADS_P=tuple(jit(d.grad_p) for d in divergences), GRADS_Q=tuple(jit(d.grad_q) for d in divergences),
-            SHIFT=problem.shift, BLOCK=configs.BACKWARD.lanes, STAGES=configs.BACKWARD.stages,
+            SHIFT=problem.shift, BLOCK=configs.BACKWARD.lanes * configs.BACKWARD.unroll, STAGES=configs.BACKWARD.stages,
             num_warps=configs.BACKWARD.warps,
         )  # fmt: skip
 

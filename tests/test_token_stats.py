@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import EPS, compare, double, gradients, labels_for, logits, outputs, relative
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import fused_losses as fl
 from fused_losses import divergences
@@ -62,6 +64,25 @@ def test_gradcheck(monkeypatch):
     y = labels_for((3,), 11, "cpu")
     fn = lambda z, w: tuple(outputs(fl.token_stats(z, y, w, **EVERYTHING)).values())  # noqa: E731
     assert torch.autograd.gradcheck(fn, (z, w))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_shape_and_option(backend, device, data):
+    """Sizes that no block divides, any divergence, padding, shift, masks and heads together."""
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    vocab = draw(st.integers(1, 1500))
+    lead = draw(st.sampled_from([(), (1,), (5,), (2, 3)]))
+    shift = bool(lead) and draw(st.booleans())
+    widths = [vocab + draw(st.integers(0, 9)) for _ in range(2)]
+    z, w = logits((*lead, widths[0]), device)[0], logits((*lead, widths[1]), device)[1]
+    head = {"temperature": draw(st.sampled_from([1.0, 0.7])), "softcap": draw(st.sampled_from([None, 4.0]))}
+    head["valid_vocab"] = vocab
+    wrap = lambda x: fl.Logits(x, **head)  # noqa: E731
+    y = labels_for(lead, vocab, device, masked=draw(st.booleans()))
+    names = draw(st.lists(st.sampled_from(NAMES), max_size=3, unique=True))
+    compare(z, w, y, lambda kind: 3e-5, wrap=wrap, divergence=names, entropy=draw(st.booleans()), shift=shift)
 
 
 HEADS = [
