@@ -100,7 +100,7 @@ def _pair_sums(p: _Side, q: _Side, problem: Problem) -> tuple[Tensor, Tensor, li
     bd = q.exp * d
     b1 = bd.sum(1)
     b2 = _dot(bd, d)
-    noise = 2 * torch.finfo(d.dtype).eps
+    noise = 2 * torch.finfo(d.dtype).eps * (1 - 1 / q.total)  # the largest term is 1 without error
     excess = torch.sub(p.exp, q.exp, out=bd).sum(1)
     k, *rest = close_pair(p.total, q.total, excess, a1, b1, b2, delta, noise)
     reverse, forward, log_ab, curve, j = rest
