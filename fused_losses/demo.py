@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -248,7 +247,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """0: both codes agree. 1: they do not. 2: something is missing."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler behind peak_bytes announces itself otherwise
     try:
         import matplotlib  # noqa: F401  (missing? say so before the training)
         from tqdm import tqdm

@@ -7,16 +7,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import torch_backend
 from .divergences import Divergence, parse
+from .memory_probe import peak_bytes
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def naive_loss(policy: Tensor, labels: Tensor, ref: Tensor | None, divergences: Sequence[Divergence]) -> Tensor:
-    """The code that NAIVE and NAIVE_DIVERGENCE are about: fp32 log-softmaxes and textbook divergences of probabilities."""
+    """The naive code that is measured: fp32 log-softmaxes and textbook divergences of probabilities."""
     log_p = policy.float().log_softmax(-1)
     loss = log_p.gather(-1, labels.unsqueeze(-1)).sum()
     if ref is None:
@@ -28,27 +30,19 @@ def naive_loss(policy: Tensor, labels: Tensor, ref: Tensor | None, divergences: 
     return loss
 
 
-# Peak bytes per logit of one model, forward and backward of naive_loss. Measured with memory_probe.peak_bytes at two sizes
-# (32 and 160 rows of 2048, torch 2.13, CPU); the slope came out whole, and the same for the three dtypes. First number:
-# the gradient goes to the policy; second: to both models.
-NAIVE = (12, 16)
-# With one divergence: (peak, what it keeps for backward beyond the log-softmaxes). Several add up in naive_bytes.
-NAIVE_DIVERGENCE = {
-    "reverse_kl": ((28, 8), (39, 8)),
-    "forward_kl": ((28, 8), (39, 8)),
-    "jeffreys": ((31, 8), (43, 8)),
-    "js": ((39, 12), (47, 12)),
-    "alpha": ((29, 9), (36, 17)),
-    "pearson_chi2": ((29, 9), (36, 17)),
-    "neyman_chi2": ((29, 9), (36, 17)),
-    "squared_hellinger": ((28, 12), (40, 20)),
-    "total_variation": ((24, 8), (28, 12)),
-    "skew_forward_kl": ((32, 12), (39, 12)),
-    "skew_reverse_kl": ((32, 8), (39, 12)),
-    "alpha_beta": ((32, 8), (40, 16)),
-}
+def naive_bytes(rows: int, step: Step) -> int:
+    """Peak of naive_loss, forward and backward, measured on `rows` rows of a small vocabulary on the CPU."""
+    dtype = torch.float32 if step.itemsize == 4 else torch.bfloat16
+    z, w = (torch.randn(rows, SMALL).to(dtype).requires_grad_(asks) for asks in (True, step.both))
+    labels = torch.zeros(rows, dtype=torch.long)
+    leaves = [z, w] if step.both else [z]
+    ref = w if step.ref else None
+    return peak_bytes(lambda: torch.autograd.grad(naive_loss(z, labels, ref, step.divergences), leaves))
 
-# Temporaries of the torch backend at its peak, in blocks of torch_backend.BLOCK_BYTES, measured in the same way: without
+
+SMALL = 2048
+
+# Temporaries of the torch backend at its peak, in blocks of torch_backend.BLOCK_BYTES, measured by peak_bytes: without
 # divergence (gradient to policy, to both), with those that close in one pass, with those that are summed over terms.
 BLOCKS, BLOCKS_ROW, BLOCKS_TERM = (6, 10), 13, 18
 
@@ -73,19 +67,14 @@ class Step:
         """Bytes of the logits of one model: also those of its gradient."""
         return self.rows * self.vocab * self.itemsize
 
-    def naive_per_logit(self) -> int:
-        """Each divergence peaks on top of what those before it keep; in backward the ones after it have left a gradient."""
-        peak, kept, last = NAIVE[self.both], 0, len(self.divergences) - 1
-        for i, divergence in enumerate(self.divergences):
-            if divergence.name not in NAIVE_DIVERGENCE:
-                raise ValueError(f"divergence: {divergence.name!r} has not been measured; see NAIVE_DIVERGENCE")
-            alone, keeps = NAIVE_DIVERGENCE[divergence.name][self.both]
-            peak = max(peak, alone + kept + (4 + 4 * self.both if i < last else 0))
-            kept += keeps
-        return peak
+    def naive_per_logit(self) -> float:
+        """Bytes per logit of one model: the slope between two small sizes, so that whole-row numbers cancel."""
+        rows = (32, 160)
+        few, many = (naive_bytes(n, self) for n in rows)
+        return (many - few) / ((rows[1] - rows[0]) * SMALL)
 
     def naive(self) -> int:
-        return self.rows * self.vocab * self.naive_per_logit()
+        return round(self.rows * self.vocab * self.naive_per_logit())
 
     def fused(self, backend: str, inplace: bool = False) -> int:
         """Gradients that do not go in place, numbers per row, and what the torch backend works in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ def peak_bytes(fn: Callable[[], object]) -> int:
     With CUDA in use this is the larger of the host's and the devices' peaks: code that works on one side asks the other
     for little. The call runs under the profiler, so time it separately.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr otherwise
     gc.collect()  # garbage of the caller must not be freed in the middle of the measurement
     gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     for gpu in gpus:

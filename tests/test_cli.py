@@ -198,7 +198,7 @@ ALONE = [[name] for name in divergences.names()]
 def test_memory_of_naive_code(names, both):
     ref = names is not None
     for dtype in check.DTYPES.values():
-        model, z, w, labels = step(names, 128, 2048, dtype, both=both and ref, ref=ref)
+        model, z, w, labels = step(names, 300, 1100, dtype, both=both and ref, ref=ref)
         measured = peak_bytes(lambda: gradients(memory.naive_loss(z, labels, w, model.divergences), z, w))  # noqa: B023
         assert model.naive() == pytest.approx(measured, rel=0.1), dtype
 
@@ -246,5 +246,5 @@ def test_memory_report(capsys):
     sizes = json.loads(capsys.readouterr().out)
     logits = 4 * 64 * 32000 * 2
     assert sizes["policy_logits"] == sizes["reference_logits"] == logits
-    assert sizes["naive"] == 6 * logits and logits <= sizes["triton"] < 1.01 * logits
+    assert sizes["naive"] == pytest.approx(6 * logits, rel=0.01) and logits <= sizes["triton"] < 1.01 * logits
     assert sizes["triton_inplace"] < 0.01 * logits < sizes["torch_inplace"] < sizes["torch"]
