@@ -1,7 +1,8 @@
 """Preference losses: small functions on top of token_stats.
 
-LOSSES is the registry. An entry takes the batch's PairLoss op (margin-shaped losses: one line naming a term of
-pair_terms.py) and returns losses [B]; `preference_loss` does everything around it.
+LOSSES is the registry and the place for the next loss. An entry takes a Batch and the label smoothing and returns losses
+[B] with the sequence log-probs [2B]: one line that names a term of pair_terms.py where the loss is a function of the margin,
+plain torch on the sequence log-probs where it is not. `preference_loss` does everything around it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from . import ops
 from .backend import choose
 from .divergences import Divergence, from_key
-from .sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
+from .sources import LogProbs, Source, TokenStats, as_source, check_labels
 from .stats import token_stats
 
 
@@ -218,6 +219,3 @@ def _metrics(seq_logps: Tensor, seq_ref: Tensor, beta: float, stats: TokenStats)
     if stats.entropy is not None:
         metrics["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
     return metrics
-
-
-__all__ = ["LOSSES", "LossOutput", "Logits", "LogProbs", "dpo_loss", "preference_loss"]
