@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .divergences import Divergence
+
+
+def stats_dtype(x: Tensor) -> torch.dtype:
+    """Statistics are float32, or float64 for float64 logits."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class Problem(NamedTuple):

@@ -187,11 +187,9 @@ def _shift_packed(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tens
     """The next token's label inside each sequence; none at its end."""
     if labels.numel() == 0:
         return labels
-    shifted = labels.roll(-1)
-    shifted[cu_seqlens[1:].long() - 1] = (
-        ignore_index  # an empty sequence marks its predecessor's end, or wraps to the last
-    )
-    return shifted
+    # An empty sequence marks its predecessor's end once more; one at the very start, the last token, which ends a sequence.
+    ends = (cu_seqlens[1:].long() - 1) % labels.numel()
+    return labels.roll(-1).index_fill_(0, ends, ignore_index)
 
 
 def _reduce(losses: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch.library import custom_op
 
 from . import divergences as registry
 from . import torch_backend
-from .layout import PairProblem, Problem
+from .layout import PairProblem, Problem, stats_dtype
 from .pair_terms import TERMS
 
 
@@ -26,11 +26,6 @@ def _backend(name: str) -> ModuleType:
     from .kernels import launch
 
     return launch
-
-
-def stats_dtype(x: Tensor) -> torch.dtype:
-    """Statistics are float32, or float64 for float64 logits."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # One row of arguments describes the problem in every op below, in the order of layout.Problem.

@@ -59,15 +59,8 @@ def token_stats(
                 "policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need logits"
             )
         mask = _mask(labels, shift, ignore_index)
-        return TokenStats(
-            _given("policy", policy, mask),
-            _reference_alone(ref, labels, shift, ignore_index),
-            {},
-            None,
-            None,
-            mask,
-            None,
-        )
+        logps, ref_logps = _given("policy", policy, mask), _reference_alone(ref, labels, shift, ignore_index)
+        return TokenStats(logps, ref_logps, divergence={}, entropy=None, lse=None, mask=mask, correct=None)
 
     check_aligned("policy", policy, labels)
     source = None if ref is None else as_source("ref", ref)

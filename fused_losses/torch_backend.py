@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .divergences import Divergence
-from .layout import PairProblem, Problem, rows_view
+from .layout import PairProblem, Problem, rows_view, stats_dtype
 from .moments import close_pair, close_power
 from .pointwise import FLOOR, HUGE, INF
 
@@ -27,13 +27,13 @@ def _blocks(labels: Tensor, problem: Problem, row_bytes: int) -> Iterator[tuple[
             yield block, y[block]
 
 
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of x [outer, inner, V]: a view where they follow one another, else a copy of this block."""
+def _at(x: Tensor, rows: Tensor) -> tuple:
+    """Index of rows in x [outer, inner, V]: a view where they follow one another, else a copy of this block."""
     inner = x.shape[1]
     first, last = int(rows[0]), int(rows[-1])
     if last - first + 1 == rows.numel() and first // inner == last // inner:
-        return x[first // inner, first % inner : last % inner + 1]
-    return x[rows // inner, rows % inner]
+        return first // inner, slice(first % inner, last % inner + 1)
+    return rows // inner, rows % inner
 
 
 def _head(x: Tensor, softcap: float, multiplier: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
@@ -47,10 +47,6 @@ def _head(x: Tensor, softcap: float, multiplier: float, dtype: torch.dtype) -> t
     if multiplier != 1.0:
         x = x * multiplier
     return x.clamp(min=FLOOR), slope
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _shifted_labels(labels: Tensor, problem: Problem) -> Tensor:
@@ -153,14 +149,14 @@ def forward(
 ) -> None:  # fmt: skip
     labels = _shifted_labels(labels, problem)
     check_labels(labels, problem)
-    dtype, v = _working_dtype(policy), problem.vocab
+    dtype, v = stats_dtype(policy), problem.vocab
     z_rows = rows_view(policy, 1)
     w_rows = rows_view(ref, 1) if ref is not None else None
     for out in (logps, ref_logps, lse, entropy, div, hit, saved):
         if out is not None:
             out.zero_()
     for rows, y in _blocks(labels, problem, v * dtype.itemsize):
-        z, _ = _head(_take(z_rows, rows)[:, :v], problem.softcap, problem.multiplier, dtype)
+        z, _ = _head(z_rows[_at(z_rows, rows)][:, :v], problem.softcap, problem.multiplier, dtype)
         p = _Side(z, y)
         logps[rows] = p.logp
         lse[rows] = p.lse
@@ -172,7 +168,7 @@ def forward(
             saved[6, rows] = _finite(value)
         if w_rows is None or ref_logps is None:
             continue
-        w, _ = _head(_take(w_rows, rows)[:, :v], problem.ref_softcap, problem.ref_multiplier, dtype)
+        w, _ = _head(w_rows[_at(w_rows, rows)][:, :v], problem.ref_softcap, problem.ref_multiplier, dtype)
         q = _Side(w, y)
         ref_logps[rows] = q.logp
         saved[2, rows], saved[3, rows] = q.shift, q.log_total
@@ -213,7 +209,7 @@ def backward(
     """Writes dz and dw; dz may be the policy logits themselves."""
     g_logp, g_ref, g_lse, g_entropy, g_div = grads
     labels = _shifted_labels(labels, problem)
-    dtype, v = _working_dtype(policy), problem.vocab
+    dtype, v = stats_dtype(policy), problem.vocab
     active = [(i, d) for i, d in enumerate(problem.divergences) if g_div is not None and bool(g_div[i].any())]
     pair = ref is not None and (bool(active) or dw is not None)
     z_rows = rows_view(policy, 1)
@@ -224,11 +220,11 @@ def backward(
 
     for rows, y in _blocks(labels, problem, v * dtype.itemsize):
         s = saved[:, rows]
-        z, slope_p = _head(_take(z_rows, rows)[:, :v], problem.softcap, problem.multiplier, dtype)
+        z, slope_p = _head(z_rows[_at(z_rows, rows)][:, :v], problem.softcap, problem.multiplier, dtype)
         x: list[Tensor] = []
         slope_q: Tensor | float = 1.0
         if pair and w_rows is not None:
-            w, slope_q = _head(_take(w_rows, rows)[:, :v], problem.ref_softcap, problem.ref_multiplier, dtype)
+            w, slope_q = _head(w_rows[_at(w_rows, rows)][:, :v], problem.ref_softcap, problem.ref_multiplier, dtype)
             x = list(_normalised(z, w, list(s[:6])))
             p, lp = x[0], x[3]
         else:
@@ -249,7 +245,8 @@ def backward(
             out = _slopes(x, [(d, True, gi) for _, d, gi in g_i], p, coef, y, g[0])
             if g[3] is not None:
                 out.sub_((p * lp).mul_(g[3][:, None]))
-            _put(rows_view(dz, 1), rows, v, out.mul_(slope_p))
+            dz_rows = rows_view(dz, 1)
+            dz_rows[(*_at(dz_rows, rows), slice(v))] = out.mul_(slope_p).to(dz.dtype)
         if dw is not None:
             coef = torch.zeros_like(s[0])
             for i, _, gi in g_i:
@@ -257,16 +254,8 @@ def backward(
             if g[1] is not None:
                 coef -= g[1]
             out = _slopes(x, [(d, False, gi) for _, d, gi in g_i], x[1], coef, y, g[1])
-            _put(rows_view(dw, 1), rows, v, out.mul_(slope_q))
-
-
-def _put(out: Tensor, rows: Tensor, v: int, value: Tensor) -> None:
-    inner = out.shape[1]
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 == rows.numel() and first // inner == last // inner:
-        out[first // inner, first % inner : last % inner + 1, :v] = value
-    else:
-        out[rows // inner, rows % inner, :v] = value.to(out.dtype)
+            dw_rows = rows_view(dw, 1)
+            dw_rows[(*_at(dw_rows, rows), slice(v))] = out.mul_(slope_q).to(dw.dtype)
 
 
 def _zero_outside(out: Tensor, labels: Tensor, problem: Problem) -> None:
