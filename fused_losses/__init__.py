@@ -3,11 +3,11 @@ vocabulary-size temporary. Start at token_stats (stats.py) and preference_loss (
 
 from . import divergences, reference
 from .losses import LossOutput, dpo_loss, preference_loss
-from .sources import Logits, LogProbs, TokenStats
+from .sources import Hidden, Logits, LogProbs, Lora, TokenStats
 from .stats import token_stats
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "LogProbs", "Logits", "LossOutput", "TokenStats", "divergences", "dpo_loss", "preference_loss", "reference", "token_stats",
+    "Hidden", "LogProbs", "Logits", "Lora", "LossOutput", "TokenStats", "divergences", "dpo_loss", "preference_loss", "reference", "token_stats",
 ]  # fmt: skip

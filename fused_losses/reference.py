@@ -12,16 +12,24 @@ from torch.nn.functional import logsigmoid
 
 from .divergences import Divergence, from_key, parse
 from .losses import LossOutput, _check_batch, _check_options, _metrics, _reduce, _shift_packed
-from .sources import Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
 from .stats import Asked, _given
 
 
-def _transformed(source: Logits) -> Tensor:
+def _transformed(source: Logits | Hidden) -> Tensor:
     """softcap tanh(z / softcap) * scale / temperature over the valid vocabulary."""
-    z = source.logits[..., : source.vocab]
+    z = source.logits if isinstance(source, Logits) else _projected(source)
+    z = z[..., : source.vocab]
     if source.softcap is not None:
         z = source.softcap * torch.tanh(z / source.softcap)
     return z * source.scale / source.temperature
+
+
+def _projected(source: Hidden) -> Tensor:
+    z = source.hidden @ source.weight.T
+    if source.lora is not None:
+        z = z + source.lora.scaling * (source.hidden @ source.lora.a.T) @ source.lora.b.T
+    return z if source.bias is None else z + source.bias
 
 
 def _shifted(labels: Tensor, shift: bool) -> Tensor:
@@ -30,9 +38,10 @@ def _shifted(labels: Tensor, shift: bool) -> Tensor:
 
 def token_stats(
     policy: Source, labels: Tensor, ref: Source | None = None, *, divergence: Asked = None, entropy: bool = False,
-    shift: bool = False, ignore_index: int = -100, inplace_backward: bool = False,
+    shift: bool = False, ignore_index: int = -100, inplace_backward: bool = False, plan: str = "auto",
+    workspace: int | None = None, static_shapes: bool = False,
 ) -> TokenStats:  # fmt: skip
-    """fl.token_stats with whole-tensor log-softmaxes; inplace_backward is accepted and means nothing here."""
+    """fl.token_stats with whole tensors of logits; the last four arguments say how, and mean nothing here."""
     mask = _shifted(check_labels(labels), shift) != ignore_index
     target = _shifted(labels, shift).long().masked_fill(~mask, 0).unsqueeze(-1)
 
@@ -66,7 +75,8 @@ def preference_loss(
     policy: Source, labels: Tensor, ref: Source | None = None, *, loss: str = "sigmoid",
     divergence: str | Divergence = "reverse_kl", beta: float = 0.1, label_smoothing: float = 0.0, reduction: str = "mean",
     num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, shift: bool = False,
-    ignore_index: int = -100, entropy: bool = False, inplace_backward: bool = False,
+    ignore_index: int = -100, entropy: bool = False, inplace_backward: bool = False, plan: str = "auto",
+    workspace: int | None = None, static_shapes: bool = False,
 ) -> LossOutput:  # fmt: skip
     """fl.preference_loss, one sequence after another."""
     _check_options(loss, beta, label_smoothing, reduction, num_items)

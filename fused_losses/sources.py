@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,35 @@ def _float_tensor(name: str, x: object) -> Tensor:
     return x
 
 
+def _head_options(source: Logits | Hidden, v: int, what: str) -> None:
+    _positive("softcap", source.softcap, optional=True)
+    _positive("scale", source.scale)
+    _positive("temperature", source.temperature)
+    valid = source.valid_vocab
+    if valid is not None and (type(valid) is not int or not 1 <= valid <= v):
+        raise ValueError(f"valid_vocab: expected an int in [1, {v}] for {what} with V={v}, got {valid!r}")
+
+
+def _whole(name: str, x: object, dim: int | None) -> None:
+    """A dense tensor of so many dimensions with all its elements here."""
+    _float_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: got a DTensor; gather it first (.full_tensor()), or call fl.FusedHead as a module, so that the "
+            "sharding engine's hooks do"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
+    if name != "hidden" and x.numel() == 0:
+        raise ValueError(
+            f"{name}: has no elements, shape {list(x.shape)}: its sharding engine holds it elsewhere. Call fl.FusedHead as a "
+            "module inside the engine's forward, or gather it (deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
+        )
+    if dim is not None and x.dim() != dim:
+        raise ValueError(f"{name}: expected {dim} dimensions, got shape {list(x.shape)}")
+
+
 @dataclass(frozen=True)
 class Logits:
     """Logits [..., V] with the head's options: softmax of  softcap tanh(z / softcap) * scale / temperature.
@@ -43,18 +73,66 @@ class Logits:
     def __post_init__(self) -> None:
         if _float_tensor("logits", self.logits).dim() < 1 or self.logits.shape[-1] < 1:
             raise ValueError(f"logits: expected shape [..., V] with V >= 1, got {tuple(self.logits.shape)}")
-        _positive("softcap", self.softcap, optional=True)
-        _positive("scale", self.scale)
-        _positive("temperature", self.temperature)
-        v = self.logits.shape[-1]
-        if self.valid_vocab is not None and (type(self.valid_vocab) is not int or not 1 <= self.valid_vocab <= v):
-            raise ValueError(
-                f"valid_vocab: expected an int in [1, {v}] for logits with V={v}, got {self.valid_vocab!r}"
-            )
+        _head_options(self, self.logits.shape[-1], "logits")
 
     @property
     def vocab(self) -> int:
         return self.valid_vocab or self.logits.shape[-1]
+
+    @property
+    def multiplier(self) -> float:
+        return self.scale / self.temperature
+
+
+class Lora(NamedTuple):
+    """Low-rank factors on a head: the weight becomes weight + scaling * b @ a, which is never formed.
+
+    a [r, H], b [V, r]: peft's lora_A.weight and lora_B.weight, scaling = lora_alpha / r.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states [..., H] and the head that turns them into logits [..., V], which are never all in memory:
+
+        softcap tanh(z / softcap) * scale / temperature,    z = hidden @ weight.T + scaling * (hidden @ a.T) @ b.T + bias
+
+    weight: [V, H]. bias: [V]. lora: fl.Lora(a, b, scaling). The other options are those of fl.Logits. Each tensor that
+    requires grad gets its gradient, summed in float32 and rounded once to its own dtype. The matrix products run in the
+    dtype of hidden (under autocast: in autocast's), the weight is cast a slice at a time.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = field(default=None, kw_only=True)
+    scale: float = field(default=1.0, kw_only=True)
+    temperature: float = field(default=1.0, kw_only=True)
+    valid_vocab: int | None = field(default=None, kw_only=True)
+    lora: Lora | None = field(default=None, kw_only=True)
+    process_group: object = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, x, dim in (("hidden", self.hidden, None), ("weight", self.weight, 2), ("bias", self.bias, 1)):
+            if name != "bias" or x is not None:
+                _whole(name, x, dim)
+        if self.process_group is not None:
+            raise NotImplementedError("process_group: a vocabulary split over ranks is not supported yet; pass None")
+        if self.lora is not None:
+            object.__setattr__(self, "lora", Lora(*self.lora))
+            _whole("lora a", self.lora.a, 2)
+            _whole("lora b", self.lora.b, 2)
+            if not isinstance(self.lora.scaling, int | float):
+                raise TypeError(f"lora scaling: expected a number, got {self.lora.scaling!r}")
+        _head_options(self, self.weight.shape[0], "a head weight")
+
+    @property
+    def vocab(self) -> int:
+        return self.valid_vocab or self.weight.shape[0]
 
     @property
     def multiplier(self) -> float:
@@ -72,7 +150,7 @@ class LogProbs:
         _float_tensor("logps", self.logps)
 
 
-Source = Tensor | Logits | LogProbs
+Source = Tensor | Logits | Hidden | LogProbs
 
 
 @dataclass(frozen=True)
@@ -97,13 +175,13 @@ class TokenStats:
     correct: Tensor | None
 
 
-def as_source(name: str, x: Source) -> Logits | LogProbs:
+def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
     """A bare tensor means Logits."""
-    if isinstance(x, Logits | LogProbs):
+    if isinstance(x, Logits | Hidden | LogProbs):
         return x
     if isinstance(x, Tensor):
         return Logits(x)
-    raise TypeError(f"{name}: expected a tensor of logits, fl.Logits or fl.LogProbs, got {type(x).__name__}")
+    raise TypeError(f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {type(x).__name__}")
 
 
 def check_labels(labels: object) -> Tensor:
@@ -114,20 +192,50 @@ def check_labels(labels: object) -> Tensor:
     return labels if labels.dtype in (torch.int64, torch.int32) else labels.long()  # ignore_index must not wrap around
 
 
-def check_aligned(name: str, x: Logits, labels: Tensor) -> None:
-    if x.logits.shape[:-1] != labels.shape:
+def check_aligned(name: str, x: Logits | Hidden, labels: Tensor) -> None:
+    tensor, what, last = (x.logits, "logits", "V") if isinstance(x, Logits) else (x.hidden, "hidden", "H")
+    if isinstance(x, Hidden):
+        _check_head(name, x)
+    if tensor.shape[:-1] != labels.shape:
         raise ValueError(
-            f"{name}: expected logits {[*labels.shape, 'V']} for labels {list(labels.shape)}, got {list(x.logits.shape)}"
+            f"{name}: expected {what} {[*labels.shape, last]} for labels {list(labels.shape)}, got {list(tensor.shape)}"
         )
-    if x.logits.device != labels.device:
-        raise ValueError(f"{name}: expected logits on {labels.device} as the labels are, got {x.logits.device}")
+    if tensor.device != labels.device:
+        raise ValueError(f"{name}: expected {what} on {labels.device} as the labels are, got {tensor.device}")
 
 
-def check_pair(policy: Logits, ref: Logits) -> None:
-    if policy.logits.dtype != ref.logits.dtype:
+def _check_head(name: str, x: Hidden) -> None:
+    """Shapes and devices of one side, in words for what people really do."""
+    h, (v, width) = x.hidden.shape[-1] if x.hidden.dim() else 0, x.weight.shape
+    if x.hidden.dim() < 1 or h != width:
+        hint = ""
+        if h == v and v > width:
+            hint = f"; a last dimension of V={v} looks like logits: pass them as fl.Logits(logits)"
+        elif h == v:
+            hint = "; the weight looks transposed: pass weight.T"
+        raise ValueError(
+            f"{name}: expected hidden [..., {width}] for weight [V, H] = {[v, width]}, got {list(x.hidden.shape)}{hint}"
+        )
+    if x.bias is not None and x.bias.shape[0] != v:
+        raise ValueError(f"{name}: expected bias [{v}] for weight [V, H] = {[v, width]}, got {list(x.bias.shape)}")
+    if x.lora is not None and (x.lora.a.shape[1] != width or x.lora.b.shape != (v, x.lora.a.shape[0])):
+        raise ValueError(
+            f"{name}: expected lora a [r, {width}] and b [{v}, r], got {list(x.lora.a.shape)} and {list(x.lora.b.shape)}"
+        )
+    for part, tensor in (
+        ("weight", x.weight),
+        ("bias", x.bias),
+        *zip(("lora a", "lora b"), x.lora or (), strict=False),
+    ):
+        if tensor is not None and tensor.device != x.hidden.device:
+            raise ValueError(f"{name}: expected {part} on {x.hidden.device} as hidden is, got {tensor.device}")
+
+
+def check_pair(policy: Logits | Hidden, ref: Logits | Hidden) -> None:
+    if isinstance(policy, Logits) and isinstance(ref, Logits) and policy.logits.dtype != ref.logits.dtype:
         raise TypeError(f"ref: expected {policy.logits.dtype} as the policy has, got {ref.logits.dtype}")
     if policy.vocab != ref.vocab:
         raise ValueError(
             f"ref: expected the policy's vocabulary of {policy.vocab}, got {ref.vocab}; if one side is padded, give "
-            "fl.Logits(..., valid_vocab=the number of real tokens) on that side"
+            f"fl.{type(ref).__name__}(..., valid_vocab=the number of real tokens) on that side"
         )

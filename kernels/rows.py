@@ -10,7 +10,9 @@ from .. import pointwise
 from .device import LN2, LOG2E, in_bits, tanh
 
 FLOOR = tl.constexpr(pointwise.FLOOR)  # suppressed logits are raised to this
-LOW = tl.constexpr(-pointwise.HUGE)  # below this a logit counts as suppressed; the shift of a side that has shown no other
+LOW = tl.constexpr(
+    -pointwise.HUGE
+)  # below this a logit counts as suppressed; the shift of a side that has shown no other
 INF = tl.constexpr(pointwise.INF)
 
 
