@@ -9,5 +9,6 @@ from .stats import token_stats
 __version__ = "0.1.0"
 
 __all__ = [
-    "Hidden", "LogProbs", "Logits", "Lora", "LossOutput", "TokenStats", "divergences", "dpo_loss", "preference_loss", "reference", "token_stats",
+    "Hidden", "LogProbs", "Logits", "Lora", "LossOutput", "TokenStats", "divergences", "dpo_loss", "preference_loss",
+    "reference", "token_stats",
 ]  # fmt: skip

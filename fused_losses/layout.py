@@ -23,11 +23,12 @@ class Problem(NamedTuple):
     entropy: bool
     shift: bool
     ignore_index: int
-    vocab: int  # valid entries, the same on both sides
+    vocab: int  # valid columns, the same on both sides
     softcap: float  # 0.0: none
     multiplier: float  # scale / temperature
     ref_softcap: float
     ref_multiplier: float
+    first: int = 0  # the token that column 0 stands for: not 0 in a slice of the vocabulary
 
 
 class PairProblem(NamedTuple):

@@ -1,4 +1,4 @@
-"""From a row's running sums to its divergences: the closing arithmetic of the one-pass (separable) forward.
+"""A row's running sums: how those of two parts of the vocabulary merge, and how they close into its divergences.
 
 One sweep over a row of policy logits z and reference logits w keeps, for constants c, m_p, m_q of the row,
 
@@ -18,11 +18,66 @@ d itself. Their interpolation, with J = E_p[d] - E_q[d] and v = Var_q[d],
 
 is therefore used wherever it agrees with the exponentials to within their noise: the more readily, the smaller v, since
 its own error grows as v^2. The power family is treated alike, by G(s) - s K.
+
+Differences of large sums (A - B, R - B) are carried beside them, so that neither merging nor closing has to cancel.
 """
 
 from __future__ import annotations
 
-from .pointwise import HUGE, INF, absolute, log, log1p, maximum, where
+from .pointwise import HUGE, INF, absolute, difference, frame, log, log1p, maximum, nats, rescale, where
+
+# A row's sums over a part of the vocabulary, in this order. Then for every power s: R, its own shift, R e^shift - B.
+SIDES = ("m_p", "A", "max z", "z_y", "E", "m_q", "B", "w_y", "c", "A - B", "A1", "B1", "B2")  # E = sum a (z - m_p)
+
+
+def fields(powers: int) -> int:
+    return len(SIDES) + 3 * powers
+
+
+def _scaled(x, factor):
+    """x * factor, and 0 where factor is 0: a sum may be infinite."""
+    return where(factor == 0.0, 0.0 * factor, x * factor)
+
+
+def merge(s, t):
+    """The sums of two disjoint parts of the vocabulary -> of both, and how far each part's shifts moved (for merge_power)."""
+    mp, mq = maximum(s[0], t[0]), maximum(s[5], t[5])
+    xs, ys, xt, yt = s[0] - mp, s[5] - mq, t[0] - mp, t[5] - mq
+    fs, gs, ft, gt = rescale(xs), rescale(ys), rescale(xt), rescale(yt)
+    bs, bt = _scaled(s[6], gs), _scaled(t[6], gt)
+    c = where(bt > bs, t[8], s[8])  # the part that counts for more
+    us, ut = s[8] - c, t[8] - c
+    both = (
+        mp,
+        _scaled(s[1], fs) + _scaled(t[1], ft),
+        maximum(s[2], t[2]),
+        maximum(s[3], t[3]),
+        _scaled(s[4] + s[1] * xs, fs) + _scaled(t[4] + t[1] * xt, ft),
+        mq,
+        bs + bt,
+        maximum(s[7], t[7]),
+        c,
+        _moved(s[9], s[6], fs, gs, xs - ys) + _moved(t[9], t[6], ft, gt, xt - yt),
+        _scaled(s[10] + s[1] * us, fs) + _scaled(t[10] + t[1] * ut, ft),
+        _scaled(s[11] + s[6] * us, gs) + _scaled(t[11] + t[6] * ut, gt),
+        _scaled(s[12] + (2.0 * s[11] + s[6] * us) * us, gs) + _scaled(t[12] + (2.0 * t[11] + t[6] * ut) * ut, gt),
+    )
+    return both, (xs, ys, gs, xt, yt, gt)
+
+
+def _moved(excess, base, f, g, x):
+    """sum f a - g b from sum a - b; x = log f - log g."""
+    return _scaled(excess, f) + _scaled(difference(f, g, nats(x)), base)
+
+
+def merge_power(r, u, b, moves, s):
+    """(R, shift, R e^shift - B) of two parts whose B are b[0] and b[1]."""
+    xs, ys, gs, xt, yt, gt = moves
+    vs, vt = r[1] + (s * xs + (1.0 - s) * ys), u[1] + (s * xt + (1.0 - s) * yt)
+    shift = maximum(vs, vt)
+    es, et = s * (xs - ys), s * (xt - yt)
+    excess = _moved(r[2], b[0], rescale(es + ys), gs, es) + _moved(u[2], b[1], rescale(et + yt), gt, et)
+    return _scaled(r[0], rescale(vs - shift)) + _scaled(u[0], rescale(vt - shift)), shift, excess
 
 
 def _log_ratio(excess, total, base):
@@ -36,13 +91,13 @@ def _agree(x, y, v, noise):
     return absolute(x - y) * (1.0 + 2000.0 * v) <= noise
 
 
-def close_pair(A, B, A_minus_B, A1, B1, B2, delta, noise):
+def close_pair(sums, noise):
     """K, KL(p||q), KL(q||p), and for close_power log A/B, v, J."""
-    log_ab = _log_ratio(A_minus_B, A, B)
-    k = log_ab - delta
-    mean_p = A1 / A
-    mean_q = B1 / B
-    v = maximum(B2 / B - mean_q * mean_q, 0.0 * mean_q)
+    log_ab = _log_ratio(sums[9], sums[1], sums[6])
+    k = log_ab - frame(sums[8], sums[0], sums[5])
+    mean_p = sums[10] / sums[1]
+    mean_q = sums[11] / sums[6]
+    v = maximum(sums[12] / sums[6] - mean_q * mean_q, 0.0 * mean_q)
     j = mean_p - mean_q
     forward = v / 6.0 + j / 3.0
     near = _agree(mean_q + forward, k, v, noise)
@@ -54,9 +109,10 @@ def close_pair(A, B, A_minus_B, A1, B1, B2, delta, noise):
     return k, reverse, forward, log_ab, v, j
 
 
-def close_power(R_minus_B_over_B, log_rb, log_ab, v, j, s, noise):
-    """log sum p^s q^(1-s) from log R/B: <= 0 for s in (0, 1), >= 0 beyond."""
-    x = R_minus_B_over_B
+def close_power(r, base, log_ab, v, j, s, noise):
+    """log sum p^s q^(1-s) from r = (R, shift, R e^shift - B) and B: <= 0 for s in (0, 1), >= 0 beyond."""
+    x = r[2] / base
+    log_rb = log(r[0]) + nats(r[1]) - log(base)
     exact = where(absolute(x) < 0.5, log1p(x), log_rb) - s * log_ab
     smooth = s * (s - 1.0) * (v / 2.0 + (j - v) * (s + 1.0) / 3.0)
     m = where(_agree(smooth, exact, v, (1.0 + s * s) * noise), smooth, exact)

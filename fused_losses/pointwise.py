@@ -4,6 +4,8 @@ A formula (a divergence's gradient, a link, a pair term, the closing arithmetic 
 function of these words and of + - * /. The torch backend calls it as it stands; the Triton backend compiles the same
 source with the words bound to kernels/device.py. So the two backends cannot drift apart, and a formula has one home.
 
+Shifts of running sums are in nats here and whole bits in Triton: rescale(), nats() and frame() hide which.
+
 Logits below FLOOR (and -inf) are raised to it before anything else happens. exp() still maps them to exactly 0, but no
 inf - inf and no 0 * inf can arise: p * t is 0 where p is 0. A sum that a suppressed token does reach is then beyond
 HUGE and is reported as inf.
@@ -21,8 +23,8 @@ HUGE = 1e20
 INF = float("inf")
 
 __all__ = [
-    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "exp", "expm1", "finite_exp", "log", "log1p",
-    "logmix", "maximum", "sigmoid", "sign", "softplus", "where",
+    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "exp", "expm1", "finite_exp", "frame", "log",
+    "log1p", "logmix", "maximum", "nats", "rescale", "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip
 
 sigmoid, sign, where = torch.sigmoid, torch.sign, torch.where
@@ -60,3 +62,21 @@ def logmix(t: Tensor, w: float) -> tuple[Tensor, Tensor]:
 def bounded(t: Tensor) -> Tensor:
     """t, and 0 where one side is suppressed: the slope of an infinite value is left out of the gradient."""
     return t * (absolute(t) < HUGE)
+
+
+def rescale(x: Tensor) -> Tensor:
+    """The factor that a move of a shift by x <= 0 means."""
+    return exp(x)
+
+
+def nats(x: Tensor) -> Tensor:
+    """A shift in nats."""
+    return x
+
+
+def frame(c: Tensor, mp: Tensor, mq: Tensor) -> Tensor:
+    """c - (mp - mq) in nats, without the rounding of mp - mq."""
+    apart = mp - mq
+    back = apart - mp
+    lost = (mp - (apart - back)) - (mq + back)
+    return (c - apart) - lost

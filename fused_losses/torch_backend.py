@@ -6,25 +6,27 @@ A block of rows is small enough for the processor's cache, so on a CPU this is a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .divergences import Divergence
 from .layout import PairProblem, Problem, rows_view, stats_dtype
-from .moments import close_pair, close_power
+from .moments import SIDES, close_pair, close_power, merge, merge_power
 from .pointwise import FLOOR, HUGE, INF
 
 BLOCK_BYTES = 4 << 20  # of one temporary
+Sums = tuple[list[Tensor], list[list[Tensor]]]  # moments.SIDES of some rows, and three numbers for each power
 
 
 def _blocks(labels: Tensor, problem: Problem, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row numbers, labels) of each block of rows that count."""
+    """(row numbers, columns of the labels) of each block of rows that count."""
     y = labels.reshape(-1).long()
     rows = (y != problem.ignore_index).nonzero().squeeze(1)
     for block in rows.split(max(1, BLOCK_BYTES // max(1, row_bytes))):
         if block.numel():
-            yield block, y[block]
+            yield block, y[block] - problem.first
 
 
 def _at(x: Tensor, rows: Tensor) -> tuple:
@@ -61,21 +63,16 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _Side:
-    """One side's rows of a block, exponentiated about their maximum."""
+    """One side's rows of a block, exponentiated about their maximum. y: columns of the labels, any where they are not here."""
 
     def __init__(self, x: Tensor, y: Tensor):
         self.x = x
-        self.shift = x.amax(1)
-        self.shift.masked_fill_(self.shift < -HUGE, 0)  # a row without any token: its sum is 0, its log-probs NaN
-        self.exp = torch.sub(x, self.shift[:, None]).exp_()
+        self.shift = x.amax(1).clamp_(min=-HUGE)  # so a row without any token sums to 0; its log-probs are NaN
+        self.centred = torch.sub(x, self.shift[:, None])
+        self.exp = self.centred.exp()
         self.total = self.exp.sum(1)
-        log_total = self.total.log()
-        self.target = x.gather(1, y[:, None]).squeeze(1)
-        logp = ((self.target - self.shift) - log_total).clamp(max=0).masked_fill(self.target < -HUGE, -INF)
-        empty = self.total == 0
-        self.logp = logp.masked_fill(empty, float("nan"))
-        self.lse = self.shift + log_total
-        self.log_total = log_total.masked_fill(empty, 0)
+        here = (y >= 0) & (y < x.shape[1])
+        self.target = x.gather(1, y.clamp(0, x.shape[1] - 1)[:, None]).squeeze(1).masked_fill(~here, -INF)
 
 
 def _normalised(z: Tensor, w: Tensor, row: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -86,46 +83,96 @@ def _normalised(z: Tensor, w: Tensor, row: list[Tensor]) -> tuple[Tensor, Tensor
     return lp.exp(), lq.exp(), (z - w).sub_(c).sub_(k), lp, lq
 
 
-def _pair_sums(p: _Side, q: _Side, problem: Problem) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """c, K and (D, sum_v h) of every divergence of a block."""
-    c = p.shift - q.shift
-    spare = p.shift - c
-    delta = -((p.shift - (c + spare)) + (spare - q.shift))  # what rounding c lost
+def _powers(problem: Problem) -> list[float]:
+    return list(dict.fromkeys(d.power for d in problem.divergences if d.power is not None))
+
+
+def _sums(p: _Side, q: _Side | None, problem: Problem) -> Sums:
+    """The sums of a block of rows, in the order of moments.SIDES, and those of each power."""
+    zero = torch.zeros_like(p.shift)
+    e = _dot(p.exp, p.centred) if problem.entropy else zero
+    one = [p.shift, p.total, p.shift, p.target, e]
+    if q is None:
+        return [*one, *[zero] * 8], []
+    two = [*one, q.shift, q.total, q.target]
+    if not problem.divergences:
+        return [*two, *[zero] * 5], []
+    c = (p.shift - q.shift).masked_fill((p.total == 0) | (q.total == 0), 0)
     d = (p.x - q.x).sub_(c[:, None])
     a1 = _dot(p.exp, d)
     bd = q.exp * d
     b1 = bd.sum(1)
     b2 = _dot(bd, d)
-    noise = 2 * torch.finfo(d.dtype).eps * (1 - 1 / q.total)  # the largest term is 1 without error
-    excess = torch.sub(p.exp, q.exp, out=bd).sum(1)
-    k, *rest = close_pair(p.total, q.total, excess, a1, b1, b2, delta, noise)
-    reverse, forward, log_ab, curve, j = rest
-    results: list[tuple[Tensor, Tensor]] = []
-    terms = None
+    pair = [*two, c, torch.sub(p.exp, q.exp, out=bd).sum(1), a1, b1, b2]
+    powers = []
+    for s in _powers(problem):
+        x = torch.add(p.centred * s, q.centred, alpha=1 - s)
+        top = x.amax(1) if s * (s - 1) > 0 else zero  # between 0 and 1 nothing exceeds 0
+        r = x.sub_(top[:, None]).exp_()
+        powers.append([r.sum(1), top, r.mul_(top.exp()[:, None]).sub_(q.exp).sum(1)])
+    return pair, powers
+
+
+class _Row(NamedTuple):
+    """What the sums of a row close into."""
+
+    logp: Tensor
+    lse: Tensor
+    log_total: Tensor
+    entropy: Tensor
+    logq: Tensor
+    log_total_q: Tensor
+    c: Tensor
+    k: Tensor
+    results: list[tuple[Tensor, Tensor] | None]  # D and sum_v h of each divergence; None: needs the second sweep
+    empty: Tensor  # no token on one side
+
+
+def _log_prob(shift: Tensor, total: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    log_total = total.log()
+    logp = ((target - shift) - log_total).clamp(max=0).masked_fill(target < -HUGE, -INF)
+    return logp.masked_fill(total == 0, float("nan")), log_total
+
+
+def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
+    pair, powers = sums
+    mp, a, _, zy, e, mq, b, wy, c = pair[:9]
+    logp, log_a = _log_prob(mp, a, zy)
+    lse = mp.masked_fill(a == 0, 0) + log_a
+    empty = a == 0
+    entropy = (log_a - e / a).clamp(min=0)
+    log_a = log_a.masked_fill(empty, 0)
+    if not ref:
+        return _Row(logp, lse, log_a, entropy, mq, mq, mq, mq, [], empty)
+    logq, log_b = _log_prob(mq, b, wy)
+    empty = empty | (b == 0)
+    log_b = log_b.masked_fill(b == 0, 0)
+    if not problem.divergences:
+        return _Row(logp, lse, log_a, entropy, logq, log_b, c, c, [], empty)
+    noise = 2 * torch.finfo(c.dtype).eps * (1 - 1 / b)  # the largest term is 1 without error
+    k, reverse, forward, *rest = close_pair(pair, noise)
+    by_power = dict(zip(_powers(problem), powers, strict=True))
+    results: list[tuple[Tensor, Tensor] | None] = []
     for div in problem.divergences:
-        if div.term is not None:
-            if terms is None:
-                row = [p.shift, p.log_total, q.shift, q.log_total, c, k]
-                terms = _normalised(p.x, q.x, row)
-            value = div.term(*terms, *div.params).sum(1)
-            value = value.clamp(min=0).masked_fill(value > HUGE, INF)
-            results.append((value, div.grad_p(*terms, *div.params).sum(1)))
+        if div.row is None:
+            results.append(None)
             continue
-        assert div.row is not None
         power = torch.zeros_like(k)
         if div.power is not None:
-            s = div.power
-            x = (p.x - p.shift[:, None]).mul_(s).add_((q.x - q.shift[:, None]).mul_(1 - s))
-            top = x.amax(1) if s * (s - 1) > 0 else torch.zeros_like(k)  # between 0 and 1 nothing exceeds 0
-            x.sub_(top[:, None]).exp_()
-            log_rb = x.sum(1).log() + top - q.total.log()
-            excess = x.mul_(top.exp()[:, None]).sub_(q.exp).sum(1) / q.total
-            power = close_power(excess, log_rb, log_ab, curve, j, s, noise)
+            power = close_power(by_power[div.power], b, *rest, div.power, noise)
         results.append(div.row(reverse, forward, power, *div.params))
-    return c, k, results
+    return _Row(logp, lse, log_a, entropy, logq, log_b, c, k, results, empty)
 
 
-def _finite(x: Tensor) -> Tensor:
+def _terms(z: Tensor, w: Tensor, saved: Tensor, problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(i, sum_v c, sum_v h) of every term divergence of a block, from the rows' saved numbers."""
+    x = _normalised(z, w, list(saved[:6]))
+    for i, div in enumerate(problem.divergences):
+        if div.term is not None:
+            yield i, div.term(*x, *div.params).sum(1), div.grad_p(*x, *div.params).sum(1)
+
+
+def finite(x: Tensor) -> Tensor:
     """x, and 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
     return x.masked_fill(x.isinf(), 0)
 
@@ -149,39 +196,120 @@ def forward(
 ) -> None:  # fmt: skip
     labels = _shifted_labels(labels, problem)
     check_labels(labels, problem)
+    out = (logps, ref_logps, lse, entropy, div, hit, saved)
+    for x in out:
+        if x is not None:
+            x.zero_()
+    for rows, y, z, w in _tiles(problem, policy, labels, ref if ref_logps is not None else None):
+        q = _Side(w, y) if w is not None else None
+        sums = _sums(_Side(z, y), q, problem)
+        _write(problem, rows, sums, *out)
+        if w is not None and div is not None:
+            for i, *found in _terms(z, w, saved[:, rows], problem):
+                write_divergence(problem, i, *found, rows, logps, ref_logps, div, saved)
+
+
+def _tiles(
+    problem: Problem, policy: Tensor, labels: Tensor, ref: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """(rows, labels' columns, z, w) of each block of rows that count, logits as the loss sees them."""
     dtype, v = stats_dtype(policy), problem.vocab
-    z_rows = rows_view(policy, 1)
-    w_rows = rows_view(ref, 1) if ref is not None else None
-    for out in (logps, ref_logps, lse, entropy, div, hit, saved):
-        if out is not None:
-            out.zero_()
+    z_rows, w_rows = rows_view(policy, 1), rows_view(ref, 1) if ref is not None else None
     for rows, y in _blocks(labels, problem, v * dtype.itemsize):
         z, _ = _head(z_rows[_at(z_rows, rows)][:, :v], problem.softcap, problem.multiplier, dtype)
-        p = _Side(z, y)
-        logps[rows] = p.logp
-        lse[rows] = p.lse
-        hit[rows] = p.target >= p.shift
-        saved[0, rows], saved[1, rows] = p.shift, p.log_total
-        if entropy is not None:
-            value = (p.log_total - _dot(p.exp, p.x - p.shift[:, None]) / p.total).clamp(min=0)
-            entropy[rows] = value
-            saved[6, rows] = _finite(value)
-        if w_rows is None or ref_logps is None:
-            continue
-        w, _ = _head(w_rows[_at(w_rows, rows)][:, :v], problem.ref_softcap, problem.ref_multiplier, dtype)
-        q = _Side(w, y)
-        ref_logps[rows] = q.logp
-        saved[2, rows], saved[3, rows] = q.shift, q.log_total
-        if div is None:
-            continue
-        c, k, results = _pair_sums(p, q, problem)
-        empty = (p.total == 0) | (q.total == 0)
-        saved[4, rows], saved[5, rows] = c.masked_fill(empty, 0), k.masked_fill(empty, 0)
-        for i, (value, slope) in enumerate(results):
-            other = _finite(problem.divergences[i].degree * value) - _finite(slope)
-            div[i, rows] = value.masked_fill(empty, float("nan"))
-            saved[7 + 2 * i, rows] = _finite(slope).masked_fill(empty, 0)
-            saved[8 + 2 * i, rows] = other.masked_fill(empty, 0)
+        w = None
+        if w_rows is not None:
+            w, _ = _head(w_rows[_at(w_rows, rows)][:, :v], problem.ref_softcap, problem.ref_multiplier, dtype)
+        yield rows, y, z, w
+
+
+def _write(
+    problem: Problem, rows: Tensor, sums: Sums, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
+    entropy: Tensor | None, div: Tensor | None, hit: Tensor, saved: Tensor,
+) -> None:  # fmt: skip
+    """The outputs of some rows from their sums; divergences that need a second sweep are left to write_divergence."""
+    row, pair = _close(sums, problem, ref_logps is not None), sums[0]
+    logps[rows] = row.logp
+    lse[rows] = row.lse
+    hit[rows] = pair[3] >= pair[2]
+    saved[0, rows], saved[1, rows] = pair[0], row.log_total
+    if entropy is not None:
+        entropy[rows] = row.entropy
+        saved[6, rows] = finite(row.entropy)
+    if ref_logps is None:
+        return
+    ref_logps[rows] = row.logq
+    saved[2, rows], saved[3, rows] = pair[5], row.log_total_q
+    saved[4, rows], saved[5, rows] = row.c.masked_fill(row.empty, 0), row.k.masked_fill(row.empty, 0)
+    for i, found in enumerate(row.results):
+        if found is not None and div is not None:
+            write_divergence(problem, i, *found, rows, logps, ref_logps, div, saved)
+
+
+def write_divergence(
+    problem: Problem, i: int, value: Tensor, slope: Tensor, rows: Tensor | slice, logps: Tensor, ref_logps: Tensor,
+    div: Tensor, saved: Tensor,
+) -> None:  # fmt: skip
+    """A divergence of some rows, and what backward needs of it: sum_v h and sum_v k."""
+    empty = (logps[rows] + ref_logps[rows]).isnan()  # no token on one side
+    value = value.clamp(min=0).masked_fill(value > HUGE, INF)
+    other = finite(problem.divergences[i].degree * value) - finite(slope)
+    div[i, rows] = value.masked_fill(empty, float("nan"))
+    saved[7 + 2 * i, rows] = finite(slope).masked_fill(empty, 0)
+    saved[8 + 2 * i, rows] = other.masked_fill(empty, 0)
+
+
+def fold(problem: Problem, z: Tensor, labels: Tensor, w: Tensor | None, state: Tensor, fresh: bool) -> None:
+    """Folds logits [rows, columns] of the vocabulary from problem.first on into state [fields, rows]."""
+    powers = _powers(problem)
+    for rows, y, z_block, w_block in _tiles(problem, z, labels, w):
+        q = _Side(w_block, y) if w_block is not None else None
+        new = _sums(_Side(z_block, y), q, problem)
+        if not fresh:
+            new = merge_sums(_unpack(state[:, rows]), new, powers)
+        state[:, rows] = torch.stack([*new[0], *(x for power in new[1] for x in power)])
+
+
+def _unpack(state: Tensor) -> Sums:
+    n = len(SIDES)
+    rest = list(state[n:])
+    return list(state[:n]), [rest[i : i + 3] for i in range(0, len(rest), 3)]
+
+
+def merge_sums(s: Sums, t: Sums, powers: list[float]) -> Sums:
+    """The sums of two disjoint parts of the vocabulary -> of both."""
+    pair, moves = merge(s[0], t[0])
+    bases = s[0][6], t[0][6]
+    merged = [merge_power(r, u, bases, moves, a) for r, u, a in zip(s[1], t[1], powers, strict=True)]
+    return list(pair), [list(m) for m in merged]
+
+
+def merge_states(problem: Problem, state: Tensor, other: Tensor) -> None:
+    """state <- state merged with other, both [fields, rows]."""
+    new = merge_sums(_unpack(state), _unpack(other), _powers(problem))
+    state.copy_(torch.stack([*new[0], *(x for power in new[1] for x in power)]))
+
+
+def close(
+    problem: Problem, state: Tensor, labels: Tensor, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
+    entropy: Tensor | None, div: Tensor | None, hit: Tensor, saved: Tensor,
+) -> None:  # fmt: skip
+    """The outputs of all rows from the sums over the whole vocabulary; term divergences come from terms()."""
+    out = (logps, ref_logps, lse, entropy, div, hit, saved)
+    for x in out:
+        if x is not None:
+            x.zero_()
+    rows = (labels != problem.ignore_index).nonzero().squeeze(1)
+    _write(problem, rows, _unpack(state[:, rows]), *out)
+
+
+def terms(problem: Problem, z: Tensor, labels: Tensor, w: Tensor, saved: Tensor, sums: Tensor) -> None:
+    """Adds sum_v c and sum_v h of logits [rows, columns] to sums [2 n, rows], for term divergences."""
+    for rows, _, z_block, w_block in _tiles(problem, z, labels, w):
+        assert w_block is not None
+        for i, value, slope in _terms(z_block, w_block, saved[:, rows], problem):
+            sums[2 * i, rows] += value
+            sums[2 * i + 1, rows] += slope
 
 
 def _slopes(
@@ -198,7 +326,8 @@ def _slopes(
         formula = div.grad_p if policy_side else div.grad_q
         out.add_(formula(*x, *div.params).mul_(g_i[:, None]))
     if g is not None:
-        out.scatter_add_(1, y[:, None], g[:, None])
+        here = (y >= 0) & (y < out.shape[1])
+        out.scatter_add_(1, y.clamp(0, out.shape[1] - 1)[:, None], (g * here)[:, None])
     return out
 
 

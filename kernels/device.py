@@ -132,6 +132,26 @@ def tanh(x):
     return tl.where(x < 0, -y, y)
 
 
+LN2_HI = tl.constexpr(0.693145751953125)  # LN2_HI k is exact for integers |k| < 2^9
+LN2_LO = tl.constexpr(1.42860682030941723212e-6)
+
+
+@triton.jit
+def rescale(x):
+    return tl.exp2(x)
+
+
+@triton.jit
+def nats(x):
+    return x * LN2
+
+
+@triton.jit
+def frame(c, mp, mq):
+    apart = mp - mq  # whole bits
+    return (c - apart * LN2_HI) - apart * LN2_LO
+
+
 @functools.cache
 def jit(formula):
     """The Triton twin of a formula: the same source, its words looked up here, its constants made constexpr."""

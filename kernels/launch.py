@@ -7,7 +7,7 @@ import torch
 
 from ..divergences import Divergence
 from ..layout import PairProblem, Problem, row_layout
-from . import configs, pairs, token_stats
+from . import configs, pairs, slices, token_stats
 from .device import jit
 
 
@@ -71,11 +71,61 @@ def backward(problem: Problem, policy, labels, ref, saved, grads, dz, dw) -> Non
             *z, *_side(dz, None, 1.0)[:3],
             *w, *_side(dw, None, 1.0)[:3],
             labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
-            *grads, saved, problem.vocab, policy.shape[-1], ref.shape[-1] if ref is not None else 0,
+            *grads, saved, problem.vocab, problem.first, policy.shape[-1], ref.shape[-1] if ref is not None else 0,
             tuple(d.params for d in divergences),
             GRADS_P=tuple(jit(d.grad_p) for d in divergences), GRADS_Q=tuple(jit(d.grad_q) for d in divergences),
             SHIFT=problem.shift, BLOCK=configs.BACKWARD.lanes * configs.BACKWARD.unroll, STAGES=configs.BACKWARD.stages,
             num_warps=configs.BACKWARD.warps,
+        )  # fmt: skip
+
+
+def _take(formulas: dict, *names: str) -> dict:
+    return {name: formulas[name] for name in names}
+
+
+def _sides(problem: Problem, z, w):
+    return *_side(z, problem.softcap, problem.multiplier), *_side(w, problem.ref_softcap, problem.ref_multiplier)
+
+
+def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
+    """Folds logits [rows, columns] of the vocabulary from problem.first on into state [fields, rows]."""
+    one_pass = tuple(d for d in problem.divergences if d.row is not None)
+    config = forward_config(one_pass, problem.entropy)
+    formulas = _formulas(problem.divergences)
+    with on(z.device):
+        slices.fold_slice[(z.shape[0],)](
+            *_sides(problem, z, w), labels, problem.ignore_index, state, state.stride(0), problem.vocab, problem.first,
+            formulas["powers"], FRESH=fresh, ENTROPY=problem.entropy, MOMENTS=bool(problem.divergences),
+            UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+
+
+def terms(problem: Problem, z, labels, w, saved, sums) -> None:
+    """Adds sum_v c and sum_v h of logits [rows, columns] to sums [2 n, rows], for term divergences."""
+    config = configs.FORWARD_TWO_PASS
+    with on(z.device):
+        slices.add_terms[(z.shape[0],)](
+            *_sides(problem, z, w), labels, problem.ignore_index, saved, saved.stride(0), sums, sums.stride(0),
+            problem.vocab, **_take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS"),
+            UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+
+
+def merge_states(problem: Problem, state, other) -> None:
+    """state <- state merged with other, both [fields, rows]."""
+    with on(state.device):
+        slices.merge_states[(state.shape[1],)](
+            state, state.stride(0), other, other.stride(0), _formulas(problem.divergences)["powers"], num_warps=1
+        )  # fmt: skip
+
+
+def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, hit, saved) -> None:
+    """The outputs of all rows from the sums over the whole vocabulary; term divergences come from terms()."""
+    with on(state.device):
+        slices.close_states[(state.shape[1],)](
+            state, state.stride(0), labels, problem.ignore_index, logps, ref_logps, lse, entropy, div, hit, saved,
+            problem.vocab, num_warps=1,
+            **_take(_formulas(problem.divergences), "numbers", "powers", "degrees", "ROWS", "POWER"),
         )  # fmt: skip
 
 

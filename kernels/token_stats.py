@@ -17,53 +17,23 @@ from .rows import INF, LOW, finite, head, pair, pointers, row_offset, slopes, sw
 
 close_pair, close_power = jit(_close_pair), jit(_close_power)
 
-LN2_HI = tl.constexpr(0.693145751953125)  # LN2_HI k is exact for integers |k| < 2^9
-LN2_LO = tl.constexpr(1.42860682030941723212e-6)
 NOISE = tl.constexpr(3e-7)  # error of a log-ratio of two fp32 sums of exponentials near 1
 
 
 @triton.jit
-def token_stats_forward(
-    Z, z_layout, z_stride, z_side,  # policy logits [rows, V]
-    W, w_layout, w_stride, w_side,  # reference logits [rows, V], or None
-    Labels, label_layout, ignore_index, T,
-    Logp, RefLogp, Lse, Entropy, Div, Hit, Saved,  # [rows] each, Div [n, rows], Saved [7 + 2 n, rows]
-    V, numbers, powers, degrees,
-    ROWS: tl.constexpr, TERMS: tl.constexpr, GRADS: tl.constexpr, POWER: tl.constexpr,
-    SHIFT: tl.constexpr, MOMENTS: tl.constexpr, SECOND: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+def row_sums(
+    Z, z_stride, z_side, W, w_stride, w_side, y, V, powers,
+    ENTROPY: tl.constexpr, MOMENTS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """log p(y), log q(y), lse, entropy, divergences and whether y is the argmax. Saved: see token_stats_backward."""
-    row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0).to(tl.int64)
-    n: tl.constexpr = len(ROWS)
+    """One sweep over a row from column y on which to centre: its sums in the order of moments.SIDES, those of each power,
+    and z and w of column y."""
     REF: tl.constexpr = W is not None
-    ENTROPY: tl.constexpr = Entropy is not None
-    label = token_label(Labels, label_layout, row, T, ignore_index, SHIFT)
-    if label == ignore_index:
-        tl.store(Logp + row, 0.0)
-        tl.store(Lse + row, 0.0)
-        if REF:
-            tl.store(RefLogp + row, 0.0)
-        if ENTROPY:
-            tl.store(Entropy + row, 0.0)
-        for i in tl.static_range(n):
-            tl.store(Div + i * rows + row, 0.0)
-        for i in tl.static_range(7 + 2 * n):
-            tl.store(Saved + i * rows + row, 0.0)
-        tl.store(Hit + row, 0)
-        return
-
-    valid = (label >= 0) & (label < V)
-    y = tl.where(valid, label, 0)
-    Z += row_offset(row, z_layout)
     zy = head(tl.load(pointers(Z, y, z_stride)), z_side)[0]
     wy = zy
     if REF:
-        W += row_offset(row, w_layout)
         wy = head(tl.load(pointers(W, y, w_stride)), w_side)[0]
     known = (zy > LOW) & (wy > LOW) & (tl.abs(zy - wy) < 64.0)
-    c = tl.where(known, zy - wy, 0.0)  # a constant about z - w: the label's own is at hand, unless it is an outlier
+    c = tl.where(known, zy - wy, 0.0)  # a constant about z - w: that of column y, unless it is an outlier
     mq = tl.where(wy > LOW, tl.floor(wy * LOG2E), LOW)
     mp = tl.where(zy > LOW, tl.where(known, mq + tl.floor(c * LOG2E + 0.5), tl.floor(zy * LOG2E)), LOW)
 
@@ -84,69 +54,156 @@ def token_stats_forward(
         state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY)
 
     mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R = state
+    sums = (mp, tl.sum(A), zmax, zy, tl.sum(E), mq, tl.sum(B), wy, c, tl.sum(A - B), tl.sum(A1), tl.sum(B1), tl.sum(B2))
+    P = ()
+    for i in tl.static_range(len(powers)):
+        r, shift = R[i]
+        P = P + ((tl.sum(r), shift, tl.sum(r * tl.exp2(shift) - B)),)
+    return sums, P
+
+
+@triton.jit
+def term_sums(
+    Z, z_stride, z_side, W, w_stride, w_side, V, saved, numbers,
+    TERMS: tl.constexpr, GRADS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The second sweep: sum_v c and sum_v h of each term divergence, (0, 0) for the others."""
+    BLOCK: tl.constexpr = UNROLL * LANES
+    v = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    zero = tl.zeros([LANES], tl.float32)
+    sums = ()
+    for i in tl.static_range(len(TERMS)):
+        if TERMS[i] is not None:
+            sums = sums + ((zero, zero),)
+        else:
+            sums = sums + ((0.0, 0.0),)
+    main = V // BLOCK * BLOCK
+    for start in tl.range(0, main, BLOCK, num_stages=STAGES):
+        z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, start + v, V, False)
+        sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
+    if main < V:
+        z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, main + v, V, True)
+        sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
+    found = ()
+    for i in tl.static_range(len(TERMS)):
+        if TERMS[i] is not None:
+            found = found + ((tl.sum(sums[i][0]), tl.sum(sums[i][1])),)
+        else:
+            found = found + (sums[i],)
+    return found
+
+
+@triton.jit
+def store_ignored(
+    row, rows, n: tl.constexpr, REF: tl.constexpr, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved
+):  # fmt: skip
+    """Zeros for a row that does not count."""
+    tl.store(Logp + row, 0.0)
+    tl.store(Lse + row, 0.0)
+    if REF:
+        tl.store(RefLogp + row, 0.0)
+    if Entropy is not None:
+        tl.store(Entropy + row, 0.0)
+    for i in tl.static_range(n):
+        tl.store(Div + i * rows + row, 0.0)
+    for i in tl.static_range(7 + 2 * n):
+        tl.store(Saved + i * rows + row, 0.0)
+    tl.store(Hit + row, 0)
+
+
+@triton.jit
+def close_row(
+    row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved,
+    ROWS: tl.constexpr, POWER: tl.constexpr, REF: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a row from its sums, but for term divergences; returns its numbers for term_sums."""
+    n: tl.constexpr = len(ROWS)
+    mp, total_a, zmax, zy, E, mq, total_b, wy, c, excess, A1, B1, B2 = sums
     bad = float("nan")
-    total_a = tl.sum(A)
     log_a = tl.log2(total_a)
     logp = (in_bits(zy, mp) - log_a) * LN2
     logp = tl.where(zy > LOW, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
-    entropy = tl.maximum((log_a - tl.sum(E) / total_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    entropy = tl.maximum((log_a - E / total_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(Logp + row, tl.where(valid & (total_a != 0), logp, bad))
     tl.store(Lse + row, (mp + log_a) * LN2)
     tl.store(Hit + row, (zy >= zmax) & valid)
     tl.store(Saved + row, mp)
     tl.store(Saved + rows + row, tl.where(total_a == 0, 0.0, log_a))
-    if ENTROPY:
+    if Entropy is not None:
         tl.store(Entropy + row, entropy)
-    tl.store(Saved + 6 * rows + row, finite(entropy) if ENTROPY else 0.0)
+    tl.store(Saved + 6 * rows + row, finite(entropy) if Entropy is not None else 0.0)
     if REF:
-        total_b = tl.sum(B)
         log_b = tl.log2(total_b)
         logq = (in_bits(wy, mq) - log_b) * LN2
         logq = tl.where(wy > LOW, tl.minimum(logq, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
         tl.store(RefLogp + row, tl.where(valid & (total_b != 0), logq, bad))
-        apart = mp - mq
-        delta = (c - apart * LN2_HI) - apart * LN2_LO
-        k, reverse, forward, log_ab, curve, j = close_pair(
-            total_a, total_b, tl.sum(A - B), tl.sum(A1), tl.sum(B1), tl.sum(B2), delta, NOISE
-        )
+        k, reverse, forward, log_ab, curve, j = close_pair(sums, NOISE)
         tl.store(Saved + 2 * rows + row, mq)
         tl.store(Saved + 3 * rows + row, tl.where(total_b == 0, 0.0, log_b))
         tl.store(Saved + 4 * rows + row, c)
         tl.store(Saved + 5 * rows + row, k)
-        sums = ()
-        for i in tl.static_range(n):
-            if TERMS[i] is not None:
-                sums = sums + ((zero, zero),)
-            else:
-                sums = sums + ((0.0, 0.0),)
-        if SECOND:
-            saved = (mp, log_a, mq, log_b, c, k)
-            for start in tl.range(0, main, BLOCK, num_stages=STAGES):
-                z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, start + v, V, False)
-                sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
-            if main < V:
-                z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, main + v, V, True)
-                sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
         alive = (total_a != 0) & (total_b != 0)
         for i in tl.static_range(n):
-            if TERMS[i] is not None:
-                value, slope = tl.sum(sums[i][0]), tl.sum(sums[i][1])
-                value = tl.where(value > HUGE, INF, tl.where(value < 0, 0.0, value))
-            else:
+            if ROWS[i] is not None:
                 power = 0.0
                 if POWER[i] >= 0:
-                    r, shift = R[POWER[i]]
-                    log_r = (tl.log2(tl.sum(r)) + shift) * LN2
-                    excess = tl.sum(r * tl.exp2(shift) - B) / total_b
-                    power = close_power(excess, log_r - log_b * LN2, log_ab, curve, j, powers[POWER[i]], NOISE)
+                    power = close_power(P[POWER[i]], total_b, log_ab, curve, j, powers[POWER[i]], NOISE)
                 value, slope = ROWS[i](reverse, forward, power, *numbers[i])
-            other = finite(degrees[i] * value) - finite(slope)
-            tl.store(Div + i * rows + row, tl.where(alive, value, bad))
-            tl.store(Saved + (7 + 2 * i) * rows + row, tl.where(alive, finite(slope), 0.0))
-            tl.store(Saved + (8 + 2 * i) * rows + row, tl.where(alive, other, 0.0))
+                store_divergence(i, row, rows, value, slope, degrees[i], alive, Div, Saved)
+        return (mp, log_a, mq, log_b, c, k), alive
     else:
         for i in tl.static_range(2, 6):
             tl.store(Saved + i * rows + row, 0.0)
+        return (mp, log_a, mp, log_a, c, c), total_a != 0
+
+
+@triton.jit
+def store_divergence(i: tl.constexpr, row, rows, value, slope, degree, alive, Div, Saved):
+    value = tl.where(value > HUGE, INF, tl.where(value < 0, 0.0, value))
+    other = finite(degree * value) - finite(slope)
+    tl.store(Div + i * rows + row, tl.where(alive, value, float("nan")))
+    tl.store(Saved + (7 + 2 * i) * rows + row, tl.where(alive, finite(slope), 0.0))
+    tl.store(Saved + (8 + 2 * i) * rows + row, tl.where(alive, other, 0.0))
+
+
+@triton.jit
+def token_stats_forward(
+    Z, z_layout, z_stride, z_side,  # policy logits [rows, V]
+    W, w_layout, w_stride, w_side,  # reference logits [rows, V], or None
+    Labels, label_layout, ignore_index, T,
+    Logp, RefLogp, Lse, Entropy, Div, Hit, Saved,  # [rows] each, Div [n, rows], Saved [7 + 2 n, rows]
+    V, numbers, powers, degrees,
+    ROWS: tl.constexpr, TERMS: tl.constexpr, GRADS: tl.constexpr, POWER: tl.constexpr,
+    SHIFT: tl.constexpr, MOMENTS: tl.constexpr, SECOND: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """log p(y), log q(y), lse, entropy, divergences and whether y is the argmax. Saved: see token_stats_backward."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    REF: tl.constexpr = W is not None
+    label = token_label(Labels, label_layout, row, T, ignore_index, SHIFT)
+    if label == ignore_index:
+        store_ignored(row, rows, len(ROWS), REF, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved)
+        return
+    valid = (label >= 0) & (label < V)
+    Z += row_offset(row, z_layout)
+    if REF:
+        W += row_offset(row, w_layout)
+    sums, P = row_sums(
+        Z, z_stride, z_side, W, w_stride, w_side, tl.where(valid, label, 0), V, powers,
+        Entropy is not None, MOMENTS, UNROLL, LANES, STAGES,
+    )  # fmt: skip
+    saved, alive = close_row(
+        row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved,
+        ROWS, POWER, REF,
+    )  # fmt: skip
+    if SECOND:
+        found = term_sums(
+            Z, z_stride, z_side, W, w_stride, w_side, V, saved, numbers, TERMS, GRADS, UNROLL, LANES, STAGES
+        )
+        for i in tl.static_range(len(TERMS)):
+            if TERMS[i] is not None:
+                store_divergence(i, row, rows, found[i][0], found[i][1], degrees[i], alive, Div, Saved)
 
 
 @triton.jit
@@ -156,7 +213,7 @@ def token_stats_backward(
     Labels, label_layout, ignore_index, T,
     dLogp, dRef, dLse, dEntropy, dDiv,  # incoming gradients [rows], [rows], [rows], [rows], [n, rows], each or None
     Saved,  # m_p, log2 A, m_q, log2 B, c, K, entropy, then per divergence sum_v h, sum_v k
-    V, width_z, width_w, numbers,
+    V, first, width_z, width_w, numbers,  # column 0 is the token `first`
     GRADS_P: tl.constexpr, GRADS_Q: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], through the head; columns beyond V get 0."""
@@ -174,6 +231,7 @@ def token_stats_backward(
     if WANT_Q:
         dW += row_offset(row, dw_layout)
     done = label == ignore_index
+    label -= first
     if WANT_P:
         for start in range(0 if done else V, width_z, BLOCK):
             tl.store(pointers(dZ, start + v, dz_stride), 0.0, mask=start + v < width_z)
