@@ -51,6 +51,8 @@ class Divergence:
     term: Formula | None = None  # c_v >= 0 (up to rounding) with D = sum_v c_v
     power: float | None = None  # the s that `row` needs
     params: tuple[float, ...] = ()
+    scaling: Callable | None = None  # (x, y, *params) -> a, b:  grad_p(e^x p, e^y q) = a grad_p(p, q) + b p
+    parts: tuple[str, ...] = ()  # those it is the sum of
     degree: float = 1.0  # D(x p, x q) = x^degree D(p, q); 1 for every f-divergence
     f: Callable[[Tensor], Tensor] | None = None
     f_prime: Callable[[Tensor], Tensor] | None = None
@@ -91,6 +93,10 @@ def _reverse_row(reverse, forward, power):
     return reverse, reverse
 
 
+def _reverse_scaling(x, y):
+    return exp(x), exp(x) * (x - y)
+
+
 def _reverse_link(h):
     return h, 1.0 + 0.0 * h
 
@@ -105,6 +111,10 @@ def _forward_grad_q(p, q, t, lp, lq):
 
 def _forward_row(reverse, forward, power):
     return forward, 0.0 * power
+
+
+def _forward_scaling(x, y):
+    return exp(y), difference(exp(x), exp(y), x - y)
 
 
 def _forward_link(h):
@@ -144,6 +154,11 @@ def _power_grad_q(p, q, t, lp, lq, s, weight):
 def _power_row(reverse, forward, power, s, weight):
     gain = expm1(power) * (weight / (s - 1.0))
     return gain / s, gain
+
+
+def _power_scaling(x, y, s, weight):
+    r = s * x + (1.0 - s) * y
+    return exp(r), difference(exp(r), exp(x), r - x) * (weight / (s - 1.0))
 
 
 def _power_link(h, s, weight):
@@ -256,7 +271,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 def reverse_kl() -> Divergence:
     """KL(policy || ref) = sum p log(p/q). f = u log u. The divergence of DPO and of KL-regularised RL."""
     return Divergence(
-        _kl, _reverse_grad_p, _reverse_grad_q, _reverse_row,
+        _kl, _reverse_grad_p, _reverse_grad_q, _reverse_row, scaling=_reverse_scaling,
         f=lambda u: u * log(u), f_prime=lambda u: log(u) + 1, link=_reverse_link, score=lambda h: h,
     )  # fmt: skip
 
@@ -265,7 +280,7 @@ def reverse_kl() -> Divergence:
 def forward_kl() -> Divergence:
     """KL(ref || policy) = sum q log(q/p). f = -log u. TDPO's sequential KL, and the usual distillation loss."""
     return Divergence(
-        lambda p, q: _kl(q, p), _forward_grad_p, _forward_grad_q, _forward_row,
+        lambda p, q: _kl(q, p), _forward_grad_p, _forward_grad_q, _forward_row, scaling=_forward_scaling,
         f=lambda u: -log(u), f_prime=lambda u: -1 / u, link=_forward_link, score=lambda h: -(-h).exp(),
     )  # fmt: skip
 
@@ -276,7 +291,7 @@ def jeffreys() -> Divergence:
     return Divergence(
         lambda p, q: _kl(p, q) + _kl(q, p), _jeffreys_grad_p, _jeffreys_grad_q, _jeffreys_row,
         f=lambda u: (u - 1) * log(u), f_prime=lambda u: log(u) + 1 - 1 / u, link=_jeffreys_link,
-        score=lambda h: h - (-h).exp(),
+        score=lambda h: h - (-h).exp(), parts=("reverse_kl", "forward_kl"),
     )  # fmt: skip
 
 
@@ -307,7 +322,7 @@ def _power(s: float, weight: float) -> Divergence:
         return weight * ((p**s * q ** (1 - s)).where((p > 0) | (q > 0), 0).sum(-1) - 1) / (s * (s - 1))
 
     return Divergence(
-        define, _power_grad_p, _power_grad_q, _power_row, power=s, params=(s, weight),
+        define, _power_grad_p, _power_grad_q, _power_row, scaling=_power_scaling, power=s, params=(s, weight),
         f=lambda u: weight * (u**s - s * u + s - 1) / (s * (s - 1)),
         f_prime=lambda u: weight * (u ** (s - 1) - 1) / (s - 1),
         link=_power_link if s < 1 else None,

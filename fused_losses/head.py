@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from .losses import preference_loss
 from .sources import FLOATS, Hidden, Lora, Source
 
+_CLASS = "the dataclass of these fields"
+
 
 class FusedHead(nn.Module):
     """A head's own parameters, by reference, and a forward that runs a loss on them.
@@ -29,60 +31,63 @@ class FusedHead(nn.Module):
 
     Args:
         head: an nn.Linear [H -> V], or peft's LoRA on one. Its Parameters become this module's, tied ones stay tied.
-        softcap, scale, temperature, valid_vocab: as in fl.Hidden. `find_head` reads them off a model.
+        softcap, scale, temperature, valid_vocab: as in fl.Hidden. `find_head` measures them on a model.
         adapter: False leaves the adapter out, for the reference of a PEFT model. Otherwise LoRA counts whenever it does
             in the model: not under model.disable_adapter().
         name: what errors call the head.
 
-    Raises TypeError, ValueError or NotImplementedError, naming the head and its type, for a head that is quantised,
-    DTensor, tensor-parallel, not linear, or under an adapter other than one plain LoRA.
+    Raises TypeError, ValueError or NotImplementedError, naming the head and its type, for a head that is quantised, a
+    DTensor, tensor-parallel, not linear, or under an adapter other than one plain LoRA or modules_to_save.
     """
+
+    layer: Any  # the adapter's, asked at each call what counts; no submodule
+    lora_a: Tensor | None
+    lora_b: Tensor | None
 
     def __init__(
         self, head: nn.Module, *, softcap: float | None = None, scale: float = 1.0, temperature: float = 1.0,
         valid_vocab: int | None = None, adapter: bool = True, name: str = "head",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.options = dict(softcap=softcap, scale=scale, temperature=temperature, valid_vocab=valid_vocab)
+        self.options: dict[str, Any] = {"softcap": softcap, "scale": scale, "temperature": temperature}
+        self.options["valid_vocab"] = valid_vocab
         self.name = f"{name} ({type(head).__name__})"
         linear = _linear(head, self.name, adapter)
-        self.weight, self.bias = linear.weight, linear.bias
-        self.adapter, self.lora_a, self.lora_b = None, None, None
-        self.__dict__["layer"] = head if adapter and linear is not head else None  # asked, not owned: no submodule
-        if self.layer is not None and (active := _active(self.layer, self.name)):
-            self.adapter = active
-            self.lora_a, self.lora_b = self.layer.lora_A[active].weight, self.layer.lora_B[active].weight
+        self.weight, self.bias, self.lora_a, self.lora_b = linear.weight, linear.bias, None, None
+        self.__dict__["layer"] = head if adapter and linear is not head else None
+        self.adapter = _active(self.layer, self.name)
+        if self.adapter and hasattr(self.layer, "lora_A"):
+            self.lora_a, self.lora_b = self.layer.lora_A[self.adapter].weight, self.layer.lora_B[self.adapter].weight
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, temperature: float = 1.0, adapter: bool = True) -> FusedHead:
+    def from_model(cls, model: nn.Module, **options: Any) -> FusedHead:
         """fl.find_head."""
-        return find_head(model, temperature=temperature, adapter=adapter)
+        return find_head(model, **options)
 
     def source(self, hidden: Tensor) -> Hidden:
         """fl.Hidden of these states and the weights as they are now; constants under torch.no_grad()."""
-        if self.weight.numel() == 0 or self.weight.dim() != 2:
+        if self.weight.numel() == 0 or self.weight.dim() != 2 or hasattr(self.weight, "placements"):
             raise ValueError(
-                f"{self.name}: its weight has shape {list(self.weight.shape)}, a sharding engine holds the rest: call the "
-                "FusedHead as a module inside the engine's forward, or gather first (deepspeed.zero.GatheredParameters, "
-                "FSDP.summon_full_params)"
+                f"{self.name}: its weight is a {type(self.weight).__name__} {list(self.weight.shape)} of a sharding engine: "
+                "call the FusedHead as a module inside the engine's forward, or gather first "
+                "(deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
             )
-        lora = None
-        if self.layer is not None and (active := _active(self.layer, self.name)):
-            if active != self.adapter:
-                raise ValueError(
-                    f"{self.name}: adapter {active!r} is active, was {self.adapter!r}: make a new FusedHead"
-                )
-            lora = (self.lora_a, self.lora_b)
-        parts = [self.weight, self.bias, *(lora or ())]
-        weight, bias, *factors = parts if torch.is_grad_enabled() else [x if x is None else x.detach() for x in parts]
-        low_rank = Lora(*factors, self.layer.scaling[self.adapter]) if factors else None
-        return Hidden(hidden, weight, bias, lora=low_rank, **self.options)
+        active = _active(self.layer, self.name)
+        if active and active != self.adapter:
+            raise ValueError(f"{self.name}: adapter {active!r} is active, was {self.adapter!r}: make a new FusedHead")
+        weight, bias, a, b = (
+            x if x is None or torch.is_grad_enabled() else x.detach()
+            for x in (self.weight, self.bias, self.lora_a, self.lora_b)
+        )
+        lora = Lora(a, b, self.layer.scaling[active]) if active and a is not None and b is not None else None
+        assert weight is not None
+        return Hidden(hidden, weight, bias, lora=lora, **self.options)
 
     def forward(
         self, hidden: Tensor, labels: Tensor, ref: Source | tuple[nn.Module, Tensor] | None = None, *,
         loss: str | Callable[..., Any] = "sigmoid", **options: Any,
     ) -> Any:  # fmt: skip
-        """What the loss returns.
+        """What the loss returns, once called as head(...).
 
         hidden: [..., H]. labels, options: the loss's.
         ref: a source, or (reference FusedHead, its hidden states): the loss then runs inside the forward of both.
@@ -97,79 +102,81 @@ class FusedHead(nn.Module):
         return _opened(function(policy, labels, ref, **options))
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return _closed(
-            super().__call__(*args, **options)
-        )  # engines hook the tensors they find, in dicts, not in dataclasses
+        return _closed(super().__call__(*args, **options))  # engines find tensors in dicts, not in dataclasses
 
     def extra_repr(self) -> str:
         return ", ".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
 
 
 def find_head(model: nn.Module, *, temperature: float = 1.0, adapter: bool = True) -> FusedHead:
-    """The output head of a transformers model as a FusedHead, with softcap, scale and valid_vocab.
+    """The output head of a transformers model as a FusedHead, with its softcap, scale and valid_vocab.
 
     These are measured, not read from config: the model's forward runs with stand-ins for backbone and head (no weight is
-    touched, nothing is gathered), and its logits must be  softcap tanh(z / softcap) * scale  of what the head gave it.
+    read, nothing is gathered), and its logits must be  softcap tanh(z / softcap) * scale  of what the head gave it.
     DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers are looked through. A mixture's auxiliary loss is not included.
 
     Raises as FusedHead does; TypeError where there is no head; NotImplementedError where the model does something else
     between backbone and logits (a projection, a norm, a bias on logits, masked tokens).
     """
-    found = _find(model)
+    found = _measured(model)
     return FusedHead(
         found.head, softcap=found.softcap, scale=found.scale, temperature=temperature, valid_vocab=found.valid_vocab,
-        adapter=adapter, name=found.name,
+        adapter=adapter, name=found.path,
     )  # fmt: skip
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The submodule whose last_hidden_state the head reads, measured as in find_head; for a model that sees images it
-    is the whole of it, vision tower included:
+    """The submodule whose last_hidden_state the head reads, measured as in find_head; of a model that sees images, the
+    one that has the vision tower. Raises as find_head does.
 
-        find_head(model).source(backbone(model)(**inputs).last_hidden_state)  is  model(**inputs).logits
+        find_head(model).source(backbone(model)(**inputs).last_hidden_state)  has the logits  model(**inputs).logits
     """
-    return _find(model).backbone
+    return _measured(model).backbone
 
 
 def _linear(head: nn.Module, name: str, adapter: bool) -> nn.Linear:
     """The dense linear layer at the bottom of a head; raises where there is none."""
-    layer = head
-    if hasattr(layer, "modules_to_save"):
-        raise NotImplementedError(
-            f"{name}: is in peft's modules_to_save; pass fl.FusedHead(head.modules_to_save[adapter]) as the policy's head and "
-            "fl.FusedHead(head.original_module) as the reference's"
-        )
-    if isinstance(getattr(layer, "base_layer", None), nn.Module):
-        if adapter and not (hasattr(layer, "lora_A") and type(layer).__name__ == "Linear"):
-            raise NotImplementedError(f"{name}: of adapters only LoRA on a linear layer is supported; merge this one")
-        layer = layer.base_layer
-    weight = getattr(layer, "weight", None)
-    kind = type(layer).__name__
+    layer: Any = head
+    if hasattr(layer, "modules_to_save"):  # peft trains a copy
+        layer = layer.modules_to_save[layer.active_adapters[0]] if adapter else layer.original_module
+    layer = getattr(layer, "base_layer", layer)
+    weight, kind = getattr(layer, "weight", None), type(layer).__name__
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or "4bit" in kind or "8bit" in kind:
-        what = f"weight of {weight.dtype}" if isinstance(weight, Tensor) else "no weight"
+        what = f"a weight of {weight.dtype}" if isinstance(weight, Tensor) else "no weight"
         raise TypeError(
-            f"{name}: {kind} has {what}, a quantised head? The weight must be float32, float16, bfloat16 or float64 [V, H]: "
-            "leave the head out of quantisation (bitsandbytes: llm_int8_skip_modules, GPTQ and AWQ: modules_to_not_convert)"
+            f"{name}: {kind} has {what}; expected a dense weight [V, H] of float32, float16, bfloat16 or float64. If it is "
+            "quantised, leave the head out (bitsandbytes: llm_int8_skip_modules; GPTQ, AWQ: modules_to_not_convert)"
         )
     if hasattr(weight, "placements"):
         raise TypeError(f"{name}: its weight is a DTensor; make the FusedHead before fully_shard or tensor parallelism")
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise TypeError(f"{name}: expected nn.Linear or LoRA on one, got {kind}, whose forward may do something else")
     if type(weight) is not nn.Parameter or "weight" not in layer._parameters:
-        raise TypeError(f"{name}: its weight is a {type(weight).__name__}, expected a plain nn.Parameter of its own")
-    if not hasattr(weight, "ds_id") and weight.shape != (layer.out_features, layer.in_features):
+        raise TypeError(f"{name}: expected a weight that is a plain nn.Parameter, got {type(weight).__name__}")
+    if not hasattr(weight, "ds_id") and weight.shape != (
+        layer.out_features,
+        layer.in_features,
+    ):  # ZeRO-3 fills it later
         raise ValueError(
             f"{name}: expected weight {[layer.out_features, layer.in_features]}, got {list(weight.shape)}: it is sharded or "
             "tensor-parallel; make the FusedHead before the model is sharded"
         )
+    if adapter and hasattr(head, "base_layer") and not (hasattr(head, "lora_A") and type(head).__name__ == "Linear"):
+        raise NotImplementedError(f"{name}: of adapters only LoRA on a linear layer is supported; merge this one")
     return layer
 
 
 def _active(layer: Any, name: str) -> str | None:
-    """The LoRA adapter that counts now; raises where peft's layer does more than  weight + scaling b a."""
-    active = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.lora_A]
+    """The adapter that counts now; raises where peft's layer does more than  weight + scaling b a."""
+    if layer is None:
+        return None
+    if hasattr(layer, "modules_to_save"):
+        if layer.disable_adapters:
+            raise ValueError(f"{name}: is trained in full and disabled now; for the original: adapter=False")
+        return layer.active_adapters[0]
     if layer.merged:
         raise NotImplementedError(f"{name}: LoRA is merged into the weight: unmerge it, or unload the adapter")
+    active = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.lora_A]
     if len(active) > 1:
         raise NotImplementedError(f"{name}: several adapters are active, {active}: set one")
     for a in active:
@@ -178,14 +185,12 @@ def _active(layer: Any, name: str) -> str | None:
         if layer.lora_B[a].bias is not None:
             raise NotImplementedError(f"{name}: adapter {a!r} has lora_bias; only plain LoRA is supported")
         if layer.training and getattr(layer.lora_dropout[a], "p", 0) > 0:
-            raise NotImplementedError(
-                f"{name}: adapter {a!r} has dropout; set lora_dropout=0, or call .eval() on the head"
-            )
+            raise NotImplementedError(f"{name}: adapter {a!r} has dropout; set lora_dropout=0, or .eval() on the head")
     return active[0] if active else None
 
 
-class _Found(NamedTuple):
-    name: str
+class _Measured(NamedTuple):
+    path: str
     head: nn.Module
     backbone: nn.Module
     softcap: float | None
@@ -193,35 +198,84 @@ class _Found(NamedTuple):
     valid_vocab: int | None
 
 
-def _find(model: nn.Module) -> _Found:
+@torch.no_grad()
+def _measured(model: nn.Module) -> _Measured:
+    """softcap, scale, valid_vocab of  logits(z) = softcap tanh(z / softcap) * scale  in the columns [:valid_vocab], from
+    the model's own forward around a backbone and a head that answer with numbers of our choice."""
     model = _unwrapped(model)
     kind = type(model).__name__
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
     if not isinstance(head, nn.Module):
-        raise TypeError(
-            f"{kind}: has no output head (get_output_embeddings); pass its linear layer: fl.FusedHead(layer)"
-        )
-    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if not isinstance(body, nn.Module):
-        raise NotImplementedError(f"{kind}: has no backbone in one module; pass fl.FusedHead(layer) the head yourself")
-    path = next((k for k, m in model.named_modules() if m is head), "head")
-    linear = _linear(head, f"{kind}.{path} ({type(head).__name__})", adapter=False)
-    return _Found(f"{kind}.{path}", head, body, *_measured(model, f"{kind}.{path}", body, head, linear))
+        raise TypeError(f"{kind}: no output head (get_output_embeddings); pass its linear layer: fl.FusedHead(layer)")
+    path = kind + "." + next((k for k, m in model.named_modules() if m is head), "head")
+    linear = _linear(head, f"{path} ({type(head).__name__})", adapter=False)
+
+    def refuse(why: str, cause: Exception | None = None) -> NoReturn:
+        raise NotImplementedError(
+            f"{path} ({type(head).__name__}): {why}. fl.Hidden cannot stand for it; if you know better: "
+            "fl.FusedHead(model.get_output_embeddings(), softcap=..., scale=...)"
+        ) from cause
+
+    v, width, tiny, huge = linear.out_features, linear.in_features, 2.0**-20, 2.0**20
+    device = linear.weight.device if linear.weight.device.type not in ("meta", "mps") else torch.device("cpu")
+    hidden = (torch.arange(3 * width, dtype=torch.float64, device=device) % 7 - 3).view(1, 3, width)  # exact in bf16
+    ramp = torch.linspace(-60, 60, v, dtype=torch.float64, device=device)
+    z = torch.stack([torch.full_like(ramp, tiny), torch.full_like(ramp, huge), ramp])[None]
+    bodies, top = [_StandIn(m, _Output((hidden.clone(),))) for m in _bodies(model)], _StandIn(head, z.clone())
+    try:
+        with _replaced(model, [top, *bodies]):
+            ids = torch.zeros(1, 3, dtype=torch.int64, device=device)
+            logits = model.forward(input_ids=ids, return_dict=True).logits.double()
+    except Exception as e:
+        refuse(f"{kind}.forward does something between backbone and logits ({type(e).__name__}: {e})", e)
+    called = [b.original for b in bodies for _ in b.asked]
+    if len(called) != 1 or len(top.asked) != 1:
+        refuse(f"{kind}.forward calls {len(called)} known backbones and the head {len(top.asked)} times")
+    owned = {id(p) for m in (called[0], head) for p in m.parameters()}
+    if beside := [k for k, p in model.named_parameters() if id(p) not in owned]:  # a vision tower beside the decoder
+        refuse(f"{beside[0]} belongs neither to the backbone {type(called[0]).__name__} nor to the head")
+
+    seen, valid = top.asked[0].double(), logits.shape[-1]
+    before = (seen.flatten()[0] / hidden.flatten()[0]).item() if seen.shape == hidden.shape else math.nan
+    if not before > 0 or not torch.allclose(seen, before * hidden, rtol=1e-6):
+        refuse(f"{kind}.forward has something between the backbone's last_hidden_state and the head")
+    if before != 1 and linear.bias is not None:
+        refuse(f"{kind}.forward multiplies by {before:g} before a head with a bias")
+    if logits.shape[:-1] != z.shape[:-1] or valid > v:
+        refuse(f"{kind}.forward makes logits {list(logits.shape)} of the head's {list(z.shape)}")
+    scale, most, z = (logits[0, 0, 0] / tiny).item(), logits[0, 1, 0].item(), z[..., :valid]
+    softcap = None if not scale > 0 or math.isclose(most, scale * huge, rel_tol=1e-6) else most / scale
+    ours = (z if softcap is None else softcap * torch.tanh(z / softcap)) * scale
+    if not scale > 0 or not torch.allclose(logits, ours, rtol=1e-6, atol=0):
+        refuse(f"{kind}.forward makes logits that are not softcap * tanh(z / softcap) * scale of what the head returns")
+    softcap = None if softcap is None else float(f"{softcap / before:.12g}")  # f(before z) is such an f, too
+    return _Measured(path, head, called[0], softcap, float(f"{scale * before:.12g}"), None if valid == v else valid)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Through torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
-    for _ in range(8):
+    while True:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if isinstance(inner, nn.Module):
             model = inner
-        elif callable(get := getattr(model, "get_base_model", None)):
+        elif callable(base := getattr(model, "get_base_model", None)):
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
                 raise NotImplementedError(
                     f"{type(model).__name__}: prompt learning adds tokens that labels do not have"
                 )
-            model = get()
-    return model
+            model = base()
+        else:
+            return model
+
+
+def _bodies(model: nn.Module) -> list[nn.Module]:
+    """What may be the backbone, outermost first: the first that forward calls hides the rest."""
+    found = [getattr(model, getattr(model, "base_model_prefix", "") or "model", None), getattr(model, "model", None)]
+    decoder = getattr(model, "get_decoder", None)
+    if callable(decoder) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found.append(decoder())
+    return [m for i, m in enumerate(found) if isinstance(m, nn.Module) and m is not model and m not in found[:i]]
 
 
 class _StandIn(nn.Module):
@@ -231,88 +285,43 @@ class _StandIn(nn.Module):
         super().__init__()
         self.__dict__.update(original=original, answer=answer, asked=[])
 
-    def forward(self, *args: Any, **_: Any) -> Any:
-        self.asked.append(args[0] if args else None)
+    def forward(self, *args: Any, **options: Any) -> Any:
+        self.asked.append(next(iter((*args, *options.values())), None))
         return self.answer
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.original, name)
+        return getattr(self.__dict__["original"], name)
 
 
 class _Output(tuple):
-    """A model output of a last hidden state alone."""
+    """A model output that has a last hidden state and nothing else."""
 
     last_hidden_state = property(lambda self: self[0])
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
 
 
 @contextmanager
-def _replaced(model: nn.Module, pairs: list[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
-    spots = [(m, k, new) for old, new in pairs for m in model.modules() for k, x in m._modules.items() if x is old]
-    before = [(m, k, m._modules[k]) for m, k, _ in spots]
+def _replaced(model: nn.Module, stand_ins: list[_StandIn]) -> Iterator[None]:
+    spots = [(m, k, s) for s in stand_ins for m in model.modules() for k, x in m._modules.items() if x is s.original]
     try:
-        for m, k, x in spots:
-            m._modules[k] = x
+        for m, k, s in spots:
+            m._modules[k] = s
         yield
     finally:
-        for m, k, old in before:
-            m._modules[k] = old
-
-
-@torch.no_grad()
-def _measured(
-    model: nn.Module, name: str, body: nn.Module, head: nn.Module, linear: nn.Linear
-) -> tuple[float | None, float, int | None]:
-    """softcap, scale and valid_vocab of  logits(z) = softcap tanh(z / softcap) * scale,  from the model's own forward."""
-
-    def refuse(why: str, cause: Exception | None = None) -> NoReturn:
-        raise NotImplementedError(
-            f"{name}: {why}, which fl.Hidden does not do. If you know better: fl.FusedHead(head, softcap=..., scale=...)"
-        ) from cause
-
-    v, width, tiny, huge = linear.out_features, linear.in_features, 2.0**-20, 2.0**20
-    hidden = (torch.arange(3 * width, dtype=torch.float64) % 7 - 3).view(1, 3, width)  # exact in any dtype
-    ramp = torch.linspace(-60, 60, v, dtype=torch.float64)
-    z = torch.stack([torch.full_like(ramp, tiny), torch.full_like(ramp, huge), ramp])[None]
-    there, here = _StandIn(body, _Output((hidden.clone(),))), _StandIn(head, z.clone())
-    try:
-        with _replaced(model, [(body, there), (head, here)]):
-            logits = model.forward(input_ids=torch.zeros(1, 3, dtype=torch.int64), return_dict=True).logits.double()
-    except Exception as e:
-        refuse(f"{type(model).__name__}.forward cannot be measured ({type(e).__name__}: {e})", e)
-    if len(there.asked) != 1 or len(here.asked) != 1:
-        refuse(
-            f"{type(model).__name__}.forward calls its backbone {len(there.asked)} and its head {len(here.asked)} times"
-        )
-    seen = here.asked[0].double()
-    before = (seen.flatten()[0] / hidden.flatten()[0]).item() if seen.shape == hidden.shape else math.nan
-    if not torch.allclose(seen, before * hidden, rtol=1e-6) or not before > 0:
-        refuse("the head does not read the backbone's last_hidden_state, there is something in between")
-    if before != 1 and linear.bias is not None:
-        refuse(f"hidden states are multiplied by {before:g} before a head with a bias")
-    valid = logits.shape[-1]
-    if logits.shape[:-1] != z.shape[:-1] or valid > v:
-        refuse(f"logits have shape {list(logits.shape)} for a head of [1, 3, {v}]")
-    scale, top = (logits[0, 0, 0] / tiny).item(), logits[0, 1, 0].item()
-    softcap = None if math.isclose(top, scale * huge, rel_tol=1e-6) or not scale > 0 else top / scale
-    z = z[..., :valid]
-    ours = (z if softcap is None else softcap * torch.tanh(z / softcap)) * scale
-    if not scale > 0 or not torch.allclose(logits, ours, rtol=1e-6, atol=0):
-        refuse("logits are not softcap * tanh(z / softcap) * scale of what the head returns")
-    return softcap and softcap / before, scale * before, None if valid == v else valid
+        for m, k, s in spots:
+            m._modules[k] = s.original
 
 
 def _opened(x: Any) -> Any:
     """Dataclasses as dicts that keep their class."""
-    return {_opened: type(x), **{f.name: _opened(getattr(x, f.name)) for f in fields(x)}} if is_dataclass(x) else x
+    return {_CLASS: type(x), **{f.name: _opened(getattr(x, f.name)) for f in fields(x)}} if is_dataclass(x) else x
 
 
 def _closed(x: Any) -> Any:
     """The inverse of _opened."""
-    if not isinstance(x, dict) or _opened not in x:
+    if not isinstance(x, dict) or _CLASS not in x:
         return x
-    return x[_opened](**{k: _closed(value) for k, value in x.items() if k is not _opened})
+    return x[_CLASS](**{k: _closed(value) for k, value in x.items() if k != _CLASS})

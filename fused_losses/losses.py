@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import hidden_ops, ops
 from .backend import choose
 from .divergences import Divergence, from_key
-from .sources import LogProbs, Source, TokenStats, as_source, check_labels
-from .stats import token_stats
+from .hidden import How, Request, request
+from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_labels
+from .stats import check_sources, given_logps, labels_mask, pack_stats, shifted_labels, token_stats
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class LossOutput:
 class Batch:
     """What a loss sees of a batch: call pair_term for a margin-shaped loss."""
 
-    logps: Tensor  # per token, flat
+    logps: Tensor | None  # per token, flat
     ref_logps: Tensor | None  # per token, flat, or per sequence
-    mask: Tensor  # per token, flat
+    mask: Tensor | None  # per token, flat
     cu_seqlens: Tensor | None
     sequences: int
     ref_summed: bool
@@ -45,11 +47,28 @@ class Batch:
 
     def pair_term(self, name: str, *params: float) -> tuple[Tensor, Tensor, Tensor]:
         """losses [B], sequence log-probs of policy and reference [2B]."""
+        assert self.logps is not None and self.mask is not None
         dtype = self.logps.dtype if self.logps.dtype == torch.float64 else None
         losses, policy, ref, _ = ops.pair_loss(
             self.logps, self.ref_logps, self.mask, self.cu_seqlens, name, list(params), self.divergence.key, self.beta,
             self.sequences, self.ref_summed, choose(self.logps.device, dtype),
         )  # fmt: skip
+        return losses, policy, ref
+
+
+@dataclass(frozen=True)
+class HiddenBatch(Batch):
+    """A batch whose tokens are yet to be projected: pair_term does it in blocks of pairs, with the gradient inside."""
+
+    call: Request = field(kw_only=True)
+    found: list[Tensor] = field(kw_only=True, default_factory=list)  # the outputs of hidden_stats, after pair_term
+
+    def pair_term(self, name: str, *params: float) -> tuple[Tensor, Tensor, Tensor]:
+        losses, policy, ref, _, *found = hidden_ops.hidden_pair_loss(
+            *self.call.tensors, self.ref_logps, self.cu_seqlens, name, list(params), self.divergence.key, self.beta,
+            self.sequences, self.ref_summed, *self.call.options, self.call.wanted,
+        )  # fmt: skip
+        self.found.extend(found[:6])
         return losses, policy, ref
 
 
@@ -76,6 +95,9 @@ def preference_loss(
     ignore_index: int = -100,
     entropy: bool = False,
     inplace_backward: bool = False,
+    plan: str = "auto",
+    workspace: int | None = None,
+    static_shapes: bool = False,
 ) -> LossOutput:
     """A preference loss of (chosen, rejected) pairs, and its gradient, without a vocabulary-size temporary.
 
@@ -86,9 +108,9 @@ def preference_loss(
     label_smoothing, cDPO where it is not 0.
 
     Args:
-        policy, labels, ref, shift, ignore_index, inplace_backward: as in token_stats, with logits [2B, T, V] and labels
-            [2B, T], the B chosen rows first and the B rejected rows second; or packed, logits [total, V] and labels
-            [total] with cu_seqlens. ref may also be fl.LogProbs per token or per sequence [2B], or None: h is then the
+        policy, labels, ref, shift, ignore_index, inplace_backward, workspace, static_shapes: as in token_stats, with
+            hidden states [2B, T, H] or logits [2B, T, V] and labels [2B, T], the B chosen rows first and the B rejected
+            rows second; or packed, [total, H] or [total, V] and labels [total] with cu_seqlens. ref may also be fl.LogProbs per token or per sequence [2B], or None: h is then the
             policy's log-prob alone.
         loss: a name in fused_losses.losses.LOSSES.
         beta: > 0. label_smoothing: in [0, 0.5).
@@ -96,6 +118,7 @@ def preference_loss(
         num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate.
         cu_seqlens: [2B + 1] int offsets of the packed sequences, chosen first. They are not read on the host on a GPU.
         entropy: also report the policy's mean entropy per token.
+        plan: for hidden states: as in token_stats, and "rows": blocks of pairs with the gradient computed in the forward.
 
     metrics: rewards/chosen, rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected, and entropy if asked for.
@@ -112,25 +135,56 @@ def preference_loss(
     if shift and cu_seqlens is not None:
         labels, shift = _shift_packed(labels, cu_seqlens, ignore_index), False
 
-    stats = token_stats(
-        policy, labels, None if summed else ref,
-        entropy=entropy, shift=shift, ignore_index=ignore_index, inplace_backward=inplace_backward,
-    )  # fmt: skip
-    ref_logps = source.logps if summed and isinstance(source, LogProbs) else stats.ref_logps
+    how = How(plan, workspace, static_shapes)
+    options = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy}
+    given = source.logps if isinstance(source, LogProbs) else None
+    rest = (cu_seqlens, sequences, summed, link, float(beta))
+    call = (
+        _gradient_inside(policy, labels, source, cu_seqlens, reduction, how, options) if not inplace_backward else None
+    )
+    if call is None:
+        stats = token_stats(
+            policy, labels, None if summed else ref, inplace_backward=inplace_backward, **how._asdict(), **options
+        )
+        ref_logps = given if summed else stats.ref_logps
+        batch = Batch(stats.logps.reshape(-1), _flat(ref_logps, labels), stats.mask.reshape(-1), *rest)
+        losses, seq_logps, seq_ref = LOSSES[loss](batch, float(label_smoothing))
+    else:
+        if given is not None and not summed:
+            given = given_logps("ref", LogProbs(given), labels_mask(labels, shift, ignore_index))
+            given = torch.nn.functional.pad(given, (0, 1)) if shift else given  # the last position predicts nothing
+        inner = HiddenBatch(None, _flat(given, labels), None, *rest, call=call)
+        losses, seq_logps, seq_ref = LOSSES[loss](inner, float(label_smoothing))
+        stats = pack_stats(inner.found, call.wanted, labels, None if summed else source, (), **options)
+    return LossOutput(_reduce(losses, reduction, num_items), _metrics(seq_logps, seq_ref, beta, stats), stats)
+
+
+def _flat(ref_logps: Tensor | None, labels: Tensor) -> Tensor | None:
     if ref_logps is not None and ref_logps.device != labels.device:
         raise ValueError(f"ref: expected fl.LogProbs on {labels.device} as the labels are, got {ref_logps.device}")
-    batch = Batch(
-        logps=stats.logps.reshape(-1),
-        ref_logps=None if ref_logps is None else ref_logps.reshape(-1),
-        mask=stats.mask.reshape(-1),
-        cu_seqlens=cu_seqlens,
-        sequences=sequences,
-        ref_summed=summed,
-        divergence=link,
-        beta=float(beta),
-    )
-    losses, seq_logps, seq_ref = LOSSES[loss](batch, float(label_smoothing))
-    return LossOutput(_reduce(losses, reduction, num_items), _metrics(seq_logps, seq_ref, beta, stats), stats)
+    return None if ref_logps is None else ref_logps.reshape(-1)
+
+
+def _gradient_inside(
+    policy: Source, labels: Tensor, ref: Logits | Hidden | LogProbs | None, cu_seqlens: Tensor | None, reduction: str,
+    how: How, options: dict[str, Any],
+) -> Request | None:  # fmt: skip
+    """The call as the row-blocks plan takes it, where that is the plan."""
+    if not isinstance(policy, Hidden) or how.plan not in ("auto", "rows"):
+        return None
+    if reduction == "none" and how.plan == "auto":  # the gradients of the losses may differ
+        return None
+    check_sources(policy, labels, ref, ())
+    y = shifted_labels(labels, options["shift"], options["ignore_index"])
+    longest = labels.numel()
+    if cu_seqlens is None:
+        longest = 2 * labels.shape[1]
+    elif cu_seqlens.is_cpu and cu_seqlens.numel() > 1:
+        lengths = cu_seqlens.diff()
+        longest = int((lengths[: len(lengths) // 2] + lengths[len(lengths) // 2 :]).max())
+    other = None if isinstance(ref, LogProbs) else ref
+    call = request(policy, y, other, (), options["entropy"], options["ignore_index"], how, longest)
+    return call if call.plan.kind == "rows" else None
 
 
 def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options) -> LossOutput:  # type: ignore[no-untyped-def]

@@ -20,7 +20,7 @@ from .layout import PairProblem, Problem, stats_dtype
 from .pair_terms import TERMS
 
 
-def _backend(name: str) -> ModuleType:
+def backend_module(name: str) -> ModuleType:
     if name == "torch":
         return torch_backend
     from .kernels import launch
@@ -69,7 +69,7 @@ def token_stats(policy, labels, ref, *rest):  # type: ignore[no-untyped-def]
     out = _allocate(policy, ref, problem)
     if out[0].numel():
         logps, ref_logps, lse, entropy, div, hit, saved = out
-        _backend(backend).forward(
+        backend_module(backend).forward(
             problem, policy, labels, ref, logps, ref_logps if ref is not None else None, lse,
             entropy if problem.entropy else None, div if len(div) else None, hit, saved,
         )  # fmt: skip
@@ -87,7 +87,7 @@ _GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy
 def _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw):  # type: ignore[no-untyped-def]
     grads = tuple(None if g is None or g.numel() == 0 else g.contiguous() for g in grads)  # empty: not an output here
     if saved.shape[1]:
-        _backend(backend).backward(problem, policy, labels, ref, saved, grads, dz, dw)
+        backend_module(backend).backward(problem, policy, labels, ref, saved, grads, dz, dw)
 
 
 @custom_op(
@@ -167,7 +167,7 @@ once_differentiable(token_stats_backward, "token_stats")
 _PAIR = "str term, float[] term_params, str divergence, float beta, int sequences, bool ref_summed, str backend"
 
 
-def _pair_problem(term, term_params, divergence, beta, sequences, ref_summed, backend):  # type: ignore[no-untyped-def]
+def pair_problem(term, term_params, divergence, beta, sequences, ref_summed, backend):  # type: ignore[no-untyped-def]
     link = registry.from_key(divergence)
     return PairProblem(link, TERMS[term], tuple(term_params), beta, sequences, ref_summed), backend
 
@@ -189,10 +189,10 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 )  # fmt: skip
 def pair_loss(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
     """losses [B], sequence log-probs of policy and reference [2B], dloss/dh [2B] for backward."""
-    problem, backend = _pair_problem(*rest)
+    problem, backend = pair_problem(*rest)
     out = _allocate_pairs(logps, problem.sequences)
     if problem.sequences:
-        _backend(backend).pair_forward(problem, *_contiguous(logps, ref_logps, mask, cu_seqlens), *out)
+        backend_module(backend).pair_forward(problem, *_contiguous(logps, ref_logps, mask, cu_seqlens), *out)
     return out
 
 
@@ -208,14 +208,14 @@ def _(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def
 )  # fmt: skip
 def pair_loss_backward(*args):  # type: ignore[no-untyped-def]
     grads, (coef, logps, ref_logps, mask, cu_seqlens), rest = args[:3], args[3:8], args[8:]
-    (problem, backend), (to_policy, to_ref) = _pair_problem(*rest[:-2]), rest[-2:]
+    (problem, backend), (to_policy, to_ref) = pair_problem(*rest[:-2]), rest[-2:]
     # zeros where tokens may lie outside every packed sequence
     make = torch.empty if cu_seqlens is None else torch.zeros
     d_logps = make(logps.shape, dtype=logps.dtype, device=logps.device) if to_policy else None
     d_ref = make(ref_logps.shape, dtype=ref_logps.dtype, device=logps.device) if to_ref else None
     if problem.sequences:
         grads, (mask, cu_seqlens) = tuple(_contiguous(*grads)), _contiguous(mask, cu_seqlens)
-        _backend(backend).pair_backward(problem, grads, coef, mask, cu_seqlens, d_logps, d_ref)
+        backend_module(backend).pair_backward(problem, grads, coef, mask, cu_seqlens, d_logps, d_ref)
     return [d for d in (d_logps, d_ref) if d is not None]
 
 

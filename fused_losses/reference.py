@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from .divergences import Divergence, from_key, parse
 from .losses import LossOutput, _check_batch, _check_options, _metrics, _reduce, _shift_packed
 from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
-from .stats import Asked, _given
+from .stats import Asked, given_logps
 
 
 def _transformed(source: Logits | Hidden) -> Tensor:
@@ -49,7 +49,7 @@ def token_stats(
         """log-prob of the label, and where there are logits log p [..., V] and z."""
         source = as_source(name, source)
         if isinstance(source, LogProbs):
-            return _given(name, source, mask), None, None
+            return given_logps(name, source, mask), None, None
         check_aligned(name, source, labels)
         z = _transformed(source)
         z = z[..., :-1, :] if shift else z

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import hidden_ops, ops
 from .backend import choose
 from .divergences import Divergence, parse
+from .hidden import How, is_hidden, request
 from .layout import collapse
-from .sources import Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
 
 Asked = str | Divergence | Sequence[str | Divergence] | None
 
@@ -27,24 +29,33 @@ def token_stats(
     shift: bool = False,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    plan: str = "auto",
+    workspace: int | None = None,
+    static_shapes: bool = False,
 ) -> TokenStats:
-    """Log-probs, divergences and entropy per token from one pass over the logits, gradients from one more.
+    """Log-probs, divergences and entropy per token, from hidden states and head weights or from logits.
 
         p = softmax(policy), q = softmax(ref)      logps = log p(y)    ref_logps = log q(y)    D(p, q)    H(p)
 
-    Nothing of vocabulary size is allocated but the gradient. Each output may be differentiated on its own, with any
-    incoming gradient; the reference gets a gradient only if its tensor requires one.
+    From logits: one pass over them, and one more for the gradient, which is all that is allocated of their size. From
+    hidden states: in tiles that fit a workspace, and logits of all rows never exist. Each output may be differentiated on
+    its own, with any incoming gradient; the reference gets a gradient only if one of its tensors requires one.
 
     Args:
-        policy: logits [..., V], or fl.Logits with head options, or fl.LogProbs [...]. float32 | float16 | bfloat16,
-            float64 on the torch backend. Any strides.
+        policy: fl.Hidden (states [..., H] and the head), logits [..., V] or fl.Logits with head options, or fl.LogProbs
+            [...]. float32 | float16 | bfloat16, float64 on the torch backend. Any strides.
         labels: token ids [...], any integer type. With shift=True labels [..., T] belong to logits [..., T, V] of the
             same positions, the causal shift is done inside, and outputs are [..., T - 1].
-        ref: as policy, or None. Same dtype and number of (valid) tokens.
+        ref: as policy, or None. Any source goes with any other; H and the padded V may differ, the number of valid tokens
+            must not. Logits have the same dtype on both sides.
         divergence: a name such as "forward_kl" or "js(beta=0.3)", a fl.divergences.get(...), or several.
         entropy: also return H(p).
         ignore_index: tokens with this label count for nothing and get zero gradient.
         inplace_backward: write the policy's gradient over its logits, which are lost.
+        plan: for hidden states: "auto", or one of "slices", "frozen", "tiles" (planner.py); results do not depend on it.
+        workspace: for hidden states: bytes that tiles of logits may take; None: FUSED_LOSSES_WORKSPACE, else 256 MiB.
+        static_shapes: for hidden states: also project rows that do not count. Without it they are dropped first, for which
+            the host has to learn their number: a synchronisation, which a CUDA graph does not allow.
 
     Raises TypeError or ValueError naming the argument. Label ids out of range raise on the torch backend and give NaN
     log-probs on Triton, never a read out of bounds.
@@ -56,29 +67,46 @@ def token_stats(
     if isinstance(policy, LogProbs):
         if asked or entropy or inplace_backward:
             raise ValueError(
-                "policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need logits"
+                "policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need fl.Hidden or logits"
             )
-        mask = _mask(labels, shift, ignore_index)
-        logps, ref_logps = _given("policy", policy, mask), _reference_alone(ref, labels, shift, ignore_index)
+        mask = labels_mask(labels, shift, ignore_index)
+        how = {"plan": plan, "workspace": workspace, "static_shapes": static_shapes}
+        logps, ref_logps = given_logps("policy", policy, mask), _reference_alone(ref, labels, shift, ignore_index, how)
         return TokenStats(logps, ref_logps, divergence={}, entropy=None, lse=None, mask=mask, correct=None)
 
-    check_aligned("policy", policy, labels)
     source = None if ref is None else as_source("ref", ref)
-    if isinstance(source, Logits):
-        check_aligned("ref", source, labels)
-        check_pair(policy, source)
-    elif asked:
-        raise ValueError(
-            f"divergence: {asked[0].key!r} needs ref as logits, got {'None' if ref is None else 'fl.LogProbs'}"
-        )
+    check_sources(policy, labels, source, asked)
+    options = How(plan, workspace, static_shapes)
+    if is_hidden(policy, source):
+        if inplace_backward:
+            raise ValueError(
+                "inplace_backward: is for logits on both sides; from hidden states there are none to write over"
+            )
+        return _from_hidden(policy, labels, source, asked, entropy, shift, ignore_index, options)
+    if options != How():
+        raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
+    assert isinstance(policy, Logits) and not isinstance(source, Hidden)
     return _from_logits(policy, labels, source, asked, entropy, shift, ignore_index, inplace_backward)
+
+
+def check_sources(
+    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...]
+) -> None:
+    """Shapes, devices and vocabularies of both sides."""
+    check_aligned("policy", policy, labels)
+    if isinstance(ref, Logits | Hidden):
+        check_aligned("ref", ref, labels)
+        check_pair(policy, ref)
+    elif asked:
+        got = "None" if ref is None else "fl.LogProbs"
+        raise ValueError(f"divergence: {asked[0].key!r} needs ref as fl.Hidden or logits, got {got}")
 
 
 def _from_logits(
     policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, asked: tuple[Divergence, ...],
     entropy: bool, shift: bool, ignore_index: int, inplace: bool,
 ) -> TokenStats:  # fmt: skip
-    mask = _mask(labels, shift, ignore_index)
+    mask = labels_mask(labels, shift, ignore_index)
     w = ref if isinstance(ref, Logits) else None
     tensors = [policy.logits, *([w.logits] if w else []), labels.unsqueeze(-1)]
     if labels.numel() and any(len(collapse(x, 1)) > 2 for x in tensors):
@@ -102,10 +130,63 @@ def _from_logits(
 
     return TokenStats(
         logps=shaped(logps, policy.logits),
-        ref_logps=shaped(ref_logps, w.logits) if w else _given("ref", ref, mask) if isinstance(ref, LogProbs) else None,
+        ref_logps=shaped(ref_logps, w.logits)
+        if w
+        else given_logps("ref", ref, mask)
+        if isinstance(ref, LogProbs)
+        else None,
         divergence={d.key: shaped(x) for d, x in zip(asked, div.unbind(0), strict=True)},
         entropy=shaped(ent, policy.logits) if entropy else None,
         lse=shaped(lse, policy.logits),
+        mask=mask,
+        correct=shaped(hit),
+    )
+
+
+def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    """The label that each position predicts; none at the last."""
+    if not shift:
+        return labels
+    return torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)], dim=-1)
+
+
+def _from_hidden(
+    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...],
+    entropy: bool, shift: bool, ignore_index: int, how: How,
+) -> TokenStats:  # fmt: skip
+    y = shifted_labels(labels, shift, ignore_index)
+    other = None if isinstance(ref, LogProbs) else ref
+    call = request(policy, y, other, asked, entropy, ignore_index, how)
+    found = hidden_ops.hidden_stats(*call.tensors, *call.options, call.wanted)
+    return pack_stats(found[:6], call.wanted, labels, ref, asked, entropy, shift, ignore_index)
+
+
+def pack_stats(
+    found: Sequence[Tensor], wanted: list[bool], labels: Tensor, ref: Logits | Hidden | LogProbs | None,
+    asked: tuple[Divergence, ...], entropy: bool, shift: bool, ignore_index: int,
+) -> TokenStats:  # fmt: skip
+    """The operator's logps, ref_logps, lse, entropy, divergences and hits, as the labels are shaped."""
+    mask = labels_mask(labels, shift, ignore_index)
+    logps, ref_logps, lse, ent, div, hit = found
+
+    def shaped(x: Tensor, differentiable: bool = True) -> Tensor:
+        x = (x if differentiable else x.detach()).view(labels.shape)
+        return x[..., :-1] if shift else x
+
+    to_policy, to_ref = any(wanted[:5]), any(wanted[5:])
+    other = (
+        given_logps("ref", ref, mask)
+        if isinstance(ref, LogProbs)
+        else None
+        if ref is None
+        else shaped(ref_logps, to_ref)
+    )
+    return TokenStats(
+        logps=shaped(logps, to_policy),
+        ref_logps=other,
+        divergence={d.key: shaped(x) for d, x in zip(asked, div.unbind(0), strict=True)},
+        entropy=shaped(ent, to_policy) if entropy else None,
+        lse=shaped(lse, to_policy),
         mask=mask,
         correct=shaped(hit),
     )
@@ -133,11 +214,11 @@ def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest)
     return TokenStats(divergence=divergence, **{n: joined(n) for n in names})  # type: ignore[arg-type]
 
 
-def _mask(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+def labels_mask(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     return (labels[..., 1:] if shift else labels) != ignore_index
 
 
-def _given(name: str, source: LogProbs, mask: Tensor) -> Tensor:
+def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
     """Precomputed per-token log-probs, zero where the mask is False."""
     if source.logps.shape != mask.shape:
         raise ValueError(
@@ -148,11 +229,13 @@ def _given(name: str, source: LogProbs, mask: Tensor) -> Tensor:
     return source.logps.masked_fill(~mask, 0)
 
 
-def _reference_alone(ref: Source | None, labels: Tensor, shift: bool, ignore_index: int) -> Tensor | None:
+def _reference_alone(
+    ref: Source | None, labels: Tensor, shift: bool, ignore_index: int, how: dict[str, Any]
+) -> Tensor | None:
     """ref_logps where the policy's log-probs were given."""
     if ref is None:
         return None
     source = as_source("ref", ref)
     if isinstance(source, LogProbs):
-        return _given("ref", source, _mask(labels, shift, ignore_index))
-    return token_stats(source, labels, shift=shift, ignore_index=ignore_index).logps
+        return given_logps("ref", source, labels_mask(labels, shift, ignore_index))
+    return token_stats(source, labels, shift=shift, ignore_index=ignore_index, **how).logps

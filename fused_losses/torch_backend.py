@@ -14,7 +14,9 @@ from torch import Tensor
 from .divergences import Divergence
 from .layout import PairProblem, Problem, rows_view, stats_dtype
 from .moments import SIDES, close_pair, close_power, merge, merge_power
-from .pointwise import FLOOR, HUGE, INF
+from .pointwise import FLOOR, HUGE, INF, frame
+
+__all__ = ["frame"]  # that of a row's shifts, which plans.py asks of either backend
 
 BLOCK_BYTES = 4 << 20  # of one temporary
 Sums = tuple[list[Tensor], list[list[Tensor]]]  # moments.SIDES of some rows, and three numbers for each power
@@ -301,6 +303,11 @@ def close(
             x.zero_()
     rows = (labels != problem.ignore_index).nonzero().squeeze(1)
     _write(problem, rows, _unpack(state[:, rows]), *out)
+
+
+def in_nats(x: Tensor) -> Tensor:
+    """A shift, or the logarithm of a total, as it is saved."""
+    return x
 
 
 def terms(problem: Problem, z: Tensor, labels: Tensor, w: Tensor, saved: Tensor, sums: Tensor) -> None:

@@ -2,13 +2,14 @@
 of vocabulary size beyond the gradients handed in."""
 
 import contextlib
+import math
 
 import torch
 
 from ..divergences import Divergence
 from ..layout import PairProblem, Problem, row_layout
 from . import configs, pairs, slices, token_stats
-from .device import jit
+from .device import LN2_HI, LN2_LO, jit
 
 
 def on(device: torch.device):
@@ -109,6 +110,17 @@ def terms(problem: Problem, z, labels, w, saved, sums) -> None:
             problem.vocab, **_take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS"),
             UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
+
+
+def in_nats(x: torch.Tensor) -> torch.Tensor:
+    """A shift, or the logarithm of a total, as it is saved: here in bits."""
+    return x * math.log(2.0)
+
+
+def frame(c: torch.Tensor, mp: torch.Tensor, mq: torch.Tensor) -> torch.Tensor:
+    """As device.frame, of tensors."""
+    apart = mp - mq
+    return (c - apart * LN2_HI.value) - apart * LN2_LO.value
 
 
 def merge_states(problem: Problem, state, other) -> None:

@@ -1,0 +1,77 @@
+"""From fl.Hidden sources to the operators' arguments, and the plan that a call would follow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import hidden_ops
+from .backend import choose as choose_backend
+from .divergences import Divergence
+from .planner import Plan, choose, workspace_bytes
+from .projection import Inputs
+from .sources import Hidden, Logits, LogProbs
+
+
+class How(NamedTuple):
+    """How to carry a call out: what users pass as plan, workspace and static_shapes."""
+
+    plan: str = "auto"
+    workspace: int | None = None
+    static_shapes: bool = False
+
+
+class Request(NamedTuple):
+    """A call as the operators take it."""
+
+    tensors: tuple[Tensor | None, ...]  # labels, then five of each side
+    options: hidden_ops.Options
+    wanted: list[bool]
+    plan: Plan
+
+
+def under_autocast(source: Hidden) -> Hidden:
+    """The products run in autocast's dtype where it is on, as those of a linear layer would."""
+    device = source.hidden.device.type
+    if not torch.is_autocast_enabled(device) or source.hidden.dtype == torch.float64:
+        return source
+    return replace(source, hidden=source.hidden.to(torch.get_autocast_dtype(device)))
+
+
+def _inputs(source: Logits | Hidden | None) -> Inputs | None:
+    if source is None:
+        return None
+    if isinstance(source, Logits):
+        return Inputs(source.logits)
+    a, b, scaling = source.lora or (None, None, 1.0)
+    return Inputs(source.hidden, source.weight, source.bias, a, b, float(scaling))
+
+
+def request(
+    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | None, asked: tuple[Divergence, ...], entropy: bool,
+    ignore_index: int, how: How, longest_pair: int = 0,
+) -> Request:  # fmt: skip
+    """labels are aligned with the rows already. longest_pair: its rows, where the loss is known and of pairs."""
+    policy, ref = (under_autocast(s) if isinstance(s, Hidden) else s for s in (policy, ref))
+    z, w = _inputs(policy), _inputs(ref)
+    assert z is not None
+    tensors = (labels, *z[:5], *((None,) * 5 if w is None else w[:5]))
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[1:]]
+    doubles = [x for x in (z.x, None if w is None else w.x) if x is not None and x.dtype == torch.float64]
+    backend = choose_backend(labels.device, doubles[0].dtype if doubles else None)
+    budget = workspace_bytes(how.workspace)
+    options = hidden_ops.Options(
+        z.scaling, 1.0 if w is None else w.scaling, ";".join(d.key for d in asked), entropy, ignore_index, policy.vocab,
+        policy.softcap or 0.0, policy.multiplier, (ref.softcap or 0.0) if ref else 0.0, ref.multiplier if ref else 1.0,
+        backend, how.plan, budget, how.static_shapes,
+    )  # fmt: skip
+    facts = hidden_ops.facts_of(options.problem(), z, w, labels.numel(), backend, wanted, longest_pair)
+    plan = choose(facts, how.plan, budget)
+    return Request(tensors, options._replace(plan=plan.kind), wanted, plan)
+
+
+def is_hidden(*sources: Logits | Hidden | LogProbs | None) -> bool:
+    return any(isinstance(s, Hidden) for s in sources)

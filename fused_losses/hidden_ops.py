@@ -1,0 +1,296 @@
+"""The operators for hidden states: schema, fake shapes, autograd. The work is in plans.py.
+
+fused_losses::hidden_stats       -> hidden_stats_backward
+fused_losses::hidden_pair_loss   -> what its forward computed, times one number; hidden_stats_backward otherwise
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import divergences as registry
+from . import plans
+from .layout import PairProblem, Problem, stats_dtype
+from .ops import backend_module, once_differentiable, pair_loss_backward, pair_problem
+from .planner import Facts, choose
+from .projection import Inputs, spread
+
+_SIDE = "Tensor {0}x, Tensor? {0}weight, Tensor? {0}bias, Tensor? {0}a, Tensor? {0}b"
+_TENSORS = f"Tensor labels, {_SIDE.format('')}, {_SIDE.format('ref_').replace('Tensor ref_x', 'Tensor? ref_x')}"
+_OPTIONS = (
+    "float scaling, float ref_scaling, str divergences, bool entropy, int ignore_index, int vocab, float softcap, "
+    "float multiplier, float ref_softcap, float ref_multiplier, str backend, str plan, int workspace, bool static_shapes"
+)
+
+
+class Options(NamedTuple):
+    scaling: float
+    ref_scaling: float
+    divergences: str
+    entropy: bool
+    ignore_index: int
+    vocab: int
+    softcap: float
+    multiplier: float
+    ref_softcap: float
+    ref_multiplier: float
+    backend: str
+    plan: str
+    workspace: int
+    static_shapes: bool
+
+    def problem(self) -> Problem:
+        bound = tuple(registry.from_key(key) for key in self.divergences.split(";") if key)
+        return Problem(bound, self.entropy, False, *self[4:10])
+
+
+def _sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
+    policy = Inputs(*tensors[1:6], options.scaling)
+    return policy, None if tensors[6] is None else Inputs(*tensors[6:11], options.ref_scaling)
+
+
+def facts_of(
+    problem: Problem, policy: Inputs, ref: Inputs | None, rows: int, backend: str, wanted: tuple[bool, ...] | list[bool],
+    longest_pair: int = 0,
+) -> Facts:  # fmt: skip
+    """What the planner asks. wanted: gradients of the ten tensors, in the order of the op."""
+    sums = max(stats_dtype(s.x).itemsize for s in (policy, ref) if s is not None)
+    return Facts(
+        rows=rows, vocab=problem.vocab, hidden=(policy.hidden, 0 if ref is None else ref.hidden),
+        itemsize=min(s.x.dtype.itemsize for s in (policy, ref) if s is not None and s.weight is not None),
+        sums=sums, ref=ref is not None, device=policy.x.device.type, backend=backend,
+        bases=problem.entropy + len(plans.bases(problem)), pair=bool(problem.divergences),
+        second=any(d.term is not None for d in problem.divergences),
+        to_hidden=wanted[0], to_head=any(wanted[1:5]), to_ref=any(wanted[5:]), pairs=longest_pair,
+        weight=0 if policy.weight is None else policy.weight.numel(),
+    )  # fmt: skip
+
+
+def _call(tensors: tuple, options: Options, wanted: list[bool], frozen_rows: int = 0) -> plans.Call:
+    problem, (policy, ref) = options.problem(), _sides(tensors, options)
+    labels = tensors[0]
+    facts = facts_of(problem, policy, ref, labels.numel(), options.backend, wanted)
+    plan = choose(facts, options.plan, options.workspace)
+    return plans.open_call(
+        problem, backend_module(options.backend), plan, labels, policy, ref, options.static_shapes
+    )  # fmt: skip
+
+
+def _allocate(tensors: tuple, options: Options) -> list[Tensor]:
+    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, saved, logits kept of a frozen head."""
+    labels, x, ref_x = tensors[0], tensors[1], tensors[6]
+    problem, rows = options.problem(), labels.numel()
+    dtypes = {stats_dtype(t) for t in (x, ref_x) if t is not None}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    n = len(problem.divergences)
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return labels.new_zeros(shape, dtype=dtype)
+
+    frozen = (1 + problem.entropy + len(plans.bases(problem)), rows) if options.plan == "frozen" else (0, 0)
+    return [
+        new(rows), new(rows if ref_x is not None else 0), new(rows), new(rows if problem.entropy else 0), new(n, rows),
+        new(rows, dtype=torch.bool), new(7 + 2 * n, rows), new(*frozen, _sides(tensors, options)[0].hidden),
+    ]  # fmt: skip
+
+
+def _full(out: plans.Outputs, call: plans.Call, count: int) -> list[Tensor]:
+    """Outputs of the rows that count -> of all rows, empty where not asked for."""
+    empty = out.logps.new_zeros(0)
+    n = len(call.problem.divergences)
+    blank = plans.Outputs(empty, empty, empty, empty, out.logps.new_zeros((n, count)), empty, empty)
+    filled = [
+        b if x is None else plans.spread_last(x, call.rows, count) for x, b in zip(out, blank, strict=True)
+    ]  # fmt: skip
+    return [x.clone() if any(x is y for y in filled[:i]) else x for i, x in enumerate(filled)]
+
+
+@custom_op(
+    "fused_losses::hidden_stats", mutates_args=(),
+    schema=f"({_TENSORS}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def hidden_stats(*args):  # type: ignore[no-untyped-def]
+    tensors, options, wanted = args[:11], Options(*args[11:-1]), args[-1]
+    call = _call(tensors, options, wanted)
+    count = tensors[0].numel()
+    if options.plan == "frozen":
+        keep = plans.kept(call, count)
+        return (*_full(plans.frozen_forward(call, keep), call, count), keep)
+    hidden = _sides(tensors, options)[0].hidden
+    return (*_full(plans.forward(call), call, count), tensors[1].new_zeros((0, 0, hidden), dtype=call.dtype))
+
+
+@hidden_stats.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    return tuple(_allocate(args[:11], Options(*args[11:-1])))
+
+
+_GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy, Tensor? g_div"
+
+
+def _like(tensors: tuple, wanted: list[bool]) -> list[Tensor]:
+    given = (*tensors[1:6], *tensors[6:11])
+    return [torch.empty_like(x) for x, flag in zip(given, wanted, strict=True) if flag]
+
+
+@custom_op(
+    "fused_losses::hidden_stats_backward", mutates_args=(),
+    schema=f"({_GRADS}, Tensor logps, Tensor saved, Tensor keep, {_TENSORS}, {_OPTIONS}, bool[] wanted) -> Tensor[]",
+)  # fmt: skip
+def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
+    """Gradients of the wanted ones of the ten tensors, in their order."""
+    grads, (logps, saved, keep), tensors = args[:5], args[5:8], args[8:19]
+    options, wanted = Options(*args[19:-1]), args[-1]
+    if not keep.numel() and options.plan in ("frozen", "rows"):
+        options = options._replace(plan="slices")
+    call = _call(tensors, options, wanted)
+
+    def compact(x: Tensor | None) -> Tensor | None:
+        return x if x is None or call.rows is None else x.index_select(-1, call.rows)
+
+    grads = tuple(None if g is None or not g.numel() else compact(g) for g in grads)
+    saved = compact(saved)
+    if options.plan == "frozen":
+        dx = plans.frozen_backward(call, keep, compact(logps), saved, grads)
+        x = tensors[1]
+        return [spread(dx.to(x.dtype), call.rows, tensors[0].numel()).view(x.shape)]
+    found = plans.backward(call, saved, grads, wanted[:5], wanted[5:])
+    return [g for g, flag in zip(found, wanted, strict=True) if flag]
+
+
+@hidden_stats_backward.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    return _like(args[8:19], args[-1])
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *ctx.options, _ = inputs[11:]
+    ctx.save_for_backward(*inputs[:11], output[0], *output[-2:])
+    ctx.mark_non_differentiable(*output[-3:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grads, tensors, logps, saved, keep):  # type: ignore[no-untyped-def]
+    """Of all eleven tensors, None where not wanted."""
+    wanted = list(ctx.needs_input_grad[1:11])
+    found = iter(hidden_stats_backward(*grads, logps, saved, keep, *tensors, *ctx.options, wanted))
+    return [None, *(next(found) if flag else None for flag in wanted)]
+
+
+def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    *tensors, logps, saved, keep = ctx.saved_tensors
+    return (*_gradients(ctx, grads[:5], tensors, logps, saved, keep), *[None] * (len(ctx.options) + 1))
+
+
+hidden_stats.register_autograd(_backward, setup_context=_setup)
+once_differentiable(hidden_stats_backward, "token_stats")
+
+# ---- pairs, gradient inside the forward --------------------------------------------------------------------------------
+
+_PAIR = (
+    "Tensor? ref_logps, Tensor? cu_seqlens, str term, float[] term_params, str link, float beta, int sequences, "
+    "bool ref_summed"
+)
+
+
+def _pairs(args: tuple, labels: Tensor) -> tuple[PairProblem, list[int]]:
+    _, cu_seqlens, *rest = args
+    problem, sequences = pair_problem(*rest, "")[0], rest[4]
+    if cu_seqlens is not None:
+        return problem, cu_seqlens.tolist()
+    length = labels.numel() // max(1, sequences)
+    return problem, list(range(0, sequences * length + 1, max(1, length)))[: sequences + 1] or [0]
+
+
+@custom_op(
+    "fused_losses::hidden_pair_loss", mutates_args=(),
+    schema=f"({_TENSORS}, {_PAIR}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def hidden_pair_loss(*args):  # type: ignore[no-untyped-def]
+    """losses [B], seq_logps, seq_ref, coef [2B]; the outputs of hidden_stats but the last; the policy's five gradients."""
+    tensors, pair, options, wanted = args[:11], args[11:19], Options(*args[19:-1]), args[-1]
+    problem, (policy, ref) = options.problem(), _sides(tensors, options)
+    loss, offsets = _pairs(pair, tensors[0])
+    count = len(offsets) // 2
+    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    longest = max((lengths[b] + lengths[count + b] for b in range(count)), default=1)
+    facts = facts_of(problem, policy, ref, tensors[0].numel(), options.backend, wanted, max(1, longest))
+    plan = choose(facts, "rows", options.workspace)
+    out, result, grads = plans.row_blocks(
+        problem, backend_module(options.backend), plan, tensors[0], policy, ref,
+        plans.Pairs(loss, offsets, pair[0]), wanted[:5], options.static_shapes,
+    )  # fmt: skip
+    empty = result.losses.new_zeros(0)
+    blank = (empty, empty, empty, empty, empty.new_zeros((0, tensors[0].numel())), empty, empty)
+    filled = [b.clone() if x is None else x for x, b in zip(out, blank, strict=True)]
+    return (*result, *filled, *(empty.clone() if g is None else g for g in grads))
+
+
+@hidden_pair_loss.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    tensors, pair, options, wanted = args[:11], args[11:19], Options(*args[19:-1]), args[-1]
+    stats = _allocate(tensors, options._replace(plan="rows"))[:-1]
+    sequences = pair[6]
+    pairs = [stats[0].new_zeros(n) for n in (sequences // 2, sequences, sequences, sequences)]
+    grads = [
+        torch.empty_like(x) if flag else stats[0].new_zeros(0) for x, flag in zip(tensors[1:6], wanted[:5], strict=True)
+    ]
+    return (*pairs, *stats, *grads)
+
+
+def _pair_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.pair, ctx.options = inputs[13:19], inputs[19:-1]
+    ctx.save_for_backward(*inputs[:13], *output[3:5], *output[5:6], *output[10:])
+    ctx.mark_non_differentiable(output[3], *output[9:])
+    ctx.set_materialize_grads(False)
+
+
+def _pair_backward(ctx, g_losses, g_seq, g_seq_ref, _, *grads):  # type: ignore[no-untyped-def]
+    """The gradients found in the forward hold for equal gradients of all losses; anything else takes them anew."""
+    saved = ctx.saved_tensors
+    tensors, (ref_logps, cu_seqlens), (coef, logps, own_ref, stats) = saved[:11], saved[11:13], saved[13:17]
+    found = saved[17:]
+    rest = [None] * (len(ctx.pair) + len(ctx.options) + 1)
+    given = ctx.needs_input_grad[11]
+    uniform = g_losses is not None and (g_losses.numel() == 1 or g_losses.stride(0) == 0)
+    others = [g for g in (g_seq, g_seq_ref, *grads[:5]) if g is not None and g.numel()]
+    if uniform and not others and not given:
+        wanted = ctx.needs_input_grad[1:6]
+        scaled = [g * g_losses[0].to(g.dtype) if flag else None for g, flag in zip(found, wanted, strict=True)]
+        return (None, *scaled, *[None] * 7, *rest)
+    labels, ignore_index = tensors[0].reshape(-1), ctx.options[4]
+    ref = own_ref if tensors[6] is not None else ref_logps
+    backend = ctx.options[10]
+    to_ref = given or any(ctx.needs_input_grad[6:11])
+    pair_grads = list(
+        pair_loss_backward(
+            g_losses,
+            g_seq,
+            g_seq_ref,
+            coef,
+            logps,
+            ref,
+            labels != ignore_index,
+            cu_seqlens,
+            *ctx.pair,
+            backend,
+            True,
+            to_ref,
+        )
+    )
+    g_logps = pair_grads[0] if grads[0] is None else pair_grads[0] + grads[0]
+    g_ref = pair_grads[1] if to_ref else None
+    stats_grads = [g_logps, None if given else g_ref, *grads[2:5]]
+    if not given and grads[1] is not None and grads[1].numel():
+        stats_grads[1] = grads[1] if g_ref is None else g_ref + grads[1]
+    keep = logps.new_zeros((0, 0, 0))
+    every = _gradients(ctx, stats_grads, tensors, logps, stats, keep)
+    return (*every, g_ref if given else None, None, *rest)
+
+
+hidden_pair_loss.register_autograd(_pair_backward, setup_context=_pair_setup)

@@ -1,0 +1,253 @@
+"""How a call with hidden states is carried out: which plan, in tiles of which size, in how many bytes, and why.
+
+    rows     blocks of whole pairs over the whole vocabulary, gradients computed in the forward
+             GEMMs of N rows, V columns: z, w, dX, dW
+    slices   slices of the vocabulary; backward computes the logits again
+             z, w | z, w, dX, dW     (w in backward only where a divergence, or the reference, has a gradient)
+    frozen   slices, for a head without gradients: E_p[W] beside the sums as flash attention keeps its output; backward
+             scales rows: z, w, E_p[W], and one more for the entropy and each divergence
+    tiles    a Triton kernel that keeps logits on the chip: z, w; forward only, or with the backward of slices
+
+Divergences that need a second sweep compute z and w twice in the forward. Everything is decided from shapes and flags:
+nothing is measured, no value is read from a device.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from .torch_backend import BLOCK_BYTES
+
+DEFAULT_WORKSPACE = 256 << 20
+VARIABLE = "FUSED_LOSSES_WORKSPACE"
+KINDS = ("rows", "slices", "frozen", "tiles")
+ROWS = 8192  # of a tile at most: beyond, columns are worth more
+CPU_TILE = 32 << 20  # bytes of one tile of logits on a CPU, where products gain nothing from more
+BLOCKS = 20  # temporaries of torch_backend.BLOCK_BYTES that the torch backend holds at its peak
+
+
+class Facts(NamedTuple):
+    """What planning needs to know of a call. Sizes in elements; itemsize and sums in bytes."""
+
+    rows: int  # at most: those that do not count are only found when the call runs
+    vocab: int
+    hidden: tuple[int, int]  # H of policy and reference, with the rank of their factors; 0 where logits are given
+    itemsize: int  # of the tensors that are multiplied
+    sums: int  # of the statistics and of a tile's logits
+    ref: bool  # the reference is a distribution, not None or log-probs
+    device: str = "cpu"
+    backend: str = "torch"
+    bases: int = 0  # divergences and entropy: what a frozen head needs a product for
+    pair: bool = False  # some divergence is asked for
+    second: int = 0  # of which so many need a second sweep
+    to_hidden: bool = False  # gradients wanted: policy's hidden states (or logits)
+    to_head: bool = False  # policy's weight, bias or factors
+    to_ref: bool = False  # anything of the reference
+    pairs: int = 0  # rows of the longest pair, where the loss is known inside the op
+    weight: int = 0  # elements of the policy's head
+
+    @property
+    def backward(self) -> bool:
+        return self.to_hidden or self.to_head or self.to_ref
+
+
+class Plan(NamedTuple):
+    kind: str
+    tile: tuple[int, int]  # rows, columns
+    forward: str  # the products of N rows, V columns
+    backward: str
+    workspace: int  # the budget
+    tiles: int  # bytes of it that tiles and their temporaries take
+    kept: int  # bytes between forward and backward, and sums of gradients in a wider dtype
+    why: str
+
+    @property
+    def gemms(self) -> int:
+        return sum(1 for part in (self.forward, self.backward) for name in part.split(", ") if name)
+
+    def __str__(self) -> str:
+        mib = 2**20
+        backward = self.backward or ("scales rows" if self.kind == "frozen" else "nothing left to multiply")
+        return (
+            f"plan {self.kind!r}: {self.why}\n"
+            f"  products of N rows and V columns: {self.gemms} (forward {self.forward}; backward {backward})\n"
+            f"  tiles of {self.tile[0]} rows x {self.tile[1]} columns: {self.tiles / mib:.1f} MiB of a workspace of "
+            f"{self.workspace / mib:.1f} MiB\n"
+            f"  held beside it: {self.kept / mib:.1f} MiB"
+        )
+
+
+def workspace_bytes(asked: int | None) -> int:
+    """The budget: the argument, else FUSED_LOSSES_WORKSPACE, else 256 MiB."""
+    value: object = asked
+    name = "workspace"
+    if asked is None:
+        name, value = VARIABLE, os.environ.get(VARIABLE)
+        if value is None:
+            return DEFAULT_WORKSPACE
+        value = int(value) if str(value).isdigit() else value
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}: expected a number of bytes >= 1, got {value!r}")
+    return value
+
+
+def _bytes(facts: Facts, rows: int, columns: int) -> int:
+    """What tiles of this shape and their temporaries take, forward or backward, whichever is more."""
+    low = facts.itemsize < facts.sums
+    logit = facts.sums * (1 + facts.ref)
+    if facts.backward and low and facts.device == "cuda":  # dz beside z; elsewhere in its place
+        logit += facts.itemsize * (facts.to_hidden or facts.to_head) + facts.itemsize * facts.to_ref
+    size = rows * columns * logit
+    if facts.backend == "torch":
+        size += BLOCKS * min(BLOCK_BYTES, rows * columns * facts.sums)
+    width = max(facts.hidden)
+    if low and facts.device != "cuda":
+        size += (rows + columns) * width * facts.sums  # factors as float32
+    if low and (facts.to_head or facts.to_ref):
+        size += columns * sum(facts.hidden) * facts.sums  # a slice of dW before it is rounded
+    return size
+
+
+def tile_shape(facts: Facts, budget: int) -> tuple[int, int]:
+    """The widest tile of as many rows as there are that fits the budget; fewer rows where it would become narrow."""
+    rows, vocab = max(1, min(facts.rows, ROWS)), facts.vocab
+    step = 16
+    while True:
+        widest = vocab
+        if facts.device == "cpu":
+            widest = min(vocab, max(512, CPU_TILE // (facts.sums * rows)))
+        columns = _widest(facts, rows, widest, step, budget)
+        if rows == 1 or columns >= min(512, widest):
+            break
+        if columns and columns >= rows:
+            break
+        rows = (rows + 1) // 2
+    if not columns:
+        least = _bytes(facts, 1, min(vocab, step))
+        raise ValueError(
+            f"workspace: expected at least {least} bytes, for {min(vocab, step)} logits of one row, got {budget}"
+        )
+    return rows, columns
+
+
+def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
+    """The most columns, a multiple of 128 where that many fit, else of `step`, else all there are; 0: none fit."""
+    low, high = 0, -(-most // step)
+    while low < high:  # the bytes grow with the columns
+        middle = (low + high + 1) // 2
+        if _bytes(facts, rows, min(most, middle * step)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    columns = min(most, low * step)
+    return columns if columns == most or columns < 128 else columns // 128 * 128
+
+
+def choose(facts: Facts, kind: str = "auto", workspace: int | None = None) -> Plan:
+    """The plan of that kind, or the one with the fewest products that fits the workspace."""
+    budget = workspace_bytes(workspace)
+    if kind not in ("auto", *KINDS):
+        raise ValueError(f"plan: expected one of auto, {', '.join(KINDS)}, got {kind!r}")
+    if kind != "auto":
+        reason = _refusal(facts, kind, budget, asked=True)
+        if reason:
+            raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
+        return _plan(facts, kind, budget, "asked for")
+    for candidate in ("tiles", "frozen", "rows"):
+        if not (reason := _refusal(facts, candidate, budget, asked=False)):
+            return _plan(facts, candidate, budget, _reasons(facts)[candidate])
+    return _plan(facts, "slices", budget, _reasons(facts)["slices"])
+
+
+def _reasons(facts: Facts) -> dict[str, str]:
+    return {
+        "tiles": "nothing asks for a gradient and the hidden size is small, so logits need not leave the chip",
+        "frozen": "the head has no gradient, so its rows' expectation comes with the forward",
+        "rows": "the loss is known and whole pairs fit the workspace, so gradients come with the forward",
+        "slices": "nothing asks for a gradient"
+        if not facts.backward
+        else "any gradient may come from outside, in any budget",
+    }
+
+
+TILES_HIDDEN = 1024  # up to this H a tile kernel is expected to keep up with a GEMM that writes its logits
+
+
+def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
+    """Why not."""
+    if kind == "tiles":
+        if facts.backend != "triton":
+            return "it is a Triton kernel, and this runs on the torch backend"
+        if not all(facts.hidden[: 1 + facts.ref]):
+            return "both sides have to be hidden states"
+        if not asked and (facts.backward or max(facts.hidden) > TILES_HIDDEN or facts.second):
+            return "not worth it"
+    if kind == "frozen":
+        if facts.to_head or facts.to_ref or not facts.hidden[0]:
+            return "it is for a policy from hidden states whose head, and reference, need no gradient"
+        if not facts.to_hidden:
+            return "nothing asks for a gradient"
+        if not asked and _kept_frozen(facts) > budget // 2:
+            return "what it keeps for backward does not fit half the workspace"
+        if not asked and _count(_products(facts, "frozen")) > _count(_products(facts, "slices")):
+            return "more products than slices"
+    if kind == "rows":
+        if not facts.pairs:
+            return "it needs a preference loss of pairs, reduced inside, from hidden states"
+        if facts.to_ref or not facts.hidden[0]:
+            return "it is for a policy from hidden states and a reference that needs no gradient"
+        if not facts.backward:
+            return "nothing asks for a gradient"
+        size = rows_bytes(facts, facts.pairs)
+        if size > budget:
+            return f"the longest pair takes {size} bytes of {budget}"
+    return ""
+
+
+def rows_bytes(facts: Facts, rows: int) -> int:
+    """A block of so many rows over the whole vocabulary, and the sum of dW where its dtype is too narrow to add up in."""
+    held = facts.weight * facts.sums if facts.to_head and facts.itemsize < facts.sums else 0
+    return _bytes(facts._replace(to_head=False), rows, facts.vocab) + held
+
+
+def _products(facts: Facts, kind: str) -> tuple[str, str]:
+    ref = ["w"] if facts.hidden[1] else []
+    logits = [*(["z"] if facts.hidden[0] else []), *ref]
+    sweeps = logits * (2 if facts.second else 1)
+    back = [*(["dX"] if facts.to_hidden and facts.hidden[0] else []), *(["dW"] if facts.to_head else [])]
+    to_ref = ["dX_ref", "dW_ref"] if facts.to_ref and facts.hidden[1] else []
+    if kind == "rows":
+        return ", ".join([*logits, *back]), ""
+    if kind == "frozen":
+        extra = [f"E[h{i} W]" for i in range(facts.bases)]
+        return ", ".join([*sweeps, "E[p W]", *extra]), ""
+    again = logits if facts.pair or facts.to_ref else logits[: len(logits) - len(ref)]
+    return ", ".join(sweeps), ", ".join([*again, *back, *to_ref]) if facts.backward else ""
+
+
+def _count(products: tuple[str, str]) -> int:
+    return sum(len(p.split(", ")) for p in products if p)
+
+
+def _kept_frozen(facts: Facts) -> int:
+    return (1 + facts.bases) * facts.rows * facts.hidden[0] * facts.sums
+
+
+def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
+    low = facts.itemsize < facts.sums
+    kept = facts.rows * facts.hidden[0] * facts.sums if low and facts.to_hidden else 0  # dX before it is rounded
+    room = budget
+    if kind == "frozen":
+        kept += _kept_frozen(facts)
+        room = max(budget - _kept_frozen(facts), budget // 2)
+    if kind == "rows":
+        block = facts.pairs
+        while (block + facts.pairs) <= facts.rows and rows_bytes(facts, block + facts.pairs) <= budget:
+            block += facts.pairs
+        tile, size = (block, facts.vocab), rows_bytes(facts, block)
+    else:
+        tile = tile_shape(facts, room)
+        size = _bytes(facts, *tile)
+    forward, backward = _products(facts, kind)
+    return Plan(kind, tile, forward, backward, budget, size, kept, why)
