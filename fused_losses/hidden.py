@@ -41,11 +41,10 @@ def under_autocast(source: Hidden) -> Hidden:
     return replace(source, hidden=source.hidden.to(torch.get_autocast_dtype(device)))
 
 
-def _inputs(source: Logits | Hidden | None) -> Inputs | None:
-    if source is None:
-        return None
+def _inputs(source: Logits | Hidden) -> Inputs:
     if isinstance(source, Logits):
         return Inputs(source.logits)
+    source = under_autocast(source)
     a, b, scaling = source.lora or (None, None, 1.0)
     return Inputs(source.hidden, source.weight, source.bias, a, b, float(scaling))
 
@@ -55,9 +54,7 @@ def request(
     ignore_index: int, how: How, longest_pair: int = 0,
 ) -> Request:  # fmt: skip
     """labels are aligned with the rows already. longest_pair: its rows, where the loss is known and of pairs."""
-    policy, ref = (under_autocast(s) if isinstance(s, Hidden) else s for s in (policy, ref))
-    z, w = _inputs(policy), _inputs(ref)
-    assert z is not None
+    z, w = _inputs(policy), None if ref is None else _inputs(ref)
     tensors = (labels, *z[:5], *((None,) * 5 if w is None else w[:5]))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[1:]]
     doubles = [x for x in (z.x, None if w is None else w.x) if x is not None and x.dtype == torch.float64]

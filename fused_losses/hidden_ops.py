@@ -14,7 +14,7 @@ from torch.library import custom_op
 
 from . import divergences as registry
 from . import plans
-from .layout import PairProblem, Problem, stats_dtype
+from .layout import Problem, stats_dtype
 from .ops import backend_module, once_differentiable, pair_loss_backward, pair_problem
 from .planner import Facts, choose
 from .projection import Inputs, spread
@@ -49,8 +49,10 @@ class Options(NamedTuple):
 
 
 def _sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
-    policy = Inputs(*tensors[1:6], options.scaling)
-    return policy, None if tensors[6] is None else Inputs(*tensors[6:11], options.ref_scaling)
+    x, weight, bias, a, b = tensors[1:6]
+    policy = Inputs(x, weight, bias, a, b, options.scaling)
+    x, weight, bias, a, b = tensors[6:11]
+    return policy, None if x is None else Inputs(x, weight, bias, a, b, options.ref_scaling)
 
 
 def facts_of(
@@ -70,7 +72,7 @@ def facts_of(
     )  # fmt: skip
 
 
-def _call(tensors: tuple, options: Options, wanted: list[bool], frozen_rows: int = 0) -> plans.Call:
+def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plans.Call:
     problem, (policy, ref) = options.problem(), _sides(tensors, options)
     labels = tensors[0]
     facts = facts_of(problem, policy, ref, labels.numel(), options.backend, wanted)
@@ -80,8 +82,18 @@ def _call(tensors: tuple, options: Options, wanted: list[bool], frozen_rows: int
     )  # fmt: skip
 
 
-def _allocate(tensors: tuple, options: Options) -> list[Tensor]:
-    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, saved, logits kept of a frozen head."""
+def _kept_shape(tensors: tuple, options: Options, wanted: list[bool]) -> tuple[int, ...]:
+    """Of what forward keeps beside the rows' numbers: sums of a frozen head, or all logits; the rows that count come first."""
+    problem, rows = options.problem(), tensors[0].numel()
+    if options.plan == "frozen":
+        return 1 + problem.entropy + len(plans.bases(problem)), rows, _sides(tensors, options)[0].hidden
+    if options.plan == "whole":
+        return 1 + (tensors[6] is not None and (bool(problem.divergences) or any(wanted[5:]))), rows, problem.vocab
+    return 0, 0, 0
+
+
+def _allocate(tensors: tuple, options: Options, wanted: list[bool]) -> list[Tensor]:
+    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, saved, and what _kept_shape says."""
     labels, x, ref_x = tensors[0], tensors[1], tensors[6]
     problem, rows = options.problem(), labels.numel()
     dtypes = {stats_dtype(t) for t in (x, ref_x) if t is not None}
@@ -91,22 +103,10 @@ def _allocate(tensors: tuple, options: Options) -> list[Tensor]:
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return labels.new_zeros(shape, dtype=dtype)
 
-    frozen = (1 + problem.entropy + len(plans.bases(problem)), rows) if options.plan == "frozen" else (0, 0)
     return [
         new(rows), new(rows if ref_x is not None else 0), new(rows), new(rows if problem.entropy else 0), new(n, rows),
-        new(rows, dtype=torch.bool), new(7 + 2 * n, rows), new(*frozen, _sides(tensors, options)[0].hidden),
+        new(rows, dtype=torch.bool), new(7 + 2 * n, rows), new(*_kept_shape(tensors, options, wanted)),
     ]  # fmt: skip
-
-
-def _full(out: plans.Outputs, call: plans.Call, count: int) -> list[Tensor]:
-    """Outputs of the rows that count -> of all rows, empty where not asked for."""
-    empty = out.logps.new_zeros(0)
-    n = len(call.problem.divergences)
-    blank = plans.Outputs(empty, empty, empty, empty, out.logps.new_zeros((n, count)), empty, empty)
-    filled = [
-        b if x is None else plans.spread_last(x, call.rows, count) for x, b in zip(out, blank, strict=True)
-    ]  # fmt: skip
-    return [x.clone() if any(x is y for y in filled[:i]) else x for i, x in enumerate(filled)]
 
 
 @custom_op(
@@ -116,17 +116,20 @@ def _full(out: plans.Outputs, call: plans.Call, count: int) -> list[Tensor]:
 def hidden_stats(*args):  # type: ignore[no-untyped-def]
     tensors, options, wanted = args[:11], Options(*args[11:-1]), args[-1]
     call = _call(tensors, options, wanted)
-    count = tensors[0].numel()
+    count, shape = tensors[0].numel(), _kept_shape(tensors, options, wanted)
+    # sums start from zero; logits are written before they are read
+    keep = (torch.empty if options.plan == "whole" else torch.zeros)(shape, dtype=call.dtype, device=tensors[0].device)
+    kept = keep[:, : len(call.labels)]
     if options.plan == "frozen":
-        keep = plans.kept(call, count)
-        return (*_full(plans.frozen_forward(call, keep), call, count), keep)
-    hidden = _sides(tensors, options)[0].hidden
-    return (*_full(plans.forward(call), call, count), tensors[1].new_zeros((0, 0, hidden), dtype=call.dtype))
+        out = plans.frozen_forward(call, kept)
+    else:
+        out = plans.forward(call, kept if options.plan == "whole" else None)
+    return (*plans.spread_out(out, call.rows, count), keep)
 
 
 @hidden_stats.register_fake
 def _(*args):  # type: ignore[no-untyped-def]
-    return tuple(_allocate(args[:11], Options(*args[11:-1])))
+    return tuple(_allocate(args[:11], Options(*args[11:-1]), args[-1]))
 
 
 _GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy, Tensor? g_div"
@@ -145,20 +148,21 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
     """Gradients of the wanted ones of the ten tensors, in their order."""
     grads, (logps, saved, keep), tensors = args[:5], args[5:8], args[8:19]
     options, wanted = Options(*args[19:-1]), args[-1]
-    if not keep.numel() and options.plan in ("frozen", "rows"):
+    if not keep.numel():
         options = options._replace(plan="slices")
     call = _call(tensors, options, wanted)
 
-    def compact(x: Tensor | None) -> Tensor | None:
-        return x if x is None or call.rows is None else x.index_select(-1, call.rows)
+    def compact(x: Tensor) -> Tensor:
+        return x if call.rows is None else x.index_select(-1, call.rows)
 
     grads = tuple(None if g is None or not g.numel() else compact(g) for g in grads)
     saved = compact(saved)
     if options.plan == "frozen":
-        dx = plans.frozen_backward(call, keep, compact(logps), saved, grads)
+        dx = plans.frozen_backward(call, keep[:, : len(call.labels)], compact(logps), saved, grads)
         x = tensors[1]
         return [spread(dx.to(x.dtype), call.rows, tensors[0].numel()).view(x.shape)]
-    found = plans.backward(call, saved, grads, wanted[:5], wanted[5:])
+    kept = keep[:, : len(call.labels)] if options.plan == "whole" else None
+    found = plans.backward(call, saved, grads, wanted[:5], wanted[5:], kept)
     return [g for g, flag in zip(found, wanted, strict=True) if flag]
 
 
@@ -197,9 +201,11 @@ _PAIR = (
 )
 
 
-def _pairs(args: tuple, labels: Tensor) -> tuple[PairProblem, list[int]]:
+def _pairs(args, labels):  # type: ignore[no-untyped-def]
+    """The loss, and the row at which each sequence starts."""
     _, cu_seqlens, *rest = args
-    problem, sequences = pair_problem(*rest, "")[0], rest[4]
+    problem, _ = pair_problem(*rest, backend="")
+    sequences = problem.sequences
     if cu_seqlens is not None:
         return problem, cu_seqlens.tolist()
     length = labels.numel() // max(1, sequences)
@@ -225,16 +231,13 @@ def hidden_pair_loss(*args):  # type: ignore[no-untyped-def]
         problem, backend_module(options.backend), plan, tensors[0], policy, ref,
         plans.Pairs(loss, offsets, pair[0]), wanted[:5], options.static_shapes,
     )  # fmt: skip
-    empty = result.losses.new_zeros(0)
-    blank = (empty, empty, empty, empty, empty.new_zeros((0, tensors[0].numel())), empty, empty)
-    filled = [b.clone() if x is None else x for x, b in zip(out, blank, strict=True)]
-    return (*result, *filled, *(empty.clone() if g is None else g for g in grads))
+    return (*result, *out, *(result.losses.new_zeros(0) if g is None else g for g in grads))
 
 
 @hidden_pair_loss.register_fake
 def _(*args):  # type: ignore[no-untyped-def]
     tensors, pair, options, wanted = args[:11], args[11:19], Options(*args[19:-1]), args[-1]
-    stats = _allocate(tensors, options._replace(plan="rows"))[:-1]
+    stats = _allocate(tensors, options._replace(plan="rows"), wanted)[:-1]
     sequences = pair[6]
     pairs = [stats[0].new_zeros(n) for n in (sequences // 2, sequences, sequences, sequences)]
     grads = [

@@ -110,8 +110,8 @@ def preference_loss(
     Args:
         policy, labels, ref, shift, ignore_index, inplace_backward, workspace, static_shapes: as in token_stats, with
             hidden states [2B, T, H] or logits [2B, T, V] and labels [2B, T], the B chosen rows first and the B rejected
-            rows second; or packed, [total, H] or [total, V] and labels [total] with cu_seqlens. ref may also be fl.LogProbs per token or per sequence [2B], or None: h is then the
-            policy's log-prob alone.
+            rows second; or packed, [total, H] or [total, V] and labels [total] with cu_seqlens. ref may also be fl.LogProbs
+            per token or per sequence [2B], or None: h is then the policy's log-prob alone.
         loss: a name in fused_losses.losses.LOSSES.
         beta: > 0. label_smoothing: in [0, 0.5).
         reduction: "mean" over pairs, "sum", or "none" ([B]).
@@ -136,7 +136,7 @@ def preference_loss(
         labels, shift = _shift_packed(labels, cu_seqlens, ignore_index), False
 
     how = How(plan, workspace, static_shapes)
-    options = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy}
+    options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy}
     given = source.logps if isinstance(source, LogProbs) else None
     rest = (cu_seqlens, sequences, summed, link, float(beta))
     call = (

@@ -2,6 +2,7 @@
 
     rows     blocks of whole pairs over the whole vocabulary, gradients computed in the forward
              GEMMs of N rows, V columns: z, w, dX, dW
+    whole    all logits fit the workspace and are kept: z, w | dX, dW
     slices   slices of the vocabulary; backward computes the logits again
              z, w | z, w, dX, dW     (w in backward only where a divergence, or the reference, has a gradient)
     frozen   slices, for a head without gradients: E_p[W] beside the sums as flash attention keeps its output; backward
@@ -21,9 +22,9 @@ from .torch_backend import BLOCK_BYTES
 
 DEFAULT_WORKSPACE = 256 << 20
 VARIABLE = "FUSED_LOSSES_WORKSPACE"
-KINDS = ("rows", "slices", "frozen", "tiles")
+KINDS = ("tiles", "frozen", "rows", "whole", "slices")
 ROWS = 8192  # of a tile at most: beyond, columns are worth more
-CPU_TILE = 32 << 20  # bytes of one tile of logits on a CPU, where products gain nothing from more
+CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where products gain nothing from more
 BLOCKS = 20  # temporaries of torch_backend.BLOCK_BYTES that the torch backend holds at its peak
 
 
@@ -154,7 +155,7 @@ def choose(facts: Facts, kind: str = "auto", workspace: int | None = None) -> Pl
         if reason:
             raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
         return _plan(facts, kind, budget, "asked for")
-    for candidate in ("tiles", "frozen", "rows"):
+    for candidate in KINDS[:-1]:
         if not (reason := _refusal(facts, candidate, budget, asked=False)):
             return _plan(facts, candidate, budget, _reasons(facts)[candidate])
     return _plan(facts, "slices", budget, _reasons(facts)["slices"])
@@ -165,9 +166,10 @@ def _reasons(facts: Facts) -> dict[str, str]:
         "tiles": "nothing asks for a gradient and the hidden size is small, so logits need not leave the chip",
         "frozen": "the head has no gradient, so its rows' expectation comes with the forward",
         "rows": "the loss is known and whole pairs fit the workspace, so gradients come with the forward",
+        "whole": "all logits fit the workspace and are kept for backward",
         "slices": "nothing asks for a gradient"
         if not facts.backward
-        else "any gradient may come from outside, in any budget",
+        else "the loss is not known here, and all logits would not fit the workspace",
     }
 
 
@@ -192,6 +194,11 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
             return "what it keeps for backward does not fit half the workspace"
         if not asked and _count(_products(facts, "frozen")) > _count(_products(facts, "slices")):
             return "more products than slices"
+    if kind == "whole":
+        if not facts.backward:
+            return "nothing asks for a gradient"
+        if _whole_bytes(facts) > budget:
+            return f"logits and their gradient take {_whole_bytes(facts)} bytes of {budget}"
     if kind == "rows":
         if not facts.pairs:
             return "it needs a preference loss of pairs, reduced inside, from hidden states"
@@ -203,6 +210,16 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
         if size > budget:
             return f"the longest pair takes {size} bytes of {budget}"
     return ""
+
+
+def _kept_whole(facts: Facts) -> int:
+    return facts.rows * facts.vocab * facts.sums * (1 + (facts.pair or facts.to_ref))
+
+
+def _whole_bytes(facts: Facts) -> int:
+    """Kept logits, and a gradient of each side that wants one, which may not take their place."""
+    dz = (facts.to_hidden or facts.to_head) + facts.to_ref
+    return _kept_whole(facts) + _bytes(facts._replace(ref=False), facts.rows, facts.vocab * max(1, dz))
 
 
 def rows_bytes(facts: Facts, rows: int) -> int:
@@ -222,6 +239,8 @@ def _products(facts: Facts, kind: str) -> tuple[str, str]:
     if kind == "frozen":
         extra = [f"E[h{i} W]" for i in range(facts.bases)]
         return ", ".join([*sweeps, "E[p W]", *extra]), ""
+    if kind == "whole":
+        return ", ".join(logits), ", ".join([*back, *to_ref])
     again = logits if facts.pair or facts.to_ref else logits[: len(logits) - len(ref)]
     return ", ".join(sweeps), ", ".join([*again, *back, *to_ref]) if facts.backward else ""
 
@@ -246,6 +265,8 @@ def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
         while (block + facts.pairs) <= facts.rows and rows_bytes(facts, block + facts.pairs) <= budget:
             block += facts.pairs
         tile, size = (block, facts.vocab), rows_bytes(facts, block)
+    elif kind == "whole":
+        tile, size = (max(1, facts.rows), facts.vocab), _whole_bytes(facts)
     else:
         tile = tile_shape(facts, room)
         size = _bytes(facts, *tile)

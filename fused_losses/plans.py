@@ -80,14 +80,19 @@ def allocate(call: Call) -> Outputs:
 
 
 class _Tiles:
-    """Buffers for z and w, and the walk over slices of the vocabulary and blocks of rows."""
+    """Buffers for z and w, and the walk over slices of the vocabulary and blocks of rows. In the plan "whole" the one tile
+    is kept [1 or 2, rows, V], and is computed at most once."""
 
-    def __init__(self, call: Call, with_ref: bool = True):
-        self.call = call
+    def __init__(self, call: Call, with_ref: bool = True, kept: Tensor | None = None, filled: bool = False):
+        self.call, self.keeps, self.filled = call, kept is not None, filled
         self.rows, self.columns = (max(1, min(call.plan.tile[0], len(call.labels))), call.plan.tile[1])
         shape = (self.rows, min(self.columns, call.problem.vocab))
-        self.z = call.labels.new_empty(shape, dtype=call.dtype)
-        self.w = call.labels.new_empty(shape, dtype=call.dtype) if with_ref and call.ref is not None else None
+
+        def buffer(i: int) -> Tensor:
+            return kept[i] if kept is not None and i < len(kept) else call.labels.new_empty(shape, dtype=call.dtype)
+
+        self.z = buffer(0)
+        self.w = buffer(1) if with_ref and call.ref is not None else None
 
     @property
     def blocks(self) -> int:
@@ -105,11 +110,12 @@ class _Tiles:
         """The tile as a problem of its own, z and w."""
         call, height, width = self.call, r.stop - r.start, c.stop - c.start
         z = self.z[:height, :width]
-        call.policy.tile(r, c, z)
-        w = None
-        if self.w is not None and call.ref is not None:
-            w = self.w[:height, :width]
-            call.ref.tile(r, c, w)
+        w = None if self.w is None else self.w[:height, :width]
+        if not self.filled:
+            call.policy.tile(r, c, z)
+            if w is not None and call.ref is not None:
+                call.ref.tile(r, c, w)
+        self.filled = self.keeps
         return call.problem._replace(vocab=width, first=c.start), z, w
 
 
@@ -117,30 +123,30 @@ def _powers(problem: Problem) -> int:
     return len({d.power for d in problem.divergences if d.power is not None})
 
 
-def forward(call: Call) -> Outputs:
-    """Row statistics, a slice of the vocabulary at a time or in the tile kernel."""
+def forward(call: Call, kept: Tensor | None = None) -> Outputs:
+    """Row statistics, a slice of the vocabulary at a time, all of it in `kept`, or in the tile kernel."""
     out, problem = allocate(call), call.problem
     if not len(call.labels):
         return out
     state = call.labels.new_empty((fields(_powers(problem)), len(call.labels)), dtype=call.dtype)
+    tiles = None
     if call.plan.kind == "tiles":
         call.backend.tile_states(problem, *_tile_arguments(call), state)
     else:
-        tiles = _Tiles(call)
+        tiles = _Tiles(call, kept=kept)
         for c in tiles.columns_of():
             for r in tiles.rows_of():
                 part, z, w = tiles.load(r, c)
                 call.backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
-        del tiles
     call.backend.close(problem, state, call.labels, *out)
     if any(d.term is not None for d in problem.divergences):
-        _second_sweep(call, out)
+        _second_sweep(call, out, tiles or _Tiles(call))
     return out
 
 
-def _second_sweep(call: Call, out: Outputs, visit: Callable | None = None) -> None:
+def _second_sweep(call: Call, out: Outputs, tiles: _Tiles, visit: Callable | None = None) -> None:
     """Divergences that are sums of terms, from normalised tiles; visit(r, c, problem, z, w) sees each tile afterwards."""
-    problem, tiles = call.problem, _Tiles(call)
+    problem = call.problem
     sums = torch.zeros((2 * len(problem.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
     for c in tiles.columns_of():
         for r in tiles.rows_of():
@@ -149,10 +155,11 @@ def _second_sweep(call: Call, out: Outputs, visit: Callable | None = None) -> No
             if visit is not None:
                 visit(r, c, part, z, w)
     assert out.ref_logps is not None and out.div is not None
+    sums.masked_fill_(call.labels == problem.ignore_index, 0)
     for i, d in enumerate(problem.divergences):
         if d.term is not None:
-            found = (x.masked_fill(call.labels == problem.ignore_index, 0) for x in (sums[2 * i], sums[2 * i + 1]))
-            write_divergence(problem, i, *found, slice(None), out.logps, out.ref_logps, out.div, out.saved)
+            value, slope = sums[2 * i], sums[2 * i + 1]
+            write_divergence(problem, i, value, slope, slice(None), out.logps, out.ref_logps, out.div, out.saved)
 
 
 def _tile_arguments(call: Call) -> tuple:
@@ -171,18 +178,19 @@ Grads = tuple[Tensor | None, ...]  # to logps, ref_logps, lse, entropy [n], dive
 
 
 def backward(
-    call: Call, saved: Tensor, grads: Grads, wanted: list[bool], ref_wanted: list[bool]
+    call: Call, saved: Tensor, grads: Grads, wanted: list[bool], ref_wanted: list[bool], kept: Tensor | None = None
 ) -> list[Tensor | None]:
-    """Gradients of the ten tensors of both sides: logits again, tile by tile, then dz, then its products."""
+    """Gradients of the ten tensors of both sides: logits again (unless kept), tile by tile, then dz, then its products."""
     to_policy, to_ref = any(wanted), any(ref_wanted)
     pair = grads[4] is not None
-    with_ref = call.ref is not None and (pair or to_ref)
-    tiles = _Tiles(call, with_ref)
+    tiles = _Tiles(call, pair or to_ref, kept, filled=kept is not None)
     for s, flags in ((call.policy, wanted), (call.ref, ref_wanted)):
         if s is not None and any(flags):
             s.want(flags, tiles.blocks > 1) if isinstance(s, HiddenSide) else s.want()
-    spare = [_spare(s, x) if flag else None for s, x, flag in
-             ((call.policy, tiles.z, to_policy), (call.ref, tiles.w, to_ref))]  # fmt: skip
+    spare = [
+        _spare(s, x, kept is not None) if flag else None
+        for s, x, flag in ((call.policy, tiles.z, to_policy), (call.ref, tiles.w, to_ref))
+    ]
     for c in tiles.columns_of():
         for r in tiles.rows_of():
             part, z, w = tiles.load(r, c)
@@ -204,11 +212,12 @@ def backward(
     return found[0] + found[1]
 
 
-def _spare(s: Side | None, tile: Tensor | None) -> Tensor | None:
-    """A buffer for dz where the products want another dtype than that of the logits; None: it goes in their place."""
-    if not isinstance(s, HiddenSide) or tile is None or s.dtype == tile.dtype:
+def _spare(s: Side | None, tile: Tensor | None, kept: bool = False) -> Tensor | None:
+    """A buffer for dz where the logits are kept, or the products want another dtype; None: it goes in their place."""
+    if s is None or tile is None:
         return None
-    return torch.empty_like(tile, dtype=s.dtype)
+    dtype = s.dtype if isinstance(s, HiddenSide) else tile.dtype
+    return torch.empty_like(tile, dtype=dtype) if kept or dtype != tile.dtype else None
 
 
 # ---- frozen head -----------------------------------------------------------------------------------------------------
@@ -224,19 +233,12 @@ def bases(problem: Problem) -> list[Divergence]:
     return list(dict.fromkeys(from_key(k) for d in problem.divergences for k in (d.parts or (d,))))
 
 
-def kept(call: Call, count: int) -> Tensor:
-    """[1 + bases, count, H + rank] zeros; the first len(labels) rows are used."""
-    n = 1 + call.problem.entropy + len(bases(call.problem))
-    hidden = call.policy.inputs.hidden if isinstance(call.policy, HiddenSide) else 0
-    return call.labels.new_zeros((n, count, hidden), dtype=call.dtype)
-
-
 class _Frozen:
     """The sums keep[i] of a call: 0 for p, then the entropy's, then one for each base."""
 
     def __init__(self, call: Call, keep: Tensor, tiles: _Tiles):
         assert isinstance(call.policy, HiddenSide)
-        self.call, self.keep, self.policy = call, keep[:, : len(call.labels)], call.policy
+        self.call, self.keep, self.policy = call, keep, call.policy
         self.bases = bases(call.problem)
         self.at = 1 + call.problem.entropy  # of the first base
         self.dz = torch.empty_like(tiles.z, dtype=call.policy.dtype)
@@ -308,7 +310,7 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
             row = torch.cat([out.saved[:6, r], torch.zeros_like(out.saved[:3, r])])
             sums.add_bases(r, c, part, z, w, row, second=True)
 
-        _second_sweep(call, out, visit)
+        _second_sweep(call, out, tiles, visit)
     return out
 
 
@@ -317,7 +319,6 @@ def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grad
     problem, policy = call.problem, call.policy
     assert isinstance(policy, HiddenSide)
     n, g = len(call.labels), grads
-    keep = keep[:, :n]
     coef = torch.zeros(n, dtype=call.dtype, device=call.labels.device)
     for x, sign in ((g[0], -1), (g[2], 1)):
         if x is not None:
@@ -385,7 +386,7 @@ def grouped(offsets: list[int], most: int) -> list[tuple[int, int]]:
 def row_blocks(
     problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None,
     pairs: Pairs, wanted: list[bool], static: bool,
-) -> tuple[Outputs, PairOutputs, list[Tensor | None]]:  # fmt: skip
+) -> tuple[list[Tensor], PairOutputs, list[Tensor | None]]:  # fmt: skip
     """Statistics of all rows, losses of all pairs, and the policy's gradients of the sum of the losses."""
     labels, device = labels.reshape(-1), labels.device
     count, offsets = (len(pairs.offsets) - 1) // 2, pairs.offsets
@@ -432,30 +433,30 @@ def row_blocks(
         for x, found in zip(loss[1:], result[1:], strict=True):
             x[a:b], x[count + a : count + b] = found[: b - a], found[b - a :]
         if r.stop > r.start and any(wanted):
-            d_logps = torch.zeros_like(part.logps)
-            backend.pair_backward(
-                inner, (torch.ones_like(result.losses), None, None), result.coef, mask, cu, d_logps, None
-            )
+            d_logps, one = torch.zeros_like(part.logps), torch.ones_like(result.losses)
+            backend.pair_backward(inner, (one, None, None), result.coef, mask, cu, d_logps, None)
             dz = z if spare is None else spare[: z.shape[0]]
             backend.backward(problem, z, y, None, part.saved, (d_logps, None, None, None, None), dz, None)
             call.policy.push(r, every, dz)
-        for x, found in zip(out, part, strict=True):
-            if x is not None and found is not None:
-                x[..., r] = found
+        for whole, piece in zip(out, part, strict=True):
+            if whole is not None and piece is not None:
+                whole[..., r] = piece
     call.policy.finish_slice(every)
-    full = Outputs(*(None if x is None else spread_last(x, rows, labels.numel()) for x in out))
-    return full, loss, call.policy.gradients()
+    return spread_out(out, rows, labels.numel()), loss, call.policy.gradients()
 
 
 def _part(out: Outputs, r: slice) -> Outputs:
     """Contiguous outputs for some rows."""
-    return Outputs(
-        *(None if x is None else torch.zeros_like(x[..., r], memory_format=torch.contiguous_format) for x in out)
-    )
+    fresh = [None if x is None else x.new_zeros((*x.shape[:-1], r.stop - r.start)) for x in out]
+    return Outputs(*fresh)  # type: ignore[arg-type]
 
 
-def spread_last(x: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """Numbers of the rows that count, among zeros for the others; rows are the last dimension."""
-    if rows is None:
-        return x
-    return x.new_zeros((*x.shape[:-1], count)).index_copy_(-1, rows, x)
+def spread_out(out: Outputs, rows: Tensor | None, count: int) -> list[Tensor]:
+    """The outputs of the rows that count among zeros for the others, rows the last dimension; what is None becomes empty."""
+
+    def one(name: str, x: Tensor | None) -> Tensor:
+        if x is None:
+            return out.logps.new_zeros((0, count) if name == "div" else 0)
+        return x if rows is None else x.new_zeros((*x.shape[:-1], count)).index_copy_(-1, rows, x)
+
+    return [one(name, x) for name, x in out._asdict().items()]

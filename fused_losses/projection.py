@@ -61,12 +61,15 @@ class LogitSide:
     def want(self) -> None:
         self.gradient = torch.zeros_like(self.x, memory_format=torch.preserve_format)
 
+    def _at(self, r: slice, c: slice) -> tuple[Tensor | slice, ...]:
+        return (*(i[r] for i in self.index), c)
+
     def tile(self, r: slice, c: slice, out: Tensor) -> None:
-        out.copy_(self.x[(*(i[r] for i in self.index), c)])
+        out.copy_(self.x[self._at(r, c)])
 
     def push(self, r: slice, c: slice, dz: Tensor) -> None:
         assert self.gradient is not None
-        self.gradient[(*(i[r] for i in self.index), c)] = dz.to(self.x.dtype)
+        self.gradient[self._at(r, c)] = dz.to(self.x.dtype)
 
     def finish_slice(self, c: slice) -> None:
         pass
@@ -106,6 +109,7 @@ class HiddenSide:
         self.dx = new((n, width), dtype=self.sums) if wanted[0] else None
         self.dxa = new(self.xa.shape, dtype=self.sums) if self.xa is not None and (wanted[0] or wanted[3]) else None
         _, weight, bias, _, b, _ = self.inputs
+        assert weight is not None
         self.dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
         self.dbias = torch.zeros_like(bias, dtype=self.sums) if wanted[2] and bias is not None else None
         self.db = torch.zeros_like(b, memory_format=torch.contiguous_format) if wanted[4] and b is not None else None

@@ -222,11 +222,8 @@ def _check_head(name: str, x: Hidden) -> None:
         raise ValueError(
             f"{name}: expected lora a [r, {width}] and b [{v}, r], got {list(x.lora.a.shape)} and {list(x.lora.b.shape)}"
         )
-    for part, tensor in (
-        ("weight", x.weight),
-        ("bias", x.bias),
-        *zip(("lora a", "lora b"), x.lora or (), strict=False),
-    ):
+    a, b, _ = x.lora or (None, None, 1.0)
+    for part, tensor in (("weight", x.weight), ("bias", x.bias), ("lora a", a), ("lora b", b)):
         if tensor is not None and tensor.device != x.hidden.device:
             raise ValueError(f"{name}: expected {part} on {x.hidden.device} as hidden is, got {tensor.device}")
 

@@ -18,7 +18,7 @@ from .pointwise import FLOOR, HUGE, INF, frame
 
 __all__ = ["frame"]  # that of a row's shifts, which plans.py asks of either backend
 
-BLOCK_BYTES = 4 << 20  # of one temporary
+BLOCK_BYTES = 1 << 20  # of one temporary: ten or so of them stay in a processor's cache
 Sums = tuple[list[Tensor], list[list[Tensor]]]  # moments.SIDES of some rows, and three numbers for each power
 
 
@@ -152,7 +152,7 @@ def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
     if not problem.divergences:
         return _Row(logp, lse, log_a, entropy, logq, log_b, c, c, [], empty)
     noise = 2 * torch.finfo(c.dtype).eps * (1 - 1 / b)  # the largest term is 1 without error
-    k, reverse, forward, *rest = close_pair(pair, noise)
+    k, reverse, forward, log_ab, curve, j = close_pair(pair, noise)
     by_power = dict(zip(_powers(problem), powers, strict=True))
     results: list[tuple[Tensor, Tensor] | None] = []
     for div in problem.divergences:
@@ -161,7 +161,7 @@ def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
             continue
         power = torch.zeros_like(k)
         if div.power is not None:
-            power = close_power(by_power[div.power], b, *rest, div.power, noise)
+            power = close_power(by_power[div.power], b, log_ab, curve, j, div.power, noise)
         results.append(div.row(reverse, forward, power, *div.params))
     return _Row(logp, lse, log_a, entropy, logq, log_b, c, k, results, empty)
 
@@ -206,9 +206,9 @@ def forward(
         q = _Side(w, y) if w is not None else None
         sums = _sums(_Side(z, y), q, problem)
         _write(problem, rows, sums, *out)
-        if w is not None and div is not None:
-            for i, *found in _terms(z, w, saved[:, rows], problem):
-                write_divergence(problem, i, *found, rows, logps, ref_logps, div, saved)
+        if w is not None and div is not None and ref_logps is not None:
+            for i, value, slope in _terms(z, w, saved[:, rows], problem):
+                write_divergence(problem, i, value, slope, rows, logps, ref_logps, div, saved)
 
 
 def _tiles(
@@ -245,7 +245,8 @@ def _write(
     saved[4, rows], saved[5, rows] = row.c.masked_fill(row.empty, 0), row.k.masked_fill(row.empty, 0)
     for i, found in enumerate(row.results):
         if found is not None and div is not None:
-            write_divergence(problem, i, *found, rows, logps, ref_logps, div, saved)
+            value, slope = found
+            write_divergence(problem, i, value, slope, rows, logps, ref_logps, div, saved)
 
 
 def write_divergence(
