@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import divergences as registry
-from . import plans
+from . import plans, torch_backend
 from .layout import Problem, stats_dtype
 from .ops import backend_module, once_differentiable, pair_loss_backward, pair_problem
 from .planner import Facts, choose
@@ -55,6 +55,11 @@ def _sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
     return policy, None if x is None else Inputs(x, weight, bias, a, b, options.ref_scaling)
 
 
+def sides_of(request) -> tuple[Inputs, Inputs | None]:  # type: ignore[no-untyped-def]
+    """Policy and reference of a hidden.Request."""
+    return _sides(request.tensors, request.options)
+
+
 def facts_of(
     problem: Problem, policy: Inputs, ref: Inputs | None, rows: int, backend: str, wanted: tuple[bool, ...] | list[bool],
     longest_pair: int = 0,
@@ -72,11 +77,18 @@ def facts_of(
     )  # fmt: skip
 
 
+def check_labels(problem: Problem, backend: str, labels: Tensor) -> None:
+    """The torch backend raises on a label out of range; Triton gives NaN for its row."""
+    if backend == "torch":
+        torch_backend.check_labels(labels, problem)
+
+
 def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plans.Call:
     problem, (policy, ref) = options.problem(), _sides(tensors, options)
     labels = tensors[0]
     facts = facts_of(problem, policy, ref, labels.numel(), options.backend, wanted)
     plan = choose(facts, options.plan, options.workspace)
+    check_labels(problem, options.backend, labels)
     return plans.open_call(
         problem, backend_module(options.backend), plan, labels, policy, ref, options.static_shapes
     )  # fmt: skip
@@ -204,7 +216,7 @@ _PAIR = (
 def _pairs(args, labels):  # type: ignore[no-untyped-def]
     """The loss, and the row at which each sequence starts."""
     _, cu_seqlens, *rest = args
-    problem, _ = pair_problem(*rest, backend="")
+    problem, _ = pair_problem(*rest, "")  # type: ignore[call-arg]
     sequences = problem.sequences
     if cu_seqlens is not None:
         return problem, cu_seqlens.tolist()
@@ -221,6 +233,7 @@ def hidden_pair_loss(*args):  # type: ignore[no-untyped-def]
     """losses [B], seq_logps, seq_ref, coef [2B]; the outputs of hidden_stats but the last; the policy's five gradients."""
     tensors, pair, options, wanted = args[:11], args[11:19], Options(*args[19:-1]), args[-1]
     problem, (policy, ref) = options.problem(), _sides(tensors, options)
+    check_labels(problem, options.backend, tensors[0])
     loss, offsets = _pairs(pair, tensors[0])
     count = len(offsets) // 2
     lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]

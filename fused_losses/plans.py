@@ -17,7 +17,7 @@ from .layout import PairProblem, Problem
 from .moments import fields
 from .planner import Plan
 from .projection import HiddenSide, Inputs, Side, side
-from .torch_backend import check_labels, write_divergence
+from .torch_backend import write_divergence
 
 
 class Outputs(NamedTuple):
@@ -49,7 +49,6 @@ def open_call(
     problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, static: bool
 ) -> Call:
     """Drops the rows that do not count, before any product; with static shapes (and no look at a value) keeps them."""
-    check_labels(labels, problem) if backend.__name__.endswith("torch_backend") else None
     labels = labels.reshape(-1)
     rows = None
     if not static:
@@ -67,19 +66,29 @@ def _count(inputs: Inputs) -> int:
     return inputs.x[..., 0].numel()
 
 
-def allocate(call: Call) -> Outputs:
-    n, count = len(call.labels), len(call.problem.divergences)
+def plain_problem(divergences: tuple[Divergence, ...], entropy: bool, ignore_index: int, vocab: int) -> Problem:
+    """Without head options: for states, which have them behind them."""
+    return Problem(divergences, entropy, False, ignore_index, vocab, 0.0, 1.0, 0.0, 1.0)
+
+
+def blank(problem: Problem, labels: Tensor, ref: bool, dtype: torch.dtype) -> Outputs:
+    """Zeros for the outputs of rows with these labels."""
+    n, count = len(labels), len(problem.divergences)
 
     def new(*shape: int) -> Tensor:
-        return call.labels.new_zeros(shape, dtype=call.dtype)
+        return labels.new_zeros(shape, dtype=dtype)
 
     return Outputs(
-        new(n), new(n) if call.ref is not None else None, new(n), new(n) if call.problem.entropy else None,
-        new(count, n) if count else None, call.labels.new_zeros(n, dtype=torch.bool), new(7 + 2 * count, n),
+        new(n), new(n) if ref else None, new(n), new(n) if problem.entropy else None,
+        new(count, n) if count else None, labels.new_zeros(n, dtype=torch.bool), new(7 + 2 * count, n),
     )  # fmt: skip
 
 
-class _Tiles:
+def allocate(call: Call) -> Outputs:
+    return blank(call.problem, call.labels, call.ref is not None, call.dtype)
+
+
+class Tiles:
     """Buffers for z and w, and the walk over slices of the vocabulary and blocks of rows. In the plan "whole" the one tile
     is kept [1 or 2, rows, V], and is computed at most once."""
 
@@ -116,35 +125,40 @@ class _Tiles:
             if w is not None and call.ref is not None:
                 call.ref.tile(r, c, w)
         self.filled = self.keeps
-        return call.problem._replace(vocab=width, first=c.start), z, w
+        return call.problem._replace(vocab=width, first=call.problem.first + c.start), z, w
 
 
 def _powers(problem: Problem) -> int:
     return len({d.power for d in problem.divergences if d.power is not None})
 
 
+def states(call: Call, tiles: Tiles) -> Tensor:
+    """The rows' sums (moments.SIDES) over the columns there are: slice by slice, or in the tile kernel."""
+    problem, n = call.problem, len(call.labels)
+    state = call.labels.new_empty((fields(_powers(problem)), n), dtype=call.dtype)
+    if call.plan.kind == "tiles":
+        call.backend.tile_states(problem, *_tile_arguments(call), state)
+        return state
+    for c in tiles.columns_of():
+        for r in tiles.rows_of():
+            part, z, w = tiles.load(r, c)
+            call.backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
+    return state
+
+
 def forward(call: Call, kept: Tensor | None = None) -> Outputs:
-    """Row statistics, a slice of the vocabulary at a time, all of it in `kept`, or in the tile kernel."""
+    """Row statistics; `kept` receives all logits in the plan "whole"."""
     out, problem = allocate(call), call.problem
     if not len(call.labels):
         return out
-    state = call.labels.new_empty((fields(_powers(problem)), len(call.labels)), dtype=call.dtype)
-    tiles = None
-    if call.plan.kind == "tiles":
-        call.backend.tile_states(problem, *_tile_arguments(call), state)
-    else:
-        tiles = _Tiles(call, kept=kept)
-        for c in tiles.columns_of():
-            for r in tiles.rows_of():
-                part, z, w = tiles.load(r, c)
-                call.backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
-    call.backend.close(problem, state, call.labels, *out)
+    tiles = Tiles(call, kept=kept)
+    call.backend.close(problem, states(call, tiles), call.labels, *out)
     if any(d.term is not None for d in problem.divergences):
-        _second_sweep(call, out, tiles or _Tiles(call))
+        _second_sweep(call, out, tiles)
     return out
 
 
-def _second_sweep(call: Call, out: Outputs, tiles: _Tiles, visit: Callable | None = None) -> None:
+def _second_sweep(call: Call, out: Outputs, tiles: Tiles, visit: Callable | None = None) -> None:
     """Divergences that are sums of terms, from normalised tiles; visit(r, c, problem, z, w) sees each tile afterwards."""
     problem = call.problem
     sums = torch.zeros((2 * len(problem.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
@@ -183,7 +197,7 @@ def backward(
     """Gradients of the ten tensors of both sides: logits again (unless kept), tile by tile, then dz, then its products."""
     to_policy, to_ref = any(wanted), any(ref_wanted)
     pair = grads[4] is not None
-    tiles = _Tiles(call, pair or to_ref, kept, filled=kept is not None)
+    tiles = Tiles(call, pair or to_ref, kept, filled=kept is not None)
     for s, flags in ((call.policy, wanted), (call.ref, ref_wanted)):
         if s is not None and any(flags):
             s.want(flags, tiles.blocks > 1) if isinstance(s, HiddenSide) else s.want()
@@ -236,7 +250,7 @@ def bases(problem: Problem) -> list[Divergence]:
 class _Frozen:
     """The sums keep[i] of a call: 0 for p, then the entropy's, then one for each base."""
 
-    def __init__(self, call: Call, keep: Tensor, tiles: _Tiles):
+    def __init__(self, call: Call, keep: Tensor, tiles: Tiles):
         assert isinstance(call.policy, HiddenSide)
         self.call, self.keep, self.policy = call, keep, call.policy
         self.bases = bases(call.problem)
@@ -288,7 +302,7 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
     if not n:
         return out
     state = call.labels.new_zeros((fields(_powers(problem)), n), dtype=call.dtype)
-    tiles = _Tiles(call)
+    tiles = Tiles(call)
     sums = _Frozen(call, keep, tiles)
     for c in tiles.columns_of():
         for r in tiles.rows_of():
@@ -410,7 +424,7 @@ def row_blocks(
     starts = [2 * a for a, _ in groups] + [2 * count]
     bounds = [int(ends[s]) for s in starts]
     longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)
-    tiles = _Tiles(call._replace(plan=plan._replace(tile=(max(1, longest), problem.vocab))))
+    tiles = Tiles(call._replace(plan=plan._replace(tile=(max(1, longest), problem.vocab))))
     spare = _spare(call.policy, tiles.z)
     every = slice(0, problem.vocab)
     for i, (a, b) in enumerate(groups):
