@@ -74,6 +74,7 @@ def facts_of(
         second=any(d.term is not None for d in problem.divergences),
         to_hidden=wanted[0], to_head=any(wanted[1:5]), to_ref=any(wanted[5:]), pairs=longest_pair,
         weight=0 if policy.weight is None else policy.weight.numel(),
+        dense=all(t is None or t.stride(-1) == 1 for s in (policy, ref) if s is not None for t in (s.weight, s.b)),
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Facts(NamedTuple):
     to_head: bool = False  # policy's weight, bias or factors
     to_ref: bool = False  # anything of the reference
     pairs: int = 0  # rows of the longest pair, where the loss is known inside the op
+    dense: bool = True  # rows of the heads are contiguous, as the tile kernel reads them
     weight: int = 0  # elements of the policy's head
 
     @property
@@ -183,6 +184,8 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
             return "it is a Triton kernel, and this runs on the torch backend"
         if not all(facts.hidden[: 1 + facts.ref]):
             return "both sides have to be hidden states"
+        if not facts.dense:
+            return "the rows of the head weights have to be contiguous"
         if not asked and (facts.backward or max(facts.hidden) > TILES_HIDDEN or facts.second):
             return "not worth it"
     if kind == "frozen":

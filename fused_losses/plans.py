@@ -132,11 +132,11 @@ def _powers(problem: Problem) -> int:
     return len({d.power for d in problem.divergences if d.power is not None})
 
 
-def states(call: Call, tiles: Tiles) -> Tensor:
-    """The rows' sums (moments.SIDES) over the columns there are: slice by slice, or in the tile kernel."""
+def states(call: Call, tiles: Tiles | None) -> Tensor:
+    """The rows' sums (moments.SIDES) over the columns there are: slice by slice, or (None) in the tile kernel."""
     problem, n = call.problem, len(call.labels)
     state = call.labels.new_empty((fields(_powers(problem)), n), dtype=call.dtype)
-    if call.plan.kind == "tiles":
+    if tiles is None:
         call.backend.tile_states(problem, *_tile_arguments(call), state)
         return state
     for c in tiles.columns_of():
@@ -151,18 +151,20 @@ def forward(call: Call, kept: Tensor | None = None) -> Outputs:
     out, problem = allocate(call), call.problem
     if not len(call.labels):
         return out
-    tiles = Tiles(call, kept=kept)
+    tiles = None if call.plan.kind == "tiles" else Tiles(call, kept=kept)
     call.backend.close(problem, states(call, tiles), call.labels, *out)
     if any(d.term is not None for d in problem.divergences):
         _second_sweep(call, out, tiles)
     return out
 
 
-def _second_sweep(call: Call, out: Outputs, tiles: Tiles, visit: Callable | None = None) -> None:
+def _second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable | None = None) -> None:
     """Divergences that are sums of terms, from normalised tiles; visit(r, c, problem, z, w) sees each tile afterwards."""
     problem = call.problem
     sums = torch.zeros((2 * len(problem.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
-    for c in tiles.columns_of():
+    if tiles is None:
+        call.backend.tile_terms(problem, *_tile_arguments(call), out.saved, sums)
+    for c in tiles.columns_of() if tiles is not None else ():
         for r in tiles.rows_of():
             part, z, w = tiles.load(r, c)
             call.backend.terms(part, z, call.labels[r], w, out.saved[:, r], sums[:, r])
@@ -183,7 +185,8 @@ def _tile_arguments(call: Call) -> tuple:
         assert isinstance(s, HiddenSide)
         inputs = s.inputs
         low_rank = None if s.xa is None else (s.xa, inputs.b, 1.0)
-        return s.x, inputs.weight, inputs.bias, low_rank
+        x = s.x if s.x.stride(-1) == 1 else s.x.contiguous()
+        return x, inputs.weight, inputs.bias, low_rank
 
     return one(call.policy), call.labels, one(call.ref)
 

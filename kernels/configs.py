@@ -20,3 +20,24 @@ FORWARD_MORE = Config(1024, 4, 4, 2)  # a third exponential or an entropy beside
 FORWARD_TWO_PASS = Config(1024, 2, 4, 2)
 BACKWARD = Config(1024, 1, 4, 1)
 PAIRS = Config(1024, 1, 4, 1)
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    depth: int  # hidden dimensions in a step of the matrix product
+    warps: int
+    stages: int
+
+
+# kernels/tiles.py: one side | two sides | two sides and more in registers (a power, an entropy beside divergences, terms).
+# The largest tried that spill nothing (softcap, powers: 8 to 56 bytes on sm_80, sm_100), in 96 KiB of shared memory, AMD 64:
+# L2 gives a tile (1 / rows + 1 / columns) of a byte for every multiplication. sm_80 also stands for everything not named.
+TILES = {
+    "sm_80": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4), Tile(64, 64, 32, 8, 4)),
+    "sm_90": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
+    "sm_100": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3)),
+    "hip": (Tile(128, 256, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+}
+TILE_FLOAT32 = Tile(64, 64, 32, 8, 2)  # no matrix unit multiplies these exactly
+GROUP_BYTES = 16 << 20  # of hidden states that programs running together share through L2

@@ -5,11 +5,12 @@ import contextlib
 import math
 
 import torch
+from triton.runtime import driver
 
 from ..divergences import Divergence
 from ..layout import PairProblem, Problem, row_layout
-from . import configs, pairs, slices, token_stats
-from .device import LN2_HI, LN2_LO, jit
+from . import configs, pairs, slices, tiles, token_stats
+from .device import INTERPRET, LN2_HI, LN2_LO, jit
 
 
 def on(device: torch.device):
@@ -160,3 +161,88 @@ def pair_backward(problem: PairProblem, grads, coef, mask, cu_seqlens, d_logps, 
             mask.numel(), mask.numel() // problem.sequences,
             REF_TOKENS=not problem.ref_summed, BLOCK=configs.PAIRS.lanes, num_warps=configs.PAIRS.warps,
         )  # fmt: skip
+
+
+def _hidden(side, softcap, multiplier):
+    """One side for kernels/tiles.py: (X, row stride, W, row stride, H, bias, LoRA, head); absent parts are None."""
+    if side is None:
+        return None
+    x, weight, bias, lora = side
+    if lora is not None:
+        a, b, scaling = lora
+        lora = a, a.stride(0), b, b.stride(0), b.shape[1], float(scaling)
+    return x, x.stride(0), weight, weight.stride(0), x.shape[1], bias, lora, _side(x, softcap, multiplier)[3]
+
+
+def tile_config(problem: Problem, dtype: torch.dtype, ref: bool, second: bool) -> configs.Tile:
+    if dtype == torch.float32:
+        return configs.TILE_FLOAT32
+    family = "sm_80"
+    if not INTERPRET.value:
+        target = driver.active.get_current_target()
+        if target.backend == "cuda":
+            family = {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, family)
+        elif target.backend == "hip":
+            family = "hip"
+    more = second or (problem.entropy and problem.divergences) or any(d.power is not None for d in problem.divergences)
+    return configs.TILES[family][ref + bool(ref and more)]
+
+
+def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:
+    """Ranges of the vocabulary: so many that one group of row blocks fills the device, and fewest steps in a row."""
+    low = min(columns, max(1, processors // max(1, min(group, blocks))))
+    steps = lambda n: -(-blocks * n // processors) * -(-columns // n)  # noqa: E731
+    best = min(range(low, min(columns, 2 * low) + 1), key=steps)
+    return -(-columns // -(-columns // best))  # none is empty
+
+
+def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas) -> torch.Tensor:
+    """tile_sums into out [fields, rows], or into a new [fields, splits, rows] where there is more than one split."""
+    x, second = policy[0], saved is not None
+    with on(x.device):
+        config = tile_config(problem, x.dtype, ref is not None, second)
+        blocks, columns = -(-len(x) // config.rows), -(-problem.vocab // config.columns)
+        width = x.shape[1] + (ref[0].shape[1] if ref is not None else 0)
+        group = max(1, configs.GROUP_BYTES // (config.rows * width * x.element_size()))
+        if splits is None:
+            device = (
+                None if x.device.type == "cpu" else torch.get_device_module(x.device).get_device_properties(x.device)
+            )
+            splits = tile_splits(blocks, columns, group, getattr(device, "multi_processor_count", 64))
+        per = -(-columns // splits)
+        splits = -(-columns // per)
+        parts = out[:, None] if splits == 1 and not second else out.new_zeros((len(out), splits, len(x)))
+        tiles.tile_sums[(blocks * splits,)](
+            _hidden(policy, problem.softcap, problem.multiplier),
+            _hidden(ref, problem.ref_softcap, problem.ref_multiplier),
+            labels, problem.ignore_index, saved, saved.stride(0) if second else 0, formulas["numbers"],
+            formulas.get("powers", ()), parts, parts.stride(0), parts.stride(1), len(x), problem.vocab, problem.first,
+            per, TERMS=formulas.get("TERMS", ()), GRADS=formulas.get("GRADS", ()), ENTROPY=problem.entropy,
+            MOMENTS=bool(problem.divergences), GROUP=group, BLOCK_T=config.rows, BLOCK_V=config.columns,
+            BLOCK_H=config.depth, STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+    return parts
+
+
+def tile_states(problem: Problem, policy, labels, ref, state, splits: int | None = None) -> None:
+    """Writes state [fields, rows] of the vocabulary from problem.first on; rows that do not count are left alone.
+
+    policy, ref: (x [rows, H], weight [V, H], bias [V] or None, (x a^T [rows, r], b [V, r], scaling) or None), the last
+    dimension of each contiguous; ref may be None. splits: into how many ranges the vocabulary is cut; None: by device.
+    """
+    formulas = _take(_formulas(problem.divergences), "numbers", "powers")
+    parts = _tiles(problem, policy, labels, ref, None, state, splits, **formulas)
+    n = parts.shape[1]
+    if n == 1:
+        return
+    while n > 1:  # the last half onto the first
+        half = n // 2
+        merge_states(problem, parts[:, :half].flatten(1), parts[:, n - half : n].flatten(1))
+        n -= half
+    torch.where(labels == problem.ignore_index, state, parts[:, 0], out=state)
+
+
+def tile_terms(problem: Problem, policy, labels, ref, saved, sums, splits: int | None = None) -> None:
+    """Adds sum_v c and sum_v h to sums [2 n, rows], for term divergences, from what close() saved. See tile_states."""
+    formulas = _take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS")
+    sums += _tiles(problem, policy, labels, ref, saved, sums, splits, **formulas).sum(1)

@@ -1,6 +1,11 @@
 """What the tests share: errors against a float64 truth, gradients of named outputs, and the inputs."""
 
+import math
+import re
+
+import pytest
 import torch
+from torch.autograd.profiler import profile
 
 import fused_losses as fl
 
@@ -62,3 +67,131 @@ def compare(z, w, y, tolerance, wrap=fl.Logits, wrap_ref=None, **options):
             assert g.isfinite().all(), f"{name} {side}"
             assert relative(g, t) <= tolerance("gradient"), f"{name} {side}: {relative(g, t):.1e}"
     return ours, truth
+
+
+# ---- hidden states -----------------------------------------------------------------------------------------------------
+
+
+def hidden_leaves(lead, width, vocab, device, rank=0, bias=True, dtype=torch.float32, size=1.0):
+    """hidden, weight, bias, lora a and b of one side (None: absent), leaves that require grad, for logits of about this size."""
+
+    def new(*shape, by=1.0):
+        return (torch.randn(shape, device=device) * by).to(dtype).requires_grad_()
+
+    root = max(1, width) ** -0.5
+    factors = [new(rank, width, by=root), new(vocab, rank, by=size * rank**-0.5)] if rank else [None, None]
+    return [new(*lead, width), new(vocab, width, by=size * root), new(vocab) if bias else None, *factors]
+
+
+def hidden_source(leaves, scaling=0.7, **head):
+    x, weight, bias, a, b = leaves
+    return fl.Hidden(x, weight, bias, lora=None if a is None else (a, b, scaling), **head)
+
+
+def doubles(leaves):
+    return [None if x is None else double(x) for x in leaves]
+
+
+def asking(leaves):
+    """Those that want a gradient."""
+    return [x for x in leaves if x is not None and x.requires_grad]
+
+
+def gradients_of(scalar, leaves):
+    """Of the leaves that ask, None where one does not matter."""
+    return torch.autograd.grad(scalar, asking(leaves), retain_graph=True, allow_unused=True)
+
+
+class Judge:
+    """Errors of our call against its float64 twin: at most `tolerance`. Where more, numbers that cancel may be the cause,
+    so then at most `slack` times what eager code loses in the same dtype, or what 30 roundings of the inputs change."""
+
+    def __init__(self, mine, twin, leaves, tolerance=1e-5, slack=4.0):
+        self.leaves, self.exact, self.tolerance, self.slack = leaves, doubles(leaves), tolerance, slack
+        self.twin, self.mine, self.truth = twin, mine(leaves), twin(self.exact)
+        self.roughs = []  # of the twin: eager, and on inputs of which one rounding is lost
+
+    def _check(self, what, error, others):
+        if error <= self.tolerance:
+            return
+        if not self.roughs:
+            self.roughs = [(self.leaves, self.twin(self.leaves))]
+            for _ in range(4):
+                off = [x if x is None else x.detach().double() for x in self.leaves]
+                off = [x if x is None else x + x * torch.randn_like(x) * EPS[torch.float32] for x in off]
+                off = [x if x is None else x.requires_grad_(y.requires_grad) for x, y in zip(off, self.leaves, strict=True)]
+                self.roughs.append((off, self.twin(off)))
+        eager, *moved = (others(*rough) for rough in self.roughs)
+        assert error <= max(self.slack * eager, 30 * max(moved)), f"{what}: {error:.1e}, eager {eager:.1e}, moved {max(moved):.1e}"
+
+    def value(self, what, pick):
+        """pick(output) -> a tensor."""
+        mine, true = pick(self.mine), pick(self.truth)
+        assert mine.shape == true.shape and mine.isfinite().all(), what
+        assert mine.requires_grad == true.requires_grad, what
+        self._check(what, relative(mine, true), lambda _, output: relative(pick(output), true))
+
+    def gradients(self, what, pick):
+        """pick(output) -> a scalar."""
+        found, wanted = gradients_of(pick(self.mine), self.leaves), gradients_of(pick(self.truth), self.exact)
+        for i, (g, t, x) in enumerate(zip(found, wanted, asking(self.leaves), strict=True)):
+            where = f"{what}: gradient at leaf {i} {list(x.shape)}"
+            t = torch.zeros_like(x) if t is None else t
+            g = torch.zeros_like(x) if g is None and not t.any() else g
+            assert g.shape == x.shape and g.dtype == x.dtype and g.isfinite().all(), where
+            other = lambda leaves, output, i=i, t=t: relative(gradients_of(pick(output), leaves)[i], t)  # noqa: E731
+            self._check(where, relative(g, t), other)
+
+
+def compare_sources(build, leaves, y, tolerance=1e-5, slack=4.0, each=True, how=None, **options):
+    """Every output and its gradients of fl.token_stats against the float64 twin; build(leaves) -> policy, ref.
+
+    how: plan, workspace, static_shapes. each: differentiate every output on its own; otherwise one sum, to which all
+    contribute alike, and the last on its own.
+    """
+
+    def call(f, **how):
+        return lambda leaves: f.token_stats(build(leaves)[0], y, build(leaves)[1], **options, **how)
+
+    judge = Judge(call(fl, **(how or {})), call(fl.reference), leaves, tolerance, slack)
+    ours, truth = judge.mine, judge.truth
+    assert outputs(ours).keys() == outputs(truth).keys() and torch.equal(ours.mask, truth.mask)
+    assert (ours.correct is None) == (truth.correct is None)
+    weights = {}
+    for name, value in outputs(truth).items():
+        judge.value(name, lambda stats, name=name: outputs(stats)[name])
+        assert not outputs(ours)[name][~ours.mask].any(), name
+        if value.requires_grad:
+            weights[name] = torch.randn(value.shape, device=value.device)
+
+    def total(stats, names):
+        return sum((outputs(stats)[n] * weights[n].to(outputs(stats)[n].dtype)).sum() for n in names)
+
+    groups = [[name] for name in weights]
+    if not each and len(groups) > 1:
+        for (name,) in groups:
+            norm = sum(g.square().sum() for g in gradients_of(total(truth, [name]), judge.exact) if g is not None) ** 0.5
+            weights[name] /= norm.item() or 1.0
+        groups = [list(weights), groups[-1]]
+    for names in groups:
+        judge.gradients(", ".join(names), lambda stats, names=names: total(stats, names))
+    return ours, truth
+
+
+def products(fn):
+    """(m, n, k) of every matrix product that torch runs during fn()."""
+    with profile(record_shapes=True) as run:
+        fn()
+    found = []
+    for event in run.function_events:
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
+            a, b = event.input_shapes["add" in event.name :][:2]
+            found.append((math.prod(a[:-1]), b[-1], a[-1]))
+    return found
+
+
+def least_workspace(call):
+    """The fewest bytes that a call takes, as its refusal says."""
+    with pytest.raises(ValueError, match="at least|takes?") as refused:
+        call(1)
+    return int(re.search(r"(?:at least|takes?) (\d+) bytes", str(refused.value))[1])
