@@ -164,12 +164,13 @@ def _second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable
     sums = torch.zeros((2 * len(problem.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
     if tiles is None:
         call.backend.tile_terms(problem, *_tile_arguments(call), out.saved, sums)
-    for c in tiles.columns_of() if tiles is not None else ():
-        for r in tiles.rows_of():
-            part, z, w = tiles.load(r, c)
-            call.backend.terms(part, z, call.labels[r], w, out.saved[:, r], sums[:, r])
-            if visit is not None:
-                visit(r, c, part, z, w)
+    else:
+        for c in tiles.columns_of():
+            for r in tiles.rows_of():
+                part, z, w = tiles.load(r, c)
+                call.backend.terms(part, z, call.labels[r], w, out.saved[:, r], sums[:, r])
+                if visit is not None:
+                    visit(r, c, part, z, w)
     assert out.ref_logps is not None and out.div is not None
     sums.masked_fill_(call.labels == problem.ignore_index, 0)
     for i, d in enumerate(problem.divergences):
