@@ -106,8 +106,8 @@ def _bytes(facts: Facts, rows: int, columns: int) -> int:
     width = max(facts.hidden)
     if low and facts.device != "cuda":
         size += (rows + columns) * width * facts.sums  # factors as float32
-    if low and (facts.to_head or facts.to_ref):
-        size += columns * sum(facts.hidden) * facts.sums  # a slice of dW before it is rounded
+    if low and (rows < facts.rows or facts.device != "cuda"):  # a slice of dW before it is rounded
+        size += columns * (facts.hidden[0] * facts.to_head + facts.hidden[1] * facts.to_ref) * facts.sums
     return size
 
 
