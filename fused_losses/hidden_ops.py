@@ -6,7 +6,7 @@ fused_losses::hidden_pair_loss   -> what its forward computed, times one number;
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from . import plans, torch_backend
 from .layout import Problem, stats_dtype
 from .ops import backend_module, once_differentiable, pair_loss_backward, pair_problem
 from .planner import Facts, choose
-from .projection import Inputs, spread
+from .projection import Inputs, mixed, spread
 
 _SIDE = "Tensor {0}x, Tensor? {0}weight, Tensor? {0}bias, Tensor? {0}a, Tensor? {0}b"
 _TENSORS = f"Tensor labels, {_SIDE.format('')}, {_SIDE.format('ref_').replace('Tensor ref_x', 'Tensor? ref_x')}"
@@ -60,12 +60,25 @@ def sides_of(request) -> tuple[Inputs, Inputs | None]:  # type: ignore[no-untype
     return _sides(request.tensors, request.options)
 
 
+def _factors(policy: Inputs, ref: Inputs | None, i: int) -> list[tuple[Any, Any, torch.dtype]]:
+    """Each side that has a head, its hidden states (0) or weight (1), and the dtype in which they are multiplied."""
+    sides = [s for s in (policy, ref) if s is not None and s.weight is not None]
+    return [(s, s[i], s.x.dtype if mixed(s.x.device) else stats_dtype(s.x)) for s in sides]
+
+
 def facts_of(
     problem: Problem, policy: Inputs, ref: Inputs | None, rows: int, backend: str, wanted: tuple[bool, ...] | list[bool],
-    longest_pair: int = 0,
+    longest_pair: int = 0, static: bool = False,
 ) -> Facts:  # fmt: skip
     """What the planner asks. wanted: gradients of the ten tensors, in the order of the op."""
     sums = max(stats_dtype(s.x).itemsize for s in (policy, ref) if s is not None)
+    casts = [
+        max(
+            (s.weight.shape[1] * dtype.itemsize for s, x, dtype in _factors(policy, ref, i) if x.dtype != dtype),
+            default=0,
+        )
+        for i in (0, 1)
+    ]
     return Facts(
         rows=rows, vocab=problem.vocab, hidden=(policy.hidden, 0 if ref is None else ref.hidden),
         itemsize=min(s.x.dtype.itemsize for s in (policy, ref) if s is not None and s.weight is not None),
@@ -73,7 +86,7 @@ def facts_of(
         bases=problem.entropy + len(plans.bases(problem)), pair=bool(problem.divergences),
         second=any(d.term is not None for d in problem.divergences),
         to_hidden=wanted[0], to_head=any(wanted[1:5]), to_ref=any(wanted[5:]), pairs=longest_pair,
-        weight=0 if policy.weight is None else policy.weight.numel(),
+        weight=0 if policy.weight is None else policy.weight.numel(), casts=(casts[0], casts[1]), static=static,
         dense=all(t is None or t.stride(-1) == 1 for s in (policy, ref) if s is not None for t in (s.weight, s.b)),
     )  # fmt: skip
 
@@ -87,7 +100,7 @@ def check_labels(problem: Problem, backend: str, labels: Tensor) -> None:
 def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plans.Call:
     problem, (policy, ref) = options.problem(), _sides(tensors, options)
     labels = tensors[0]
-    facts = facts_of(problem, policy, ref, labels.numel(), options.backend, wanted)
+    facts = facts_of(problem, policy, ref, labels.numel(), options.backend, wanted, static=options.static_shapes)
     plan = choose(facts, options.plan, options.workspace)
     check_labels(problem, options.backend, labels)
     return plans.open_call(
@@ -149,8 +162,14 @@ _GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy
 
 
 def _like(tensors: tuple, wanted: list[bool]) -> list[Tensor]:
-    given = (*tensors[1:6], *tensors[6:11])
-    return [torch.empty_like(x) for x, flag in zip(given, wanted, strict=True) if flag]
+    """Shapes of the gradients: logits' are laid out as the logits, others are contiguous."""
+    kept = torch.preserve_format
+    logits = [tensors[i] is None and x is not None for i, x in ((2, tensors[1]), (7, tensors[6]))]
+    formats = [kept if logits[0] else torch.contiguous_format] * 5 + [
+        kept if logits[1] else torch.contiguous_format
+    ] * 5
+    given = zip(tensors[1:11], formats, wanted, strict=True)
+    return [torch.empty_like(x, memory_format=f) for x, f, flag in given if flag]
 
 
 @custom_op(
@@ -243,7 +262,7 @@ def hidden_pair_loss(*args):  # type: ignore[no-untyped-def]
     plan = choose(facts, "rows", options.workspace)
     out, result, grads = plans.row_blocks(
         problem, backend_module(options.backend), plan, tensors[0], policy, ref,
-        plans.Pairs(loss, offsets, pair[0]), wanted[:5], options.static_shapes,
+        plans.Pairs(loss, offsets, pair[0]), wanted[:5],
     )  # fmt: skip
     return (*result, *out, *(result.losses.new_zeros(0) if g is None else g for g in grads))
 
@@ -254,10 +273,22 @@ def _(*args):  # type: ignore[no-untyped-def]
     stats = _allocate(tensors, options._replace(plan="rows"), wanted)[:-1]
     sequences = pair[6]
     pairs = [stats[0].new_zeros(n) for n in (sequences // 2, sequences, sequences, sequences)]
-    grads = [
-        torch.empty_like(x) if flag else stats[0].new_zeros(0) for x, flag in zip(tensors[1:6], wanted[:5], strict=True)
-    ]
+    grads = [stats[0].new_zeros(x.shape if flag else 0) for x, flag in zip(tensors[1:6], wanted[:5], strict=True)]
     return (*pairs, *stats, *grads)
+
+
+@custom_op("fused_losses::scaled", mutates_args=(), schema="(Tensor[] found, Tensor[] like, Tensor g) -> Tensor[]")
+def scaled(found, like, g):  # type: ignore[no-untyped-def]
+    """g found, rounded to the dtypes of `like`."""
+    return [(x * g).to(y.dtype) for x, y in zip(found, like, strict=True)]
+
+
+@scaled.register_fake
+def _(found, like, g):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(x, dtype=y.dtype) for x, y in zip(found, like, strict=True)]
+
+
+once_differentiable(scaled, "preference_loss")
 
 
 def _pair_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -274,32 +305,20 @@ def _pair_backward(ctx, g_losses, g_seq, g_seq_ref, _, *grads):  # type: ignore[
     found = saved[17:]
     rest = [None] * (len(ctx.pair) + len(ctx.options) + 1)
     given = ctx.needs_input_grad[11]
-    uniform = g_losses is not None and (g_losses.numel() == 1 or g_losses.stride(0) == 0)
+    uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
     others = [g for g in (g_seq, g_seq_ref, *grads[:5]) if g is not None and g.numel()]
     if uniform and not others and not given:
         wanted = ctx.needs_input_grad[1:6]
-        scaled = [g * g_losses[0].to(g.dtype) if flag else None for g, flag in zip(found, wanted, strict=True)]
-        return (None, *scaled, *[None] * 7, *rest)
+        chosen = [(x, y) for x, y, flag in zip(found, tensors[1:6], wanted, strict=True) if flag]
+        rounded = iter(scaled([x for x, _ in chosen], [y for _, y in chosen], g_losses[0]))
+        return (None, *(next(rounded) if flag else None for flag in wanted), *[None] * 7, *rest)
     labels, ignore_index = tensors[0].reshape(-1), ctx.options[4]
     ref = own_ref if tensors[6] is not None else ref_logps
     backend = ctx.options[10]
     to_ref = given or any(ctx.needs_input_grad[6:11])
-    pair_grads = list(
-        pair_loss_backward(
-            g_losses,
-            g_seq,
-            g_seq_ref,
-            coef,
-            logps,
-            ref,
-            labels != ignore_index,
-            cu_seqlens,
-            *ctx.pair,
-            backend,
-            True,
-            to_ref,
-        )
-    )
+    mask = labels != ignore_index
+    found = (coef, logps, ref, mask, cu_seqlens, *ctx.pair, backend, True, to_ref)
+    pair_grads = list(pair_loss_backward(g_losses, g_seq, g_seq_ref, *found))
     g_logps = pair_grads[0] if grads[0] is None else pair_grads[0] + grads[0]
     g_ref = pair_grads[1] if to_ref else None
     stats_grads = [g_logps, None if given else g_ref, *grads[2:5]]

@@ -118,7 +118,8 @@ def preference_loss(
         num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate.
         cu_seqlens: [2B + 1] int offsets of the packed sequences, chosen first. They are not read on the host on a GPU.
         entropy: also report the policy's mean entropy per token.
-        plan: for hidden states: as in token_stats, and "rows": blocks of pairs with the gradient computed in the forward.
+        plan: for hidden states: as in token_stats, and "rows": blocks of pairs with the gradient computed in the forward
+            (which reads cu_seqlens on the host, so "auto" takes it for packed sequences on a CPU only).
 
     metrics: rewards/chosen, rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected, and entropy if asked for.
@@ -176,12 +177,15 @@ def _gradient_inside(
         return None
     check_sources(policy, labels, ref, ())
     y = shifted_labels(labels, options["shift"], options["ignore_index"])
-    longest = labels.numel()
     if cu_seqlens is None:
         longest = 2 * labels.shape[1]
-    elif cu_seqlens.is_cpu and cu_seqlens.numel() > 1:
+    elif cu_seqlens.is_cpu and cu_seqlens.numel() > 1 and not torch.compiler.is_compiling():
         lengths = cu_seqlens.diff()
         longest = int((lengths[: len(lengths) // 2] + lengths[len(lengths) // 2 :]).max())
+    elif how.plan == "rows":
+        longest = labels.numel()
+    else:  # the offsets are not read on the host
+        return None
     other = None if isinstance(ref, LogProbs) else ref
     call = request(policy, y, other, (), options["entropy"], options["ignore_index"], how, longest)
     return call if call.plan.kind == "rows" else None

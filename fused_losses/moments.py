@@ -80,7 +80,7 @@ def merge_power(r, u, b, moves, s):
     return _scaled(r[0], rescale(vs - shift)) + _scaled(u[0], rescale(vt - shift)), shift, excess
 
 
-def _log_ratio(excess, total, base):
+def log_ratio(excess, total, base):
     """log(total / base), excess = total - base summed without cancellation."""
     x = excess / base
     return where(absolute(x) < 0.5, log1p(x), log(total) - log(base))
@@ -93,7 +93,7 @@ def _agree(x, y, v, noise):
 
 def close_pair(sums, noise):
     """K, KL(p||q), KL(q||p), and for close_power log A/B, v, J."""
-    log_ab = _log_ratio(sums[9], sums[1], sums[6])
+    log_ab = log_ratio(sums[9], sums[1], sums[6])
     k = log_ab - frame(sums[8], sums[0], sums[5])
     mean_p = sums[10] / sums[1]
     mean_q = sums[11] / sums[6]

@@ -46,6 +46,9 @@ class Facts(NamedTuple):
     to_head: bool = False  # policy's weight, bias or factors
     to_ref: bool = False  # anything of the reference
     pairs: int = 0  # rows of the longest pair, where the loss is known inside the op
+    casts: tuple[int, int] = (0, 0)  # bytes that a row and a column take to have factors in the dtype of the products
+    static: bool = False  # static_shapes
+    extra: bool = False  # one tile more than z and w: a frozen head's dz
     dense: bool = True  # rows of the heads are contiguous, as the tile kernel reads them
     weight: int = 0  # elements of the policy's head
 
@@ -97,15 +100,13 @@ def workspace_bytes(asked: int | None) -> int:
 def _bytes(facts: Facts, rows: int, columns: int) -> int:
     """What tiles of this shape and their temporaries take, forward or backward, whichever is more."""
     low = facts.itemsize < facts.sums
-    logit = facts.sums * (1 + facts.ref)
+    logit = facts.sums * (1 + facts.ref + facts.extra)
     if facts.backward and low and facts.device == "cuda":  # dz beside z; elsewhere in its place
         logit += facts.itemsize * (facts.to_hidden or facts.to_head) + facts.itemsize * facts.to_ref
     size = rows * columns * logit
     if facts.backend == "torch":
         size += BLOCKS * min(BLOCK_BYTES, rows * columns * facts.sums)
-    width = max(facts.hidden)
-    if low and facts.device != "cuda":
-        size += (rows + columns) * width * facts.sums  # factors as float32
+    size += rows * facts.casts[0] + columns * facts.casts[1]
     if low and (rows < facts.rows or facts.device != "cuda"):  # a slice of dW before it is rounded
         size += columns * (facts.hidden[0] * facts.to_head + facts.hidden[1] * facts.to_ref) * facts.sums
     return size
@@ -203,6 +204,8 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
         if _whole_bytes(facts) > budget:
             return f"logits and their gradient take {_whole_bytes(facts)} bytes of {budget}"
     if kind == "rows":
+        if facts.static:
+            return "it lays out its blocks on the host, which static_shapes forbids"
         if not facts.pairs:
             return "it needs a preference loss of pairs, reduced inside, from hidden states"
         if facts.to_ref or not facts.hidden[0]:
@@ -226,9 +229,9 @@ def _whole_bytes(facts: Facts) -> int:
 
 
 def rows_bytes(facts: Facts, rows: int) -> int:
-    """A block of so many rows over the whole vocabulary, and the sum of dW where its dtype is too narrow to add up in."""
-    held = facts.weight * facts.sums if facts.to_head and facts.itemsize < facts.sums else 0
-    return _bytes(facts._replace(to_head=False), rows, facts.vocab) + held
+    """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum beside dW itself."""
+    wide, final = (facts.weight * size * facts.to_head for size in (facts.sums, facts.itemsize))
+    return max(_bytes(facts._replace(to_head=False), rows, facts.vocab) + wide - final, wide)
 
 
 def _products(facts: Facts, kind: str) -> tuple[str, str]:
@@ -264,13 +267,17 @@ def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
         kept += _kept_frozen(facts)
         room = max(budget - _kept_frozen(facts), budget // 2)
     if kind == "rows":
-        block = facts.pairs
-        while (block + facts.pairs) <= facts.rows and rows_bytes(facts, block + facts.pairs) <= budget:
-            block += facts.pairs
+        low, high = 1, max(1, facts.rows // facts.pairs)  # pairs a block
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = rows_bytes(facts, middle * facts.pairs) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        block = low * facts.pairs
         tile, size = (block, facts.vocab), rows_bytes(facts, block)
     elif kind == "whole":
         tile, size = (max(1, facts.rows), facts.vocab), _whole_bytes(facts)
     else:
+        facts = facts._replace(extra=kind == "frozen" and facts.itemsize == facts.sums)
         tile = tile_shape(facts, room)
         size = _bytes(facts, *tile)
     forward, backward = _products(facts, kind)

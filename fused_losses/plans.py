@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .divergences import Divergence, from_key
 from .layout import PairProblem, Problem
-from .moments import fields
+from .moments import fields, log_ratio
 from .planner import Plan
 from .projection import HiddenSide, Inputs, Side, side
 from .torch_backend import write_divergence
@@ -49,7 +49,7 @@ def open_call(
     problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, static: bool
 ) -> Call:
     """Drops the rows that do not count, before any product; with static shapes (and no look at a value) keeps them."""
-    labels = labels.reshape(-1)
+    labels = labels.reshape(-1).contiguous()
     rows = None
     if not static:
         rows = (labels != problem.ignore_index).nonzero().squeeze(1)
@@ -241,14 +241,15 @@ def _spare(s: Side | None, tile: Tensor | None, kept: bool = False) -> Tensor | 
 # ---- frozen head -----------------------------------------------------------------------------------------------------
 #
 # Per row E[h W] = sum_v h_v s_v W_v (s_v the slope of the head) for h = p, for p log p where the entropy has a gradient,
-# and for h = dD/dlog p of each divergence. In the first sweep p and q are only known up to their totals, as e^x p, e^y q:
-# Divergence.scaling then gives h = a h' + b p', so that two numbers a row bring a sum to a new shift, and at the end to
-# the true totals. Divergences of the second sweep have their sums from normalised tiles.
+# and for h = dD/dlog p of each divergence. During the first sweep p and q are normalised by the totals so far. Those grow by
+# e^-x and e^-y: Divergence.scaling then gives h = a h' + b p', two numbers a row that bring a sum up to date. (Sums of
+# numbers that are not normalised would do in exact arithmetic, but p' may be huge against h.) Divergences of the second
+# sweep have their sums from tiles that are normalised for good.
 
 
 def bases(problem: Problem) -> list[Divergence]:
     """The divergences that are no sum of others, each once."""
-    return list(dict.fromkeys(from_key(k) for d in problem.divergences for k in (d.parts or (d,))))
+    return [from_key(k) for k in dict.fromkeys(k for d in problem.divergences for k in (d.parts or (d.key,)))]
 
 
 class _Frozen:
@@ -308,20 +309,18 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
     state = call.labels.new_zeros((fields(_powers(problem)), n), dtype=call.dtype)
     tiles = Tiles(call)
     sums = _Frozen(call, keep, tiles)
+    frames = state.new_zeros((9, n))  # what backward takes for saved numbers, of the vocabulary so far
     for c in tiles.columns_of():
         for r in tiles.rows_of():
             part, z, w = tiles.load(r, c)
-            old = state[:, r].clone()
             backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
-            now = state[:, r]
+            old, new = frames[:, r], _frame(backend, state[:, r], call.ref is not None)
             if c.start:
-                sums.rescale(r, backend.in_nats(old[0] - now[0]), backend.in_nats(old[5] - now[5]))
-            frame = torch.zeros((9, r.stop - r.start), dtype=call.dtype, device=state.device)
-            frame[0], frame[2], frame[4] = now[0], now[5], now[8]
-            frame[5] = -backend.frame(now[8], now[0], now[5])
-            sums.add_slice(r, c, part, z, w, frame)
+                x = backend.in_nats((old[0] - new[0]) + (old[1] - new[1]))
+                sums.rescale(r, x, x - ((old[4] - new[4]) + (old[5] - new[5])))
+            old.copy_(new)
+            sums.add_slice(r, c, part, z, w, new)
     backend.close(problem, state, call.labels, *out)
-    sums.rescale(slice(0, n), -backend.in_nats(out.saved[1]), -backend.in_nats(out.saved[3]))
     if any(d.term is not None for d in problem.divergences):
 
         def visit(r: slice, c: slice, part: Problem, z: Tensor, w: Tensor) -> None:
@@ -330,6 +329,17 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
 
         _second_sweep(call, out, tiles, visit)
     return out
+
+
+def _frame(backend: ModuleType, state: Tensor, ref: bool) -> Tensor:
+    """m_p, log A, m_q, log B, c, K, and zeros for sums of slopes, from running sums."""
+    frame = torch.zeros((9, state.shape[1]), dtype=state.dtype, device=state.device)
+    a, b = (state[i].masked_fill(state[i] == 0, 1) for i in (1, 6))
+    frame[0], frame[1] = state[0], backend.saved_log(a)
+    if ref:
+        frame[2], frame[3], frame[4] = state[5], backend.saved_log(b), state[8]
+        frame[5] = log_ratio(state[9], a, b) - backend.frame(state[8], state[0], state[5])
+    return frame
 
 
 def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grads: Grads) -> Tensor:
@@ -345,12 +355,12 @@ def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grad
         coef.sub_(g[3] * saved[6])
     at = 1 + problem.entropy
     weights = [torch.zeros_like(coef) for _ in keep[at:]]
-    every = bases(problem)
+    every = [d.key for d in bases(problem)]
     for i, d in enumerate(problem.divergences):
         if g[4] is not None:
             coef.sub_(g[4][i] * saved[7 + 2 * i])
-            for part in d.parts or (d,):
-                weights[every.index(from_key(part))].add_(g[4][i])
+            for part in d.parts or (d.key,):
+                weights[every.index(part)].add_(g[4][i])
     dx = keep[0] * coef[:, None]
     if g[3] is not None:
         dx.addcmul_(keep[1], -g[3][:, None])
@@ -403,20 +413,21 @@ def grouped(offsets: list[int], most: int) -> list[tuple[int, int]]:
 
 def row_blocks(
     problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None,
-    pairs: Pairs, wanted: list[bool], static: bool,
+    pairs: Pairs, wanted: list[bool],
 ) -> tuple[list[Tensor], PairOutputs, list[Tensor | None]]:  # fmt: skip
-    """Statistics of all rows, losses of all pairs, and the policy's gradients of the sum of the losses."""
-    labels, device = labels.reshape(-1), labels.device
+    """Statistics of all rows, losses of all pairs, and the policy's gradients of the sum of the losses, not rounded."""
+    labels, device = labels.reshape(-1).contiguous(), labels.device
     count, offsets = (len(pairs.offsets) - 1) // 2, pairs.offsets
     groups = grouped(offsets, plan.tile[0])
     sequences = [s for a, b in groups for s in (*range(a, b), *range(count + a, count + b))]
     order = torch.cat([torch.arange(offsets[s], offsets[s + 1]) for s in sequences] or [torch.arange(0)]).to(device)
     ends = torch.tensor([0, *(offsets[s + 1] - offsets[s] for s in sequences)]).cumsum(0)
-    rows, cuts = order, ends.to(device)  # cuts: where each sequence of the new order starts
-    if not static:
-        counts = (labels[order] != problem.ignore_index).nonzero().squeeze(1)
-        rows, cuts = order[counts], torch.searchsorted(counts, cuts)
-        ends = cuts.cpu()
+    counts = (labels[order] != problem.ignore_index).nonzero().squeeze(1)
+    rows, cuts = (
+        order[counts],
+        torch.searchsorted(counts, ends.to(device)),
+    )  # cuts: where each sequence starts among those
+    ends = cuts.cpu()
     call = open_call(problem, backend, plan, labels, policy, ref, True)
     call = call._replace(
         labels=labels[rows], rows=rows, policy=side(policy, rows), ref=side(ref, rows) if ref else None
@@ -424,7 +435,7 @@ def row_blocks(
     out = allocate(call)
     loss = PairOutputs(*(out.logps.new_zeros(k) for k in (count, 2 * count, 2 * count, 2 * count)))
     assert isinstance(call.policy, HiddenSide)
-    call.policy.want(wanted, True)
+    call.policy.want(wanted, True, wide=True)
     starts = [2 * a for a, _ in groups] + [2 * count]
     bounds = [int(ends[s]) for s in starts]
     longest = max((b - a for a, b in zip(bounds, bounds[1:], strict=False)), default=0)

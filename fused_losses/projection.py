@@ -99,29 +99,34 @@ class HiddenSide:
 
     def _cast(self, w: Tensor) -> Tensor:
         """A piece of a weight in the dtype of the products."""
-        return w.to(self.x.dtype)
+        return w.to(self.dtype)
 
-    def want(self, wanted: list[bool], several_blocks: bool) -> None:
-        """Prepares sums for gradients of x, weight, bias, a, b. several_blocks: a slice is pushed in more than one call."""
-        self.wanted = wanted
+    def want(self, wanted: list[bool], several_blocks: bool, wide: bool = False) -> None:
+        """Prepares sums for gradients of x, weight, bias, a, b. several_blocks: a slice is pushed in more than one call.
+        wide: gradients() does not round them."""
+        self.wanted, self.wide = wanted, wide
         n, width = self.x.shape
         new = self.x.new_zeros
         self.dx = new((n, width), dtype=self.sums) if wanted[0] else None
         self.dxa = new(self.xa.shape, dtype=self.sums) if self.xa is not None and (wanted[0] or wanted[3]) else None
         _, weight, bias, _, b, _ = self.inputs
         assert weight is not None
-        self.dw = torch.zeros_like(weight, memory_format=torch.contiguous_format) if wanted[1] else None
-        self.dbias = torch.zeros_like(bias, dtype=self.sums) if wanted[2] and bias is not None else None
-        self.db = torch.zeros_like(b, memory_format=torch.contiguous_format) if wanted[4] and b is not None else None
+        self.dw = new(weight.shape, dtype=self._final(weight)) if wanted[1] else None
+        self.dbias = new(bias.shape, dtype=self.sums) if wanted[2] and bias is not None else None
+        self.db = new(b.shape, dtype=self._final(b)) if wanted[4] and b is not None else None
         self.several = several_blocks
         self.pending: list[Tensor | None] = [None, None]
+
+    def _final(self, x: Tensor) -> torch.dtype:
+        """Of the gradient of x."""
+        return self.sums if self.wide else x.dtype
 
     def tile(self, r: slice, c: slice, out: Tensor) -> None:
         _, weight, bias, _, b, _ = self.inputs
         assert weight is not None
         add_product(out, self.x[r], self._cast(weight[c]).T, fresh=True)
         if self.xa is not None and b is not None:
-            add_product(out, self.xa[r], b[c].to(self.dtype).T)
+            add_product(out, self.xa[r], self._cast(b[c]).T)
         if bias is not None:
             out.add_(bias[c].to(out.dtype))
 
@@ -132,7 +137,7 @@ class HiddenSide:
         if self.dx is not None:
             add_product(self.dx[r], dz, self._cast(weight[c]))
         if self.dxa is not None and b is not None:
-            add_product(self.dxa[r], dz, b[c].to(self.dtype), scaling)
+            add_product(self.dxa[r], dz, self._cast(b[c]), scaling)
         if self.dbias is not None:
             self.dbias[c] += dz.sum(0, dtype=self.sums)
         if self.dw is not None:
@@ -147,7 +152,7 @@ class HiddenSide:
         width = weight.shape[1]
         add_product(out[:, :width], dz, self._cast(weight[c]))
         if b is not None:
-            add_product(out[:, width:], dz, b[c].to(self.dtype))
+            add_product(out[:, width:], dz, self._cast(b[c]))
 
     def pulled(self, out: Tensor) -> Tensor:
         """The gradient at the hidden states [rows, H] from what pull() summed up."""
@@ -155,7 +160,9 @@ class HiddenSide:
         assert weight is not None
         if a is None:
             return out
-        return torch.addmm(out[:, : weight.shape[1]], out[:, weight.shape[1] :], a.to(out.dtype), alpha=scaling)
+        dx = out[:, : weight.shape[1]]
+        add_product(dx, out[:, weight.shape[1] :], a.to(out.dtype), scaling)
+        return dx
 
     def rows_of_head(self, ids: Tensor) -> Tensor:
         """W_y [rows, H], and B_y beside it."""
@@ -180,18 +187,21 @@ class HiddenSide:
         self.pending = [None, None]
 
     def gradients(self) -> list[Tensor | None]:
-        """Of x, weight, bias, a, b, each in the dtype of its tensor."""
+        """Of x, weight, bias, a, b, each rounded once to the dtype of its tensor. Contiguous."""
         x, _, bias, a, _, _ = self.inputs
-        da = None
+        dx, da, dbias = self.dx, None, self.dbias
         if self.dxa is not None and a is not None:
             if self.wanted[3]:
-                da = (self.dxa.T @ self.x.to(self.sums)).to(a.dtype)
-            if self.dx is not None:
-                self.dx.addmm_(self.dxa, a.to(self.sums))
-        dx = None
-        if self.dx is not None:
-            dx = spread(self.dx.to(x.dtype), self.rows, len(self.flat)).view(x.shape)
-        return [dx, self.dw, None if self.dbias is None or bias is None else self.dbias.to(bias.dtype), da, self.db]
+                da = torch.empty_like(a, dtype=self.sums, memory_format=torch.contiguous_format)
+                add_product(da, self.dxa.T, self.x.to(self.sums), fresh=True)
+                da = da.to(self._final(a))
+            if dx is not None:
+                add_product(dx, self.dxa, a.to(self.sums))
+        if dx is not None:
+            dx = spread(dx.to(self._final(x)), self.rows, len(self.flat)).view(x.shape)
+        if dbias is not None and bias is not None:
+            dbias = dbias.to(self._final(bias))
+        return [dx, self.dw, dbias, da, self.db]
 
 
 def spread(x: Tensor, rows: Tensor | None, count: int) -> Tensor:

@@ -65,6 +65,11 @@ def token_stats(
     if shift and labels.dim() == 0:
         raise ValueError("shift: expected labels with a time dimension, got a 0-d tensor")
     if isinstance(policy, LogProbs):
+        if (
+            not is_hidden(None if ref is None else as_source("ref", ref))
+            and How(plan, workspace, static_shapes) != How()
+        ):
+            raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got fl.LogProbs")
         if asked or entropy or inplace_backward:
             raise ValueError(
                 "policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need fl.Hidden or logits"

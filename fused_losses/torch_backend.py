@@ -306,6 +306,11 @@ def close(
     _write(problem, rows, _unpack(state[:, rows]), *out)
 
 
+def saved_log(x: Tensor) -> Tensor:
+    """The logarithm of a total as it is saved."""
+    return x.log()
+
+
 def in_nats(x: Tensor) -> Tensor:
     """A shift, or the logarithm of a total, as it is saved."""
     return x

@@ -132,8 +132,8 @@ def tanh(x):
     return tl.where(x < 0, -y, y)
 
 
-LN2_HI = tl.constexpr(0.693145751953125)  # LN2_HI k is exact for integers |k| < 2^9
-LN2_LO = tl.constexpr(1.42860682030941723212e-6)
+LN2_HI = tl.constexpr(0.693359375)  # LN2_HI k is exact for integers |k| < 2^15
+LN2_LO = tl.constexpr(-2.12194440e-4)
 
 
 @triton.jit

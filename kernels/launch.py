@@ -113,6 +113,11 @@ def terms(problem: Problem, z, labels, w, saved, sums) -> None:
         )  # fmt: skip
 
 
+def saved_log(x: torch.Tensor) -> torch.Tensor:
+    """The logarithm of a total as it is saved: here in bits."""
+    return x.log2()
+
+
 def in_nats(x: torch.Tensor) -> torch.Tensor:
     """A shift, or the logarithm of a total, as it is saved: here in bits."""
     return x * math.log(2.0)

@@ -92,7 +92,7 @@ def tile_state(z, w, v, y, c, fresh, powers, REF: tl.constexpr, MOMENTS: tl.cons
     mp, mq = tl.maximum(tl.ceil(zmax * LOG2E), LOW), zero
     if REF:
         wmax = tl.max(w, 1)
-        known = (zmax > LOW) & (wmax > LOW) & (tl.abs(zmax - wmax) < 64.0)
+        known = (zmax > LOW) & (wmax > LOW)
         c = tl.where(fresh, tl.where(known, zmax - wmax, 0.0), c)
         mp, mq = shifts(zmax, wmax, c)
     if tl.max(((y >= tl.min(v, 0)) & (y <= tl.max(v, 0))).to(tl.int32), 0) > 0:

@@ -32,8 +32,17 @@ def row_sums(
     wy = zy
     if REF:
         wy = head(tl.load(pointers(W, y, w_stride)), w_side)[0]
-    known = (zy > LOW) & (wy > LOW) & (tl.abs(zy - wy) < 64.0)
-    c = tl.where(known, zy - wy, 0.0)  # a constant about z - w: that of column y, unless it is an outlier
+    known = (zy > LOW) & (wy > LOW)
+    c = tl.where(
+        known, zy - wy, 0.0
+    )  # a constant about z - w: that of column y, unless it is an outlier: then of column 0
+    if REF:
+        z0, w0 = (
+            head(tl.load(pointers(Z, y * 0, z_stride)), z_side)[0],
+            head(tl.load(pointers(W, y * 0, w_stride)), w_side)[0],
+        )
+        other = (z0 > LOW) & (w0 > LOW) & (tl.abs(c) > 64.0)
+        c = tl.where(other, z0 - w0, c)
     mq = tl.where(wy > LOW, tl.floor(wy * LOG2E), LOW)
     mp = tl.where(zy > LOW, tl.where(known, mq + tl.floor(c * LOG2E + 0.5), tl.floor(zy * LOG2E)), LOW)
 
