@@ -72,13 +72,11 @@ def facts_of(
 ) -> Facts:  # fmt: skip
     """What the planner asks. wanted: gradients of the ten tensors, in the order of the op."""
     sums = max(stats_dtype(s.x).itemsize for s in (policy, ref) if s is not None)
-    casts = [
-        max(
-            (s.weight.shape[1] * dtype.itemsize for s, x, dtype in _factors(policy, ref, i) if x.dtype != dtype),
-            default=0,
-        )
-        for i in (0, 1)
-    ]
+    casts = [0, 0]
+    for i in (0, 1):
+        for s, x, dtype in _factors(policy, ref, i):
+            if x.dtype != dtype:
+                casts[i] = max(casts[i], s.weight.shape[1] * dtype.itemsize)
     return Facts(
         rows=rows, vocab=problem.vocab, hidden=(policy.hidden, 0 if ref is None else ref.hidden),
         itemsize=min(s.x.dtype.itemsize for s in (policy, ref) if s is not None and s.weight is not None),
