@@ -93,9 +93,23 @@ def truth_of(work: str, p: Problem) -> dict[str, Tensor]:
     return truth | {"dW": weight.grad}
 
 
-def measure(work: str, chosen: list[Provider], p: Problem, repeat: int) -> list[Run]:
+def product_seconds(p: Problem) -> float:
+    """One bare matrix product of all rows and columns, a few rows at a time so that it needs no memory to speak of."""
+    x = p.hidden.detach().flatten(0, -2)
+    out = x.new_empty(min(len(x), 1024), len(p.weight))
+    start = time.perf_counter()
+    for part in x.split(len(out)):
+        torch.mm(part, p.weight.detach().T, out=out[: len(part)])
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(work: str, chosen: list[Provider], p: Problem, repeat: int, bare: list[float]) -> list[Run]:
+    """bare: receives seconds of product_seconds, measured in between."""
     from fused_losses.memory_probe import peak_bytes
 
+    product_seconds(p)
     runs = [Run(provider, work, p) for provider in chosen]
     say(f"{work}: float64")
     truth = truth_of(work, p)
@@ -113,6 +127,7 @@ def measure(work: str, chosen: list[Provider], p: Problem, repeat: int) -> list[
             start = time.perf_counter()
             run.step()
             run.seconds.append(time.perf_counter() - start)
+        bare.append(product_seconds(p))
     for run in good:
         say(f"{work}: memory {run.provider.name}")
         p.clear_gradients()
@@ -214,14 +229,22 @@ def main() -> int:
         f"torch {torch.__version__}"
     )
     results: dict[str, list[Run]] = {}
+    products: dict[str, float] = {}
     for work in args.work:
-        results[work] = measure(work, chosen, p, args.repeat)
+        bare: list[float] = []
+        results[work] = measure(work, chosen, p, args.repeat, bare)
         print_table(work, results[work], gradients, shape)
+        products[work] = statistics.median(bare)
+        print(f"{'one bare matrix product':<32} {1e3 * products[work]:10.1f}")
     runs = [run for of_work in results.values() for run in of_work]
     if args.json:
         params = {name: getattr(args, name) for name in ("rows", "hidden", "vocab", "dtype")} | {"length": length}
         report = {
-            "machine_info": {"device": where, "torch": torch.__version__},
+            "machine_info": {
+                "device": where,
+                "torch": torch.__version__,
+                "seconds of one bare matrix product": products,
+            },
             "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
             "benchmarks": [as_json(run, gradients, params) for run in runs],
         }

@@ -4,7 +4,9 @@
     2. the copy bandwidth of this GPU, the ceiling that times are compared with
     3. times of token_stats, forward and backward, each only after its values and gradients have been compared with
        the float64 reference on the very tensors that are timed; and of the eager and the compiled code it replaces
-    4. with --tune, instead of 3: other launch configurations, for a person to copy into kernels/configs.py
+    4. whole losses from hidden states, next to their bare matrix products and to the peers that are installed
+       (bench/from_hidden.py, in a file of its own)
+    5. with --tune, instead of 3 and 4: other launch configurations, for a person to copy into kernels/configs.py
 
 fraction = compulsory bytes / time / copy bandwidth. Compulsory: each logit read once, each gradient written once, also
 for the divergences that read the logits twice. The tensors are far larger than any cache, so no inputs are rotated.
@@ -297,6 +299,38 @@ def run_tests(report: Report, arguments: str, limit: float) -> bool:
     return code == 0
 
 
+HIDDEN = {  # arguments of bench/from_hidden.py, and the workspace in MiB that ours may take
+    "default": ("--work kl dpo ce --plans auto slices --rows 8192 --length 512 --hidden 4096 --vocab 128256", 256),
+    "large": (
+        "--work dpo --plans auto --rows 8192 --length 512 --hidden 4096 --vocab 128256 --providers fused eager",
+        8192,
+    ),
+    "small": ("--work kl dpo --plans auto slices whole --rows 1024 --length 256 --hidden 1024 --vocab 151936", 2048),
+}
+HIDDEN_DRY = {"dry": ("--work dpo --rows 16 --length 4 --hidden 8 --vocab 64 --dtype float32 --repeat 1", 1)}
+
+
+def run_hidden(report: Report, folders: list[str | Path], dry_run: bool) -> bool:
+    """bench/from_hidden.py in processes of their own; each leaves hidden-<name>.json."""
+    passed = True
+    for name, (arguments, mib) in (HIDDEN_DRY if dry_run else HIDDEN).items():
+        if report.out_of_time(f"from hidden states, {name}"):
+            break
+        command = [
+            sys.executable,
+            "bench/from_hidden.py",
+            *(() if dry_run else ("--dtype", "bfloat16")),
+            *arguments.split(),
+        ]
+        for folder in folders:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            command += ["--json", str(Path(folder) / f"hidden-{name}.json")]
+        env = {**os.environ, "FUSED_LOSSES_WORKSPACE": str(mib << 20)}
+        report.say(f"from hidden states, workspace {mib} MiB: {shlex.join(command[1:])}")
+        passed &= subprocess.run(command, cwd=ROOT, env=env).returncode == 0
+    return passed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -335,6 +369,7 @@ def main() -> int:
             tune(report, Inputs.random(rows, vocabs[1], torch.bfloat16, device), args.tune)
         else:
             benchmark(report, rows, vocabs, device)
+            passed &= run_hidden(report, [f for f in folders if f][-1:], args.dry_run)
         report.header["copy_gb_s_at_the_end"] = timing.copy_bandwidth(device, copied)
     finally:
         report.save()
