@@ -1,6 +1,7 @@
-"""A small DPO training, from preference pairs to a picture: with the loss as most people write it and with fl.dpo_loss.
+"""A small DPO training, from preference pairs to a picture: with the loss as most people write it, with fl.dpo_loss on
+logits, and with fl.dpo_loss on hidden states, where the logits of all rows never exist.
 
-Both runs start from the same weights and see the same batches, so their losses must agree; memory and time need not.
+The runs start from the same weights and see the same batches, so their losses must agree; memory and time need not.
 The policy is an untrained two-layer Llama with a vocabulary of full size: the vocabulary is what a loss pays for.
 """
 
@@ -11,7 +12,8 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -24,42 +26,53 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fused_losses as fl
 
+from .hidden import How, request
+from .memory import byte_count
 from .memory_probe import peak_bytes
 
 COLUMNS = ("prompt", "chosen", "rejected")
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 TOKENS = 4096  # all that a few hundred pairs can fill; the rest of the model's vocabulary is never seen, but paid for
 PAD, EOS, IGNORE = 0, 1, -100
+PLAIN = ("naive", "from logits", "from hidden")  # the three runs of plain DPO that have to agree
 
-# Relative differences that rounding explains. At the first step all margins are 0, in either code. Later the log-probs
+# Relative differences that rounding explains. At the first step all margins are 0, in any code. Later the log-probs
 # of an answer sum to hundreds, where fp32 moves in steps of 6e-5: a margin is good to 1e-5, loss and gradient to a few
 # times that. Over two trainings Adam feeds such rounding back into the weights and the curves drift: 1e-5 in 20 steps.
-FIRST_STEP, SAME_LOGITS, SAME_TRAINING = 1e-5, 1e-4, 1e-3
+FIRST_STEP, SAME_WEIGHTS, SAME_TRAINING = 1e-5, 1e-4, 1e-3
 
 Pair = tuple[str, str, str]  # prompt, chosen, rejected
 Loss = tuple[Tensor, dict[str, Tensor]]  # and metrics
-LossFunction = Callable[[Tensor, Tensor, Tensor], Loss]
+LossFunction = Callable[[fl.Hidden, fl.Hidden, Tensor], Loss]
 
 
-def naive_dpo_loss(policy_logits: Tensor, ref_logits: Tensor, labels: Tensor, beta: float) -> Loss:
-    """The code to replace. Logits [2B, T, V] and labels [2B, T], chosen rows first."""
+def logits(source: fl.Hidden) -> Tensor:
+    return F.linear(source.hidden, source.weight)
+
+
+def naive(policy: fl.Hidden, ref: fl.Hidden, labels: Tensor, beta: float) -> Loss:
+    """The code to replace. Hidden states [2B, T, H] and labels [2B, T], chosen rows first."""
     labels = labels[:, 1:].clone()
     mask = labels != IGNORE
     labels[~mask] = 0
 
-    def sequence_logps(logits: Tensor) -> Tensor:
-        logps = logits[:, :-1].float().log_softmax(-1)  # as large as the logits, and kept for backward
+    def sequence_logps(source: fl.Hidden) -> Tensor:
+        logps = logits(source)[:, :-1].float().log_softmax(-1)  # as large as the logits, and kept for backward
         return (logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1) * mask).sum(-1)
 
-    rewards = beta * (sequence_logps(policy_logits) - sequence_logps(ref_logits))
-    chosen, rejected = rewards.chunk(2)
-    loss = -F.logsigmoid(chosen - rejected).mean()
+    chosen, rejected = (beta * (sequence_logps(policy) - sequence_logps(ref))).chunk(2)
     margins = (chosen - rejected).detach()
-    return loss, {"rewards/margins": margins.mean(), "rewards/accuracies": (margins > 0).float().mean()}
+    metrics = {"rewards/margins": margins.mean(), "rewards/accuracies": (margins > 0).float().mean()}
+    return -F.logsigmoid(chosen - rejected).mean(), metrics
 
 
-def fused_dpo_loss(policy: Tensor, ref: Tensor, labels: Tensor, library: Any = fl, **options: Any) -> Loss:
-    """What replaces it. `fl.reference` as the library is the eager twin that defines what is correct."""
+def from_logits(policy: fl.Hidden, ref: fl.Hidden, labels: Tensor, **options: Any) -> Loss:
+    out = fl.dpo_loss(logits(policy), labels, logits(ref), shift=True, **options)
+    return out.loss, out.metrics
+
+
+def from_hidden(policy: fl.Hidden, ref: fl.Hidden, labels: Tensor, library: Any = fl, **options: Any) -> Loss:
+    """What replaces it: no logits. `fl.reference` as the library is the eager twin that defines what is correct."""
     out = library.dpo_loss(policy, labels, ref, shift=True, **options)
     return out.loss, out.metrics
 
@@ -68,8 +81,16 @@ class Batch(NamedTuple):
     input_ids: Tensor  # [2B, T], chosen rows first
     labels: Tensor  # [2B, T], prompt and padding are IGNORE
 
-    def logits(self, model: Any) -> Tensor:
-        return model(self.input_ids, attention_mask=self.input_ids != PAD, use_cache=False).logits
+
+class Model:
+    """A causal LM as hidden states and a head."""
+
+    def __init__(self, model: Any):
+        self.model, self.backbone, self.head = model, fl.backbone(model), fl.find_head(model)
+
+    def source(self, batch: Batch) -> fl.Hidden:
+        out = self.backbone(batch.input_ids, attention_mask=batch.input_ids != PAD, use_cache=False)
+        return self.head.source(out.last_hidden_state)
 
 
 class Step(NamedTuple):
@@ -155,23 +176,23 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def forward_and_backward(loss_function: LossFunction, logits: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Loss, its gradient at the logits and the metrics. Cutting the graph there lets the loss be measured alone."""
-    leaf = logits.detach().requires_grad_()
-    loss, metrics = loss_function(leaf, *args)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0], metrics
+def forward_and_backward(loss_function: LossFunction, policy: fl.Hidden, ref: fl.Hidden, labels: Tensor) -> list[Any]:
+    """Loss, its gradients at the policy's hidden states and head, and the metrics. The graph is cut at the hidden states,
+    so head and loss can be measured alone."""
+    leaf = policy.hidden.detach().requires_grad_()
+    loss, metrics = loss_function(replace(policy, hidden=leaf), ref, labels)
+    return [loss.detach(), *torch.autograd.grad(loss, [leaf, policy.weight]), metrics]
 
 
-def train_step(policy: Any, optimizer: Any, reference: Any, batch: Batch, loss_function: LossFunction) -> Step:
+def train_step(policy: Model, optimizer: Any, reference: Model, batch: Batch, loss_function: LossFunction) -> Step:
     device = batch.labels.device
     start = clock(device)
-    with torch.no_grad():
-        ref_logits = batch.logits(reference)
-    logits = batch.logits(policy)
+    ref, source = reference.source(batch), policy.source(batch)
     loss_start = clock(device)
-    loss, gradient, metrics = forward_and_backward(loss_function, logits, ref_logits, batch.labels)
+    loss, to_hidden, to_head, metrics = forward_and_backward(loss_function, source, ref, batch.labels)
     loss_seconds = clock(device) - loss_start
-    logits.backward(gradient)
+    source.weight.grad = to_head
+    source.hidden.backward(to_hidden)
     optimizer.step()
     optimizer.zero_grad()
     seconds = clock(device) - start
@@ -179,51 +200,67 @@ def train_step(policy: Any, optimizer: Any, reference: Any, batch: Batch, loss_f
     return Step(loss.item(), margin, accuracy, loss_seconds, seconds)
 
 
-def error_of_loss(loss_function: partial[Loss], policy: Tensor, ref: Tensor, labels: Tensor) -> float:
-    """Relative difference to the eager twin in float64 on the same logits: of the loss, or its gradient if that is more."""
-    twin = partial(loss_function, library=fl.reference)
-    ours = forward_and_backward(loss_function, policy, ref, labels)[:2]
-    truth = forward_and_backward(twin, policy.double(), ref.double(), labels)[:2]
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, truth, strict=True))
+def error_of_loss(loss_function: partial[Loss], policy: fl.Hidden, ref: fl.Hidden, labels: Tensor) -> float:
+    """The largest relative difference to the eager twin in float64: of the loss or of one of its gradients."""
+    few = slice(None), slice(None, None, max(1, labels.shape[1] // 16))  # float64 logits of all tokens would take long
+    z, w = (replace(s, hidden=s.hidden[few].detach(), weight=s.weight.detach()) for s in (policy, ref))
+    z64, w64 = (replace(s, hidden=s.hidden.double(), weight=s.weight.double()) for s in (z, w))
+    for source in (z, z64):
+        source.weight.requires_grad_()
+    twin = partial(from_hidden, library=fl.reference, **loss_function.keywords)
+    found = forward_and_backward(loss_function, z, w, labels[few])[:3]
+    truth = forward_and_backward(twin, z64, w64, labels[few])[:3]
+    errors = [(a - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)]
+    return torch.stack(errors).max().item()  # NaN stays NaN
 
 
-def report(naive: list[Step], fused: list[Step], peaks: list[float], gradient: float) -> None:
-    print(f"\n{'step':>4} {'naive':>11} {'fused':>11} {'|difference|':>14}")
-    differences = [abs(a.loss - b.loss) for a, b in zip(naive, fused, strict=True)]
-    for i, (a, b, difference) in enumerate(zip(naive, fused, differences, strict=True), 1):
-        print(f"{i:>4} {a.loss:>11.6f} {b.loss:>11.6f} {difference:>14.1e}")
-    print(f"largest difference {max(differences):.1e}\n\n{'':<30} {'naive':>11} {'fused':>11}")
-    runs = naive, fused
-    for name, form, values in (
-        ("peak memory of the loss, MiB", ".0f", peaks),
-        ("time of the loss, ms", ".0f", [1e3 * median(step.loss_seconds for step in run) for run in runs]),
-        ("time of a step, ms", ".0f", [1e3 * median(step.seconds for step in run) for run in runs]),
-        ("reward margin, last 5 steps", ".3f", [mean(step.margin for step in run[-5:]) for run in runs]),
-        ("reward accuracy, last 5 steps", ".2f", [mean(step.accuracy for step in run[-5:]) for run in runs]),
-    ):
-        print(f"{name:<30} {values[0]:>11{form}} {values[1]:>11{form}}")
-    print("The loss is forward and backward from the logits on; times are medians. Memory is beyond the logits of both")
-    print(f"models; {gradient:.0f} MiB of it is the gradient of the policy's logits, which either code has to return.")
+def report(runs: dict[str, list[Step]], peaks: dict[str, float], gradients: float) -> None:
+    def line(name: str, values: Iterable[float], form: str, more: str = "") -> None:
+        print(f"{name:<30}{''.join(f'{value:>14{form}}' for value in values)}{more}")
+
+    names = "".join(f"{name:>14}" for name in runs)
+    print(f"\n{'loss, step':<30}{names}{'|difference|':>14}")
+    losses = [[step.loss for step in steps] for steps in zip(*runs.values(), strict=True)]
+    for i, values in enumerate(losses, 1):
+        line(f"{i:>10}", values, ".6f", f"{max(values) - min(values):>14.1e}")
+    print(f"largest difference {max(max(values) - min(values) for values in losses):.1e}\n\n{'':<30}{names}")
+    line("peak memory of the loss, MiB", peaks.values(), ".0f")
+    line("time of the loss, ms", [1e3 * median(step.loss_seconds for step in run) for run in runs.values()], ".0f")
+    line("time of a step, ms", [1e3 * median(step.seconds for step in run) for run in runs.values()], ".0f")
+    line("reward margin, last 5 steps", [mean(step.margin for step in run[-5:]) for run in runs.values()], ".3f")
+    line("reward accuracy, last 5 steps", [mean(step.accuracy for step in run[-5:]) for run in runs.values()], ".2f")
+    print(
+        "The loss starts and ends at the policy's hidden states: heads of both models, loss, backward to hidden states and\n"
+        "head weight. Memory: all that this allocates, so logits and their gradient where there are any, and the gradients\n"
+        f"of hidden states and head weight ({gradients:.0f} MiB), which any code has to return. Times are medians."
+    )
 
 
-def draw(path: Path, runs: dict[str, list[Step]], peaks: list[float], gradient: float) -> None:
+def draw(path: Path, runs: dict[str, list[Step]], peaks: dict[str, float], gradients: float) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), facecolor="white", layout="constrained")  # white: for dark pages too
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    grey, blue, dotted = "#bbbbbb", "#0b6e99", {"color": "black", "linewidth": 0.8, "linestyle": ":"}
-    styles = {"naive": {"color": grey, "linewidth": 6}, "fused": {"color": blue, "linewidth": 1.8}}
+    figure = Figure(figsize=(14, 4.4), facecolor="white", layout="constrained")  # white: for dark pages too
+    curves, memory, times = figure.subplots(1, 3, width_ratios=(5, 3, 3))
+    colors = dict(zip(PLAIN, ("#c4c4c4", "#7fb8d4", "#0b6e99"), strict=True))
+    widths = dict(zip(PLAIN, (8, 4, 1.2), strict=True))  # all three on one another, and all to be seen
     curves.set_prop_cycle(color=["#d1495b", "#e09f3e"])
     for name, run in runs.items():
-        curves.plot(range(1, len(run) + 1), [s.loss for s in run], label=name, **styles.get(name, {"linestyle": "--"}))
-    curves.axhline(math.log(2), label="ln 2: no preference yet", **dotted)
+        style = {"color": colors[name], "linewidth": widths[name]} if name in PLAIN else {"linestyle": "--"}
+        curves.plot(range(1, len(run) + 1), [s.loss for s in run], label=name, **style)
+    curves.axhline(math.log(2), label="ln 2: no preference yet", color="black", linewidth=0.8, linestyle=":")
     curves.set(xlabel="step", ylabel="loss", title="DPO from the same weights on the same batches")
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.legend(frameon=False)
-    bars.bar_label(bars.bar(["naive", "fused"], peaks, color=[grey, blue], width=0.6), fmt="%.0f MiB", padding=3)
-    bars.axhline(gradient, label="gradient of the logits alone", **dotted)
-    bars.margins(y=0.15)
-    bars.legend(frameon=False)
-    bars.set(ylabel="MiB beyond the logits", title="Peak memory of the loss")
+    medians = [1e3 * median(step.loss_seconds for step in runs[name]) for name in PLAIN]
+    for panel, values, unit in ((memory, [peaks[name] for name in PLAIN], "MiB"), (times, medians, "ms")):
+        bars = panel.bar(PLAIN, values, color=list(colors.values()), width=0.6)
+        panel.bar_label(bars, fmt=f"%.0f {unit}", padding=3)
+        panel.margins(y=0.3)
+    hatched = {"fill": False, "edgecolor": "black", "linewidth": 0.6, "hatch": "////", "width": 0.6}
+    memory.bar(PLAIN, gradients, label="gradients of hidden states and\nhead, which any code returns", **hatched)
+    memory.legend(frameon=False, loc="upper right")
+    memory.set(ylabel="MiB beyond hidden states and weights", title="Peak memory of head and loss")
+    times.set(ylabel="ms, forward and backward", title="Time of head and loss")
     figure.savefig(path, dpi=150)
 
 
@@ -233,12 +270,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--dataset", default=pairs, help="json, jsonl, parquet or csv file, or a name on the hub")
     parser.add_argument("--pairs", type=int, default=2000, help="use at most this many pairs")
-    parser.add_argument("--steps", type=int, default=20, help="steps of each of the two DPO runs")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each of the three DPO runs")
     parser.add_argument("--f-steps", type=int, default=6, help="steps of each f-DPO run")
     parser.add_argument("--batch", type=int, default=4, help="pairs in a batch")
     parser.add_argument("--max-length", type=int, default=128, help="tokens in a sequence, the rest is cut off")
     parser.add_argument("--vocab", type=int, default=50304, help="vocabulary of the model, at least 258")
     parser.add_argument("--beta", type=float, default=0.1, help="strength of the pull towards the reference")
+    parser.add_argument("--workspace", type=byte_count, default="64M", help="bytes for tiles, from hidden states")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the pairs")
     parser.add_argument("--device", type=torch.device, default=device, help="where to train")
@@ -246,27 +284,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """0: both codes agree. 1: they do not. 2: something is missing."""
+    """0: all codes agree. 1: they do not. 2: something is missing."""
     try:
         import matplotlib  # noqa: F401  (missing? say so before the training)
         from tqdm import tqdm
 
         pairs = load_pairs(args.dataset, args.pairs)
         batches = make_batches(pairs, train_tokenizer(pairs, args.vocab), args)
-        reference = build_model(args)
+        model = build_model(args)
     except (ImportError, OSError) as error:  # OSError: no such file, no such dataset, no network
         hint = '; try: pip install "fused_losses[demo]"' if isinstance(error, ImportError) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return 2
     print(f"{len(pairs)} pairs, {args.batch} a step, {args.vocab} tokens, torch {torch.__version__} on {args.device}")
 
-    js, alpha = fl.divergences.get("js"), fl.divergences.get("alpha", a=0.5)
-    divergences = {"fused": "reverse_kl", "f-DPO, js": js, "f-DPO, alpha 0.5": alpha}
-    losses: dict[str, partial[Loss]] = {"naive": partial(naive_dpo_loss, beta=args.beta)}
-    losses |= {name: partial(fused_dpo_loss, beta=args.beta, divergence=d) for name, d in divergences.items()}
-    steps = {name: args.f_steps if name.startswith("f-DPO") else args.steps for name in losses}
-    policies = {name: copy.deepcopy(reference) for name in losses}
-    optimizers = {name: torch.optim.AdamW(policy.parameters(), lr=args.lr) for name, policy in policies.items()}
+    hidden = partial(from_hidden, beta=args.beta, workspace=args.workspace)
+    losses: dict[str, partial[Loss]] = {
+        "naive": partial(naive, beta=args.beta),
+        "from logits": partial(from_logits, beta=args.beta),
+        "from hidden": hidden,
+        "f-DPO, js": partial(hidden, divergence=fl.divergences.get("js")),
+        "f-DPO, alpha 0.5": partial(hidden, divergence=fl.divergences.get("alpha", a=0.5)),
+    }
+    steps = {name: args.steps if name in PLAIN else args.f_steps for name in losses}
+    policies = {name: Model(copy.deepcopy(model)) for name in losses}
+    reference = Model(model.requires_grad_(False))
+    optimizers = {name: torch.optim.AdamW(p.model.parameters(), lr=args.lr) for name, p in policies.items()}
     runs: dict[str, list[Step]] = {name: [] for name in losses}
     peaks, errors = dict[str, float](), dict[str, float]()
     with tqdm(total=sum(steps.values()), unit="step") as progress:
@@ -276,22 +319,25 @@ def main(args: argparse.Namespace) -> int:
                     runs[name].append(train_step(policies[name], optimizers[name], reference, batch, loss_function))
                     progress.update()
                 if i == 0:  # the policy has left the reference, but no exponential link has become steep yet
-                    with torch.no_grad():
-                        inputs = batch.logits(policies[name]), batch.logits(reference), batch.labels
-                    peaks[name] = peak_bytes(partial(forward_and_backward, loss_function, *inputs)) / 2**20
-                    if name != "naive":
-                        errors[name] = error_of_loss(loss_function, *inputs)
+                    inputs = policies[name].source(batch), reference.source(batch), batch.labels
+                    errors[name] = error_of_loss(loss_function, *inputs)
+                    if name in PLAIN:
+                        peaks[name] = peak_bytes(partial(forward_and_backward, loss_function, *inputs)) / 2**20
 
-    bars, gradient = [peaks["naive"], peaks["fused"]], batches[0].labels.numel() * args.vocab * 4 / 2**20
-    report(runs["naive"], runs["fused"], bars, gradient)
+    policy, ref, labels = inputs
+    plan = request(policy, labels, ref, (), False, IGNORE, How(workspace=args.workspace), 2 * labels.shape[1]).plan
+    print(f"from hidden: {plan}")
+    plain = {name: runs[name] for name in PLAIN}
+    gradients = (policy.hidden.nbytes + policy.weight.nbytes) / 2**20
+    report(plain, peaks, gradients)
     for name, difference in errors.items():
-        print(f"{name}: loss and gradient after one step within {difference:.0e} of fl.reference.dpo_loss in float64")
-    draw(args.out, runs, bars, gradient)
+        print(f"{name}: loss and gradients after one step within {difference:.0e} of fl.reference.dpo_loss in float64")
+    draw(args.out, runs, peaks, gradients)
     print(f"picture: {args.out}")
 
-    drift = [abs(a.loss - b.loss) / a.loss for a, b in zip(runs["naive"], runs["fused"], strict=True)]
-    agree = drift[0] <= FIRST_STEP and all(error <= SAME_LOGITS for error in errors.values())  # NaN is not <= either
-    if agree and all(difference <= SAME_TRAINING for difference in drift):
+    drift = [abs(step.loss / first.loss - 1) for first, *rest in zip(*plain.values(), strict=True) for step in rest]
+    same = all(x <= FIRST_STEP for x in drift[:2]) and all(x <= SAME_TRAINING for x in drift)  # NaN is not <= either
+    if same and all(error <= SAME_WEIGHTS for error in errors.values()):
         return 0
     print("error: the losses differ by more than rounding", file=sys.stderr)
     return 1

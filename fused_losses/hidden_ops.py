@@ -180,6 +180,8 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
     options, wanted = Options(*args[19:-1]), args[-1]
     if not keep.numel():
         options = options._replace(plan="slices")
+    if not any(wanted[5:]) and (args[4] is None or not args[4].numel()):
+        tensors = (*tensors[:6], *[None] * 5)  # w is not needed: nor are the reference's rows
     call = _call(tensors, options, wanted)
 
     def compact(x: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
     if options.plan == "frozen":
         dx = plans.frozen_backward(call, keep[:, : len(call.labels)], compact(logps), saved, grads)
         x = tensors[1]
-        return [spread(dx.to(x.dtype), call.rows, tensors[0].numel()).view(x.shape)]
+        return [spread(dx, call.rows, tensors[0].numel(), x.dtype).view(x.shape)]
     kept = keep[:, : len(call.labels)] if options.plan == "whole" else None
     found = plans.backward(call, saved, grads, wanted[:5], wanted[5:], kept)
     return [g for g, flag in zip(found, wanted, strict=True) if flag]
@@ -278,7 +280,7 @@ def _(*args):  # type: ignore[no-untyped-def]
 @custom_op("fused_losses::scaled", mutates_args=(), schema="(Tensor[] found, Tensor[] like, Tensor g) -> Tensor[]")
 def scaled(found, like, g):  # type: ignore[no-untyped-def]
     """g found, rounded to the dtypes of `like`."""
-    return [(x * g).to(y.dtype) for x, y in zip(found, like, strict=True)]
+    return [torch.mul(x, g, out=torch.empty_like(x, dtype=y.dtype)) for x, y in zip(found, like, strict=True)]
 
 
 @scaled.register_fake

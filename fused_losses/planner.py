@@ -171,9 +171,13 @@ def _reasons(facts: Facts) -> dict[str, str]:
         "frozen": "the head has no gradient, so its rows' expectation comes with the forward",
         "rows": "the loss is known and whole pairs fit the workspace, so gradients come with the forward",
         "whole": "all logits fit the workspace and are kept for backward",
-        "slices": "nothing asks for a gradient"
-        if not facts.backward
-        else "the loss is not known here, and all logits would not fit the workspace",
+        "slices": (
+            "nothing asks for a gradient"
+            if not facts.backward
+            else "neither the longest pair nor all logits fit the workspace"
+            if facts.pairs
+            else "the loss is not known here, and all logits do not fit the workspace"
+        ),
     }
 
 
@@ -269,19 +273,19 @@ def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
         kept += _kept_frozen(facts)
         room = max(budget - _kept_frozen(facts), budget // 2)
     if kind == "rows":
-        low, high = 1, max(1, facts.rows // facts.pairs)  # pairs a block
-        while low < high:
-            middle = (low + high + 1) // 2
+        few, many = 1, max(1, facts.rows // facts.pairs)  # pairs a block
+        while few < many:
+            middle = (few + many + 1) // 2
             if rows_bytes(facts, middle * facts.pairs) <= budget:
-                low = middle
+                few = middle
             else:
-                high = middle - 1
-        block = low * facts.pairs
+                many = middle - 1
+        block = few * facts.pairs
         tile, size = (block, facts.vocab), rows_bytes(facts, block)
     elif kind == "whole":
         tile, size = (max(1, facts.rows), facts.vocab), _whole_bytes(facts)
     else:
-        facts = facts._replace(extra=kind == "frozen" and facts.itemsize == facts.sums)
+        facts = facts._replace(extra=kind == "frozen" and not (low and facts.device == "cuda"))
         tile = tile_shape(facts, room)
         size = _bytes(facts, *tile)
     forward, backward = _products(facts, kind)

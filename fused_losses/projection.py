@@ -198,17 +198,20 @@ class HiddenSide:
             if dx is not None:
                 add_product(dx, self.dxa, a.to(self.sums))
         if dx is not None:
-            dx = spread(dx.to(self._final(x)), self.rows, len(self.flat)).view(x.shape)
+            dx = spread(dx, self.rows, len(self.flat), self._final(x)).view(x.shape)
         if dbias is not None and bias is not None:
             dbias = dbias.to(self._final(bias))
         return [dx, self.dw, dbias, da, self.db]
 
 
-def spread(x: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """x of the rows that count [..n.., or n first] among zeros for those that do not."""
+def spread(x: Tensor, rows: Tensor | None, count: int, dtype: torch.dtype) -> Tensor:
+    """x [n, H] of the rows that count among zeros for the others, in a dtype."""
     if rows is None:
-        return x
-    return x.new_zeros((count, *x.shape[1:])).index_copy_(0, rows, x)
+        return x.to(dtype)
+    out = x.new_zeros((count, *x.shape[1:]), dtype=dtype)
+    for part, ids in zip(x.split(4096), rows.split(4096), strict=True):  # no copy of all rows
+        out.index_copy_(0, ids, part.to(dtype))
+    return out
 
 
 Side = LogitSide | HiddenSide

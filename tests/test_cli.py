@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fused_losses as fl
-from fused_losses import check, divergences, env, memory, torch_backend
+from fused_losses import check, divergences, env, memory, planner, torch_backend
 from fused_losses.__main__ import COMMANDS, main
+from fused_losses.hidden import How, request
 from fused_losses.losses import LOSSES
 from fused_losses.memory_probe import peak_bytes
 
@@ -74,6 +75,13 @@ def test_help_and_usage(capsys):
         (["check", "--device", "meta", "--backend", "triton"], "cannot run on meta"),
         (["memory", "--batch", "0"], "batch, length, vocab >= 1"),
         (["memory", "--no-ref", "--divergence", "js"], "needs a reference"),
+        (["memory", "--frozen"], "need --hidden"),
+        (["memory", "--hidden", "0"], "hidden, ref-hidden: expected numbers >= 1, got 0, 0"),
+        (["memory", "--hidden", "8", "--workspace", "1"], "workspace: expected at least"),
+        (
+            ["memory", "--hidden", "8", "--loss", "pairs", "--divergence", "js"],
+            "pairs has no full-vocabulary divergence",
+        ),
     ],
     ids=" ".join,
 )
@@ -248,3 +256,80 @@ def test_memory_report(capsys):
     assert sizes["policy_logits"] == sizes["reference_logits"] == logits
     assert sizes["naive"] == pytest.approx(6 * logits, rel=0.01) and logits <= sizes["triton"] < 1.01 * logits
     assert sizes["triton_inplace"] < 0.01 * logits < sizes["torch_inplace"] < sizes["torch"]
+
+
+def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, pairs=False, names=(), ref=True, both=False, frozen=False):
+    """A memory.HeadStep, its leaves, and a function of a budget that runs it in this library."""
+    bound = divergences.parse(names)
+    x, head, ref_x, ref_head = (
+        torch.randn(shape).to(dtype) for h in hidden for shape in ((8, rows // 8, h), (vocab, h))
+    )
+    asks = (True, not frozen, both, both)
+    leaves = [t.requires_grad_() for t, asked in zip((x, head, ref_x, ref_head), asks, strict=True) if asked]
+    y = torch.randint(vocab, (8, rows // 8))
+    policy, other = fl.Hidden(x, head), fl.Hidden(ref_x, ref_head) if ref else None
+    longest = rows // 4 * pairs
+    step = memory.HeadStep(rows, vocab, dtype.itemsize, bound, ref, both, *hidden, frozen, longest)
+
+    def plan(workspace):
+        return request(policy, y, other, bound, False, -100, How(workspace=workspace), longest).plan
+
+    def ours(workspace):
+        if pairs:
+            return torch.autograd.grad(fl.dpo_loss(policy, y, other, shift=True, workspace=workspace).loss, leaves)
+        stats = fl.token_stats(policy, y, other, divergence=bound, shift=True, workspace=workspace)
+        loss = stats.logps.sum() + sum(d.sum() for d in stats.divergence.values())
+        return torch.autograd.grad(loss - (stats.ref_logps.sum() if ref else 0), leaves)
+
+    def naive():
+        loss = memory.naive_loss(x @ head.T, y, ref_x @ ref_head.T if ref else None, bound)
+        return torch.autograd.grad(loss, leaves)
+
+    return step, plan, ours, naive
+
+
+FULL, HALF = torch.float32, torch.bfloat16
+HEADS = [
+    ("slices", FULL, {}, 1 << 20),
+    ("slices", HALF, {}, 1 << 20),
+    ("slices", FULL, {"names": ["js"]}, 1 << 20),
+    ("slices", HALF, {"both": True}, 1 << 20),
+    ("slices", FULL, {"ref": False}, 1 << 20),
+    ("frozen", FULL, {"frozen": True}, 4 << 20),
+    ("whole", HALF, {}, 64 << 20),
+    ("rows", FULL, {"pairs": True}, 64 << 20),
+    ("rows", HALF, {"pairs": True}, 64 << 20),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "options", "workspace"), HEADS, ids=str)
+def test_memory_from_hidden_states(kind, dtype, options, workspace, monkeypatch):
+    """The plan that the call takes, and its memory: a little over what is used, never under. Small blocks, as above."""
+    for module in (torch_backend, planner):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 13)
+    step, plan, ours, naive = head_step(dtype, **options)
+    predicted = planner.choose(step.facts("cpu"), workspace=workspace)
+    assert predicted == plan(workspace) and predicted.kind == kind
+    measured = peak_bytes(lambda: ours(workspace))
+    assert measured <= sum(step.ours("cpu", predicted).values()) <= 1.25 * measured
+    assert step.naive() == pytest.approx(peak_bytes(naive), rel=0.1)
+
+
+def test_memory_report_from_hidden_states(capsys):
+    """A million rows over a vocabulary of 256,000 fit a GPU whose logits would not, and are answered without them."""
+    argv = ["memory", "--batch", "500", "--length", "1000", "--vocab", "256000", "--hidden", "4096"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    for words in ("plan 'slices'", "naive: logits", "TiB", "products of N rows", "which either code has to return"):
+        assert words in out, words
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["kind"] == "slices" and found["plan"]["gemms"] == 5
+    assert found["ours"] == sum(found["parts"].values()) < 64 << 30 < found["naive"]
+    assert found["naive"] == pytest.approx(16 * 1e6 * 256000, rel=0.01)
+    assert found["parts"]["tiles of logits"] <= 256 << 20 and found["parts"]["gradient of head"] == 256000 * 4096 * 2
+
+    assert main([*argv, "--json", "--loss", "pairs", "--workspace", "16G", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["kind"] == "rows"
+    for text, count in (("4096", 4096), ("3k", 3072), ("256M", 256 << 20), ("2G", 2 << 30)):
+        assert memory.byte_count(text) == count

@@ -18,9 +18,26 @@ def test_demo(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("datasets")
     picture = tmp_path / "demo.png"
-    done = run("-m", "fused_losses", "demo", "--steps", "3", "--vocab", "3000", "--out", str(picture))
+    done = run(
+        "-m",
+        "fused_losses",
+        "demo",
+        "--steps",
+        "3",
+        "--f-steps",
+        "2",
+        "--vocab",
+        "3000",
+        "--workspace",
+        "4M",
+        "--out",
+        str(picture),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "largest difference" in done.stdout and "peak memory of the loss" in done.stdout
+    assert "largest difference" in done.stdout and "from hidden: plan '" in done.stdout
+    (peaks,) = (line.split()[-3:] for line in done.stdout.splitlines() if line.startswith("peak memory of the loss"))
+    naive, from_logits, from_hidden = map(int, peaks)
+    assert naive > from_logits > from_hidden > 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
