@@ -144,14 +144,14 @@ class HeadStep(Step):
         """Bytes at the peak, by what they are for: gradients(), what is held beside the tiles, and the tiles."""
         gradients = {f"gradient of {name}": count for name, count in self.gradients().items() if count}
         states, other = (self.rows * h * self.itemsize for h in (self.hidden, self.ref_hidden))
+        facts = self.facts(device)
         beside = {
             "sums, and what is kept for backward": plan.kept,
-            "states of the rows that count": states + other * self.ref,
-            "their gradient, before it is put back": states + other * self.both,
+            "states of the rows that count": states
+            + other * self.ref * (plan.kind != "slices" or facts.pair or facts.to_ref),
             "numbers per row": self.rows * (140 + 36 * len(self.divergences)),
         }
         tiles, held = plan.tiles, sum(beside.values()) + sum(gradients.values())
-        facts = self.facts(device)
         if plan.kind == "slices" and not (facts.pair or facts.to_ref):  # no w in backward, no gradients in forward
             before = plan.tiles - plan.kept - states - sum(gradients.values())
             tiles = max(before, planner._bytes(facts._replace(ref=False), *plan.tile))

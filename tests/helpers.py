@@ -3,7 +3,6 @@
 import math
 import re
 
-import pytest
 import torch
 from torch.autograd.profiler import profile
 
@@ -73,7 +72,7 @@ def compare(z, w, y, tolerance, wrap=fl.Logits, wrap_ref=None, **options):
 
 
 def hidden_leaves(lead, width, vocab, device, rank=0, bias=True, dtype=torch.float32, size=1.0):
-    """hidden, weight, bias, lora a and b of one side (None: absent), leaves that require grad, for logits of about this size."""
+    """hidden, weight, bias, lora a and b of one side (None: absent), leaves that require grad; logits of about this size."""
 
     def new(*shape, by=1.0):
         return (torch.randn(shape, device=device) * by).to(dtype).requires_grad_()
@@ -122,7 +121,8 @@ class Judge:
                 off = [x if x is None else x.requires_grad_(y.requires_grad) for x, y in zip(off, self.leaves, strict=True)]
                 self.roughs.append((off, self.twin(off)))
         eager, *moved = (others(*rough) for rough in self.roughs)
-        assert error <= max(self.slack * eager, 30 * max(moved)), f"{what}: {error:.1e}, eager {eager:.1e}, moved {max(moved):.1e}"
+        words = f"{what}: {error:.1e}, eager {eager:.1e}, moved {max(moved):.1e}"
+        assert error <= max(30 * max(moved), self.slack * eager), words  # eager may be NaN
 
     def value(self, what, pick):
         """pick(output) -> a tensor."""
@@ -171,7 +171,7 @@ def compare_sources(build, leaves, y, tolerance=1e-5, slack=4.0, each=True, how=
     if not each and len(groups) > 1:
         for (name,) in groups:
             norm = sum(g.square().sum() for g in gradients_of(total(truth, [name]), judge.exact) if g is not None) ** 0.5
-            weights[name] /= norm.item() or 1.0
+            weights[name] /= norm.item() if norm > 1e-6 else 1.0
         groups = [list(weights), groups[-1]]
     for names in groups:
         judge.gradients(", ".join(names), lambda stats, names=names: total(stats, names))
@@ -183,15 +183,17 @@ def products(fn):
     with profile(record_shapes=True) as run:
         fn()
     found = []
-    for event in run.function_events:
-        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
-            a, b = event.input_shapes["add" in event.name :][:2]
+    for event in run.kineto_results.events():
+        if event.name() in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
+            a, b = event.shapes()["add" in event.name() :][:2]
             found.append((math.prod(a[:-1]), b[-1], a[-1]))
     return found
 
 
 def least_workspace(call):
-    """The fewest bytes that a call takes, as its refusal says."""
-    with pytest.raises(ValueError, match="at least|takes?") as refused:
+    """The fewest bytes that call(bytes) takes, as its refusal says; 1 where there is nothing to hold."""
+    try:
         call(1)
-    return int(re.search(r"(?:at least|takes?) (\d+) bytes", str(refused.value))[1])
+    except ValueError as refusal:
+        return int(re.search(r"(?:at least|takes?) (\d+) bytes", str(refusal))[1])
+    return 1
