@@ -79,7 +79,7 @@ def facts_of(
                 casts[i] = max(casts[i], s.weight.shape[1] * dtype.itemsize)
     return Facts(
         rows=rows, vocab=problem.vocab, hidden=(policy.hidden, 0 if ref is None else ref.hidden),
-        itemsize=min(s.x.dtype.itemsize for s in (policy, ref) if s is not None and s.weight is not None),
+        itemsize=min([s.x.dtype.itemsize for s, _, _ in _factors(policy, ref, 0)] or [sums]),
         sums=sums, ref=ref is not None, device=policy.x.device.type, backend=backend,
         bases=problem.entropy + len(plans.bases(problem)), pair=bool(problem.divergences),
         second=any(d.term is not None for d in problem.divergences),
@@ -106,6 +106,12 @@ def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plans.Call:
     )  # fmt: skip
 
 
+def _dtype(policy: Inputs, ref: Inputs | None) -> torch.dtype:
+    """Of the statistics."""
+    dtypes = {stats_dtype(s.x) for s in (policy, ref) if s is not None}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def _kept_shape(tensors: tuple, options: Options, wanted: list[bool]) -> tuple[int, ...]:
     """Of what forward keeps beside the rows' numbers: sums of a frozen head, or all logits; the rows that count come first."""
     problem, rows = options.problem(), tensors[0].numel()
@@ -118,10 +124,9 @@ def _kept_shape(tensors: tuple, options: Options, wanted: list[bool]) -> tuple[i
 
 def _allocate(tensors: tuple, options: Options, wanted: list[bool]) -> list[Tensor]:
     """logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, saved, and what _kept_shape says."""
-    labels, x, ref_x = tensors[0], tensors[1], tensors[6]
+    labels, ref_x = tensors[0], tensors[6]
     problem, rows = options.problem(), labels.numel()
-    dtypes = {stats_dtype(t) for t in (x, ref_x) if t is not None}
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    dtype = _dtype(*_sides(tensors, options))
     n = len(problem.divergences)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -244,6 +249,15 @@ def _pairs(args, labels):  # type: ignore[no-untyped-def]
     return problem, list(range(0, sequences * length + 1, max(1, length)))[: sequences + 1] or [0]
 
 
+def _log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:
+    """The reference's per row, in slices: so row blocks hold the logits of one model only."""
+    problem = Problem((), False, False, options.ignore_index, options.vocab, *options[8:10], 0.0, 1.0)
+    facts = facts_of(problem, ref, None, labels.numel(), options.backend, [False] * 10)
+    backend, plan = backend_module(options.backend), choose(facts, "auto", options.workspace)
+    call = plans.open_call(problem, backend, plan, labels, ref, None, options.static_shapes)
+    return plans.spread_out(plans.forward(call), call.rows, labels.numel())[0]
+
+
 @custom_op(
     "fused_losses::hidden_pair_loss", mutates_args=(),
     schema=f"({_TENSORS}, {_PAIR}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
@@ -260,10 +274,13 @@ def hidden_pair_loss(*args):  # type: ignore[no-untyped-def]
     longest = max((lengths[b] + lengths[count + b] for b in range(count)), default=1)
     facts = facts_of(problem, policy, ref, tensors[0].numel(), options.backend, wanted, max(1, longest))
     plan = choose(facts, "rows", options.workspace)
-    out, result, grads = plans.row_blocks(
-        problem, backend_module(options.backend), plan, tensors[0], policy, ref,
-        plans.Pairs(loss, offsets, pair[0]), wanted[:5],
-    )  # fmt: skip
+    backend = backend_module(options.backend)
+    given = pair[0] if ref is None else _log_probs(tensors[0], ref, options)
+    pairs = plans.Pairs(loss, offsets, given)
+    dtype = _dtype(policy, ref)
+    out, result, grads = plans.row_blocks(problem, backend, plan, tensors[0], policy, pairs, wanted[:5], dtype)
+    if ref is not None and given is not None:
+        out[1] = given.to(dtype)
     return (*result, *out, *(result.losses.new_zeros(0) if g is None else g for g in grads))
 
 

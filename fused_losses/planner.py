@@ -1,7 +1,7 @@
 """How a call with hidden states is carried out: which plan, in tiles of which size, in how many bytes, and why.
 
-    rows     blocks of whole pairs over the whole vocabulary, gradients computed in the forward
-             GEMMs of N rows, V columns: z, w, dX, dW
+    rows     blocks of whole pairs over the whole vocabulary, gradients computed in the forward; w first, in slices
+             GEMMs of N rows, V columns: w, z, dX, dW
     whole    all logits fit the workspace and are kept: z, w | dX, dW
     slices   slices of the vocabulary; backward computes the logits again
              z, w | z, w, dX, dW     (w in backward only where a divergence, or the reference, has a gradient)
@@ -235,9 +235,10 @@ def _whole_bytes(facts: Facts) -> int:
 
 
 def rows_bytes(facts: Facts, rows: int) -> int:
-    """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum beside dW itself."""
+    """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum beside dW itself. The reference's
+    log-probs are there before, from slices."""
     wide, final = (facts.weight * size * facts.to_head for size in (facts.sums, facts.itemsize))
-    return max(_bytes(facts._replace(to_head=False), rows, facts.vocab) + wide - final, wide)
+    return max(_bytes(facts._replace(to_head=False, ref=False), rows, facts.vocab) + wide - final, wide)
 
 
 def _products(facts: Facts, kind: str) -> tuple[str, str]:

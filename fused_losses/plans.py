@@ -412,8 +412,8 @@ def grouped(offsets: list[int], most: int) -> list[tuple[int, int]]:
 
 
 def row_blocks(
-    problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None,
-    pairs: Pairs, wanted: list[bool],
+    problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, pairs: Pairs, wanted: list[bool],
+    dtype: torch.dtype,
 ) -> tuple[list[Tensor], PairOutputs, list[Tensor | None]]:  # fmt: skip
     """Statistics of all rows, losses of all pairs, and the policy's gradients of the sum of the losses, not rounded."""
     labels, device = labels.reshape(-1).contiguous(), labels.device
@@ -423,15 +423,10 @@ def row_blocks(
     order = torch.cat([torch.arange(offsets[s], offsets[s + 1]) for s in sequences] or [torch.arange(0)]).to(device)
     ends = torch.tensor([0, *(offsets[s + 1] - offsets[s] for s in sequences)]).cumsum(0)
     counts = (labels[order] != problem.ignore_index).nonzero().squeeze(1)
-    rows, cuts = (
-        order[counts],
-        torch.searchsorted(counts, ends.to(device)),
-    )  # cuts: where each sequence starts among those
+    rows = order[counts]
+    cuts = torch.searchsorted(counts, ends.to(device))  # where each sequence starts among those
     ends = cuts.cpu()
-    call = open_call(problem, backend, plan, labels, policy, ref, True)
-    call = call._replace(
-        labels=labels[rows], rows=rows, policy=side(policy, rows), ref=side(ref, rows) if ref else None
-    )
+    call = Call(problem, backend, plan, labels[rows], rows, side(policy, rows), None, dtype)
     out = allocate(call)
     loss = PairOutputs(*(out.logps.new_zeros(k) for k in (count, 2 * count, 2 * count, 2 * count)))
     assert isinstance(call.policy, HiddenSide)
@@ -457,7 +452,7 @@ def row_blocks(
         result = PairOutputs(*(x.new_empty(k) for x, k in zip(loss, (b - a, *[2 * (b - a)] * 3), strict=True)))
         inner = pairs.problem._replace(sequences=2 * (b - a))
         mask = y != problem.ignore_index
-        backend.pair_forward(inner, part.logps, part.ref_logps if ref else given, mask, cu, *result)
+        backend.pair_forward(inner, part.logps, given, mask, cu, *result)
         loss.losses[a:b] = result.losses
         for x, found in zip(loss[1:], result[1:], strict=True):
             x[a:b], x[count + a : count + b] = found[: b - a], found[b - a :]

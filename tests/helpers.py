@@ -118,7 +118,9 @@ class Judge:
             for _ in range(4):
                 off = [x if x is None else x.detach().double() for x in self.leaves]
                 off = [x if x is None else x + x * torch.randn_like(x) * EPS[torch.float32] for x in off]
-                off = [x if x is None else x.requires_grad_(y.requires_grad) for x, y in zip(off, self.leaves, strict=True)]
+                off = [
+                    x if x is None else x.requires_grad_(y.requires_grad) for x, y in zip(off, self.leaves, strict=True)
+                ]
                 self.roughs.append((off, self.twin(off)))
         eager, *moved = (others(*rough) for rough in self.roughs)
         words = f"{what}: {error:.1e}, eager {eager:.1e}, moved {max(moved):.1e}"
@@ -170,7 +172,9 @@ def compare_sources(build, leaves, y, tolerance=1e-5, slack=4.0, each=True, how=
     groups = [[name] for name in weights]
     if not each and len(groups) > 1:
         for (name,) in groups:
-            norm = sum(g.square().sum() for g in gradients_of(total(truth, [name]), judge.exact) if g is not None) ** 0.5
+            norm = (
+                sum(g.square().sum() for g in gradients_of(total(truth, [name]), judge.exact) if g is not None) ** 0.5
+            )
             weights[name] /= norm.item() if norm > 1e-6 else 1.0
         groups = [list(weights), groups[-1]]
     for names in groups:

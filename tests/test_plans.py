@@ -1,0 +1,440 @@
+"""What plans promise: the matrix products they count, the memory they hold, and the rule by which slices merge."""
+
+import pytest
+import torch
+from helpers import asking, hidden_leaves, hidden_source, labels_for, products, relative
+
+import fused_losses as fl
+from fused_losses import divergences, planner, torch_backend
+from fused_losses.hidden import How, request
+from fused_losses.layout import Problem
+from fused_losses.memory_probe import peak_bytes
+from fused_losses.moments import fields
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAMES = divergences.names()
+DIVS = tuple(divergences.get(n) for n in NAMES)
+MIB = 1 << 20
+
+
+class Step:
+    """A loss step from hidden states, four rows a sequence, and its plan."""
+
+    def __init__(self, device, rows, vocab, plan, workspace=None, ref=None, divergence=None, entropy=False, grads=("x", "w"),
+                 width=16, dtype=torch.float32, static=False, masked=False, rank=0):  # fmt: skip
+        lead = (rows // 4, 4)
+        self.policy = hidden_leaves(lead, width, vocab, device, rank=rank, bias="bias" in grads, dtype=dtype)
+        self.given = hidden_leaves(lead, width, vocab, device, bias=False, dtype=dtype)
+        names = ("x", "w", "bias", "a", "b", "ref_x", "ref_w")
+        for name, x in zip(names, [*self.policy, *self.given[:2]], strict=True):
+            if x is not None:
+                x.requires_grad_(name in grads)
+        self.y = torch.randint(0, vocab, lead, device=device)
+        if masked:
+            self.y[:, 1:3] = -100
+        source = hidden_source(self.policy), None
+        if ref == "hidden":
+            source = source[0], hidden_source(self.given)
+        elif ref == "logits":
+            source = source[0], fl.Logits(torch.randn(*lead, vocab, device=device, dtype=dtype))
+        self.source, self.asked, self.entropy = source, divergences.parse(divergence), entropy
+        self.how = {"plan": plan, "workspace": workspace, "static_shapes": static}
+        self.pairs, self.leaves = plan == "rows", asking([*self.policy, *self.given])
+
+    @property
+    def plan(self):
+        """What the planner says."""
+        how, longest = How(**self.how), 8 if self.pairs else 0
+        return request(self.source[0], self.y, self.source[1], self.asked, self.entropy, -100, how, longest).plan
+
+    def run(self):
+        if self.pairs:
+            loss = fl.dpo_loss(self.source[0], self.y, self.source[1], entropy=self.entropy, **self.how).loss
+        else:
+            options = {"divergence": self.asked, "entropy": self.entropy, **self.how}
+            stats = fl.token_stats(self.source[0], self.y, self.source[1], **options)
+            loss = stats.logps.sum() + sum(d.sum() for d in stats.divergence.values())
+            if self.entropy:
+                loss = loss + stats.entropy.sum()
+            if stats.ref_logps is not None and stats.ref_logps.requires_grad:
+                loss = loss + stats.ref_logps.sum()
+        return torch.autograd.grad(loss, self.leaves) if self.leaves else loss
+
+
+# ---- matrix products ---------------------------------------------------------------------------------------------------
+
+X, W, XW = ("x",), ("w",), ("x", "w")
+BOTH = ("x", "w", "ref_x", "ref_w")
+STEPS = [  # plan, reference, divergence, entropy, gradients to, products
+    ("slices", None, None, False, (), 1), ("slices", None, None, True, X, 3), ("slices", None, None, False, W, 3),
+    ("slices", None, None, False, XW, 4), ("slices", "hidden", None, False, XW, 5), ("slices", "logits", None, False, XW, 4),
+    ("slices", "hidden", "forward_kl", False, XW, 6), ("slices", "hidden", NAMES, True, XW, 8),
+    ("slices", "logits", ["js"], False, XW, 5), ("slices", "hidden", None, False, BOTH, 8),
+    ("slices", "hidden", "reverse_kl", False, BOTH, 8), ("slices", "hidden", "js", False, BOTH, 10),
+    ("whole", None, None, False, XW, 3), ("whole", "hidden", None, False, XW, 4), ("whole", "hidden", "js", False, XW, 4),
+    ("whole", "hidden", ["js", "forward_kl"], True, BOTH, 6), ("whole", "hidden", "forward_kl", False, X, 3),
+    ("frozen", None, None, False, X, 2), ("frozen", None, None, True, X, 3), ("frozen", "hidden", None, False, X, 3),
+    ("frozen", "hidden", "forward_kl", False, X, 4), ("frozen", "hidden", ["forward_kl", "pearson_chi2"], False, X, 5),
+    ("frozen", "hidden", "jeffreys", False, X, 5), ("frozen", "hidden", ["jeffreys", "reverse_kl"], True, X, 6),
+    ("frozen", "hidden", "js", False, X, 6), ("frozen", "logits", "js", True, X, 5),
+    ("rows", None, None, False, XW, 3), ("rows", "hidden", None, True, XW, 4), ("rows", "hidden", None, False, X, 3),
+    ("rows", "logits", None, False, W, 2),
+]  # fmt: skip
+
+
+def id_of(step):
+    plan, ref, divergence, entropy, grads, _ = step
+    asked = (
+        "all" if divergence is NAMES else "+".join([divergence] if isinstance(divergence, str) else divergence or [])
+    )
+    return "-".join([plan, f"ref_{ref}", asked or "none", *["entropy"] * entropy, "+".join(grads) or "no_grad"])
+
+
+def multiplied(step, rows):
+    """Products of so many rows, all columns and all features that torch ran."""
+    vocab, width = step.policy[1].shape
+    return sum(m * n * k for m, n, k in products(step.run)) / (rows * vocab * width)
+
+
+def few_bytes(device, rows, vocab, plan, **options):
+    """A workspace that cuts this step into some tens of tiles."""
+    if plan == "whole":
+        return None
+    if plan == "rows":
+        kinds = planner.Facts(rows, vocab, (16, 16), 4, 4, True, backend="torch")
+        return planner.rows_bytes(kinds, 8)
+    return 4096 * 25
+
+
+@pytest.mark.parametrize("case", STEPS, ids=id_of)
+def test_the_products_that_run_are_those_of_the_plan(device, monkeypatch, case):
+    """In tiles, counted by the floating-point operations of every product."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
+    plan, ref, divergence, entropy, grads, wanted = case
+    step = Step(device, 16, 320, plan, few_bytes(device, 16, 320, plan), ref, divergence, entropy, grads)
+    assert step.plan.kind == plan and step.plan.gemms == wanted
+    assert plan == "whole" or step.plan.tile[0] * step.plan.tile[1] < 16 * 320
+    assert multiplied(step, 16) == wanted
+
+
+@pytest.mark.parametrize(
+    ("plan", "static"), [(p, static) for p in ("slices", "whole", "frozen") for static in (False, True)] + [("rows", False)]
+)  # fmt: skip
+def test_rows_that_do_not_count_are_not_multiplied(backend, device, plan, static):
+    """They are with static shapes, which ask no number of the device."""
+    rows = 16
+    step = Step(
+        device, rows, 48, plan, None, "hidden", None, False, X if plan == "frozen" else XW, static=static, masked=True
+    )
+    assert multiplied(step, rows if static else rows // 2) == step.plan.gemms
+
+
+def test_the_shift_costs_no_product(device, monkeypatch):
+    """The last position predicts nothing."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    step = Step(device, 16, 48, "slices")
+    run = lambda: fl.token_stats(step.source[0], step.y, shift=True, plan="slices").logps.sum().backward()  # noqa: E731
+    assert sum(m * n * k for m, n, k in products(run)) == 4 * 12 * 48 * 16
+
+
+@pytest.mark.parametrize(
+    ("grads", "rank", "wide", "narrow"),
+    [(("bias",), 0, 2, 0), (("a",), 4, 2, 3), (("b",), 4, 2, 3), (("a", "b"), 4, 2, 4), (("x", "a", "b"), 4, 3, 4)],
+)  # fmt: skip
+def test_products_of_a_head_that_learns_in_part(device, monkeypatch, grads, rank, wide, narrow):
+    """A bias needs no product beyond the logits, factors of rank r only those with r columns; and the plan says so."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    step = Step(device, 20, 320, "slices", 4096 * 25, grads=grads, rank=rank)
+    found = [(m * n * k, rank and rank in (m, n, k)) for m, n, k in products(step.run) if (m, n, k).count(16) < 2]
+    assert sum(f for f, low in found if not low) == wide * 20 * 320 * 16
+    between = 20 * 16 * rank  # hidden states and factor a
+    assert sum(f for f, low in found if low and f > between) == narrow * 20 * 320 * rank
+    assert step.plan.gemms == wide
+
+
+def test_auto_takes_the_fewest_products(device, monkeypatch):
+    """Of the plans that fit, in every step above."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    for plan, ref, divergence, entropy, grads, _ in STEPS:
+        if plan == "rows" or not grads:
+            continue
+        for workspace in (4096 * 25, 1 << 26):
+            build = lambda p, ws=workspace, o=(ref, divergence, entropy, grads): Step(device, 16, 320, p, ws, *o)  # noqa: E731
+            counts = []
+            for other in planner.KINDS:
+                try:
+                    counts.append(build(other).plan.gemms)
+                except ValueError:
+                    continue
+            assert build("auto").plan.gemms == min(counts), (plan, ref, divergence, grads, workspace)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+def held(step):
+    """Bytes at the peak of a step beyond inputs, gradients, what the plan keeps, and numbers of its rows: tiles."""
+    rows, width = step.y.numel(), step.policy[1].shape[1]
+    numbers = fields(len({d.power for d in step.asked if d.power is not None})) + 2 * (7 + 2 * len(step.asked))
+    numbers += 5 + len(step.asked) + width * (1 + (step.source[1] is not None))
+    gradients = sum(x.numel() * x.element_size() for x in step.leaves)
+    return peak_bytes(step.run) - gradients - step.plan.kept - rows * numbers * 4
+
+
+HELD = [  # plan, reference, divergence, entropy, gradients, dtype, masked; how far above what is held the plan may be
+    ("slices", None, None, False, XW, torch.float32, False, 5.0),
+    ("slices", None, None, False, XW, torch.bfloat16, False, 5.0),
+    ("slices", "hidden", None, False, XW, torch.float32, True, None),
+    ("slices", "hidden", "forward_kl", False, BOTH, torch.float32, False, 3.3),
+    ("slices", "hidden", ["js", "alpha"], True, XW, torch.bfloat16, False, 3.3),
+    ("frozen", None, None, False, X, torch.float32, False, 5.0),
+    ("frozen", "hidden", ["forward_kl"], True, X, torch.float32, False, 3.3),
+    ("whole", "hidden", "js", False, XW, torch.float32, False, 3.3),
+    ("rows", "hidden", None, False, XW, torch.float32, False, 3.3),
+    ("rows", "hidden", None, True, XW, torch.bfloat16, False, 3.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HELD, ids=lambda c: "-".join([c[0], str(c[1]), str(c[2]), str(c[5])]))
+def test_a_step_holds_what_its_plan_says(device, monkeypatch, case):
+    """Never more, and not much less, so that the workspace is used. (A lone log-prob needs a third of the temporaries that
+    are planned for on the torch backend; rows that do not count are planned for, too.)"""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
+    plan, ref, divergence, entropy, grads, dtype, masked, above = case
+    workspace = 28 * MIB if plan in ("rows", "whole") else 24 * MIB
+    rows, vocab = (256, 4096) if plan != "whole" else (128, 2048)
+    step = Step(device, rows, vocab, plan, workspace, ref, divergence, entropy, grads, 64, dtype, masked=masked)
+    assert step.plan.kind == plan and step.plan.tiles <= workspace
+    tiles = held(step)
+    assert tiles <= step.plan.tiles, f"{tiles / MIB:.2f} MiB of {step.plan.tiles / MIB:.2f}"
+    assert above is None or step.plan.tiles <= above * tiles, f"{tiles / MIB:.2f} MiB of {step.plan.tiles / MIB:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("plan", "ref", "divergence", "grads"),
+    [("slices", None, None, XW), ("slices", "hidden", "forward_kl", XW), ("frozen", None, None, X), ("rows", None, None, X)],
+)  # fmt: skip
+def test_memory_does_not_grow_with_rows_times_vocabulary(device, monkeypatch, plan, ref, divergence, grads):
+    """64 times as many logits in the same workspace."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
+    small, large = (
+        Step(device, rows, vocab, plan, 6 * MIB, ref, divergence, False, grads, 64)
+        for rows, vocab in ((64, 1024), (512, 8192))
+    )
+    few, many = held(small), held(large)
+    assert many <= large.plan.tiles <= 6 * MIB
+    assert many <= 1.25 * max(few, MIB), f"{few / MIB:.2f} MiB, {many / MIB:.2f} MiB"
+
+
+@pytest.mark.parametrize("plan", ["slices", "frozen"])
+def test_memory_of_the_triton_backend(device, monkeypatch, plan):
+    """Kernels hold nothing beside the tiles."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
+    step = Step(device, 8, 200, plan, 4500, "hidden", None, False, X if plan == "frozen" else XW)
+    tiles = held(step)
+    assert step.plan.tile[1] < 200 and tiles <= step.plan.tiles <= 4500
+
+
+# ---- the merge rule ----------------------------------------------------------------------------------------------------
+
+
+def backend_of(name):
+    if name == "torch":
+        return torch_backend
+    from fused_losses.kernels import launch
+
+    return launch
+
+
+POWERS = len({d.power for d in DIVS if d.power is not None})
+CUTS = [[0, 40, 77], [0, 1, 30, 77], [0, 3, 5, 20, 21, 50, 76, 77]]
+
+
+def whole_problem(vocab):
+    return Problem(DIVS, True, False, -100, vocab, 0.0, 1.0, 5.0, 0.7)
+
+
+def part_of(problem, start, end, *tensors):
+    return problem._replace(vocab=end - start, first=start), *(x[:, start:end].contiguous() for x in tensors)
+
+
+def blank_outputs(rows, device):
+    """logps, ref_logps, lse, entropy, divergences, hit, saved."""
+    n = len(DIVS)
+    floats = [torch.full((rows,), torch.nan, device=device) for _ in range(4)]
+    hit = torch.zeros(rows, dtype=torch.bool, device=device)
+    div, saved = (torch.full((k, rows), torch.nan, device=device) for k in (n, 7 + 2 * n))
+    return [*floats, div, hit, saved]
+
+
+def state_of(backend, problem, z, w, y, start, end):
+    """The sums over one part of the vocabulary."""
+    state = torch.full((fields(POWERS), len(y)), torch.nan, device=z.device)
+    part, z, w = part_of(problem, start, end, z, w)
+    backend.fold(part, z, y, w, state, True)
+    return state
+
+
+def folded(backend, problem, z, w, y, cuts):
+    """Slice after slice into one state."""
+    state = torch.full((fields(POWERS), len(y)), torch.nan, device=z.device)
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        part, zs, ws = part_of(problem, start, end, z, w)
+        backend.fold(part, zs, y, ws, state, start == 0)
+    return state
+
+
+def merged(backend, problem, states, order):
+    """order: a permutation, merged one after another, or "tree"."""
+    states = [s.clone() for s in states]
+    if order == "tree":
+        while len(states) > 1:
+            pairs = [states[i : i + 2] for i in range(0, len(states), 2)]
+            for pair in pairs:
+                if len(pair) == 2:
+                    backend.merge_states(problem, pair[0], pair[1])
+            states = [pair[0] for pair in pairs]
+        return states[0]
+    first, *others = (states[i] for i in order)
+    for other in others:
+        backend.merge_states(problem, first, other)
+    return first
+
+
+def closed(backend, problem, state, z, w, y, cuts):
+    """Named outputs of the rows that count."""
+    out = blank_outputs(len(y), z.device)
+    backend.close(problem, state, y, *out)
+    sums = torch.zeros(2 * len(DIVS), len(y), device=z.device)
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        part, zs, ws = part_of(problem, start, end, z, w)
+        backend.terms(part, zs, y, ws, out[6], sums)
+    for i, d in enumerate(DIVS):
+        if d.term is not None:
+            value, slope = sums[2 * i], sums[2 * i + 1]
+            torch_backend.write_divergence(problem, i, value, slope, slice(None), out[0], out[1], out[4], out[6])
+    here = y != -100
+    named = dict(zip(("logps", "ref_logps", "lse", "entropy", "hit"), [*out[:4], out[5]], strict=True))
+    return {k: v[here] for k, v in (named | dict(zip(NAMES, out[4], strict=True))).items()}
+
+
+def truth_of(z, w, y):
+    found = fl.reference.token_stats(
+        fl.Logits(z.double()), y, fl.Logits(w.double(), softcap=5.0, scale=0.7), divergence=NAMES, entropy=True
+    )
+    named = {k: getattr(found, k) for k in ("logps", "ref_logps", "lse", "entropy")} | found.divergence
+    return {"hit": found.correct[y != -100]} | {k: v[y != -100] for k, v in named.items()}
+
+
+def one_slice(backend, problem, z, w, y):
+    """The kernels that see whole rows."""
+    out = blank_outputs(len(y), z.device)
+    backend.forward(problem, z, y, w, *out)
+    here = y != -100
+    named = dict(zip(("logps", "ref_logps", "lse", "entropy", "hit"), [*out[:4], out[5]], strict=True))
+    return {k: v[here] for k, v in (named | dict(zip(NAMES, out[4], strict=True))).items()}
+
+
+def rows_with_suppressed_tokens(device, spread=1.0, vocab=77):
+    """Nine rows: -inf regions that fill whole parts, on one or both sides, and labels in every part."""
+    z = torch.randn(9, vocab, device=device) * 3
+    w = z + torch.randn(9, vocab, device=device) * spread
+    z[0, 3], w[0, 3] = -torch.inf, -torch.inf
+    z[2, :40], w[2, :40] = -torch.inf, -torch.inf  # a part that is empty on both sides, the first
+    z[3, 40:], w[3, 40:] = -torch.inf, -torch.inf  # the last
+    z[4, 5:20], z[4, 30:50] = -torch.inf, -torch.inf  # of the policy alone
+    w[5, :30] = -torch.inf  # of the reference alone
+    w[5, 76] = -torch.inf
+    y = torch.tensor([0, -100, 60, 2, 21, 75, 76, 20, 45], device=device)
+    return z, w, y
+
+
+def few_rows(backend, *tensors):
+    """The interpreter takes some of them only."""
+    return tensors if backend == "torch" else [x[:6] for x in tensors]
+
+
+@pytest.mark.parametrize(
+    ("backend", "cuts"), [*(("torch", c) for c in CUTS), ("triton", CUTS[1])], indirect=["backend"],
+    ids=lambda x: x if isinstance(x, str) else f"{len(x) - 1} parts",
+)  # fmt: skip
+def test_slices_fold_into_the_whole(backend, device, cuts):
+    code, problem = backend_of(backend), whole_problem(77)
+    z, w, y = few_rows(backend, *rows_with_suppressed_tokens(device))
+    found = closed(code, problem, folded(code, problem, z, w, y, cuts), z, w, y, cuts)
+    check_against(found, one_slice(code, problem, z, w, y), truth_of(z, w, y))
+
+
+def check_against(found, whole, truth):
+    """Infinite where the truth is; finite numbers within 2e-6, or no worse than three times the unsplit ones."""
+    assert torch.equal(found["hit"], truth["hit"])
+    for name, true in truth.items():
+        if name == "hit":
+            continue
+        assert torch.equal(found[name].isinf(), true.isinf()) and not found[name].isnan().any(), name
+        here = true.isfinite()
+        error, unsplit = (relative(x[name][here], true[here]) for x in (found, whole))
+        assert error <= max(2e-6, 3 * unsplit), f"{name}: {error:.1e}, unsplit {unsplit:.1e}"
+
+
+ORDERS = [(len(cuts) - 1, order) for cuts in CUTS for order in ("tree", "forwards", "backwards", "shuffled")]
+BY_LENGTH = {len(cuts) - 1: cuts for cuts in CUTS}
+
+
+@pytest.mark.parametrize(
+    ("backend", "order"),
+    [*(("torch", o) for o in ORDERS), *(("triton", (n, o)) for n, o in [(7, "tree"), (3, "shuffled"), (2, "backwards")])],
+    indirect=["backend"], ids=str,
+)  # fmt: skip
+def test_parts_merge_in_any_order(backend, device, order):
+    cuts, order = BY_LENGTH[order[0]], order[1]
+    code, problem = backend_of(backend), whole_problem(77)
+    z, w, y = few_rows(backend, *rows_with_suppressed_tokens(device))
+    states = [state_of(code, problem, z, w, y, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    n = len(states)
+    orders = {"forwards": range(n), "backwards": range(n)[::-1], "shuffled": torch.randperm(n).tolist()}
+    state = merged(code, problem, states, orders.get(order, order))
+    check_against(closed(code, problem, state, z, w, y, cuts), one_slice(code, problem, z, w, y), truth_of(z, w, y))
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-4])
+@pytest.mark.parametrize(("backend", "offset"), [("torch", 0.0), ("torch", 5.0), ("triton", 5.0)], indirect=["backend"])
+def test_merging_near_the_reference(backend, device, spread, offset):
+    """Where p is almost q: no worse than three times the error of the rows unsplit, and never negative."""
+    code, rows = backend_of(backend), 32 if backend == "torch" else 6
+    problem = Problem(DIVS, True, False, -100, 509, 0.0, 1.0, 0.0, 1.0)
+    z = torch.randn(rows, 509, device=device) * 2
+    w = z + torch.randn(rows, 509, device=device) * spread + offset
+    y = torch.tensor([0, 200, 508, 333] * 8, device=device)[:rows]
+    whole = one_slice(code, problem, z, w, y)
+    found = fl.reference.token_stats(z.double(), y, w.double(), divergence=NAMES).divergence
+    cuts = [0, 100, 101, 300, 310, 450, 508, 509] if backend == "torch" else [0, 101, 509]
+    states = [state_of(code, problem, z, w, y, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    for order in ("tree", range(7), [4, 0, 6, 2, 5, 1, 3])[: 3 if backend == "torch" else 1]:
+        parts = closed(code, problem, merged(code, problem, states, order), z, w, y, cuts)
+        for name in NAMES:
+            error, unsplit = relative(parts[name], found[name]), relative(whole[name], found[name])
+            assert (parts[name] >= 0).all() and error <= 3 * max(unsplit, 1e-6), (
+                f"{name}: {error:.1e}, unsplit {unsplit:.1e}"
+            )
+
+
+def test_partial_stats_are_that_rule(backend, device):
+    """The public face: parts of logits and of a head, merged in two groupings."""
+    names = [n for n in NAMES if divergences.get(n).row is not None]
+    x, weight = torch.randn(4, 6, device=device), torch.randn(53, 6, device=device)
+    y = labels_for((4,), 53, device)
+    z, w = x @ weight.T, torch.randn(4, 53, device=device)
+    cuts = [(0, 10), (10, 11), (11, 40), (40, 53)]
+    options = {"divergence": names, "entropy": True}
+    logits = [fl.partial_stats(z[:, a:b], y, w[:, a:b], first=a, **options) for a, b in cuts]
+    heads = [fl.partial_stats(fl.Hidden(x, weight[a:b]), y, w[:, a:b], first=a, **options) for a, b in cuts]
+    truth = fl.reference.token_stats(z.double(), y, w.double(), **options)
+    grouped = fl.merge_stats([fl.merge_stats(logits[2:]), fl.merge_stats(logits[:2])])
+    for merged_parts in (fl.merge_stats(logits), grouped, fl.merge_stats(heads[::-1])):
+        found = merged_parts.close()
+        assert torch.equal(found.correct, truth.correct)
+        for name in ("logps", "ref_logps", "lse", "entropy"):
+            assert relative(getattr(found, name), getattr(truth, name)) <= 1e-6, name
+        for name in names:
+            assert relative(found.divergence[name], truth.divergence[name]) <= 2e-6, name
