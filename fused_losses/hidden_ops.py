@@ -83,7 +83,7 @@ def facts_of(
         sums=sums, ref=ref is not None, device=policy.x.device.type, backend=backend,
         bases=problem.entropy + len(plans.bases(problem)), pair=bool(problem.divergences),
         second=any(d.term is not None for d in problem.divergences),
-        to_hidden=wanted[0], to_head=any(wanted[1:5]), to_ref=any(wanted[5:]), pairs=longest_pair,
+        to_hidden=wanted[0], to_head=any(wanted[1:5]), to_weight=wanted[1], to_ref=any(wanted[5:]), pairs=longest_pair,
         weight=0 if policy.weight is None else policy.weight.numel(), casts=(casts[0], casts[1]), static=static,
         dense=all(t is None or t.stride(-1) == 1 for s in (policy, ref) if s is not None for t in (s.weight, s.b)),
     )  # fmt: skip
@@ -253,7 +253,7 @@ def _log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:
     """The reference's per row, in slices: so row blocks hold the logits of one model only."""
     problem = Problem((), False, False, options.ignore_index, options.vocab, *options[8:10], 0.0, 1.0)
     facts = facts_of(problem, ref, None, labels.numel(), options.backend, [False] * 10)
-    backend, plan = backend_module(options.backend), choose(facts, "auto", options.workspace)
+    backend, plan = backend_module(options.backend), choose(facts, "slices", options.workspace)
     call = plans.open_call(problem, backend, plan, labels, ref, None, options.static_shapes)
     return plans.spread_out(plans.forward(call), call.rows, labels.numel())[0]
 

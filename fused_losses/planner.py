@@ -46,6 +46,7 @@ class Facts(NamedTuple):
     second: int = 0  # of which so many need a second sweep
     to_hidden: bool = False  # gradients wanted: policy's hidden states (or logits)
     to_head: bool = False  # policy's weight, bias or factors
+    to_weight: bool = False  # policy's weight itself
     to_ref: bool = False  # anything of the reference
     pairs: int = 0  # rows of the longest pair, where the loss is known inside the op
     casts: tuple[int, int] = (0, 0)  # bytes that a row and a column take to have factors in the dtype of the products
@@ -110,7 +111,7 @@ def _bytes(facts: Facts, rows: int, columns: int) -> int:
         size += BLOCKS * min(BLOCK_BYTES, rows * columns * facts.sums)
     size += rows * facts.casts[0] + columns * facts.casts[1]
     if low and (rows < facts.rows or facts.device != "cuda"):  # a slice of dW before it is rounded
-        size += columns * (facts.hidden[0] * facts.to_head + facts.hidden[1] * facts.to_ref) * facts.sums
+        size += columns * (facts.hidden[0] * facts.to_weight + facts.hidden[1] * facts.to_ref) * facts.sums
     return size
 
 
@@ -159,10 +160,9 @@ def choose(facts: Facts, kind: str = "auto", workspace: int | None = None) -> Pl
         if reason:
             raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
         return _plan(facts, kind, budget, "asked for")
-    for candidate in KINDS[:-1]:
-        if not (reason := _refusal(facts, candidate, budget, asked=False)):
-            return _plan(facts, candidate, budget, _reasons(facts)[candidate])
-    return _plan(facts, "slices", budget, _reasons(facts)["slices"])
+    possible = [k for k in KINDS if not _refusal(facts, k, budget, asked=False)]
+    fewest = min(possible, key=lambda k: _count(_products(facts, k)))  # the first of equals
+    return _plan(facts, fewest, budget, _reasons(facts)[fewest])
 
 
 def _reasons(facts: Facts) -> dict[str, str]:
@@ -202,8 +202,6 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
             return "nothing asks for a gradient"
         if not asked and _kept_frozen(facts) > budget // 2:
             return "what it keeps for backward does not fit half the workspace"
-        if not asked and _count(_products(facts, "frozen")) > _count(_products(facts, "slices")):
-            return "more products than slices"
     if kind == "whole":
         if not facts.backward:
             return "nothing asks for a gradient"
@@ -237,15 +235,15 @@ def _whole_bytes(facts: Facts) -> int:
 def rows_bytes(facts: Facts, rows: int) -> int:
     """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum beside dW itself. The reference's
     log-probs are there before, from slices."""
-    wide, final = (facts.weight * size * facts.to_head for size in (facts.sums, facts.itemsize))
-    return max(_bytes(facts._replace(to_head=False, ref=False), rows, facts.vocab) + wide - final, wide)
+    wide, final = (facts.weight * size * facts.to_weight for size in (facts.sums, facts.itemsize))
+    return max(_bytes(facts._replace(to_weight=False, ref=False), rows, facts.vocab) + wide - final, wide)
 
 
 def _products(facts: Facts, kind: str) -> tuple[str, str]:
     ref = ["w"] if facts.hidden[1] else []
     logits = [*(["z"] if facts.hidden[0] else []), *ref]
     sweeps = logits * (2 if facts.second else 1)
-    back = [*(["dX"] if facts.to_hidden and facts.hidden[0] else []), *(["dW"] if facts.to_head else [])]
+    back = [*(["dX"] if facts.to_hidden and facts.hidden[0] else []), *(["dW"] if facts.to_weight else [])]
     to_ref = ["dX_ref", "dW_ref"] if facts.to_ref and facts.hidden[1] else []
     if kind == "rows":
         return ", ".join([*logits, *back]), ""

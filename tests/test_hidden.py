@@ -26,10 +26,18 @@ import fused_losses as fl
 from fused_losses import divergences, planner
 from fused_losses.memory_probe import peak_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = divergences.names()
 LINKS = divergences.linkable()
 OPS = torch.ops.fused_losses
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are small, and threads that wait for a busy processor slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tile_kernel():

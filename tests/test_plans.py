@@ -11,10 +11,18 @@ from fused_losses.layout import Problem
 from fused_losses.memory_probe import peak_bytes
 from fused_losses.moments import fields
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = divergences.names()
 DIVS = tuple(divergences.get(n) for n in NAMES)
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are small, and threads that wait for a busy processor slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Step:
@@ -126,7 +134,8 @@ def test_rows_that_do_not_count_are_not_multiplied(backend, device, plan, static
     step = Step(
         device, rows, 48, plan, None, "hidden", None, False, X if plan == "frozen" else XW, static=static, masked=True
     )
-    assert multiplied(step, rows if static else rows // 2) == step.plan.gemms
+    in_kernel = backend == "triton" and plan == "rows"  # the reference's logits, where nothing else needs them
+    assert multiplied(step, rows if static else rows // 2) == step.plan.gemms - in_kernel
 
 
 def test_the_shift_costs_no_product(device, monkeypatch):
