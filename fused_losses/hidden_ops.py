@@ -183,7 +183,7 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
     """Gradients of the wanted ones of the ten tensors, in their order."""
     grads, (logps, saved, keep), tensors = args[:5], args[5:8], args[8:19]
     options, wanted = Options(*args[19:-1]), args[-1]
-    if not keep.numel():
+    if options.plan == "rows":  # what forward found does not hold: anew
         options = options._replace(plan="slices")
     if not any(wanted[5:]) and (args[4] is None or not args[4].numel()):
         tensors = (*tensors[:6], *[None] * 5)  # w is not needed: nor are the reference's rows

@@ -187,7 +187,7 @@ def _gradient_inside(
     else:  # the offsets are not read on the host
         return None
     other = None if isinstance(ref, LogProbs) else ref
-    call = request(policy, y, other, (), options["entropy"], options["ignore_index"], how, longest)
+    call = request(policy, y, other, (), options["entropy"], options["ignore_index"], how, max(1, longest))
     return call if call.plan.kind == "rows" else None
 
 
