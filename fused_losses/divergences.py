@@ -51,7 +51,9 @@ class Divergence:
     term: Formula | None = None  # c_v >= 0 (up to rounding) with D = sum_v c_v
     power: float | None = None  # the s that `row` needs
     params: tuple[float, ...] = ()
-    scaling: Callable | None = None  # (x, y, *params) -> a, b:  grad_p(e^x p, e^y q) = a grad_p(p, q) + b p
+    scaling: Callable | None = (
+        None  # (x, y, *params) -> a, b:  grad_p(e^x p, e^y q) = a grad_p(p, q) + b p, for x, y <= 0
+    )
     parts: tuple[str, ...] = ()  # those it is the sum of
     degree: float = 1.0  # D(x p, x q) = x^degree D(p, q); 1 for every f-divergence
     f: Callable[[Tensor], Tensor] | None = None
@@ -91,10 +93,6 @@ def _reverse_grad_q(p, q, t, lp, lq):
 
 def _reverse_row(reverse, forward, power):
     return reverse, reverse
-
-
-def _reverse_scaling(x, y):
-    return exp(x), exp(x) * (x - y)
 
 
 def _reverse_link(h):
@@ -271,7 +269,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 def reverse_kl() -> Divergence:
     """KL(policy || ref) = sum p log(p/q). f = u log u. The divergence of DPO and of KL-regularised RL."""
     return Divergence(
-        _kl, _reverse_grad_p, _reverse_grad_q, _reverse_row, scaling=_reverse_scaling,
+        _kl, _reverse_grad_p, _reverse_grad_q, _reverse_row,
         f=lambda u: u * log(u), f_prime=lambda u: log(u) + 1, link=_reverse_link, score=lambda h: h,
     )  # fmt: skip
 
@@ -322,7 +320,8 @@ def _power(s: float, weight: float) -> Divergence:
         return weight * ((p**s * q ** (1 - s)).where((p > 0) | (q > 0), 0).sum(-1) - 1) / (s * (s - 1))
 
     return Divergence(
-        define, _power_grad_p, _power_grad_q, _power_row, scaling=_power_scaling, power=s, params=(s, weight),
+        define, _power_grad_p, _power_grad_q, _power_row, power=s, params=(s, weight),
+        scaling=_power_scaling if 0 < s < 1 else None,
         f=lambda u: weight * (u**s - s * u + s - 1) / (s * (s - 1)),
         f_prime=lambda u: weight * (u ** (s - 1) - 1) / (s - 1),
         link=_power_link if s < 1 else None,

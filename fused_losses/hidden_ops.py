@@ -83,6 +83,7 @@ def facts_of(
         sums=sums, ref=ref is not None, device=policy.x.device.type, backend=backend,
         bases=problem.entropy + len(plans.bases(problem)), pair=bool(problem.divergences),
         second=any(d.term is not None for d in problem.divergences),
+        frozen_second=any(d.scaling is None for d in plans.bases(problem)),
         to_hidden=wanted[0], to_head=any(wanted[1:5]), to_weight=wanted[1], to_ref=any(wanted[5:]), pairs=longest_pair,
         weight=0 if policy.weight is None else policy.weight.numel(), casts=(casts[0], casts[1]), static=static,
         dense=all(t is None or t.stride(-1) == 1 for s in (policy, ref) if s is not None for t in (s.weight, s.b)),
@@ -197,7 +198,7 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
     if options.plan == "frozen":
         dx = plans.frozen_backward(call, keep[:, : len(call.labels)], compact(logps), saved, grads)
         x = tensors[1]
-        return [spread(dx, call.rows, tensors[0].numel(), x.dtype).view(x.shape)]
+        return [spread(dx, call.rows, tensors[0].numel(), x.dtype).contiguous().view(x.shape)]
     kept = keep[:, : len(call.labels)] if options.plan == "whole" else None
     found = plans.backward(call, saved, grads, wanted[:5], wanted[5:], kept)
     return [g for g, flag in zip(found, wanted, strict=True) if flag]
@@ -246,7 +247,7 @@ def _pairs(args, labels):  # type: ignore[no-untyped-def]
     if cu_seqlens is not None:
         return problem, cu_seqlens.tolist()
     length = labels.numel() // max(1, sequences)
-    return problem, list(range(0, sequences * length + 1, max(1, length)))[: sequences + 1] or [0]
+    return problem, [i * length for i in range(sequences + 1)]
 
 
 def _log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import planner, torch_backend
-from .divergences import Divergence, parse
+from .divergences import Divergence, from_key, parse
 from .memory_probe import peak_bytes
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -130,14 +130,14 @@ class HeadStep(Step):
         return max(super().naive(), self.logits * (1 + self.both) + sum(self.gradients().values()))
 
     def facts(self, device: str) -> planner.Facts:
-        bases = {key for d in self.divergences for key in (d.parts or (d.key,))}
+        bases = [from_key(k) for k in {key for d in self.divergences for key in (d.parts or (d.key,))}]
         widths = self.hidden, self.ref * self.ref_hidden
         cast = 4 * max(widths) * (device == "cpu" and self.itemsize < 4)  # a CPU multiplies in float32
         return planner.Facts(
             self.rows, self.vocab, widths, self.itemsize, 4, self.ref, device, "torch" if device == "cpu" else "triton",
             bases=len(bases), pair=bool(self.divergences), second=any(d.term is not None for d in self.divergences),
-            to_hidden=True, to_head=not self.frozen, to_weight=not self.frozen, to_ref=self.both,
-            pairs=self.pairs, casts=(cast, cast),
+            frozen_second=any(d.scaling is None for d in bases), to_hidden=True, to_head=not self.frozen,
+            to_weight=not self.frozen, to_ref=self.both, pairs=self.pairs, casts=(cast, cast),
             weight=self.vocab * self.hidden,
         )  # fmt: skip
 

@@ -11,14 +11,14 @@
              the backward of slices rounds its logits differently from this forward, which shows where policy and reference
              nearly agree (ten times eager's error at differences of 1e-3)
 
-Divergences that need a second sweep compute z and w twice in the forward. Everything is decided from shapes and flags:
-nothing is measured, no value is read from a device.
+Divergences that need a second sweep, and in a frozen head those without a scaling, compute z and w twice.
+Everything is decided from shapes and flags: nothing is measured, no value is read from a device.
 """
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from .torch_backend import BLOCK_BYTES
 
@@ -43,7 +43,8 @@ class Facts(NamedTuple):
     backend: str = "torch"
     bases: int = 0  # divergences and entropy: what a frozen head needs a product for
     pair: bool = False  # some divergence is asked for
-    second: int = 0  # of which so many need a second sweep
+    second: bool = False  # one of them needs a second sweep
+    frozen_second: bool = False  # so does its sum for a frozen head
     to_hidden: bool = False  # gradients wanted: policy's hidden states (or logits)
     to_head: bool = False  # policy's weight, bias or factors
     to_weight: bool = False  # policy's weight itself
@@ -130,11 +131,12 @@ def tile_shape(facts: Facts, budget: int) -> tuple[int, int]:
             break
         rows = (rows + 1) // 2
     if not columns:
-        least = _bytes(facts, 1, min(vocab, step))
-        raise ValueError(
-            f"workspace: expected at least {least} bytes, for {min(vocab, step)} logits of one row, got {budget}"
-        )
+        _too_small(_bytes(facts, 1, min(vocab, step)), budget, min(vocab, step))
     return rows, columns
+
+
+def _too_small(least: int, budget: int, logits: int) -> NoReturn:
+    raise ValueError(f"workspace: expected at least {least} bytes, for {logits} logits of one row, got {budget}")
 
 
 def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
@@ -155,13 +157,20 @@ def choose(facts: Facts, kind: str = "auto", workspace: int | None = None) -> Pl
     budget = workspace_bytes(workspace)
     if kind not in ("auto", *KINDS):
         raise ValueError(f"plan: expected one of auto, {', '.join(KINDS)}, got {kind!r}")
+    if not facts.backward and kind in ("frozen", "rows", "whole"):  # what they are about is not there
+        return _plan(
+            facts, "slices", budget, f"nothing asks for a gradient, so plan {kind!r} is the forward of this one"
+        )
     if kind != "auto":
         reason = _refusal(facts, kind, budget, asked=True)
         if reason:
             raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
         return _plan(facts, kind, budget, "asked for")
-    possible = [k for k in KINDS if not _refusal(facts, k, budget, asked=False)]
-    fewest = min(possible, key=lambda k: _count(_products(facts, k)))  # the first of equals
+    fewest, least = "slices", 0
+    for candidate in KINDS:  # the first of equals
+        count = _count(_products(facts, candidate))
+        if not _refusal(facts, candidate, budget, asked=False) and (count < least or not least):
+            fewest, least = candidate, count
     return _plan(facts, fewest, budget, _reasons(facts)[fewest])
 
 
@@ -242,7 +251,7 @@ def rows_bytes(facts: Facts, rows: int) -> int:
 def _products(facts: Facts, kind: str) -> tuple[str, str]:
     ref = ["w"] if facts.hidden[1] else []
     logits = [*(["z"] if facts.hidden[0] else []), *ref]
-    sweeps = logits * (2 if facts.second else 1)
+    sweeps = logits * (2 if facts.second or (kind == "frozen" and facts.frozen_second) else 1)
     back = [*(["dX"] if facts.to_hidden and facts.hidden[0] else []), *(["dW"] if facts.to_weight else [])]
     to_ref = ["dX_ref", "dW_ref"] if facts.to_ref and facts.hidden[1] else []
     if kind == "rows":
@@ -285,6 +294,9 @@ def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
         tile, size = (max(1, facts.rows), facts.vocab), _whole_bytes(facts)
     else:
         facts = facts._replace(extra=kind == "frozen" and not (low and facts.device == "cuda"))
+        least = _bytes(facts, 1, min(facts.vocab, 16))
+        if kind == "frozen" and least > room:
+            _too_small(min(least + _kept_frozen(facts), 2 * least), budget, min(facts.vocab, 16))
         tile = tile_shape(facts, room)
         size = _bytes(facts, *tile)
     forward, backward = _products(facts, kind)

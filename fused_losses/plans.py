@@ -243,8 +243,8 @@ def _spare(s: Side | None, tile: Tensor | None, kept: bool = False) -> Tensor | 
 # Per row E[h W] = sum_v h_v s_v W_v (s_v the slope of the head) for h = p, for p log p where the entropy has a gradient,
 # and for h = dD/dlog p of each divergence. During the first sweep p and q are normalised by the totals so far. Those grow by
 # e^-x and e^-y: Divergence.scaling then gives h = a h' + b p', two numbers a row that bring a sum up to date. (Sums of
-# numbers that are not normalised would do in exact arithmetic, but p' may be huge against h.) Divergences of the second
-# sweep have their sums from tiles that are normalised for good.
+# numbers that are not normalised would do in exact arithmetic, but p' may be huge against h.) Divergences without a scaling
+# have their sums from a second sweep, over tiles that are normalised for good.
 
 
 def bases(problem: Problem) -> list[Divergence]:
@@ -285,7 +285,7 @@ class _Frozen:
         self, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor, second: bool
     ) -> None:
         for i, d in enumerate(self.bases, self.at):
-            if (d.term is not None) == second:
+            if (d.scaling is None) == second:
                 self._add(i, r, c, part._replace(divergences=(d,)), z, w, frame, 4)
 
     def rescale(self, r: slice, x: Tensor, y: Tensor) -> None:
@@ -316,12 +316,13 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
             backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
             old, new = frames[:, r], _frame(backend, state[:, r], call.ref is not None)
             if c.start:
-                x = backend.in_nats((old[0] - new[0]) + (old[1] - new[1]))
-                sums.rescale(r, x, x - ((old[4] - new[4]) + (old[5] - new[5])))
+                x, y = (backend.in_nats((old[i] - new[i]) + (old[i + 1] - new[i + 1])) for i in (0, 2))
+                near = x - ((old[4] - new[4]) + (old[5] - new[5]))  # the same y with the digits that x - y needs
+                sums.rescale(r, x, torch.where((near - y).abs() < 1e-3, near, y))
             old.copy_(new)
             sums.add_slice(r, c, part, z, w, new)
     backend.close(problem, state, call.labels, *out)
-    if any(d.term is not None for d in problem.divergences):
+    if any(d.scaling is None for d in sums.bases):
 
         def visit(r: slice, c: slice, part: Problem, z: Tensor, w: Tensor) -> None:
             row = torch.cat([out.saved[:6, r], torch.zeros_like(out.saved[:3, r])])

@@ -150,7 +150,7 @@ def _from_logits(
 
 def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     """The label that each position predicts; none at the last."""
-    if not shift:
+    if not shift or labels.shape[-1] == 0:
         return labels
     return torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)], dim=-1)
 

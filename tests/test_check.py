@@ -46,9 +46,9 @@ def test_every_plan_and_leaf_on_both_backends(backend, device):
         assert (plan, "ref_logps", "ref_dW") in ran and (plan, "entropy", "db") in ran
     assert {part for p, what, part in ran if (p, what) == ("rows", "sigmoid, js")} == {"value", *LEAVES}
     assert {part for p, what, part in ran if p == "frozen"} == {"value", "dX"}
-    assert {what for p, what, part in ran if p == "frozen"} == {what for _, what, _ in ran} - {"ref_logps"}
+    assert {what for p, what, part in ran if p == "frozen"} == {what for _, what, _ in ran}
     why = {plan: reason for plan, reason in skipped}
-    assert why["rows"].startswith("it needs a preference loss") and why["frozen"] == "nothing asks for a gradient"
+    assert why["rows"].startswith("it needs a preference loss")
     assert ("tiles" in why) == (backend == "torch")
     values = [row for row in rows if row.dtype != "float32" and row.part == "value"]
     assert all(row.allowed < 1e-4 for row in values), "logits are float32 and must be held to that"

@@ -82,8 +82,8 @@ STEPS = [  # plan, reference, divergence, entropy, gradients to, products
     ("whole", None, None, False, XW, 3), ("whole", "hidden", None, False, XW, 4), ("whole", "hidden", "js", False, XW, 4),
     ("whole", "hidden", ["js", "forward_kl"], True, BOTH, 6), ("whole", "hidden", "forward_kl", False, X, 3),
     ("frozen", None, None, False, X, 2), ("frozen", None, None, True, X, 3), ("frozen", "hidden", None, False, X, 3),
-    ("frozen", "hidden", "forward_kl", False, X, 4), ("frozen", "hidden", ["forward_kl", "pearson_chi2"], False, X, 5),
-    ("frozen", "hidden", "jeffreys", False, X, 5), ("frozen", "hidden", ["jeffreys", "reverse_kl"], True, X, 6),
+    ("frozen", "hidden", "forward_kl", False, X, 4), ("frozen", "hidden", ["forward_kl", "alpha"], False, X, 5),
+    ("frozen", "hidden", "jeffreys", False, X, 7), ("frozen", "hidden", ["jeffreys", "reverse_kl"], True, X, 8),
     ("frozen", "hidden", "js", False, X, 6), ("frozen", "logits", "js", True, X, 5),
     ("rows", None, None, False, XW, 3), ("rows", "hidden", None, True, XW, 4), ("rows", "hidden", None, False, X, 3),
     ("rows", "logits", None, False, W, 2),
@@ -134,8 +134,9 @@ def test_rows_that_do_not_count_are_not_multiplied(backend, device, plan, static
     step = Step(
         device, rows, 48, plan, None, "hidden", None, False, X if plan == "frozen" else XW, static=static, masked=True
     )
-    in_kernel = backend == "triton" and plan == "rows"  # the reference's logits, where nothing else needs them
-    assert multiplied(step, rows if static else rows // 2) == step.plan.gemms - in_kernel
+    found = multiplied(step, rows if static else rows // 2)
+    # a tile kernel may make the reference's logits, where nothing else needs them
+    assert found == step.plan.gemms or (backend == "triton" and plan == "rows" and found == step.plan.gemms - 1)
 
 
 def test_the_shift_costs_no_product(device, monkeypatch):
@@ -191,23 +192,23 @@ def held(step):
 
 
 HELD = [  # plan, reference, divergence, entropy, gradients, dtype, masked; how far above what is held the plan may be
-    ("slices", None, None, False, XW, torch.float32, False, 5.0),
-    ("slices", None, None, False, XW, torch.bfloat16, False, 5.0),
+    ("slices", None, None, False, XW, torch.float32, False, 3.4),
+    ("slices", None, None, False, XW, torch.bfloat16, False, 3.4),
     ("slices", "hidden", None, False, XW, torch.float32, True, None),
-    ("slices", "hidden", "forward_kl", False, BOTH, torch.float32, False, 3.3),
-    ("slices", "hidden", ["js", "alpha"], True, XW, torch.bfloat16, False, 3.3),
-    ("frozen", None, None, False, X, torch.float32, False, 5.0),
-    ("frozen", "hidden", ["forward_kl"], True, X, torch.float32, False, 3.3),
-    ("whole", "hidden", "js", False, XW, torch.float32, False, 3.3),
-    ("rows", "hidden", None, False, XW, torch.float32, False, 3.3),
-    ("rows", "hidden", None, True, XW, torch.bfloat16, False, 3.3),
+    ("slices", "hidden", "forward_kl", False, BOTH, torch.float32, False, 3.4),
+    ("slices", "hidden", ["js", "alpha"], True, XW, torch.bfloat16, False, 3.4),
+    ("frozen", None, None, False, X, torch.float32, False, 3.4),
+    ("frozen", "hidden", ["forward_kl"], True, X, torch.float32, False, 3.4),
+    ("whole", "hidden", "js", False, XW, torch.float32, False, 3.4),
+    ("rows", "hidden", None, False, XW, torch.float32, False, 3.4),
+    ("rows", "hidden", None, True, XW, torch.bfloat16, False, 3.4),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HELD, ids=lambda c: "-".join([c[0], str(c[1]), str(c[2]), str(c[5])]))
 def test_a_step_holds_what_its_plan_says(device, monkeypatch, case):
-    """Never more, and not much less, so that the workspace is used. (A lone log-prob needs a third of the temporaries that
-    are planned for on the torch backend; rows that do not count are planned for, too.)"""
+    """Never more, and not much less, so that the workspace is used. (The most is planned for: a lone log-prob needs a third
+    of the torch backend's temporaries, and rows that do not count take nothing.)"""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
     plan, ref, divergence, entropy, grads, dtype, masked, above = case
     workspace = 28 * MIB if plan in ("rows", "whole") else 24 * MIB
