@@ -209,7 +209,8 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
             return "it is for a policy from hidden states whose head, and reference, need no gradient"
         if not facts.to_hidden:
             return "nothing asks for a gradient"
-        if not asked and _kept_frozen(facts) > budget // 2:
+        kept, tile = _kept_frozen(facts), _bytes(facts._replace(extra=True), 1, min(facts.vocab, 16))
+        if not asked and (kept > budget // 2 or kept + tile > budget):
             return "what it keeps for backward does not fit half the workspace"
     if kind == "whole":
         if not facts.backward:

@@ -187,7 +187,7 @@ def _tile_arguments(call: Call) -> tuple:
         inputs = s.inputs
         low_rank = None if s.xa is None else (s.xa, inputs.b, 1.0)
         x = s.x if s.x.stride(-1) == 1 else s.x.contiguous()
-        return x, inputs.weight, inputs.bias, low_rank
+        return x, inputs.weight, None if inputs.bias is None else inputs.bias.contiguous(), low_rank
 
     return one(call.policy), call.labels, one(call.ref)
 

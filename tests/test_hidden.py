@@ -140,8 +140,7 @@ def test_any_shape_and_option(backend, device, poison, drawn):
     torch.manual_seed(seed)
     r = random.Random(f"{plan} {seed}")
     leaves, build, y, options, how = random_call(r, plan, backend == "triton", device)
-    # a frozen head's gradient is a difference of sums; a tile kernel's logits are not quite those of its backward
-    tolerance = 1e-5 if plan in ("slices", "whole") else 3e-5
+    tolerance = 3e-5 if plan == "tiles" else 1e-5  # its logits are not quite those of its backward
     compare_sources(build, leaves, y, tolerance, each=backend == "torch", how=how, **options)
 
 
