@@ -116,7 +116,7 @@ BROKEN = {
     "dW of row blocks": ("row_blocks", lambda found: found[2][1], {"dW"}, {"auto", "rows"}),
     "db of row blocks": ("row_blocks", lambda found: found[2][2], {"db"}, {"auto", "rows"}),
     "losses of row blocks": ("row_blocks", lambda found: found[1].losses, {"value"}, {"auto", "rows"}),
-    "values": ("forward", lambda out: out.logps, {"value"}, {"auto", "slices", "whole"}),
+    "values": ("forward", lambda out: out.logps, {"value"}, {"auto", "rows", "slices", "whole"}),
 }
 
 

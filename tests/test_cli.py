@@ -311,7 +311,7 @@ def test_memory_from_hidden_states(kind, dtype, options, workspace, monkeypatch)
     predicted = planner.choose(step.facts("cpu"), workspace=workspace)
     assert predicted == plan(workspace) and predicted.kind == kind
     measured = peak_bytes(lambda: ours(workspace))
-    assert measured <= sum(step.ours("cpu", predicted).values()) <= 1.25 * measured
+    assert measured <= sum(step.ours("cpu", predicted).values()) <= 1.4 * measured
     assert step.naive() == pytest.approx(peak_bytes(naive), rel=0.1)
 
 

@@ -319,7 +319,7 @@ BAD = [
     (lambda: fl.token_stats(X, L, X.half()), TypeError, "ref: expected torch.float32 as the policy has"),
     (lambda: fl.token_stats(X, L, torch.zeros(3, 6)), ValueError, "vocabulary of 5, got 6.*valid_vocab"),
     (lambda: fl.token_stats(X, L.to("meta")), ValueError, "policy: expected logits on meta"),
-    (lambda: fl.token_stats(X, L, divergence="js"), ValueError, "divergence: 'js' needs ref as logits, got None"),
+    (lambda: fl.token_stats(X, L, divergence="js"), ValueError, "divergence: 'js' needs ref as fl.Hidden or logits, got None"),
     (lambda: fl.token_stats(X, L, fl.LogProbs(X[:, 0]), divergence="js"), ValueError, "got fl.LogProbs"),
     (lambda: fl.token_stats(X, L, fl.LogProbs(X)), ValueError, r"ref: expected fl.LogProbs \[3\].*got \[3, 5\]"),
     (lambda: fl.token_stats(fl.LogProbs(X[:, 0]), L, entropy=True), ValueError, "policy: fl.LogProbs has no distribution"),
