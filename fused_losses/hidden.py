@@ -32,6 +32,11 @@ class Request(NamedTuple):
     wanted: list[bool]
     plan: Plan
 
+    @property
+    def asks(self) -> tuple[bool, bool]:
+        """Whether policy and reference ask for a gradient."""
+        return any(self.wanted[:5]), any(self.wanted[5:])
+
 
 def under_autocast(source: Hidden) -> Hidden:
     """The products run in autocast's dtype where it is on, as those of a linear layer would."""

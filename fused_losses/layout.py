@@ -42,6 +42,13 @@ class PairProblem(NamedTuple):
     ref_summed: bool  # reference log-probs come one per sequence
 
 
+def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    """The label that each position predicts; none at the last."""
+    if not shift or labels.shape[-1] == 0:
+        return labels
+    return torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)], dim=-1)
+
+
 def collapse(x: Tensor, trailing: int) -> list[tuple[int, int]]:
     """(size, stride) of the leading dimensions, merged as far as the strides allow without a copy."""
     lead = x.dim() - trailing

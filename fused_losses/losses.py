@@ -18,8 +18,9 @@ from . import hidden_ops, ops
 from .backend import choose
 from .divergences import Divergence, from_key
 from .hidden import How, Request, request
+from .layout import shifted_labels
 from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_labels
-from .stats import check_sources, given_logps, labels_mask, pack_stats, shifted_labels, token_stats
+from .stats import check_sources, given_logps, labels_mask, pack_stats, token_stats
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def preference_loss(
             given = torch.nn.functional.pad(given, (0, 1)) if shift else given  # the last position predicts nothing
         inner = HiddenBatch(None, _flat(given, labels), None, *rest, call=call)
         losses, seq_logps, seq_ref = LOSSES[loss](inner, float(label_smoothing))
-        stats = pack_stats(inner.found, call.wanted, labels, None if summed else source, (), **options)
+        stats = pack_stats(inner.found, call.asks, labels, None if summed else source, (), **options)
     return LossOutput(_reduce(losses, reduction, num_items), _metrics(seq_logps, seq_ref, beta, stats), stats)
 
 

@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 
     @property
     def gemms(self) -> int:
-        return sum(1 for part in (self.forward, self.backward) for name in part.split(", ") if name)
+        return _count((self.forward, self.backward))
 
     def __str__(self) -> str:
         mib = 2**20

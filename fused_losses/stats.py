@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from . import hidden_ops, ops
 from .backend import choose
 from .divergences import Divergence, parse
 from .hidden import How, is_hidden, request
-from .layout import collapse
+from .layout import collapse, shifted_labels
 from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
 
 Asked = str | Divergence | Sequence[str | Divergence] | None
@@ -61,34 +60,32 @@ def token_stats(
     log-probs on Triton, never a read out of bounds.
     """
     policy, labels = as_source("policy", policy), check_labels(labels)
-    asked = parse(divergence)
+    source = None if ref is None else as_source("ref", ref)
+    asked, how = parse(divergence), How(plan, workspace, static_shapes)
     if shift and labels.dim() == 0:
         raise ValueError("shift: expected labels with a time dimension, got a 0-d tensor")
     if isinstance(policy, LogProbs):
-        if (
-            not is_hidden(None if ref is None else as_source("ref", ref))
-            and How(plan, workspace, static_shapes) != How()
-        ):
+        if how != How() and not is_hidden(source):
             raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got fl.LogProbs")
         if asked or entropy or inplace_backward:
             raise ValueError(
                 "policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need fl.Hidden or logits"
             )
         mask = labels_mask(labels, shift, ignore_index)
-        how = {"plan": plan, "workspace": workspace, "static_shapes": static_shapes}
-        logps, ref_logps = given_logps("policy", policy, mask), _reference_alone(ref, labels, shift, ignore_index, how)
+        logps, ref_logps = (
+            given_logps("policy", policy, mask),
+            _reference_alone(source, labels, shift, ignore_index, how),
+        )
         return TokenStats(logps, ref_logps, divergence={}, entropy=None, lse=None, mask=mask, correct=None)
 
-    source = None if ref is None else as_source("ref", ref)
     check_sources(policy, labels, source, asked)
-    options = How(plan, workspace, static_shapes)
     if is_hidden(policy, source):
         if inplace_backward:
             raise ValueError(
                 "inplace_backward: is for logits on both sides; from hidden states there are none to write over"
             )
-        return _from_hidden(policy, labels, source, asked, entropy, shift, ignore_index, options)
-    if options != How():
+        return _from_hidden(policy, labels, source, asked, entropy, shift, ignore_index, how)
+    if how != How():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
     assert isinstance(policy, Logits) and not isinstance(source, Hidden)
     return _from_logits(policy, labels, source, asked, entropy, shift, ignore_index, inplace_backward)
@@ -111,7 +108,6 @@ def _from_logits(
     policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, asked: tuple[Divergence, ...],
     entropy: bool, shift: bool, ignore_index: int, inplace: bool,
 ) -> TokenStats:  # fmt: skip
-    mask = labels_mask(labels, shift, ignore_index)
     w = ref if isinstance(ref, Logits) else None
     tensors = [policy.logits, *([w.logits] if w else []), labels.unsqueeze(-1)]
     if labels.numel() and any(len(collapse(x, 1)) > 2 for x in tensors):
@@ -127,32 +123,8 @@ def _from_logits(
         choose(policy.logits.device, policy.logits.dtype), inplace,
     )  # fmt: skip
 
-    def shaped(x: Tensor, leaf: Tensor | None = None) -> Tensor:
-        """As the labels; without a graph where the tensor it depends on asks for no gradient."""
-        x = x if leaf is None or leaf.requires_grad else x.detach()
-        x = x.view(labels.shape)
-        return x[..., :-1] if shift else x
-
-    return TokenStats(
-        logps=shaped(logps, policy.logits),
-        ref_logps=shaped(ref_logps, w.logits)
-        if w
-        else given_logps("ref", ref, mask)
-        if isinstance(ref, LogProbs)
-        else None,
-        divergence={d.key: shaped(x) for d, x in zip(asked, div.unbind(0), strict=True)},
-        entropy=shaped(ent, policy.logits) if entropy else None,
-        lse=shaped(lse, policy.logits),
-        mask=mask,
-        correct=shaped(hit),
-    )
-
-
-def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
-    """The label that each position predicts; none at the last."""
-    if not shift or labels.shape[-1] == 0:
-        return labels
-    return torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)], dim=-1)
+    asks = policy.logits.requires_grad, w is not None and w.logits.requires_grad
+    return pack_stats((logps, ref_logps, lse, ent, div, hit), asks, labels, ref, asked, entropy, shift, ignore_index)
 
 
 def _from_hidden(
@@ -163,14 +135,15 @@ def _from_hidden(
     other = None if isinstance(ref, LogProbs) else ref
     call = request(policy, y, other, asked, entropy, ignore_index, how)
     found = hidden_ops.hidden_stats(*call.tensors, *call.options, call.wanted)
-    return pack_stats(found[:6], call.wanted, labels, ref, asked, entropy, shift, ignore_index)
+    return pack_stats(found[:6], call.asks, labels, ref, asked, entropy, shift, ignore_index)
 
 
 def pack_stats(
-    found: Sequence[Tensor], wanted: list[bool], labels: Tensor, ref: Logits | Hidden | LogProbs | None,
+    found: Sequence[Tensor], asks: tuple[bool, bool], labels: Tensor, ref: Logits | Hidden | LogProbs | None,
     asked: tuple[Divergence, ...], entropy: bool, shift: bool, ignore_index: int,
 ) -> TokenStats:  # fmt: skip
-    """The operator's logps, ref_logps, lse, entropy, divergences and hits, as the labels are shaped."""
+    """The operator's logps, ref_logps, lse, entropy, divergences and hits, as the labels are shaped. asks: whether policy and
+    reference ask for a gradient; what depends on neither has no graph."""
     mask = labels_mask(labels, shift, ignore_index)
     logps, ref_logps, lse, ent, div, hit = found
 
@@ -178,7 +151,7 @@ def pack_stats(
         x = (x if differentiable else x.detach()).view(labels.shape)
         return x[..., :-1] if shift else x
 
-    to_policy, to_ref = any(wanted[:5]), any(wanted[5:])
+    to_policy, to_ref = asks
     other = (
         given_logps("ref", ref, mask)
         if isinstance(ref, LogProbs)
@@ -235,12 +208,11 @@ def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
 
 
 def _reference_alone(
-    ref: Source | None, labels: Tensor, shift: bool, ignore_index: int, how: dict[str, Any]
+    source: Logits | Hidden | LogProbs | None, labels: Tensor, shift: bool, ignore_index: int, how: How
 ) -> Tensor | None:
     """ref_logps where the policy's log-probs were given."""
-    if ref is None:
+    if source is None:
         return None
-    source = as_source("ref", ref)
     if isinstance(source, LogProbs):
         return given_logps("ref", source, labels_mask(labels, shift, ignore_index))
-    return token_stats(source, labels, shift=shift, ignore_index=ignore_index, **how).logps
+    return token_stats(source, labels, shift=shift, ignore_index=ignore_index, **how._asdict()).logps

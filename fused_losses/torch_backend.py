@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .divergences import Divergence
-from .layout import PairProblem, Problem, rows_view, stats_dtype
+from .layout import PairProblem, Problem, rows_view, shifted_labels, stats_dtype
 from .moments import SIDES, close_pair, close_power, merge, merge_power
 from .pointwise import FLOOR, HUGE, INF, frame
 
@@ -51,13 +51,6 @@ def _head(x: Tensor, softcap: float, multiplier: float, dtype: torch.dtype) -> t
     if multiplier != 1.0:
         x = x * multiplier
     return x.clamp(min=FLOOR), slope
-
-
-def _shifted_labels(labels: Tensor, problem: Problem) -> Tensor:
-    if not problem.shift:
-        return labels
-    last = labels.new_full((*labels.shape[:-1], 1), problem.ignore_index)
-    return torch.cat([labels[..., 1:], last], dim=-1)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -196,7 +189,7 @@ def forward(
     problem: Problem, policy: Tensor, labels: Tensor, ref: Tensor | None, logps: Tensor, ref_logps: Tensor | None,
     lse: Tensor, entropy: Tensor | None, div: Tensor | None, hit: Tensor, saved: Tensor,
 ) -> None:  # fmt: skip
-    labels = _shifted_labels(labels, problem)
+    labels = shifted_labels(labels, problem.shift, problem.ignore_index)
     check_labels(labels, problem)
     out = (logps, ref_logps, lse, entropy, div, hit, saved)
     for x in out:
@@ -350,7 +343,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Writes dz and dw; dz may be the policy logits themselves."""
     g_logp, g_ref, g_lse, g_entropy, g_div = grads
-    labels = _shifted_labels(labels, problem)
+    labels = shifted_labels(labels, problem.shift, problem.ignore_index)
     dtype, v = stats_dtype(policy), problem.vocab
     active = [(i, d) for i, d in enumerate(problem.divergences) if g_div is not None and bool(g_div[i].any())]
     pair = ref is not None and (bool(active) or dw is not None)

@@ -24,6 +24,15 @@ def backend(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors are small, and threads that wait for a busy processor slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -17,12 +17,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def failed(out):

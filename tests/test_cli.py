@@ -27,13 +27,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another cost more than these small tensors do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_module_runs_and_imports_one_command():

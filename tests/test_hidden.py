@@ -31,13 +31,7 @@ LINKS = divergences.linkable()
 OPS = torch.ops.fused_losses
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are small, and threads that wait for a busy processor slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tile_kernel():
