@@ -169,13 +169,10 @@ def ours(work: str, p: Problem, plan: str) -> Values:
         return {"loss": fl.dpo_loss(policy, p.labels, ref, beta=DPO_BETA, **options).loss}
     if work == "ce":
         return {"loss": -fl.token_stats(policy, p.labels, **options).logps.mean()}
-    name = "js" if work == "jsd" else "forward_kl"
-    stats = fl.token_stats(policy, p.labels, ref, divergence=name, **options)
-    (d,) = stats.divergence.values()
-    if work != "kl":
-        return {"loss": d.mean()}
-    assert stats.ref_logps is not None
-    return _kl(d, stats.logps, stats.ref_logps)
+    name, hard = "js" if work == "jsd" else "forward_kl", float(work == "kl")
+    out = fl.distillation_loss(policy, p.labels, ref, divergence=name, hard=hard, **options)
+    assert out.stats.ref_logps is not None
+    return {"loss": out.loss} | ({"ref log-prob": out.stats.ref_logps.mean()} if work == "kl" else {})
 
 
 class Provider(NamedTuple):

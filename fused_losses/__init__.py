@@ -3,7 +3,7 @@ vocabulary-size temporary. Start at token_stats (stats.py) and preference_loss (
 
 from . import divergences, reference
 from .head import FusedHead, backbone, find_head
-from .losses import LossOutput, dpo_loss, preference_loss
+from .losses import LossOutput, distillation_loss, dpo_loss, preference_loss
 from .partial import PartialStats, merge_stats, partial_stats
 from .sources import Hidden, Logits, LogProbs, Lora, TokenStats
 from .stats import token_stats
@@ -12,5 +12,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "LossOutput", "PartialStats", "TokenStats", "backbone",
-    "divergences", "dpo_loss", "find_head", "merge_stats", "partial_stats", "preference_loss", "reference", "token_stats",
+    "distillation_loss", "divergences", "dpo_loss", "find_head", "merge_stats", "partial_stats", "preference_loss", "reference", "token_stats",
 ]  # fmt: skip

@@ -138,7 +138,7 @@ def make_inputs(
         states, weight = normal(2 * pairs, length, max(hidden)), normal(vocab, common, by=3 * common**-0.5)
         offset = normal(vocab)
         sides = [source(h) for h in hidden]
-        logits = fl.reference._projected(sides[1])
+        logits = fl.reference.stats.projected(sides[1])
     else:
         logits = normal(2 * pairs, length, vocab, by=3)
         sides = [fl.Logits(logits + normal(*logits.shape, by=spread)), fl.Logits(logits)]

@@ -56,9 +56,9 @@ def _inputs(source: Logits | Hidden) -> Inputs:
 
 def request(
     policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | None, asked: tuple[Divergence, ...], entropy: bool,
-    ignore_index: int, how: How, longest_pair: int = 0,
+    ignore_index: int, how: How, unit: int = 0,
 ) -> Request:  # fmt: skip
-    """labels are aligned with the rows already. longest_pair: its rows, where the loss is known and of pairs."""
+    """labels are aligned with the rows already. unit: rows of the longest unit of a loss that is known."""
     z, w = _inputs(policy), None if ref is None else _inputs(ref)
     tensors = (labels, *z[:5], *((None,) * 5 if w is None else w[:5]))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[1:]]
@@ -71,7 +71,7 @@ def request(
         backend, how.plan, budget, how.static_shapes,
     )  # fmt: skip
     facts = hidden_ops.facts_of(
-        options.problem(), z, w, labels.numel(), backend, wanted, longest_pair, how.static_shapes
+        options.problem(), z, w, labels.numel(), backend, wanted, unit, how.static_shapes
     )
     plan = choose(facts, how.plan, budget)
     return Request(tensors, options._replace(plan=plan.kind), wanted, plan)

@@ -1,7 +1,6 @@
 """The operators for hidden states: schema, fake shapes, autograd. The work is in plans.py.
 
-fused_losses::hidden_stats       -> hidden_stats_backward
-fused_losses::hidden_pair_loss   -> what its forward computed, times one number; hidden_stats_backward otherwise
+fused_losses::hidden_stats -> hidden_stats_backward
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import divergences as registry
-from . import plans, torch_backend
+from . import frozen, plans, torch_backend
 from .layout import Problem, stats_dtype
-from .ops import backend_module, once_differentiable, pair_loss_backward, pair_problem
+from .ops import backend_module, once_differentiable
 from .planner import Facts, choose
 from .projection import Inputs, mixed, spread
 
@@ -48,7 +47,7 @@ class Options(NamedTuple):
         return Problem(bound, self.entropy, False, *self[4:10])
 
 
-def _sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
+def sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
     x, weight, bias, a, b = tensors[1:6]
     policy = Inputs(x, weight, bias, a, b, options.scaling)
     x, weight, bias, a, b = tensors[6:11]
@@ -57,7 +56,7 @@ def _sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
 
 def sides_of(request) -> tuple[Inputs, Inputs | None]:  # type: ignore[no-untyped-def]
     """Policy and reference of a hidden.Request."""
-    return _sides(request.tensors, request.options)
+    return sides(request.tensors, request.options)
 
 
 def _factors(policy: Inputs, ref: Inputs | None, i: int) -> list[tuple[Any, Any, torch.dtype]]:
@@ -68,7 +67,7 @@ def _factors(policy: Inputs, ref: Inputs | None, i: int) -> list[tuple[Any, Any,
 
 def facts_of(
     problem: Problem, policy: Inputs, ref: Inputs | None, rows: int, backend: str, wanted: tuple[bool, ...] | list[bool],
-    longest_pair: int = 0, static: bool = False,
+    unit: int = 0, static: bool = False,
 ) -> Facts:  # fmt: skip
     """What the planner asks. wanted: gradients of the ten tensors, in the order of the op."""
     sums = max(stats_dtype(s.x).itemsize for s in (policy, ref) if s is not None)
@@ -81,10 +80,10 @@ def facts_of(
         rows=rows, vocab=problem.vocab, hidden=(policy.hidden, 0 if ref is None else ref.hidden),
         itemsize=min([s.x.dtype.itemsize for s, _, _ in _factors(policy, ref, 0)] or [sums]),
         sums=sums, ref=ref is not None, device=policy.x.device.type, backend=backend,
-        bases=problem.entropy + len(plans.bases(problem)), pair=bool(problem.divergences),
+        bases=problem.entropy + len(frozen.bases(problem)), pair=bool(problem.divergences),
         second=any(d.term is not None for d in problem.divergences),
-        frozen_second=any(d.scaling is None for d in plans.bases(problem)),
-        to_hidden=wanted[0], to_head=any(wanted[1:5]), to_weight=wanted[1], to_ref=any(wanted[5:]), pairs=longest_pair,
+        frozen_second=any(d.scaling is None for d in frozen.bases(problem)),
+        to_hidden=wanted[0], to_head=any(wanted[1:5]), to_weight=wanted[1], to_ref=any(wanted[5:]), unit=unit,
         weight=0 if policy.weight is None else policy.weight.numel(), casts=(casts[0], casts[1]), static=static,
         dense=all(t is None or t.stride(-1) == 1 for s in (policy, ref) if s is not None for t in (s.weight, s.b)),
     )  # fmt: skip
@@ -97,7 +96,7 @@ def check_labels(problem: Problem, backend: str, labels: Tensor) -> None:
 
 
 def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plans.Call:
-    problem, (policy, ref) = options.problem(), _sides(tensors, options)
+    problem, (policy, ref) = options.problem(), sides(tensors, options)
     labels = tensors[0]
     facts = facts_of(problem, policy, ref, labels.numel(), options.backend, wanted, static=options.static_shapes)
     plan = choose(facts, options.plan, options.workspace)
@@ -107,7 +106,7 @@ def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plans.Call:
     )  # fmt: skip
 
 
-def _dtype(policy: Inputs, ref: Inputs | None) -> torch.dtype:
+def dtype_of(policy: Inputs, ref: Inputs | None) -> torch.dtype:
     """Of the statistics."""
     dtypes = {stats_dtype(s.x) for s in (policy, ref) if s is not None}
     return torch.float64 if torch.float64 in dtypes else torch.float32
@@ -117,7 +116,7 @@ def _kept_shape(tensors: tuple, options: Options, wanted: list[bool]) -> tuple[i
     """Of what forward keeps beside the rows' numbers: sums of a frozen head, or all logits; the rows that count come first."""
     problem, rows = options.problem(), tensors[0].numel()
     if options.plan == "frozen":
-        return 1 + problem.entropy + len(plans.bases(problem)), rows, _sides(tensors, options)[0].hidden
+        return 1 + problem.entropy + len(frozen.bases(problem)), rows, sides(tensors, options)[0].hidden
     if options.plan == "whole":
         return 1 + (tensors[6] is not None and (bool(problem.divergences) or any(wanted[5:]))), rows, problem.vocab
     return 0, 0, 0
@@ -127,7 +126,7 @@ def _allocate(tensors: tuple, options: Options, wanted: list[bool]) -> list[Tens
     """logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, saved, and what _kept_shape says."""
     labels, ref_x = tensors[0], tensors[6]
     problem, rows = options.problem(), labels.numel()
-    dtype = _dtype(*_sides(tensors, options))
+    dtype = dtype_of(*sides(tensors, options))
     n = len(problem.divergences)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -151,7 +150,7 @@ def hidden_stats(*args):  # type: ignore[no-untyped-def]
     keep = (torch.empty if options.plan == "whole" else torch.zeros)(shape, dtype=call.dtype, device=tensors[0].device)
     kept = keep[:, : len(call.labels)]
     if options.plan == "frozen":
-        out = plans.frozen_forward(call, kept)
+        out = frozen.frozen_forward(call, kept)
     else:
         out = plans.forward(call, kept if options.plan == "whole" else None)
     return (*plans.spread_out(out, call.rows, count), keep)
@@ -196,7 +195,7 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
     grads = tuple(None if g is None or not g.numel() else compact(g) for g in grads)
     saved = compact(saved)
     if options.plan == "frozen":
-        dx = plans.frozen_backward(call, keep[:, : len(call.labels)], compact(logps), saved, grads)
+        dx = frozen.frozen_backward(call, keep[:, : len(call.labels)], compact(logps), saved, grads)
         x = tensors[1]
         return [spread(dx, call.rows, tensors[0].numel(), x.dtype).contiguous().view(x.shape)]
     kept = keep[:, : len(call.labels)] if options.plan == "whole" else None
@@ -231,120 +230,11 @@ def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
 hidden_stats.register_autograd(_backward, setup_context=_setup)
 once_differentiable(hidden_stats_backward, "token_stats")
 
-# ---- pairs, gradient inside the forward --------------------------------------------------------------------------------
 
-_PAIR = (
-    "Tensor? ref_logps, Tensor? cu_seqlens, str term, float[] term_params, str link, float beta, int sequences, "
-    "bool ref_summed"
-)
-
-
-def _pairs(args, labels):  # type: ignore[no-untyped-def]
-    """The loss, and the row at which each sequence starts."""
-    _, cu_seqlens, *rest = args
-    problem, _ = pair_problem(*rest, "")  # type: ignore[call-arg]
-    sequences = problem.sequences
-    if cu_seqlens is not None:
-        return problem, cu_seqlens.tolist()
-    length = labels.numel() // max(1, sequences)
-    return problem, [i * length for i in range(sequences + 1)]
-
-
-def _log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:
+def log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:
     """The reference's per row, in slices: so row blocks hold the logits of one model only."""
     problem = Problem((), False, False, options.ignore_index, options.vocab, *options[8:10], 0.0, 1.0)
     facts = facts_of(problem, ref, None, labels.numel(), options.backend, [False] * 10)
     backend, plan = backend_module(options.backend), choose(facts, "slices", options.workspace)
     call = plans.open_call(problem, backend, plan, labels, ref, None, options.static_shapes)
     return plans.spread_out(plans.forward(call), call.rows, labels.numel())[0]
-
-
-@custom_op(
-    "fused_losses::hidden_pair_loss", mutates_args=(),
-    schema=f"({_TENSORS}, {_PAIR}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def hidden_pair_loss(*args):  # type: ignore[no-untyped-def]
-    """losses [B], seq_logps, seq_ref, coef [2B]; the outputs of hidden_stats but the last; the policy's five gradients."""
-    tensors, pair, options, wanted = args[:11], args[11:19], Options(*args[19:-1]), args[-1]
-    problem, (policy, ref) = options.problem(), _sides(tensors, options)
-    check_labels(problem, options.backend, tensors[0])
-    loss, offsets = _pairs(pair, tensors[0])
-    count = len(offsets) // 2
-    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
-    longest = max((lengths[b] + lengths[count + b] for b in range(count)), default=1)
-    facts = facts_of(problem, policy, ref, tensors[0].numel(), options.backend, wanted, max(1, longest))
-    plan = choose(facts, "rows", options.workspace)
-    backend = backend_module(options.backend)
-    given = pair[0] if ref is None else _log_probs(tensors[0], ref, options)
-    pairs = plans.Pairs(loss, offsets, given)
-    dtype = _dtype(policy, ref)
-    out, result, grads = plans.row_blocks(problem, backend, plan, tensors[0], policy, pairs, wanted[:5], dtype)
-    if ref is not None and given is not None:
-        out[1] = given.to(dtype)
-    return (*result, *out, *(result.losses.new_zeros(0) if g is None else g for g in grads))
-
-
-@hidden_pair_loss.register_fake
-def _(*args):  # type: ignore[no-untyped-def]
-    tensors, pair, options, wanted = args[:11], args[11:19], Options(*args[19:-1]), args[-1]
-    stats = _allocate(tensors, options._replace(plan="rows"), wanted)[:-1]
-    sequences = pair[6]
-    pairs = [stats[0].new_zeros(n) for n in (sequences // 2, sequences, sequences, sequences)]
-    grads = [stats[0].new_zeros(x.shape if flag else 0) for x, flag in zip(tensors[1:6], wanted[:5], strict=True)]
-    return (*pairs, *stats, *grads)
-
-
-@custom_op("fused_losses::scaled", mutates_args=(), schema="(Tensor[] found, Tensor[] like, Tensor g) -> Tensor[]")
-def scaled(found, like, g):  # type: ignore[no-untyped-def]
-    """g found, rounded to the dtypes of `like`."""
-    return [torch.mul(x, g, out=torch.empty_like(x, dtype=y.dtype)) for x, y in zip(found, like, strict=True)]
-
-
-@scaled.register_fake
-def _(found, like, g):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(x, dtype=y.dtype) for x, y in zip(found, like, strict=True)]
-
-
-once_differentiable(scaled, "preference_loss")
-
-
-def _pair_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.pair, ctx.options = inputs[13:19], inputs[19:-1]
-    ctx.save_for_backward(*inputs[:13], *output[3:5], *output[5:6], *output[10:])
-    ctx.mark_non_differentiable(output[3], *output[9:])
-    ctx.set_materialize_grads(False)
-
-
-def _pair_backward(ctx, g_losses, g_seq, g_seq_ref, _, *grads):  # type: ignore[no-untyped-def]
-    """The gradients found in the forward hold for equal gradients of all losses; anything else takes them anew."""
-    saved = ctx.saved_tensors
-    tensors, (ref_logps, cu_seqlens), (coef, logps, own_ref, stats) = saved[:11], saved[11:13], saved[13:17]
-    found = saved[17:]
-    rest = [None] * (len(ctx.pair) + len(ctx.options) + 1)
-    given = ctx.needs_input_grad[11]
-    uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
-    others = [g for g in (g_seq, g_seq_ref, *grads[:5]) if g is not None and g.numel()]
-    if uniform and not others and not given:
-        wanted = ctx.needs_input_grad[1:6]
-        chosen = [(x, y) for x, y, flag in zip(found, tensors[1:6], wanted, strict=True) if flag]
-        rounded = iter(scaled([x for x, _ in chosen], [y for _, y in chosen], g_losses[0]))
-        return (None, *(next(rounded) if flag else None for flag in wanted), *[None] * 7, *rest)
-    labels, ignore_index = tensors[0].reshape(-1), ctx.options[4]
-    ref = own_ref if tensors[6] is not None else ref_logps
-    backend = ctx.options[10]
-    to_ref = given or any(ctx.needs_input_grad[6:11])
-    mask = labels != ignore_index
-    found = (coef, logps, ref, mask, cu_seqlens, *ctx.pair, backend, True, to_ref)
-    pair_grads = list(pair_loss_backward(g_losses, g_seq, g_seq_ref, *found))
-    g_logps = pair_grads[0] if grads[0] is None else pair_grads[0] + grads[0]
-    g_ref = pair_grads[1] if to_ref else None
-    stats_grads = [g_logps, None if given else g_ref, *grads[2:5]]
-    if not given and grads[1] is not None and grads[1].numel():
-        stats_grads[1] = grads[1] if g_ref is None else g_ref + grads[1]
-    keep = logps.new_zeros((0, 0, 0))
-    every = _gradients(ctx, stats_grads, tensors, logps, stats, keep)
-    return (*every, g_ref if given else None, None, *rest)
-
-
-hidden_pair_loss.register_autograd(_pair_backward, setup_context=_pair_setup)

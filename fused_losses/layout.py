@@ -49,6 +49,15 @@ def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     return torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)], dim=-1)
 
 
+def shift_packed(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
+    """The next token's label inside each sequence; none at its end."""
+    if labels.numel() == 0:
+        return labels
+    # An empty sequence marks its predecessor's end once more; one at the very start, the last token, which ends a sequence.
+    ends = (cu_seqlens[1:].long() - 1) % labels.numel()
+    return labels.roll(-1).index_fill_(0, ends, ignore_index)
+
+
 def collapse(x: Tensor, trailing: int) -> list[tuple[int, int]]:
     """(size, stride) of the leading dimensions, merged as far as the strides allow without a copy."""
     lead = x.dim() - trailing

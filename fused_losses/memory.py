@@ -137,7 +137,7 @@ class HeadStep(Step):
             self.rows, self.vocab, widths, self.itemsize, 4, self.ref, device, "torch" if device == "cpu" else "triton",
             bases=len(bases), pair=bool(self.divergences), second=any(d.term is not None for d in self.divergences),
             frozen_second=any(d.scaling is None for d in bases), to_hidden=True, to_head=not self.frozen,
-            to_weight=not self.frozen, to_ref=self.both, pairs=self.pairs, casts=(cast, cast),
+            to_weight=not self.frozen, to_ref=self.both, unit=self.pairs, casts=(cast, cast),
             weight=self.vocab * self.hidden,
         )  # fmt: skip
 

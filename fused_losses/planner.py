@@ -1,7 +1,8 @@
 """How a call with hidden states is carried out: which plan, in tiles of which size, in how many bytes, and why.
 
-    rows     blocks of whole pairs over the whole vocabulary, gradients computed in the forward; w first, in slices
-             GEMMs of N rows, V columns: w, z, dX, dW
+    rows     blocks of whole units (tokens, sequences, pairs) over the whole vocabulary, gradients computed in the forward;
+             w first, in slices, where only its log-probs are needed
+             GEMMs of N rows, V columns: z, w, dX, dW
     whole    all logits fit the workspace and are kept: z, w | dX, dW
     slices   slices of the vocabulary; backward computes the logits again
              z, w | z, w, dX, dW     (w in backward only where a divergence, or the reference, has a gradient)
@@ -49,7 +50,7 @@ class Facts(NamedTuple):
     to_head: bool = False  # policy's weight, bias or factors
     to_weight: bool = False  # policy's weight itself
     to_ref: bool = False  # anything of the reference
-    pairs: int = 0  # rows of the longest pair, where the loss is known inside the op
+    unit: int = 0  # rows of the longest unit (token, sequence, pair) of a loss that is known inside; 0: not known
     casts: tuple[int, int] = (0, 0)  # bytes that a row and a column take to have factors in the dtype of the products
     static: bool = False  # static_shapes
     extra: bool = False  # one tile more than z and w: a frozen head's dz
@@ -178,13 +179,13 @@ def _reasons(facts: Facts) -> dict[str, str]:
     return {
         "tiles": "nothing asks for a gradient and the hidden size is small, so logits need not leave the chip",
         "frozen": "the head has no gradient, so its rows' expectation comes with the forward",
-        "rows": "the loss is known and whole pairs fit the workspace, so gradients come with the forward",
+        "rows": "the loss is known and its units fit the workspace, so gradients come with the forward",
         "whole": "all logits fit the workspace and are kept for backward",
         "slices": (
             "nothing asks for a gradient"
             if not facts.backward
-            else "neither the longest pair nor all logits fit the workspace"
-            if facts.pairs
+            else "neither the longest unit nor all logits fit the workspace"
+            if facts.unit
             else "the loss is not known here, and all logits do not fit the workspace"
         ),
     }
@@ -220,15 +221,15 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
     if kind == "rows":
         if facts.static:
             return "it lays out its blocks on the host, which static_shapes forbids"
-        if not facts.pairs:
-            return "it needs a preference loss of pairs, reduced inside, from hidden states"
+        if not facts.unit:
+            return "the loss has to be known inside: it is for losses that are reduced, in eager mode, without inplace_backward"
         if facts.to_ref or not facts.hidden[0]:
             return "it is for a policy from hidden states and a reference that needs no gradient"
         if not facts.backward:
             return "nothing asks for a gradient"
-        size = rows_bytes(facts, facts.pairs)
+        size = rows_bytes(facts, facts.unit)
         if size > budget:
-            return f"the longest pair takes {size} bytes of {budget}"
+            return f"the longest unit takes {size} bytes of {budget}"
     return ""
 
 
@@ -244,9 +245,9 @@ def _whole_bytes(facts: Facts) -> int:
 
 def rows_bytes(facts: Facts, rows: int) -> int:
     """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum beside dW itself. The reference's
-    log-probs are there before, from slices."""
+    log-probs are there before, from slices, unless its distribution is needed."""
     wide, final = (facts.weight * size * facts.to_weight for size in (facts.sums, facts.itemsize))
-    return max(_bytes(facts._replace(to_weight=False, ref=False), rows, facts.vocab) + wide - final, wide)
+    return max(_bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide)
 
 
 def _products(facts: Facts, kind: str) -> tuple[str, str]:
@@ -282,14 +283,14 @@ def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
         kept += _kept_frozen(facts)
         room = max(budget - _kept_frozen(facts), budget // 2)
     if kind == "rows":
-        few, many = 1, max(1, facts.rows // facts.pairs)  # pairs a block
+        few, many = 1, max(1, facts.rows // facts.unit)  # units a block
         while few < many:
             middle = (few + many + 1) // 2
-            if rows_bytes(facts, middle * facts.pairs) <= budget:
+            if rows_bytes(facts, middle * facts.unit) <= budget:
                 few = middle
             else:
                 many = middle - 1
-        block = few * facts.pairs
+        block = few * facts.unit
         tile, size = (block, facts.vocab), rows_bytes(facts, block)
     elif kind == "whole":
         tile, size = (max(1, facts.rows), facts.vocab), _whole_bytes(facts)

@@ -195,13 +195,24 @@ def forward(
     for x in out:
         if x is not None:
             x.zero_()
+    terms = any(d.term is not None for d in problem.divergences)
+    held: list[tuple[Tensor, Tensor]] = []  # rows and their sums: to close many at once takes the time of closing a few
     for rows, y, z, w in _tiles(problem, policy, labels, ref if ref_logps is not None else None):
-        q = _Side(w, y) if w is not None else None
-        sums = _sums(_Side(z, y), q, problem)
+        sums = _sums(_Side(z, y), _Side(w, y) if w is not None else None, problem)
+        if not terms or w is None or div is None or ref_logps is None:
+            held.append((rows, _packed(sums)))
+            continue
         _write(problem, rows, sums, *out)
-        if w is not None and div is not None and ref_logps is not None:
-            for i, value, slope in _terms(z, w, saved[:, rows], problem):
-                write_divergence(problem, i, value, slope, rows, logps, ref_logps, div, saved)
+        for i, value, slope in _terms(z, w, saved[:, rows], problem):
+            write_divergence(problem, i, value, slope, rows, logps, ref_logps, div, saved)
+    if held:
+        every, states = (torch.cat(x, dim=-1) for x in zip(*held, strict=True))
+        _write(problem, every, _unpack(states), *out)
+
+
+def _packed(sums: Sums) -> Tensor:
+    """One tensor [fields, rows]."""
+    return torch.stack([*sums[0], *(x for power in sums[1] for x in power)])
 
 
 def _tiles(
@@ -263,7 +274,7 @@ def fold(problem: Problem, z: Tensor, labels: Tensor, w: Tensor | None, state: T
         new = _sums(_Side(z_block, y), q, problem)
         if not fresh:
             new = merge_sums(_unpack(state[:, rows]), new, powers)
-        state[:, rows] = torch.stack([*new[0], *(x for power in new[1] for x in power)])
+        state[:, rows] = _packed(new)
 
 
 def _unpack(state: Tensor) -> Sums:
@@ -282,8 +293,7 @@ def merge_sums(s: Sums, t: Sums, powers: list[float]) -> Sums:
 
 def merge_states(problem: Problem, state: Tensor, other: Tensor) -> None:
     """state <- state merged with other, both [fields, rows]."""
-    new = merge_sums(_unpack(state), _unpack(other), _powers(problem))
-    state.copy_(torch.stack([*new[0], *(x for power in new[1] for x in power)]))
+    state.copy_(_packed(merge_sums(_unpack(state), _unpack(other), _powers(problem))))
 
 
 def close(

@@ -1,0 +1,91 @@
+"""What the losses share: their result, reductions, and checks of options and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..hidden import How
+from ..objective import Formula, Tokens, evaluate
+from ..sources import Source, TokenStats
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """loss: scalar ([B] with reduction="none"). metrics: detached 0-d tensors under TRL's keys, means over the batch.
+    stats: the TokenStats behind it."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(repr=False)
+    stats: TokenStats = field(repr=False)
+
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_positive(**numbers: float) -> None:
+    for name, x in numbers.items():
+        if not isinstance(x, int | float) or not 0 < x < float("inf"):
+            raise ValueError(f"{name}: expected a finite number > 0, got {x!r}")
+
+
+def check_reduction(reduction: str, num_items: int | Tensor | None) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items: only goes with reduction='mean', got reduction={reduction!r}")
+    if isinstance(num_items, int | float) and num_items <= 0:
+        raise ValueError(f"num_items: expected a number > 0, got {num_items!r}")
+
+
+def check_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences."""
+    if cu_seqlens is None:
+        if labels.dim() != 2 or labels.shape[0] % 2:
+            raise ValueError(
+                f"labels: expected [2B, T], chosen rows then rejected rows (or cu_seqlens for packed), got {list(labels.shape)}"
+            )
+        return labels.shape[0]
+    if labels.dim() != 1:
+        raise ValueError(f"labels: expected packed labels [total] with cu_seqlens, got {list(labels.shape)}")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"cu_seqlens: expected an int32 or int64 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() % 2 == 0:
+        raise ValueError(f"cu_seqlens: expected [2B + 1] offsets, got {list(cu_seqlens.shape)}")
+    if cu_seqlens.device != labels.device:
+        raise ValueError(f"cu_seqlens: expected on {labels.device} as the labels are, got {cu_seqlens.device}")
+    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != labels.numel() or (cu_seqlens.diff() < 0).any():
+            raise ValueError(
+                f"cu_seqlens: expected offsets rising from 0 to {labels.numel()}, got {cu_seqlens.tolist()}"
+            )
+    return cu_seqlens.numel() - 1
+
+
+class Fused(NamedTuple):
+    loss: Tensor  # reduced as asked
+    stats: TokenStats
+    tokens: Tokens  # without a graph, for metrics
+
+
+def fused(
+    formula: Formula, policy: Source, labels: Tensor, ref: Source | None = None, *, unit: str, reduction: str = "mean",
+    num_items: int | Tensor | None = None, plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
+    **batch: Any,
+) -> Fused:  # fmt: skip
+    """evaluate(), reduced: the mean is over units, or over tokens that count where those are the units. This is where the
+    options that all losses share are handled."""
+    check_reduction(reduction, num_items)
+    reduced = reduction != "none"
+    losses, stats, tokens = evaluate(
+        formula, policy, labels, ref, unit=unit, reduced=reduced, how=How(plan, workspace, static_shapes), **batch
+    )
+    if reduction == "mean":
+        count = tokens.mask.sum().clamp(min=1) if unit == "token" else max(losses.numel(), 1)
+        losses = losses.sum() / (count if num_items is None else num_items)
+    return Fused(losses.sum() if reduction == "sum" else losses, stats, tokens)

@@ -1,0 +1,60 @@
+"""Losses of tokens: distillation from a teacher, and cross entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..divergences import Divergence, from_key, get
+from ..objective import Tokens
+from ..sources import Source, check_labels
+from .common import LossOutput, fused
+
+
+def distillation_loss(
+    student: Source, labels: Tensor, teacher: Source, *, divergence: str | Divergence | None = None, beta: float = 0.5,
+    soft: float = 1.0, hard: float = 0.0, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """Knowledge distillation, token by token over the whole vocabulary, p the student and q the teacher:
+
+        soft D(p, q) - hard log p(label),    the mean over the tokens that count
+
+    divergence: any of fl.divergences.names(); None is GKD's (2306.13649 eq. 1) generalised JSD with TRL's beta: at 0
+    KL(teacher || student), at 1 KL(student || teacher), which are not the limits of what lies between, and else
+    js(beta) = beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. Other choices:
+    "skew_forward_kl(lam=0.1)" and "skew_reverse_kl(lam=0.1)" (DistiLLM, 2402.03898), "alpha_beta(a=0.2, b=0.7)" (ABKD).
+    Temperatures are those of the sources; TRL's GKD has 0.9 for both, and multiplies by no T^2.
+
+    student, teacher: fl.Hidden or logits [..., V], with another hidden size each if they like; labels [...] mark the tokens
+    that count, and are the targets of the hard part. The options of a batch are those of preference_loss.
+
+    metrics: kl (the divergence), logps, entropy if asked for: means over the tokens.
+    """
+    d = _gkd(beta) if divergence is None else from_key(divergence)
+    _check_weights(soft=soft, hard=hard)
+
+    def formula(tokens: Tokens) -> Tensor:
+        return soft * tokens.divergence[d.key] - hard * tokens.logps
+
+    found = fused(formula, student, check_labels(labels), teacher, unit="token", divergences=(d,), **batch)
+    return LossOutput(found.loss, _means(found.tokens, kl=found.tokens.divergence[d.key]), found.stats)
+
+
+def _gkd(beta: float) -> Divergence:
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
+    return get("forward_kl") if beta == 0 else get("reverse_kl") if beta == 1 else get("js", beta=beta)
+
+
+def _check_weights(**weights: float) -> None:
+    for name, x in weights.items():
+        if not isinstance(x, int | float) or not 0 <= x < float("inf"):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+
+
+def _means(tokens: Tokens, **numbers: Tensor) -> dict[str, Tensor]:
+    """Of the log-probs, the entropy if there is one, and more, over the tokens that count."""
+    count = tokens.mask.sum().clamp(min=1)
+    numbers |= {"logps": tokens.logps} | ({} if tokens.entropy is None else {"entropy": tokens.entropy})
+    return {name: x.sum() / count for name, x in numbers.items()}

@@ -1,0 +1,84 @@
+"""What the twins share: token_stats cut into sequences, and the reductions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import shift_packed
+from ..sources import LogProbs, Source, TokenStats, as_source, check_labels
+from ..stats import Asked
+from .stats import token_stats
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The numbers of a sequence's tokens that count."""
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    ref_sum: Tensor | None  # log q(y | x), where it is known
+    lse: Tensor | None
+    entropy: Tensor | None
+    divergence: dict[str, Tensor]
+    extra: dict[str, Tensor]  # the caller's per-token numbers, and the sequence's own
+
+    @property
+    def log_p(self) -> Tensor:
+        """log p(y | x) = sum_t log p(y_t)."""
+        return self.logps.sum()
+
+    @property
+    def h(self) -> Tensor:
+        """log p(y | x) - log q(y | x); without a reference log p(y | x)."""
+        return self.log_p if self.ref_sum is None else self.log_p - self.ref_sum
+
+    def __len__(self) -> int:
+        return len(self.logps)
+
+
+def cut(
+    policy: Source, labels: Tensor, ref: Source | None = None, *, cu_seqlens: Tensor | None = None, shift: bool = False,
+    ignore_index: int = -100, divergence: Asked = None, entropy: bool = False, per_token: dict[str, Tensor] | None = None,
+    per_sequence: dict[str, Tensor] | None = None, **_: object,
+) -> tuple[TokenStats, list[Sequence]]:  # fmt: skip
+    """Statistics, and the sequences of a batch [S, T] or packed. How to compute (plan, workspace, ...) means nothing here."""
+    labels = check_labels(labels)
+    if shift and cu_seqlens is not None:
+        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
+    count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    source = None if ref is None else as_source("ref", ref)
+    summed = source.logps if isinstance(source, LogProbs) and source.logps.shape == (count,) != labels.shape else None
+    stats = token_stats(
+        policy, labels, None if summed is not None else ref, divergence=divergence, entropy=entropy, shift=shift,
+        ignore_index=ignore_index,
+    )  # fmt: skip
+
+    def sequence(s: int) -> Sequence:
+        where = s if cu_seqlens is None else slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))
+        counts = stats.mask[where]
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[where][counts]
+
+        ref_logps = pick(stats.ref_logps)
+        extra = {n: x[where][counts] for n, x in (per_token or {}).items()}
+        extra |= {n: x[s] for n, x in (per_sequence or {}).items()}
+        known = summed[s] if summed is not None else None if ref_logps is None else ref_logps.sum()
+        divergences = {n: x[where][counts] for n, x in stats.divergence.items()}
+        logps = stats.logps[where][counts]
+        return Sequence(logps, ref_logps, known, pick(stats.lse), pick(stats.entropy), divergences, extra)
+
+    return stats, [sequence(s) for s in range(count)]
+
+
+def joined(losses: list[Tensor], stats: TokenStats) -> Tensor:
+    return torch.stack(losses) if losses else stats.logps.reshape(-1)[:0]
+
+
+def reduced(losses: Tensor, reduction: str = "mean", num_items: int | Tensor | None = None) -> Tensor:
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / (max(losses.numel(), 1) if num_items is None else num_items)

@@ -1,0 +1,67 @@
+"""token_stats with whole tensors of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..divergences import parse
+from ..sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+from ..stats import Asked, given_logps
+
+
+def _transformed(source: Logits | Hidden) -> Tensor:
+    """softcap tanh(z / softcap) * scale / temperature over the valid vocabulary."""
+    z = source.logits if isinstance(source, Logits) else projected(source)
+    z = z[..., : source.vocab]
+    if source.softcap is not None:
+        z = source.softcap * torch.tanh(z / source.softcap)
+    return z * source.scale / source.temperature
+
+
+def projected(source: Hidden) -> Tensor:
+    z = source.hidden @ source.weight.T
+    if source.lora is not None:
+        z = z + source.lora.scaling * (source.hidden @ source.lora.a.T) @ source.lora.b.T
+    return z if source.bias is None else z + source.bias
+
+
+def _shifted(labels: Tensor, shift: bool) -> Tensor:
+    return labels[..., 1:] if shift else labels
+
+
+def token_stats(
+    policy: Source, labels: Tensor, ref: Source | None = None, *, divergence: Asked = None, entropy: bool = False,
+    shift: bool = False, ignore_index: int = -100, inplace_backward: bool = False, plan: str = "auto",
+    workspace: int | None = None, static_shapes: bool = False,
+) -> TokenStats:  # fmt: skip
+    """fl.token_stats with whole tensors of logits; the last four arguments say how, and mean nothing here."""
+    mask = _shifted(check_labels(labels), shift) != ignore_index
+    target = _shifted(labels, shift).long().masked_fill(~mask, 0).unsqueeze(-1)
+
+    def side(name: str, source: Source) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """log-prob of the label, and where there are logits log p [..., V] and z."""
+        source = as_source(name, source)
+        if isinstance(source, LogProbs):
+            return given_logps(name, source, mask), None, None
+        check_aligned(name, source, labels)
+        z = _transformed(source)
+        z = z[..., :-1, :] if shift else z
+        log_p = z.log_softmax(-1)
+        return log_p.gather(-1, target).squeeze(-1).masked_fill(~mask, 0), log_p, z
+
+    logps, log_p, z = side("policy", policy)
+    ref_logps, log_q, _ = (None, None, None) if ref is None else side("ref", ref)
+    if log_p is not None and log_q is not None:
+        check_pair(as_source("policy", policy), as_source("ref", ref))  # type: ignore[arg-type]
+    asked = parse(divergence)
+    if asked and (log_p is None or log_q is None):
+        raise ValueError(f"divergence: {asked[0].key!r} needs policy and ref as logits")
+    values = {d.key: d.define(log_p.exp(), log_q.exp()).masked_fill(~mask, 0) for d in asked}  # type: ignore[union-attr]
+    if log_p is None or z is None:
+        return TokenStats(logps, ref_logps, values, None, None, mask, None)
+    h = torch.special.entr(log_p.exp()).sum(-1).masked_fill(~mask, 0) if entropy else None  # H = -sum p log p
+    correct = (z.gather(-1, target).squeeze(-1) >= z.amax(-1)) & mask
+    return TokenStats(logps, ref_logps, values, h, z.logsumexp(-1).masked_fill(~mask, 0), mask, correct)
+
+
