@@ -1,9 +1,10 @@
 """Fused loss head of preference optimisation: log-probs, divergences and pair losses of policy and reference without a
 vocabulary-size temporary. Start at token_stats (stats.py) and preference_loss (losses.py); reference.py defines correct."""
 
-from . import divergences, reference
+from . import divergences, losses, reference
 from .head import FusedHead, backbone, find_head
-from .losses import LossOutput, distillation_loss, dpo_loss, preference_loss
+from .losses import *
+from .losses import __all__ as _losses
 from .partial import PartialStats, merge_stats, partial_stats
 from .sources import Hidden, Logits, LogProbs, Lora, TokenStats
 from .stats import token_stats
@@ -11,6 +12,6 @@ from .stats import token_stats
 __version__ = "0.1.0"
 
 __all__ = [
-    "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "LossOutput", "PartialStats", "TokenStats", "backbone",
-    "distillation_loss", "divergences", "dpo_loss", "find_head", "merge_stats", "partial_stats", "preference_loss", "reference", "token_stats",
+    "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "PartialStats", "TokenStats", "backbone", "divergences",
+    "find_head", "losses", "merge_stats", "partial_stats", "reference", "token_stats", *_losses,
 ]  # fmt: skip

@@ -70,9 +70,7 @@ def request(
         policy.softcap or 0.0, policy.multiplier, (ref.softcap or 0.0) if ref else 0.0, ref.multiplier if ref else 1.0,
         backend, how.plan, budget, how.static_shapes,
     )  # fmt: skip
-    facts = hidden_ops.facts_of(
-        options.problem(), z, w, labels.numel(), backend, wanted, unit, how.static_shapes
-    )
+    facts = hidden_ops.facts_of(options.problem(), z, w, labels.numel(), backend, wanted, unit, how.static_shapes)
     plan = choose(facts, how.plan, budget)
     return Request(tensors, options._replace(plan=plan.kind), wanted, plan)
 

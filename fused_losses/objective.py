@@ -149,7 +149,9 @@ def evaluate(
         )  # fmt: skip
         given = source.logps if summed else stats.ref_logps  # type: ignore[union-attr]
         divergence = {name: x.reshape(-1) for name, x in stats.divergence.items()}
-        logps, ref_logps, lse, ent = (x if x is None else x.reshape(-1) for x in (stats.logps, given, stats.lse, stats.entropy))
+        logps, ref_logps, lse, ent = (
+            x if x is None else x.reshape(-1) for x in (stats.logps, given, stats.lse, stats.entropy)
+        )
         assert logps is not None
         extra |= {n: x.reshape(-1) for n, x in tokenwise.items()}
         tokens = Tokens(logps, ref_logps, lse, ent, divergence, mask.reshape(-1), cu_seqlens, sequences, summed, extra)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple, NoReturn
 
+from .projection import MANY
 from .torch_backend import BLOCK_BYTES
 
 DEFAULT_WORKSPACE = 256 << 20
@@ -28,6 +29,7 @@ VARIABLE = "FUSED_LOSSES_WORKSPACE"
 KINDS = ("tiles", "frozen", "rows", "whole", "slices")
 ROWS = 8192  # of a tile at most: beyond, columns are worth more
 CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where products gain nothing from more
+CPU_BLOCK = 144 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
 BLOCKS = 20  # temporaries of torch_backend.BLOCK_BYTES that the torch backend holds at its peak
 
 
@@ -230,6 +232,9 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
         size = rows_bytes(facts, facts.unit)
         if size > budget:
             return f"the longest unit takes {size} bytes of {budget}"
+        rows = _block_rows(facts, budget)
+        if not asked and (rows < min(32, facts.rows) or facts.rows > MANY * rows):
+            return "many small blocks are slow, and their sum is less exact"
     return ""
 
 
@@ -248,6 +253,19 @@ def rows_bytes(facts: Facts, rows: int) -> int:
     log-probs are there before, from slices, unless its distribution is needed."""
     wide, final = (facts.weight * size * facts.to_weight for size in (facts.sums, facts.itemsize))
     return max(_bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide)
+
+
+def _block_rows(facts: Facts, budget: int) -> int:
+    """Of a block of whole units: as many as fit, in blocks of equal size."""
+    few, most = 1, max(1, -(-facts.rows // facts.unit))
+    total, room = most, min(budget, CPU_BLOCK) if facts.device == "cpu" else budget
+    while few < most:
+        middle = (few + most + 1) // 2
+        if rows_bytes(facts, middle * facts.unit) <= room:
+            few = middle
+        else:
+            most = middle - 1
+    return -(-total // -(-total // few)) * facts.unit
 
 
 def _products(facts: Facts, kind: str) -> tuple[str, str]:
@@ -283,14 +301,7 @@ def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
         kept += _kept_frozen(facts)
         room = max(budget - _kept_frozen(facts), budget // 2)
     if kind == "rows":
-        few, many = 1, max(1, facts.rows // facts.unit)  # units a block
-        while few < many:
-            middle = (few + many + 1) // 2
-            if rows_bytes(facts, middle * facts.unit) <= budget:
-                few = middle
-            else:
-                many = middle - 1
-        block = few * facts.unit
+        block = _block_rows(facts, budget)
         tile, size = (block, facts.vocab), rows_bytes(facts, block)
     elif kind == "whole":
         tile, size = (max(1, facts.rows), facts.vocab), _whole_bytes(facts)
@@ -302,4 +313,6 @@ def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
         tile = tile_shape(facts, room)
         size = _bytes(facts, *tile)
     forward, backward = _products(facts, kind)
+    if kind == "slices" and facts.to_hidden and facts.vocab > MANY * tile[1]:
+        kept += facts.rows * facts.hidden[0] * facts.sums  # sums of runs of slices
     return Plan(kind, tile, forward, backward, budget, size, kept, why)

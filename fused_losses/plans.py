@@ -107,6 +107,10 @@ class Tiles:
     def blocks(self) -> int:
         return -(-len(self.call.labels) // self.rows)
 
+    @property
+    def slices(self) -> int:
+        return -(-self.call.problem.vocab // self.columns)
+
     def columns_of(self) -> Iterator[slice]:
         v = self.call.problem.vocab
         return (slice(c, min(c + self.columns, v)) for c in range(0, v, self.columns))
@@ -204,7 +208,7 @@ def backward(
     tiles = Tiles(call, pair or to_ref, kept, filled=kept is not None)
     for s, flags in ((call.policy, wanted), (call.ref, ref_wanted)):
         if s is not None and any(flags):
-            s.want(flags, tiles.blocks > 1) if isinstance(s, HiddenSide) else s.want()
+            s.want(flags, tiles.blocks > 1, tiles.slices) if isinstance(s, HiddenSide) else s.want()
     spare = [
         spare_buffer(s, x, kept is not None) if flag else None
         for s, x, flag in ((call.policy, tiles.z, to_policy), (call.ref, tiles.w, to_ref))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .layout import stats_dtype
 
+RUN, MANY = 32, 128  # slices
+
 
 class Inputs(NamedTuple):
     """The tensors of one side: x is [..., H] with a weight, logits [..., V] without."""
@@ -101,13 +103,15 @@ class HiddenSide:
         """A piece of a weight in the dtype of the products."""
         return w.to(self.dtype)
 
-    def want(self, wanted: list[bool], several_blocks: bool, wide: bool = False) -> None:
+    def want(self, wanted: list[bool], several_blocks: bool, slices: int = 1, wide: bool = False) -> None:
         """Prepares sums for gradients of x, weight, bias, a, b. several_blocks: a slice is pushed in more than one call.
         wide: gradients() does not round them."""
-        self.wanted, self.wide = wanted, wide
+        self.wanted, self.wide, self.slices = wanted, wide, 0
         n, width = self.x.shape
         new = self.x.new_zeros
         self.dx = new((n, width), dtype=self.sums) if wanted[0] else None
+        # the error of a sum of many slices grows with their number: sum up sums of RUN
+        self.run = torch.zeros_like(self.dx) if self.dx is not None and slices > MANY else None
         self.dxa = new(self.xa.shape, dtype=self.sums) if self.xa is not None and (wanted[0] or wanted[3]) else None
         _, weight, bias, _, b, _ = self.inputs
         assert weight is not None
@@ -135,7 +139,7 @@ class HiddenSide:
         _, weight, _, _, b, scaling = self.inputs
         assert weight is not None
         if self.dx is not None:
-            add_product(self.dx[r], dz, self._cast(weight[c]))
+            add_product((self.dx if self.run is None else self.run)[r], dz, self._cast(weight[c]))
         if self.dxa is not None and b is not None:
             add_product(self.dxa[r], dz, self._cast(b[c]), scaling)
         if self.dbias is not None:
@@ -181,14 +185,25 @@ class HiddenSide:
         add_product(held, dz.T, x)
 
     def finish_slice(self, c: slice) -> None:
+        self.slices += 1
+        if self.run is not None and self.slices % RUN == 0:
+            self._add_run()
         for held, out in zip(self.pending, (self.dw, self.db), strict=True):
             if held is not None and out is not None:
                 out[c] = held
         self.pending = [None, None]
 
+    def _add_run(self) -> None:
+        assert self.dx is not None and self.run is not None
+        self.dx += self.run
+        self.run.zero_()
+
     def gradients(self) -> list[Tensor | None]:
         """Of x, weight, bias, a, b, each rounded once to the dtype of its tensor. Contiguous."""
         x, _, bias, a, _, _ = self.inputs
+        if self.run is not None:
+            self._add_run()
+            self.run = None
         dx, da, dbias = self.dx, None, self.dbias
         if self.dxa is not None and a is not None:
             if self.wanted[3]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,22 @@ class LossOutput:
     loss: Tensor
     metrics: dict[str, Tensor] = field(repr=False)
     stats: TokenStats = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A public loss, and what tests, the gradient check, benchmarks and the table of the README need to call it."""
+
+    call: Callable[..., LossOutput]  # its twin is fused_losses.reference's of the same name
+    batch: str  # "pairs": labels [2B, T], chosen first; "sequences": [S, T]; "tokens": [..., T]. All may be packed but the last
+    source: str  # papers, or whose code
+    variants: Mapping[str, Mapping[str, Any]]  # names of special cases -> options
+    ref: str = "needed"  # or "optional", or "unused"
+    distribution: bool = False  # of both sides: log-probs of labels are not enough
+    inputs: Mapping[str, str] = field(default_factory=dict)  # more tensors: name -> a kind of INPUTS
+
+
+INPUTS = ("per sequence", "per token", "bool per sequence")  # a number, and what is true or false
 
 
 REDUCTIONS = ("mean", "sum", "none")

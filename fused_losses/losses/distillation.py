@@ -9,7 +9,9 @@ from torch import Tensor
 from ..divergences import Divergence, from_key, get
 from ..objective import Tokens
 from ..sources import Source, check_labels
-from .common import LossOutput, fused
+from .common import Entry, LossOutput, fused
+
+__all__ = ["distillation_loss"]
 
 
 def distillation_loss(
@@ -58,3 +60,13 @@ def _means(tokens: Tokens, **numbers: Tensor) -> dict[str, Tensor]:
     count = tokens.mask.sum().clamp(min=1)
     numbers |= {"logps": tokens.logps} | ({} if tokens.entropy is None else {"entropy": tokens.entropy})
     return {name: x.sum() / count for name, x in numbers.items()}
+
+
+ENTRIES = [
+    Entry(
+        distillation_loss, "tokens", "2306.13649, 2402.03898", distribution=True, variants={
+            "gkd": {}, "gkd, beta 0": {"beta": 0.0}, "gkd, beta 1": {"beta": 1.0}, "with labels": {"hard": 0.5},
+            "DistiLLM": {"divergence": "skew_forward_kl"}, "ABKD": {"divergence": "alpha_beta(a=0.2, b=0.7)"},
+        },
+    )
+]  # fmt: skip

@@ -15,7 +15,9 @@ from torch import Tensor
 from ..divergences import Divergence, from_key
 from ..objective import Tokens
 from ..sources import Source, check_labels
-from .common import LossOutput, check_pairs, check_positive, fused
+from .common import Entry, LossOutput, check_pairs, check_positive, fused
+
+__all__ = ["LOSSES", "dpo_loss", "preference_loss"]
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,8 @@ def metrics(tokens: Tokens, beta: float) -> dict[str, Tensor]:
     if tokens.entropy is not None:
         found["entropy"] = tokens.entropy.sum() / tokens.mask.sum().clamp(min=1)
     return found
+
+
+ENTRIES = [
+    Entry(preference_loss, "pairs", "2305.18290, 2309.16240", {name: {"loss": name} for name in LOSSES}, ref="optional")
+]

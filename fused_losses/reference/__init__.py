@@ -4,7 +4,40 @@ Plain torch, any float dtype, CPU or GPU, differentiable by autograd as often as
 vocabulary size, as the code that this package replaces does. Run them in float64 to judge anything else.
 """
 
-from .preference import dpo_loss, preference_loss
-from .stats import token_stats
+from . import (
+    cross_entropy,
+    distillation,
+    lta_thinker,
+    policy_gradient,
+    preference,
+    preference_matching,
+    reference_free,
+    tdpo,
+    unpaired,
+    upo,
+)
+from .cross_entropy import *
+from .distillation import *
+from .lta_thinker import *
+from .policy_gradient import *
+from .preference import *
+from .preference_matching import *
+from .reference_free import *
+from .stats import *
+from .tdpo import *
+from .unpaired import *
+from .upo import *
 
-__all__ = ["dpo_loss", "preference_loss", "token_stats"]
+MODULES = (
+    preference,
+    tdpo,
+    reference_free,
+    unpaired,
+    policy_gradient,
+    distillation,
+    cross_entropy,
+    preference_matching,
+    upo,
+    lta_thinker,
+)
+__all__ = ["token_stats", *(name for module in MODULES for name in module.__all__)]

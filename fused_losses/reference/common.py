@@ -81,4 +81,8 @@ def joined(losses: list[Tensor], stats: TokenStats) -> Tensor:
 def reduced(losses: Tensor, reduction: str = "mean", num_items: int | Tensor | None = None) -> Tensor:
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / (max(losses.numel(), 1) if num_items is None else num_items)
+    return (
+        losses.sum()
+        if reduction == "sum"
+        else losses.sum() / (max(losses.numel(), 1) if num_items is None else num_items)
+    )

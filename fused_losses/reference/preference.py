@@ -15,6 +15,8 @@ from ..losses.preference import Options, options
 from ..sources import Source, check_labels
 from .common import Sequence, cut, joined, reduced
 
+__all__ = ["dpo_loss", "preference_loss"]
+
 
 def _sigmoid(chosen: Sequence, rejected: Sequence, o: Options) -> Tensor:
     """DPO eq. 7, with the link of f-DPO (2309.16240): s(h) = f'(e^h), for DPO s(h) = h; cDPO where eps > 0."""

@@ -9,6 +9,8 @@ from ..divergences import parse
 from ..sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
 from ..stats import Asked, given_logps
 
+__all__ = ["token_stats"]
+
 
 def _transformed(source: Logits | Hidden) -> Tensor:
     """softcap tanh(z / softcap) * scale / temperature over the valid vocabulary."""
@@ -63,5 +65,3 @@ def token_stats(
     h = torch.special.entr(log_p.exp()).sum(-1).masked_fill(~mask, 0) if entropy else None  # H = -sum p log p
     correct = (z.gather(-1, target).squeeze(-1) >= z.amax(-1)) & mask
     return TokenStats(logps, ref_logps, values, h, z.logsumexp(-1).masked_fill(~mask, 0), mask, correct)
-
-

@@ -1,0 +1,9 @@
+"""Token-level DPO: sequential divergences over the whole vocabulary in the margin of a pair."""
+
+from __future__ import annotations
+
+from .common import Entry
+
+__all__: list[str] = []
+
+ENTRIES: list[Entry] = []

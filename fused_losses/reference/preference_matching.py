@@ -1,0 +1,5 @@
+"""PM-RLHF: the preference-matching regulariser, rewards and metrics; Bradley-Terry and Plackett-Luce ranking losses."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

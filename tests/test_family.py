@@ -1,0 +1,136 @@
+"""Every loss of the registry against its float64 twin: value, gradients and metrics, from logits, hidden states and log-probs,
+padded and packed, in every plan."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+from helpers import double, relative
+
+import fused_losses as fl
+from fused_losses.losses import FAMILY
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CASES = [(name, variant) for name, entry in FAMILY.items() for variant in entry.variants]
+V, H, REF_H, T = 37, 8, 6, 6
+
+
+class Batch:
+    """Random inputs of an entry: labels with ignored tokens, a sequence that has none left but one, and what else it takes."""
+
+    def __init__(self, name, variant, packed=False, seed=0):
+        self.entry = FAMILY[name]
+        self.options = dict(self.entry.variants[variant])
+        self.name = name
+        g = torch.Generator().manual_seed(zlib.crc32(f"{name} {variant} {seed}".encode()))
+        sequences = 6 if self.entry.batch == "pairs" else 4
+        self.x, self.ref_x = (torch.randn(sequences, T, width, generator=g) for width in (H, REF_H))
+        self.weight, self.ref_weight = (torch.randn(V, width, generator=g) * 0.5 for width in (H, REF_H))
+        self.y = torch.randint(0, V, (sequences, T), generator=g)
+        self.y[:, :2] = -100
+        self.y[1, 4:] = -100
+        self.y[2, 3:] = -100
+        self.lead = (sequences, T)
+        kinds = {
+            "per sequence": lambda: torch.randn(sequences, generator=g),
+            "per token": lambda: torch.randn(sequences, T, generator=g) * 0.1 - 3,
+            "bool per sequence": lambda: torch.arange(sequences) % 3 != 1,
+        }
+        self.extra = {n: kinds[kind]() for n, kind in self.entry.inputs.items()}
+        if packed:
+            lengths = [6, 5, 4, 6, 3, 6][:sequences]
+            keep = torch.cat([i * T + torch.arange(n) for i, n in enumerate(lengths)])
+            self.lead = (len(keep),)
+            self.x, self.ref_x, self.y = (t.flatten(0, 1)[keep] for t in (self.x, self.ref_x, self.y))
+            for n, kind in self.entry.inputs.items():
+                if kind == "per token":
+                    self.extra[n] = self.extra[n].flatten()[keep]
+            self.options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+
+    def call(self, library, dtype, source, ref, how=None):
+        """The output and the gradients at what `source` is made of."""
+        made = {}
+
+        def build(kind, x, weight):
+            x, weight = x.to(dtype), weight.to(dtype)
+            if kind == "hidden":
+                return [x, weight], lambda a, b: fl.Hidden(a, b)
+            if kind == "logits":
+                return [x @ weight.T], lambda a: a
+            logps = fl.reference.token_stats(fl.Hidden(x, weight), self.y).logps
+            return [logps], lambda a: fl.LogProbs(a)
+
+        leaves, make = build(source, self.x, self.weight)
+        made = [leaf.clone().requires_grad_() for leaf in leaves]
+        other = None
+        if ref is not None:
+            other, make_ref = build(ref, self.ref_x, self.ref_weight)
+            other = make_ref(*other)
+        extra = {n: x.to(dtype) if x.is_floating_point() else x for n, x in self.extra.items()}
+        args = (make(*made), self.y) if self.entry.ref == "unused" else (make(*made), self.y, other)
+        out = getattr(library, self.name)(*args, **extra, **self.options, **(how or {}))
+        return out, torch.autograd.grad(out.loss.sum() * 1.5, made)
+
+    def compare(self, source, ref, tolerance=1e-5, **how):
+        mine, grads = self.call(fl, torch.float32, source, ref, how)
+        plain = {k: v for k, v in how.items() if k in ("reduction", "num_items", "shift", "entropy")}
+        truth, exact = self.call(fl.reference, torch.float64, source, ref, plain)
+        assert mine.loss.shape == truth.loss.shape
+        assert relative(mine.loss, truth.loss) <= tolerance
+        for g, e in zip(grads, exact, strict=True):
+            assert relative(g, e) <= tolerance, (g, e)
+        assert mine.metrics.keys() == truth.metrics.keys()
+        for n, x in truth.metrics.items():
+            torch.testing.assert_close(mine.metrics[n].double(), x.double(), rtol=1e-4, atol=1e-5, msg=n)
+
+
+def sources_of(entry):
+    """Pairs (policy, reference) that mean something."""
+    kinds = ("hidden", "logits") if entry.distribution else ("hidden", "logits", "log-probs")
+    refs = [None] if entry.ref == "unused" else list(kinds)
+    found = [(kind, refs[i % len(refs)]) for i, kind in enumerate(kinds)]
+    return found + ([("hidden", None)] if entry.ref == "optional" else [])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_matches_the_twin(monkeypatch, name, variant, packed):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    if packed and FAMILY[name].batch == "tokens":
+        pytest.skip("tokens are packed as they come")
+    batch = Batch(name, variant, packed)
+    for source, ref in sources_of(batch.entry):
+        batch.compare(source, ref)
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_plans_and_options(monkeypatch, name, variant):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    batch = Batch(name, variant, seed=1)
+    ref = None if batch.entry.ref == "unused" else "hidden"
+    batch.compare("hidden", ref, plan="slices", entropy=True, reduction="sum")
+    batch.compare("hidden", ref, num_items=7)
+    batch.compare("hidden", ref, reduction="none")
+    if not batch.entry.inputs or "per token" not in batch.entry.inputs.values():
+        batch.compare("hidden", ref, shift=True)
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_on_the_triton_backend(backend, device, name, variant):
+    if backend != "triton":
+        pytest.skip("the others test the torch backend")
+    batch = Batch(name, variant, seed=2)
+    batch.compare("logits", None if batch.entry.ref == "unused" else "logits", 2e-5)
+
+
+def test_twins_are_there():
+    for name in FAMILY:
+        assert getattr(fl, name) is FAMILY[name].call
+        assert getattr(fl.reference, name) is not getattr(fl, name)
+
+
+def test_double_is_double():  # what the comparisons rest on
+    assert double(torch.zeros(1)).dtype == torch.float64
