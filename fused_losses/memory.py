@@ -47,8 +47,8 @@ def naive_bytes(rows: int, step: Step) -> int:
 SMALL = 2048
 
 # Temporaries of the torch backend at its peak, in blocks of torch_backend.BLOCK_BYTES, measured by peak_bytes: without
-# divergence (gradient to policy, to both), with those that close in one pass, with those that are summed over terms.
-BLOCKS, BLOCKS_ROW, BLOCKS_TERM = (7, 10), 13, 18
+# divergence (gradient to policy, to both), and with one.
+BLOCKS, BLOCKS_DIVERGENCE = (7, 10), 13
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Step:
         block = row * min(self.rows, max(1, torch_backend.BLOCK_BYTES // row))
         if not self.divergences:
             return BLOCKS[self.both] * block
-        return (BLOCKS_TERM if any(d.term for d in self.divergences) else BLOCKS_ROW) * block
+        return BLOCKS_DIVERGENCE * block
 
 
 @dataclass(frozen=True)

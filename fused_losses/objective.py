@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import hidden_ops, ops
 from .backend import choose
@@ -286,7 +285,6 @@ class _Known(torch.autograd.Function):
         return losses, *out[:6]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_losses, *grads):  # type: ignore[no-untyped-def]
         """The gradients found in the forward hold for equal gradients of all losses; anything else takes them anew."""
         job, saved, flags = ctx.job, ctx.saved_tensors, ctx.needs_input_grad[3:]
@@ -295,10 +293,13 @@ class _Known(torch.autograd.Function):
         out, found = saved[end : end + 7], saved[end + 7 :]
         uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
         if uniform and all(g is None for g in grads[:5]) and not any(flags[10:]):
-            scaled = [
-                torch.mul(x, g_losses[0], out=torch.empty_like(x, dtype=y.dtype)) if flag else None
-                for x, y, flag in zip(found, tensors[:5], flags[:5], strict=True)
-            ]
+            with torch.no_grad():
+                scaled = [
+                    torch.mul(x, g_losses[0], out=torch.empty_like(x, dtype=y.dtype)) if flag else None
+                    for x, y, flag in zip(found, tensors[:5], flags[:5], strict=True)
+                ]
+            if torch.is_grad_enabled():
+                scaled = [x if x is None else _Once.apply(x, y) for x, y in zip(scaled, tensors[:5], strict=True)]
             return (None, None, None, *scaled, *[None] * (5 + len(extras)))
         total, to_extras = list(grads[:5]), iter(())
         if g_losses is not None:
@@ -316,3 +317,15 @@ class _Known(torch.autograd.Function):
             None, None, None, *(next(back) if f else None for f in flags[:10]),
             *(next(to_extras, None) if f else None for f in flags[10:]),
         )  # fmt: skip
+
+
+class _Once(torch.autograd.Function):
+    """A gradient of x whose own differentiation is an error in words."""
+
+    @staticmethod
+    def forward(ctx, gradient, x):  # type: ignore[no-untyped-def]
+        return gradient
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        raise RuntimeError("a fused loss can be differentiated once; use fused_losses.reference for more")

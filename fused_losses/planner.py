@@ -224,7 +224,7 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
         if facts.static:
             return "it lays out its blocks on the host, which static_shapes forbids"
         if not facts.unit:
-            return "the loss has to be known inside: it is for losses that are reduced, in eager mode, without inplace_backward"
+            return "it is for losses that are reduced, in eager mode"
         if facts.to_ref or not facts.hidden[0]:
             return "it is for a policy from hidden states and a reference that needs no gradient"
         if not facts.backward:
@@ -258,7 +258,9 @@ def rows_bytes(facts: Facts, rows: int) -> int:
 def _block_rows(facts: Facts, budget: int) -> int:
     """Of a block of whole units: as many as fit, in blocks of equal size."""
     few, most = 1, max(1, -(-facts.rows // facts.unit))
-    total, room = most, min(budget, CPU_BLOCK) if facts.device == "cpu" else budget
+    total, room = most, budget
+    if facts.device == "cpu":
+        room = min(budget, max(CPU_BLOCK, rows_bytes(facts, -(-most // MANY) * facts.unit)))
     while few < most:
         middle = (few + most + 1) // 2
         if rows_bytes(facts, middle * facts.unit) <= room:

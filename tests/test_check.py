@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_losses as fl
-from fused_losses import check, planner, plans, projection
+from fused_losses import check, frozen, objective, planner, plans, projection
 from fused_losses.__main__ import main
 
 SMALL = ["check", "--shape", "2,3,41", "--hidden", "7", "--device", "cpu", "--divergence", "reverse_kl", "js"]
@@ -43,7 +43,7 @@ def test_every_plan_and_leaf_on_both_backends(backend, device):
     assert {part for p, what, part in ran if p == "frozen"} == {"value", "dX"}
     assert {what for p, what, part in ran if p == "frozen"} == {what for _, what, _ in ran}
     why = {plan: reason for plan, reason in skipped}
-    assert why["rows"].startswith("it needs a preference loss")
+    assert why["rows"].startswith("it is for losses that are reduced")
     assert ("tiles" in why) == (backend == "torch")
     values = [row for row in rows if row.dtype != "float32" and row.part == "value"]
     assert all(row.allowed < 1e-4 for row in values), "logits are float32 and must be held to that"
@@ -62,7 +62,7 @@ def test_report(capsys):
     assert main([*argv, "--loss", "token_stats", "--plan", "slices", "rows"]) == 0
     out, err = capsys.readouterr()
     assert "H = 7 and 5 on cpu" in out and "  plan    part" in out and not err
-    assert "'rows' not run for logps and 5 more: it needs a preference loss" in out
+    assert "'rows' not run for logps and 5 more: it is for losses that are reduced" in out
     assert "checks pass, worst: bfloat16" in out.splitlines()[-1] and max(map(len, out.splitlines())) <= 120
     assert main([*argv, "--plan", "all", "--loss", "sigmoid"]) == 0
     out = capsys.readouterr().out
@@ -110,7 +110,7 @@ BROKEN = {
     "frozen dX": ("frozen_backward", lambda dx: dx, {"dX"}, {"frozen"}),
     "dW of row blocks": ("row_blocks", lambda found: found[2][1], {"dW"}, {"auto", "rows"}),
     "db of row blocks": ("row_blocks", lambda found: found[2][2], {"db"}, {"auto", "rows"}),
-    "losses of row blocks": ("row_blocks", lambda found: found[1].losses, {"value"}, {"auto", "rows"}),
+    "losses of row blocks": ("row_blocks", lambda found: found[1], {"value"}, {"auto", "rows"}),
     "values": ("forward", lambda out: out.logps, {"value"}, {"auto", "rows", "slices", "whole"}),
 }
 
@@ -120,7 +120,8 @@ BROKEN = {
 def test_a_wrong_plan_is_caught(name, by, monkeypatch, capsys):
     function, pick, parts, kinds = BROKEN[name]
     argv = [*SMALL, "--dtype", "float32", "--bias", "--lora", "2", "--loss", "token_stats", "sigmoid"]
-    monkeypatch.setattr(plans, function, scaled(by, pick)(getattr(plans, function)))
+    module = {"frozen_backward": frozen, "row_blocks": objective}.get(function, plans)
+    monkeypatch.setattr(module, function, scaled(by, pick)(getattr(module, function)))
     assert main(argv) == 1
     found = failed(capsys.readouterr().out)
     if name != "values":  # of which gradients are made
