@@ -41,16 +41,21 @@ class Step:
             source = source[0], fl.Logits(torch.randn(*lead, vocab, device=device, dtype=dtype))
         self.source, self.asked, self.entropy = source, divergences.parse(divergence), entropy
         self.how = {"plan": plan, "workspace": workspace, "static_shapes": static}
-        self.pairs, self.leaves = plan == "rows", asking([*self.policy, *self.given])
+        self.leaves = asking([*self.policy, *self.given])
+        # rows of a unit of a loss that is known: tokens where a divergence is its subject, else pairs
+        self.unit = 0 if plan != "rows" else 1 if self.asked else 8
 
     @property
     def plan(self):
         """What the planner says."""
-        how, longest = How(**self.how), 8 if self.pairs else 0
-        return request(self.source[0], self.y, self.source[1], self.asked, self.entropy, -100, how, longest).plan
+        rest = self.asked, self.entropy, -100, How(**self.how), self.unit
+        return request(self.source[0], self.y, self.source[1], *rest).plan
 
     def run(self):
-        if self.pairs:
+        if self.unit == 1:
+            options = {"divergence": self.asked[0], "hard": 0.5, "entropy": self.entropy, **self.how}
+            loss = fl.distillation_loss(self.source[0], self.y, self.source[1], **options).loss
+        elif self.unit:
             loss = fl.dpo_loss(self.source[0], self.y, self.source[1], entropy=self.entropy, **self.how).loss
         else:
             options = {"divergence": self.asked, "entropy": self.entropy, **self.how}
@@ -61,6 +66,19 @@ class Step:
             if stats.ref_logps is not None and stats.ref_logps.requires_grad:
                 loss = loss + stats.ref_logps.sum()
         return torch.autograd.grad(loss, self.leaves) if self.leaves else loss
+
+
+def test_row_blocks_are_of_equal_size_large_and_few():
+    facts = planner.Facts(
+        4096, 50304, (512, 512), 4, 4, True, pair=True, to_hidden=True, to_head=True, to_weight=True, unit=1
+    )
+    plan = planner.choose(facts._replace(weight=50304 * 512))
+    assert plan.kind == "rows" and plan.gemms == 4
+    assert 4096 % plan.tile[0] <= plan.tile[0] // 8 or -(-4096 // plan.tile[0]) * plan.tile[0] - 4096 < 64
+    assert plan.tiles <= planner.CPU_BLOCK and planner.choose(facts._replace(device="cuda")).tiles > planner.CPU_BLOCK
+    for few in (facts._replace(vocab=4_000_000), facts._replace(unit=2048), facts._replace(rows=1 << 22)):
+        assert planner.choose(few).kind == "slices"
+    assert planner.choose(facts._replace(unit=4096), "rows", 4 << 30).tile == (4096, 50304)
 
 
 # ---- matrix products ---------------------------------------------------------------------------------------------------
@@ -80,7 +98,8 @@ STEPS = [  # plan, reference, divergence, entropy, gradients to, products
     ("frozen", "hidden", "jeffreys", False, X, 7), ("frozen", "hidden", ["jeffreys", "reverse_kl"], True, X, 8),
     ("frozen", "hidden", "js", False, X, 6), ("frozen", "logits", "js", True, X, 5),
     ("rows", None, None, False, XW, 3), ("rows", "hidden", None, True, XW, 4), ("rows", "hidden", None, False, X, 3),
-    ("rows", "logits", None, False, W, 2),
+    ("rows", "logits", None, False, W, 2), ("rows", "hidden", "forward_kl", True, XW, 4), ("rows", "hidden", "js", False, XW, 4),
+    ("rows", "hidden", "alpha", False, X, 3), ("rows", "logits", "js", False, XW, 3),
 ]  # fmt: skip
 
 
@@ -98,12 +117,12 @@ def multiplied(step, rows):
     return sum(m * n * k for m, n, k in products(step.run)) / (rows * vocab * width)
 
 
-def few_bytes(device, rows, vocab, plan, **options):
+def few_bytes(rows, vocab, plan, divergence):
     """A workspace that cuts this step into some tens of tiles."""
     if plan == "whole":
         return None
     if plan == "rows":
-        kinds = planner.Facts(rows, vocab, (16, 16), 4, 4, True, backend="torch")
+        kinds = planner.Facts(rows, vocab, (16, 16), 4, 4, True, backend="torch", pair=bool(divergence))
         return planner.rows_bytes(kinds, 8)
     return 4096 * 25
 
@@ -113,7 +132,7 @@ def test_the_products_that_run_are_those_of_the_plan(device, monkeypatch, case):
     """In tiles, counted by the floating-point operations of every product."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
     plan, ref, divergence, entropy, grads, wanted = case
-    step = Step(device, 16, 320, plan, few_bytes(device, 16, 320, plan), ref, divergence, entropy, grads)
+    step = Step(device, 16, 320, plan, few_bytes(16, 320, plan, divergence), ref, divergence, entropy, grads)
     assert step.plan.kind == plan and step.plan.gemms == wanted
     assert plan == "whole" or step.plan.tile[0] * step.plan.tile[1] < 16 * 320
     assert multiplied(step, 16) == wanted
