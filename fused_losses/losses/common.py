@@ -106,3 +106,20 @@ def fused(
         count = tokens.mask.sum().clamp(min=1) if unit == "token" else max(losses.numel(), 1)
         losses = losses.sum() / (count if num_items is None else num_items)
     return Fused(losses.sum() if reduction == "sum" else losses, stats, tokens)
+
+
+def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Tensor]:
+    """TRL's, from a reward and a log-prob of each of the 2B sequences: means over the pairs; and the entropy, if asked for."""
+    count = max(tokens.sequences // 2, 1)
+    chosen, rejected = rewards.tensor_split(2)
+    found = {
+        "rewards/chosen": chosen.sum() / count,
+        "rewards/rejected": rejected.sum() / count,
+        "rewards/margins": (chosen - rejected).sum() / count,
+        "rewards/accuracies": (chosen > rejected).to(rewards.dtype).sum() / count,
+        "logps/chosen": logps.tensor_split(2)[0].sum() / count,
+        "logps/rejected": logps.tensor_split(2)[1].sum() / count,
+    }
+    if tokens.entropy is not None:
+        found["entropy"] = tokens.sums(tokens.entropy).sum() / tokens.mask.sum().clamp(min=1)
+    return found

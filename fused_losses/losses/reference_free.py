@@ -1,9 +1,250 @@
-"""Pairs without a reference model: SimPO, CPO, ORPO."""
+"""Pairs without a reference model: SimPO, CPO, ORPO.
+
+Each is a term of the pair's log-probs (means or sums over tokens) and a share of the negative log-likelihood of the chosen
+responses, whose mean is over the tokens of the batch: the share of a pair is B / tokens times its own sum, so that the mean
+over pairs is the mean over tokens.
+"""
 
 from __future__ import annotations
 
-from .common import Entry
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-__all__: list[str] = []
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-ENTRIES: list[Entry] = []
+from ..layout import shift_packed
+from ..objective import Tokens
+from ..pointwise import cap
+from ..sources import Source, check_labels
+from ..stats import labels_mask
+from .common import Entry, Fused, LossOutput, check_pairs, check_positive, fused, pair_metrics
+
+__all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
+
+CPO = ("sigmoid", "hinge", "ipo")
+SURE = -1e-12  # the largest mean log-prob whose odds ORPO tells from infinite ones
+
+
+def simpo_loss(
+    policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
+    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, num_nll_tokens: int | Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """SimPO (2405.14734 eq. 6): the reward is the mean log-prob of a response's tokens, and no reference is needed,
+
+        margin = beta (r_w - r_l) - gamma,    r = 1/|y| sum_t log p(y_t)
+        -(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin) + cpo_alpha NLL(chosen)
+
+    gamma is the paper's and TRL's (`simpo_gamma`), the target margin of the rewards after beta; SimPO's own code asks for
+    gamma / beta (`gamma_beta_ratio`). TRL's beta is 0.1 unless set, far below the 2 to 10 of the paper, and its cpo_alpha 1:
+    CPO-SimPO, where SimPO is 0.
+
+    Args:
+        policy: fl.Hidden, logits or fl.LogProbs. labels and the options of a batch are those of preference_loss: pairs
+            [2B, T], or packed with cu_seqlens; the loss is one number a pair.
+        alpha: AlphaPO (2501.03884) where it is not 0: r = (1 - m^-alpha) / alpha, m the geometric mean of the tokens'
+            probabilities. It is SimPO in the limit 0.
+        label_smoothing: eps, in [0, 0.5).
+        cpo_alpha, num_nll_tokens: as in cpo_loss.
+
+    metrics: those of preference_loss, with rewards beta r and logps the means that the loss takes, as TRL logs them; nll_loss.
+    """
+    check_simpo(beta, gamma, alpha, label_smoothing, cpo_alpha)
+
+    def reward(x: Tensor) -> Tensor:
+        return x if alpha == 0 else torch.expm1(cap(-alpha * x)) / -alpha
+
+    def term(w: Tensor, l: Tensor) -> Tensor:
+        return _smoothed(beta * (reward(w) - reward(l)) - gamma, label_smoothing)
+
+    found, x, nll = _pairs(term, policy, labels, True, cpo_alpha, num_nll_tokens=num_nll_tokens, **batch)
+    return LossOutput(found.loss, pair_metrics(found.tokens, beta * reward(x), x) | {"nll_loss": nll}, found.stats)
+
+
+def cpo_loss(
+    policy: Source, labels: Tensor, *, loss: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
+    label_smoothing: float = 0.0, num_nll_tokens: int | Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """CPO (2401.08417): DPO with a uniform reference, and the negative log-likelihood of the chosen responses,
+
+        "sigmoid":  -(1 - eps) log sigmoid(beta x) - eps log sigmoid(-beta x),    x = log p(y_w) - log p(y_l)
+        "hinge":    max(0, 1 - beta x)
+        "ipo":      (x - 1 / (2 beta))^2, with means over tokens in x where the others have sums
+        + cpo_alpha NLL,    NLL = -sum over the chosen tokens of the batch of log p(y_t) / their number
+
+    as TRL has them; its fourth, "simpo", is simpo_loss.
+
+    Args:
+        policy, labels and the options of a batch: as in simpo_loss. labels mark the tokens that count for both parts.
+        label_smoothing: eps, in [0, 0.5), for "sigmoid" alone.
+        cpo_alpha: >= 0.
+        num_nll_tokens: chosen tokens of the whole batch, when gradients accumulate; it goes with num_items, the pairs of the
+            whole batch. With num_items alone each micro-batch's NLL is the mean over its own tokens, weighted by its pairs.
+
+    reduction="none" gives pairs whose mean is the loss: NLL is shared out by the log-probs of each.
+
+    metrics: as in simpo_loss, with rewards beta log p(y); for "ipo" beta times the mean.
+    """
+    check_cpo(loss, beta, cpo_alpha, label_smoothing)
+
+    def term(w: Tensor, l: Tensor) -> Tensor:
+        if loss == "sigmoid":
+            return _smoothed(beta * (w - l), label_smoothing)
+        return torch.relu(1 - beta * (w - l)) if loss == "hinge" else (w - l - 0.5 / beta).square()
+
+    found, x, nll = _pairs(term, policy, labels, loss == "ipo", cpo_alpha, num_nll_tokens=num_nll_tokens, **batch)
+    return LossOutput(found.loss, pair_metrics(found.tokens, beta * x, x) | {"nll_loss": nll}, found.stats)
+
+
+def orpo_loss(
+    policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None,
+    num_nll_tokens: int | Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """ORPO (2403.07691 eq. 6): the negative log-likelihood of the chosen responses, and their odds against the rejected,
+
+        NLL - beta log sigmoid(log odds(y_w) - log odds(y_l)),    odds = m / (1 - m),    log m = 1/|y| sum_t log p(y_t)
+
+    with beta the paper's lambda, and NLL as in cpo_loss. A mean log-prob of -1e-12 or more counts as that: the odds of a
+    certain or empty response are finite and get no gradient.
+
+    Args:
+        policy, labels, num_nll_tokens and the options of a batch: as in cpo_loss.
+        nll_labels: as labels, also with the tokens that count for the NLL alone. TRL's NLL is over prompt and completion of
+            the chosen: its equal is input_ids with the padding ignored. NLL is over the chosen tokens of either, stats hold
+            them all. None: the completion alone.
+
+    metrics: as in simpo_loss, with rewards beta log m; log_odds_chosen, the mean difference of log odds, and log_odds_ratio,
+    the mean log sigmoid of it (TRL's names).
+    """
+    check_positive(beta=beta)
+
+    def log_odds(w: Tensor, l: Tensor) -> Tensor:
+        w, l = w.clamp(max=SURE), l.clamp(max=SURE)
+        return w - l - (torch.log(-torch.expm1(w)) - torch.log(-torch.expm1(l)))
+
+    def term(w: Tensor, l: Tensor) -> Tensor:
+        return -beta * logsigmoid(log_odds(w, l))
+
+    found, x, nll = _pairs(term, policy, labels, True, 1.0, nll_labels, num_nll_tokens, **batch)
+    odds, count = log_odds(*x.tensor_split(2)), max(len(x) // 2, 1)
+    more = {"log_odds_chosen": odds.sum() / count, "log_odds_ratio": logsigmoid(odds).sum() / count, "nll_loss": nll}
+    return LossOutput(found.loss, pair_metrics(_scored(found.tokens), beta * x, x) | more, found.stats)
+
+
+def _smoothed(margin: Tensor, eps: float) -> Tensor:
+    loss = -logsigmoid(margin)
+    return (1 - eps) * loss - eps * logsigmoid(-margin) if eps else loss
+
+
+def _scored(tokens: Tokens) -> Tokens:
+    """Without the tokens that count for the NLL alone."""
+    only = tokens.extra.get("scored")
+    return tokens if only is None else replace(tokens, mask=tokens.mask & only)
+
+
+def _pairs(
+    term: Callable[[Tensor, Tensor], Tensor], policy: Source, labels: Tensor, mean: bool, weight: float,
+    nll_labels: Tensor | None = None, num_nll_tokens: int | Tensor | None = None, num_items: int | Tensor | None = None,
+    **batch: Any,
+) -> tuple[Fused, Tensor, Tensor]:  # fmt: skip
+    """term(chosen, rejected) + weight NLL; then the log-probs that the term took [2B], and the NLL. mean: over tokens."""
+    labels = check_labels(labels)
+    pairs = check_pairs(labels, cu := batch.get("cu_seqlens")) // 2
+    check_count(num_nll_tokens)
+    rows = torch.arange(len(labels), device=labels.device)
+    chosen = rows[:, None] < pairs if cu is None else rows < cu[pairs]
+    if nll_labels is not None:
+        scored, ignore = _counted(labels, **batch), batch.get("ignore_index", -100)
+        nll_labels = check_nll_labels(nll_labels, labels).where(chosen, ignore)
+        labels, batch = labels.where(labels != ignore, nll_labels), batch | {"per_token": {"scored": scored}}
+    here = (_counted(labels, **batch) & chosen).sum().clamp(min=1)
+    # The reduction divides by pairs, or by num_items; the mean over tokens is to be left.
+    by = here if num_nll_tokens is None else num_nll_tokens
+    times = pairs if num_items is None or num_nll_tokens is None else num_items
+
+    def logps(tokens: Tokens) -> Tensor:
+        tokens = _scored(tokens)
+        total = tokens.sums(tokens.logps)
+        return total / tokens.lengths.clamp(min=1) if mean else total
+
+    def formula(tokens: Tokens) -> Tensor:
+        losses = term(*logps(tokens).tensor_split(2))
+        return losses - weight * tokens.sums(tokens.logps).tensor_split(2)[0] * times / by if weight else losses
+
+    found = fused(formula, policy, labels, None, unit="pair", num_items=num_items, **batch)
+    nll = -found.tokens.sums(found.tokens.logps).tensor_split(2)[0].sum() / here
+    return found, logps(found.tokens), nll
+
+
+def _counted(
+    labels: Tensor, *, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100, **_: Any
+) -> Tensor:
+    """The mask of evaluate()."""
+    if shift and cu_seqlens is not None:
+        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
+    return labels_mask(labels, shift, ignore_index)
+
+
+def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float, cpo_alpha: float) -> None:
+    check_positive(beta=beta)
+    _check_weights(gamma=gamma, cpo_alpha=cpo_alpha)
+    _check_smoothing(label_smoothing)
+    if not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
+        raise ValueError(f"alpha: expected a finite number, got {alpha!r}")
+
+
+def check_cpo(loss: str, beta: float, cpo_alpha: float, label_smoothing: float) -> None:
+    if loss not in CPO:
+        hint = "; for 'simpo' call fl.simpo_loss" if loss == "simpo" else ""
+        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(CPO)}{hint}")
+    check_positive(beta=beta)
+    _check_weights(cpo_alpha=cpo_alpha)
+    _check_smoothing(label_smoothing)
+    if label_smoothing and loss != "sigmoid":
+        raise ValueError(f"label_smoothing: only goes with loss='sigmoid', got {label_smoothing!r} with {loss!r}")
+
+
+def check_count(num_nll_tokens: int | Tensor | None) -> None:
+    if isinstance(num_nll_tokens, int | float) and num_nll_tokens <= 0:
+        raise ValueError(f"num_nll_tokens: expected a number > 0, got {num_nll_tokens!r}")
+
+
+def _check_weights(**numbers: float) -> None:
+    for name, x in numbers.items():
+        if not isinstance(x, int | float) or not 0 <= x < float("inf"):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
+
+
+def check_nll_labels(nll_labels: Tensor, labels: Tensor) -> Tensor:
+    if not isinstance(nll_labels, Tensor) or nll_labels.shape != labels.shape:
+        got = list(nll_labels.shape) if isinstance(nll_labels, Tensor) else type(nll_labels).__name__
+        raise ValueError(f"nll_labels: expected token ids {list(labels.shape)} as the labels, got {got}")
+    return check_labels(nll_labels)
+
+
+ENTRIES = [
+    Entry(
+        simpo_loss, "pairs", "2405.14734, 2501.03884", ref="unused", variants={
+            "SimPO": {}, "CPO-SimPO": {"cpo_alpha": 0.5, "gamma": 1.5, "label_smoothing": 0.1},
+            "AlphaPO": {"alpha": 0.25}, "AlphaPO, alpha < 0": {"alpha": -0.5},
+        },
+    ),
+    Entry(
+        cpo_loss, "pairs", "2401.08417", ref="unused", variants={
+            "CPO": {}, "smoothed": {"label_smoothing": 0.1, "beta": 0.3, "num_nll_tokens": 29},
+            "hinge": {"loss": "hinge", "beta": 0.3}, "IPO": {"loss": "ipo", "cpo_alpha": 0.5}, "no NLL": {"cpo_alpha": 0.0},
+        },
+    ),
+    Entry(
+        orpo_loss, "pairs", "2403.07691", ref="unused", variants={
+            "ORPO": {}, "accumulated": {"beta": 0.5, "num_nll_tokens": 29},
+        },
+    ),
+]  # fmt: skip

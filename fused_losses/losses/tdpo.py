@@ -2,8 +2,82 @@
 
 from __future__ import annotations
 
-from .common import Entry
+from typing import Any
 
-__all__: list[str] = []
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-ENTRIES: list[Entry] = []
+from ..divergences import Divergence, from_key
+from ..objective import Tokens
+from ..sources import LogProbs, Source, check_labels
+from .common import Entry, LossOutput, check_pairs, check_positive, fused, pair_metrics
+
+__all__ = ["tdpo_loss"]
+
+VARIANTS = ("tdpo1", "tdpo2")
+
+
+def tdpo_loss(
+    policy: Source, labels: Tensor, ref: Source, *, variant: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
+    divergence: str | Divergence = "forward_kl", **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """TDPO (2404.11999): DPO with each response's divergence from the reference, token by token over the whole vocabulary,
+
+        h = sum_t log p(y_t) - log q(y_t)        D = sum_t D(p, q) after y_1 .. y_{t-1}, for forward_kl KL(q || p)
+        "tdpo1":  -log sigmoid(beta (h_w - h_l) + beta (D_w - D_l))
+        "tdpo2":  -log sigmoid(beta (h_w - h_l) + beta alpha (sg(D_w) - D_l))
+
+    for p the policy, q the reference, w chosen and l rejected. sg stops the gradient, of the chosen side alone. At alpha = 0
+    TDPO2 is DPO; at alpha = 1 it has TDPO1's value, not its gradient.
+
+    Args:
+        policy, ref: fl.Hidden or logits, for the divergence needs whole distributions. labels and the options of a batch
+            are those of preference_loss: pairs [2B, T], or packed with cu_seqlens; the loss is one number a pair.
+        variant: the released code's function has TDPO2 as its default, but its configuration runs TDPO1.
+        alpha: >= 0, for TDPO2 alone.
+        divergence: any of fl.divergences.names() in place of the paper's forward_kl = KL(ref || policy). Unlike f-DPO's, it
+            changes nothing about h.
+
+    metrics: those of preference_loss with the rewards of the released code, beta (h + D); kl/chosen and kl/rejected, which
+    are D.
+    """
+    d = check_options(policy, ref, variant, alpha, beta, divergence)
+    labels = check_labels(labels)
+    check_pairs(labels, batch.get("cu_seqlens"))
+
+    def formula(tokens: Tokens) -> Tensor:
+        h_w, h_l = tokens.log_ratios().tensor_split(2)
+        d_w, d_l = tokens.sums(tokens.divergence[d.key]).tensor_split(2)
+        apart = d_w - d_l if variant == "tdpo1" else alpha * (d_w.detach() - d_l)
+        return -logsigmoid(beta * (h_w - h_l + apart))
+
+    found = fused(formula, policy, labels, ref, unit="pair", divergences=(d,), **batch)
+    tokens, count = found.tokens, max(found.tokens.sequences // 2, 1)
+    kl = tokens.sums(tokens.divergence[d.key])
+    metrics = pair_metrics(tokens, beta * (tokens.log_ratios() + kl), tokens.sums(tokens.logps))
+    w, l = kl.tensor_split(2)
+    return LossOutput(found.loss, metrics | {"kl/chosen": w.sum() / count, "kl/rejected": l.sum() / count}, found.stats)
+
+
+def check_options(
+    policy: Source, ref: Source, variant: str, alpha: float, beta: float, divergence: str | Divergence
+) -> Divergence:
+    for name, x in (("policy", policy), ("ref", ref)):
+        if x is None or isinstance(x, LogProbs):
+            got = "None" if x is None else "fl.LogProbs"
+            raise ValueError(f"{name}: expected fl.Hidden or logits, for TDPO's divergence needs all tokens, got {got}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected 'tdpo1' or 'tdpo2', got {variant!r}")
+    if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+    check_positive(beta=beta)
+    return from_key(divergence)
+
+
+ENTRIES = [
+    Entry(
+        tdpo_loss, "pairs", "2404.11999", distribution=True, variants={
+            "TDPO1": {"variant": "tdpo1"}, "TDPO2": {"alpha": 0.7, "beta": 0.3}, "another divergence": {"divergence": "js"},
+        },
+    )
+]  # fmt: skip

@@ -86,3 +86,24 @@ def reduced(losses: Tensor, reduction: str = "mean", num_items: int | Tensor | N
         if reduction == "sum"
         else losses.sum() / (max(losses.numel(), 1) if num_items is None else num_items)
     )
+
+
+def pair_metrics(
+    rewards: list[tuple[Tensor, Tensor]], logps: list[tuple[Tensor, Tensor]], stats: TokenStats
+) -> dict[str, Tensor]:
+    """TRL's, from (chosen, rejected) rewards and log-probs of each pair."""
+
+    def mean(numbers: list[Tensor]) -> Tensor:
+        return (torch.stack(numbers).mean() if numbers else stats.logps.new_zeros(())).detach()
+
+    found = {
+        "rewards/chosen": mean([w for w, _ in rewards]),
+        "rewards/rejected": mean([l for _, l in rewards]),
+        "rewards/margins": mean([w - l for w, l in rewards]),
+        "rewards/accuracies": mean([(w > l).to(stats.logps.dtype) for w, l in rewards]),
+        "logps/chosen": mean([w for w, _ in logps]),
+        "logps/rejected": mean([l for _, l in logps]),
+    }
+    if stats.entropy is not None:
+        found["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
+    return found

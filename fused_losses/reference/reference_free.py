@@ -1,5 +1,113 @@
-"""Pairs without a reference model: SimPO, CPO, ORPO."""
+"""Pairs without a reference model."""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+from ..losses.common import LossOutput, check_pairs, check_positive, check_reduction
+from ..losses.reference_free import SURE, check_count, check_cpo, check_nll_labels, check_simpo
+from ..sources import Source, check_labels
+from .common import Sequence, cut, joined, pair_metrics, reduced
+
+__all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
+
+Pair = tuple[Sequence, Sequence]
+
+
+def _mean(y: Sequence) -> Tensor:
+    return y.log_p / max(len(y), 1)
+
+
+def simpo_loss(
+    policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
+    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.simpo_loss."""
+    check_simpo(beta, gamma, alpha, label_smoothing, cpo_alpha)
+
+    def reward(y: Sequence) -> Tensor:
+        return beta * (_mean(y) if alpha == 0 else (1 - _mean(y).exp() ** -alpha) / alpha)
+
+    def loss(w: Sequence, l: Sequence) -> Tensor:
+        margin = reward(w) - reward(l) - gamma
+        return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+    return _reference_free(policy, labels, loss, reward, _mean, cpo_alpha, **batch)[0]
+
+
+def cpo_loss(
+    policy: Source, labels: Tensor, *, loss: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
+    label_smoothing: float = 0.0, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.cpo_loss."""
+    check_cpo(loss, beta, cpo_alpha, label_smoothing)
+
+    def logps(y: Sequence) -> Tensor:
+        return _mean(y) if loss == "ipo" else y.log_p
+
+    def each(w: Sequence, l: Sequence) -> Tensor:
+        x = logps(w) - logps(l)
+        if loss == "hinge":
+            return relu(1 - beta * x)
+        if loss == "ipo":
+            return (x - 1 / (2 * beta)) ** 2
+        return -(1 - label_smoothing) * logsigmoid(beta * x) - label_smoothing * logsigmoid(-beta * x)
+
+    return _reference_free(policy, labels, each, lambda y: beta * logps(y), logps, cpo_alpha, **batch)[0]
+
+
+def orpo_loss(
+    policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None, **batch: Any
+) -> LossOutput:
+    """fl.orpo_loss."""
+    check_positive(beta=beta)
+
+    def log_odds(w: Sequence, l: Sequence) -> Tensor:
+        def each(y: Sequence) -> Tensor:
+            log_m = _mean(y).clamp(max=SURE)
+            return log_m - torch.log(-torch.expm1(log_m))
+
+        return each(w) - each(l)
+
+    def loss(w: Sequence, l: Sequence) -> Tensor:
+        return -beta * logsigmoid(log_odds(w, l))
+
+    out, pairs = _reference_free(policy, labels, loss, lambda y: beta * _mean(y), _mean, 1.0, nll_labels, **batch)
+    odds = joined([log_odds(w, l) for w, l in pairs], out.stats).detach()
+    out.metrics.update(log_odds_chosen=reduced(odds), log_odds_ratio=reduced(logsigmoid(odds)))
+    return out
+
+
+def _reference_free(
+    policy: Source, labels: Tensor, loss: Callable[[Sequence, Sequence], Tensor], reward: Callable[[Sequence], Tensor],
+    logps: Callable[[Sequence], Tensor], weight: float, nll_labels: Tensor | None = None,
+    num_nll_tokens: int | Tensor | None = None, reduction: str = "mean", num_items: int | Tensor | None = None,
+    **batch: Any,
+) -> tuple[LossOutput, list[Pair]]:  # fmt: skip
+    """loss(chosen, rejected) + weight NLL: the loss of the batch, and the pairs."""
+    check_reduction(reduction, num_items)
+    check_count(num_nll_tokens)
+    labels = check_labels(labels)
+    count = check_pairs(labels, batch.get("cu_seqlens")) // 2
+    stats, every = cut(policy, labels, **batch)
+    pairs = list(zip(every[:count], every[count:], strict=True))
+    texts = every[:count]
+    if nll_labels is not None:
+        ignored = labels == batch.get("ignore_index", -100)
+        texts = cut(policy, check_nll_labels(nll_labels, labels).where(ignored, labels), **batch)[1][:count]
+    tokens = max(sum(len(y) for y in texts), 1)
+    if num_nll_tokens is None:
+        share = count / tokens
+    else:
+        share = (count if num_items is None else num_items) / num_nll_tokens  # type: ignore[assignment]
+    losses = [loss(w, l) - weight * share * y.log_p for (w, l), y in zip(pairs, texts, strict=True)]
+    metrics = pair_metrics(
+        [(reward(w), reward(l)) for w, l in pairs], [(logps(w), logps(l)) for w, l in pairs], stats
+    )  # fmt: skip
+    metrics["nll_loss"] = -reduced(joined([y.log_p for y in texts], stats), "sum").detach() / tokens
+    return LossOutput(reduced(joined(losses, stats), reduction, num_items), metrics, stats), pairs

@@ -1,5 +1,45 @@
-"""Token-level DPO: sequential divergences over the whole vocabulary in the margin of a pair."""
+"""Token-level DPO."""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ..divergences import Divergence
+from ..losses.common import LossOutput, check_pairs, check_reduction
+from ..losses.tdpo import check_options
+from ..sources import Source, check_labels
+from .common import Sequence, cut, joined, pair_metrics, reduced
+
+__all__ = ["tdpo_loss"]
+
+
+def tdpo_loss(
+    policy: Source, labels: Tensor, ref: Source, *, variant: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
+    divergence: str | Divergence = "forward_kl", reduction: str = "mean", num_items: int | Tensor | None = None,
+    cu_seqlens: Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.tdpo_loss, one pair after another: u - delta, and u - alpha delta_2, in the paper's words."""
+    d = check_options(policy, ref, variant, alpha, beta, divergence)
+    check_reduction(reduction, num_items)
+    check_pairs(check_labels(labels), cu_seqlens)
+    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, divergence=d, **batch)
+    pairs = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
+
+    def seq_kl(y: Sequence) -> Tensor:
+        return y.divergence[d.key].sum()
+
+    losses = []
+    for w, l in pairs:
+        u = beta * w.h - beta * l.h
+        if variant == "tdpo1":
+            losses.append(-logsigmoid(u - (beta * seq_kl(l) - beta * seq_kl(w))))
+        else:
+            losses.append(-logsigmoid(u - alpha * (beta * seq_kl(l) - (beta * seq_kl(w)).detach())))
+    rewards = [(beta * (w.h + seq_kl(w)), beta * (l.h + seq_kl(l))) for w, l in pairs]
+    metrics = pair_metrics(rewards, [(w.log_p, l.log_p) for w, l in pairs], stats)
+    for i, name in enumerate(("kl/chosen", "kl/rejected")):
+        metrics[name] = reduced(joined([seq_kl(pair[i]) for pair in pairs], stats)).detach()
+    return LossOutput(reduced(joined(losses, stats), reduction, num_items), metrics, stats)
