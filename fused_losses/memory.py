@@ -102,12 +102,7 @@ class HeadStep(Step):
     hidden: int = 1
     ref_hidden: int = 1
     frozen: bool = False  # the head has no gradient
-    pairs: int = 0  # rows of a pair, where the loss is known
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pairs and self.divergences:
-            raise ValueError("loss: pairs has no full-vocabulary divergence; that of f-DPO costs nothing")
+    unit: int = 0  # rows of a unit of a loss that is known
 
     def input(self) -> int:
         """Bytes of states and heads."""
@@ -137,7 +132,7 @@ class HeadStep(Step):
             self.rows, self.vocab, widths, self.itemsize, 4, self.ref, device, "torch" if device == "cpu" else "triton",
             bases=len(bases), pair=bool(self.divergences), second=any(d.term is not None for d in self.divergences),
             frozen_second=any(d.scaling is None for d in bases), to_hidden=True, to_head=not self.frozen,
-            to_weight=not self.frozen, to_ref=self.both, unit=self.pairs, casts=(cast, cast),
+            to_weight=not self.frozen, to_ref=self.both, unit=self.unit, casts=(cast, cast),
             weight=self.vocab * self.hidden,
         )  # fmt: skip
 
@@ -235,8 +230,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ref-hidden", type=int, metavar="H", help="of the reference; default: the policy's")
     add("--frozen", action="store_true", help="the head has no gradient")
     add("--workspace", type=byte_count, metavar="BYTES", help="for tiles of logits; default 256M")
-    losses = "tokens: of numbers per token; pairs: fl.dpo_loss itself, which may compute gradients in its forward"
-    add("--loss", choices=("tokens", "pairs"), default="tokens", help=f"{losses}; default %(default)s")
+    losses = "stats: made of token_stats; else one of this library's, by unit, which may compute gradients in its forward"
+    units = ("stats", "tokens", "sequences", "pairs")
+    add("--loss", choices=units, default="stats", help=f"{losses}; default %(default)s")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="to predict for; default %(default)s")
 
 
@@ -271,11 +267,11 @@ def _print_head(step: HeadStep, plan: planner.Plan, naive: int, ours: dict[str, 
 
 
 def _main_hidden(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    pairs = 2 * args.length if args.loss == "pairs" else 0
+    unit = {"stats": 0, "tokens": 1, "sequences": args.length, "pairs": 2 * args.length}[args.loss]
     width = args.hidden if args.ref_hidden is None else args.ref_hidden
     if min(args.hidden, width) < 1:
         raise ValueError(f"hidden, ref-hidden: expected numbers >= 1, got {args.hidden}, {width}")
-    step = HeadStep(hidden=args.hidden, ref_hidden=width, frozen=args.frozen, pairs=pairs, **given)
+    step = HeadStep(hidden=args.hidden, ref_hidden=width, frozen=args.frozen, unit=unit, **given)
     plan = planner.choose(step.facts(args.device), workspace=args.workspace)
     naive, ours = step.naive(), step.ours(args.device, plan)
     if args.json:
@@ -298,7 +294,7 @@ def main(args: argparse.Namespace) -> int:
     given |= {"divergences": parse(args.divergence), "ref": not args.no_ref, "both": args.both}
     if args.hidden is not None:
         return _main_hidden(args, given)
-    if args.frozen or args.workspace or args.ref_hidden or (args.loss, args.device) != ("tokens", "cuda"):
+    if args.frozen or args.workspace or args.ref_hidden or (args.loss, args.device) != ("stats", "cuda"):
         raise ValueError("frozen, workspace, ref-hidden, loss, device: need --hidden; logits are given whole")
     step = Step(**given)
     sizes = report(step)

@@ -72,10 +72,6 @@ def test_help_and_usage(capsys):
         (["memory", "--frozen"], "need --hidden"),
         (["memory", "--hidden", "0"], "hidden, ref-hidden: expected numbers >= 1, got 0, 0"),
         (["memory", "--hidden", "8", "--workspace", "1"], "workspace: expected at least"),
-        (
-            ["memory", "--hidden", "8", "--loss", "pairs", "--divergence", "js"],
-            "pairs has no full-vocabulary divergence",
-        ),
     ],
     ids=" ".join,
 )
@@ -252,7 +248,7 @@ def test_memory_report(capsys):
     assert sizes["triton_inplace"] < 0.01 * logits < sizes["torch_inplace"] < sizes["torch"]
 
 
-def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, pairs=False, names=(), ref=True, both=False, frozen=False):
+def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, unit=0, names=(), ref=True, both=False, frozen=False):
     """A memory.HeadStep, its leaves, and a function of a budget that runs it in this library."""
     bound = divergences.parse(names)
     x, head, ref_x, ref_head = (
@@ -262,14 +258,18 @@ def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, pairs=False, names=
     leaves = [t.requires_grad_() for t, asked in zip((x, head, ref_x, ref_head), asks, strict=True) if asked]
     y = torch.randint(vocab, (8, rows // 8))
     policy, other = fl.Hidden(x, head), fl.Hidden(ref_x, ref_head) if ref else None
-    longest = rows // 4 * pairs
-    step = memory.HeadStep(rows, vocab, dtype.itemsize, bound, ref, both, *hidden, frozen, longest)
+    step = memory.HeadStep(rows, vocab, dtype.itemsize, bound, ref, both, *hidden, frozen, unit)
 
     def plan(workspace):
-        return request(policy, y, other, bound, False, -100, How(workspace=workspace), longest).plan
+        return request(policy, y, other, bound, False, -100, How(workspace=workspace), unit).plan
 
     def ours(workspace):
-        if pairs:
+        if unit == 1:
+            loss = fl.distillation_loss(
+                policy, y, other, divergence=bound[0], hard=1.0, shift=True, workspace=workspace
+            ).loss
+            return torch.autograd.grad(loss, leaves)
+        if unit:
             return torch.autograd.grad(fl.dpo_loss(policy, y, other, shift=True, workspace=workspace).loss, leaves)
         stats = fl.token_stats(policy, y, other, divergence=bound, shift=True, workspace=workspace)
         loss = stats.logps.sum() + sum(d.sum() for d in stats.divergence.values())
@@ -291,8 +291,9 @@ HEADS = [
     ("slices", FULL, {"ref": False}, 1 << 20),
     ("frozen", FULL, {"frozen": True}, 4 << 20),
     ("whole", HALF, {}, 64 << 20),
-    ("rows", FULL, {"pairs": True}, 64 << 20),
-    ("rows", HALF, {"pairs": True}, 64 << 20),
+    ("rows", FULL, {"unit": 64}, 64 << 20),
+    ("rows", HALF, {"unit": 64}, 64 << 20),
+    ("rows", FULL, {"unit": 1, "names": ["forward_kl"]}, 8 << 20),
 ]
 
 
