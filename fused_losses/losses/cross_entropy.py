@@ -2,8 +2,69 @@
 
 from __future__ import annotations
 
-from .common import Entry
+import math
+from typing import Any
 
-__all__: list[str] = []
+import torch
+from torch import Tensor
 
-ENTRIES: list[Entry] = []
+from ..divergences import get
+from ..objective import Tokens
+from ..sources import Logits, LogProbs, Source, as_source, check_labels
+from .common import Entry, LossOutput, fused
+from .distillation import check_weights, token_means
+
+__all__ = ["cross_entropy_loss"]
+
+
+def cross_entropy_loss(
+    policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, **batch: Any
+) -> LossOutput:
+    """Cross entropy of the labels, as torch.nn.functional.cross_entropy, token by token over the V valid tokens of the head:
+
+        -(1 - eps) log p(label) - eps / V sum_v log p_v + z_loss lse^2,    the mean over the tokens that count
+
+    eps is label_smoothing (1512.00567), in [0, 1]; its sum over the vocabulary is V (KL(uniform || p) + log V). z_loss >= 0
+    holds lse = log sum_v exp z_v near 0 (PaLM, 2204.02311, has 1e-4), with z as the head's options leave them.
+
+    policy: fl.Hidden or logits [..., V]; fl.LogProbs where eps and z_loss are 0. labels: [...]. The options of a batch are
+    those of preference_loss. There are no class weights; where no token counts the loss is 0, where torch has NaN.
+
+    metrics: logps, lse, mean_token_accuracy (labels that have the highest logit, TRL's key), entropy if asked for: means over
+    the tokens.
+    """
+    source, labels = as_source("policy", policy), check_labels(labels)
+    if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
+    check_weights(z_loss=z_loss)
+    eps = float(label_smoothing)
+    given: dict[str, Any] = {}
+    if isinstance(source, LogProbs):
+        if eps or z_loss:
+            raise ValueError("policy: label_smoothing and z_loss need fl.Hidden or logits, got fl.LogProbs")
+    elif eps:
+        x = source.logits if isinstance(source, Logits) else source.hidden
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)  # of the uniform distribution: one element, strides of 0
+        given = {"ref": Logits(zero.expand(*labels.shape, source.vocab)), "divergences": (get("forward_kl"),)}
+
+    def formula(tokens: Tokens) -> Tensor:
+        losses = (eps - 1) * tokens.logps
+        if eps and not isinstance(source, LogProbs):
+            losses = losses + eps * (tokens.divergence["forward_kl"] + math.log(source.vocab)) * tokens.mask
+        return losses if not z_loss or tokens.lse is None else losses + z_loss * tokens.lse.square()
+
+    loss, stats, tokens = fused(formula, source, labels, unit="token", **given, **batch)
+    more = {} if tokens.lse is None or stats.correct is None else {
+        "lse": tokens.lse, "mean_token_accuracy": stats.correct.to(tokens.logps.dtype)
+    }  # fmt: skip
+    return LossOutput(loss, token_means(tokens, **more), stats)
+
+
+ENTRIES = [
+    Entry(
+        cross_entropy_loss, "tokens", "1512.00567, 2204.02311", ref="unused", distribution=True, variants={
+            "plain": {}, "label smoothing": {"label_smoothing": 0.1}, "z-loss": {"z_loss": 1e-2},
+            "both": {"label_smoothing": 0.3, "z_loss": 1e-3},
+        },
+    )
+]  # fmt: skip

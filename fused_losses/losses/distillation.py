@@ -34,13 +34,13 @@ def distillation_loss(
     metrics: kl (the divergence), logps, entropy if asked for: means over the tokens.
     """
     d = _gkd(beta) if divergence is None else from_key(divergence)
-    _check_weights(soft=soft, hard=hard)
+    check_weights(soft=soft, hard=hard)
 
     def formula(tokens: Tokens) -> Tensor:
         return soft * tokens.divergence[d.key] - hard * tokens.logps
 
     found = fused(formula, student, check_labels(labels), teacher, unit="token", divergences=(d,), **batch)
-    return LossOutput(found.loss, _means(found.tokens, kl=found.tokens.divergence[d.key]), found.stats)
+    return LossOutput(found.loss, token_means(found.tokens, kl=found.tokens.divergence[d.key]), found.stats)
 
 
 def _gkd(beta: float) -> Divergence:
@@ -49,13 +49,13 @@ def _gkd(beta: float) -> Divergence:
     return get("forward_kl") if beta == 0 else get("reverse_kl") if beta == 1 else get("js", beta=beta)
 
 
-def _check_weights(**weights: float) -> None:
+def check_weights(**weights: float) -> None:
     for name, x in weights.items():
         if not isinstance(x, int | float) or not 0 <= x < float("inf"):
             raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
 
 
-def _means(tokens: Tokens, **numbers: Tensor) -> dict[str, Tensor]:
+def token_means(tokens: Tokens, **numbers: Tensor) -> dict[str, Tensor]:
     """Of the log-probs, the entropy if there is one, and more, over the tokens that count."""
     count = tokens.mask.sum().clamp(min=1)
     numbers |= {"logps": tokens.logps} | ({} if tokens.entropy is None else {"entropy": tokens.entropy})

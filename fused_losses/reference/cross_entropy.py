@@ -2,4 +2,44 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..layout import shift_packed
+from ..losses.common import LossOutput
+from ..sources import LogProbs, Source, as_source, check_labels
+from .distillation import token_mean
+from .stats import token_stats, transformed
+
+__all__ = ["cross_entropy_loss"]
+
+
+def cross_entropy_loss(
+    policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, reduction: str = "mean",
+    num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, shift: bool = False,
+    ignore_index: int = -100, entropy: bool = False, **_: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.cross_entropy_loss: torch's, and lse^2."""
+    labels, source = check_labels(labels), as_source("policy", policy)
+    if shift and cu_seqlens is not None:
+        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
+    stats = token_stats(policy, labels, shift=shift, ignore_index=ignore_index, entropy=entropy)
+    count = stats.mask.sum().clamp(min=1)
+    numbers = {"logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
+    if isinstance(source, LogProbs):
+        losses = -stats.logps
+    else:
+        z, y = transformed(source), labels.long()
+        z, y = (z[..., :-1, :], y[..., 1:]) if shift else (z, y)
+        flat = cross_entropy(
+            z.reshape(-1, z.shape[-1]), y.reshape(-1), reduction="none", label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+        assert stats.lse is not None and stats.correct is not None
+        losses = flat.view(y.shape) + z_loss * torch.where(stats.mask, z.logsumexp(-1), 0).square()
+        numbers |= {"lse": stats.lse, "mean_token_accuracy": stats.correct.to(losses.dtype)}
+    metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
+    return LossOutput(token_mean(losses, count, reduction, num_items), metrics, stats)

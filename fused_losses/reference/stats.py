@@ -12,7 +12,7 @@ from ..stats import Asked, given_logps
 __all__ = ["token_stats"]
 
 
-def _transformed(source: Logits | Hidden) -> Tensor:
+def transformed(source: Logits | Hidden) -> Tensor:
     """softcap tanh(z / softcap) * scale / temperature over the valid vocabulary."""
     z = source.logits if isinstance(source, Logits) else projected(source)
     z = z[..., : source.vocab]
@@ -47,7 +47,7 @@ def token_stats(
         if isinstance(source, LogProbs):
             return given_logps(name, source, mask), None, None
         check_aligned(name, source, labels)
-        z = _transformed(source)
+        z = transformed(source)
         z = z[..., :-1, :] if shift else z
         log_p = z.log_softmax(-1)
         return log_p.gather(-1, target).squeeze(-1).masked_fill(~mask, 0), log_p, z
