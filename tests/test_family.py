@@ -3,6 +3,7 @@ padded and packed, in every plan."""
 
 from __future__ import annotations
 
+import inspect
 import zlib
 
 import pytest
@@ -70,7 +71,10 @@ class Batch:
             other, make_ref = build(ref, self.ref_x, self.ref_weight)
             other = make_ref(*other)
         extra = {n: x.to(dtype) if x.is_floating_point() else x for n, x in self.extra.items()}
-        args = (make(*made), self.y) if self.entry.ref == "unused" else (make(*made), self.y, other)
+        given = () if self.entry.ref == "unused" else (other,)
+        if "ref" in inspect.signature(self.entry.call).parameters:  # not always the third
+            given, extra = (), extra | {"ref": other}
+        args = (make(*made), self.y, *given)
         out = getattr(library, self.name)(*args, **extra, **self.options, **(how or {}))
         return out, torch.autograd.grad(out.loss.sum() * 1.5, made)
 

@@ -49,6 +49,17 @@ def check_positive(**numbers: float) -> None:
             raise ValueError(f"{name}: expected a finite number > 0, got {x!r}")
 
 
+def check_per_sequence(name: str, x: object, count: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    """That x is a tensor [count] with one of these dtypes."""
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected a {kinds} tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.shape != (count,) or x.device != device:
+        raise ValueError(
+            f"{name}: expected [{count}] on {device}, one for each sequence, got {list(x.shape)} on {x.device}"
+        )
+
+
 def check_reduction(reduction: str, num_items: int | Tensor | None) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
@@ -66,14 +77,27 @@ def check_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
                 f"labels: expected [2B, T], chosen rows then rejected rows (or cu_seqlens for packed), got {list(labels.shape)}"
             )
         return labels.shape[0]
+    return _check_offsets(labels, cu_seqlens, "[2B + 1]", 2)
+
+
+def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences."""
+    if cu_seqlens is not None:
+        return _check_offsets(labels, cu_seqlens, "[S + 1]", 1)
+    if labels.dim() != 2:
+        raise ValueError(f"labels: expected [S, T] (or cu_seqlens for packed), got {list(labels.shape)}")
+    return labels.shape[0]
+
+
+def _check_offsets(labels: Tensor, cu_seqlens: Tensor, shape: str, each: int) -> int:
     if labels.dim() != 1:
         raise ValueError(f"labels: expected packed labels [total] with cu_seqlens, got {list(labels.shape)}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"cu_seqlens: expected an int32 or int64 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}"
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() % 2 == 0:
-        raise ValueError(f"cu_seqlens: expected [2B + 1] offsets, got {list(cu_seqlens.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or (cu_seqlens.numel() - 1) % each:
+        raise ValueError(f"cu_seqlens: expected {shape} offsets, got {list(cu_seqlens.shape)}")
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens: expected on {labels.device} as the labels are, got {cu_seqlens.device}")
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():

@@ -1,5 +1,79 @@
-"""Single responses that are desirable or not: KTO, BCO, APO-zero."""
+"""Single responses that are desirable or not."""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses.common import LossOutput, check_reduction
+from ..losses.unpaired import RunningDelta, check_bco, check_kto
+from ..sources import Source, TokenStats, check_labels
+from .common import Sequence, cut, joined, reduced
+
+__all__ = ["bco_loss", "kto_baseline", "kto_loss"]
+
+
+def kto_loss(
+    policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, loss: str = "kto",
+    baseline: Tensor | float | None = None, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
+    reduction: str = "mean", num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.kto_loss, as 2402.01306 has it: lambda_y - v(x, y), with the value v of eq. 7."""
+    check_reduction(reduction, num_items)
+    labels = check_labels(labels)
+    z0 = check_kto(labels, cu_seqlens, desirable, loss, baseline, beta, desirable_weight, undesirable_weight)
+
+    def value(s: Sequence, good: Tensor) -> Tensor:
+        if good:
+            return desirable_weight - desirable_weight * torch.sigmoid(beta * (s.h - z0))
+        return undesirable_weight - undesirable_weight * torch.sigmoid(beta * (z0 - s.h))
+
+    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, **batch)
+    losses = joined([value(s, good) for s, good in zip(every, desirable, strict=True)], stats)
+    found = metrics(every, desirable, beta, stats) | {"kl": torch.as_tensor(z0)}
+    return LossOutput(reduced(losses, reduction, num_items), found, stats)
+
+
+@torch.no_grad()
+def kto_baseline(policy: Source, labels: Tensor, ref: Source | None, **batch: Any) -> Tensor:
+    """fl.kto_baseline, of one process."""
+    stats, every = cut(policy, check_labels(labels), ref, **batch)
+    ratios = joined([s.h for s in every], stats)
+    return (ratios.sum() / max(len(every), 1)).relu()
+
+
+def bco_loss(
+    policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, delta: RunningDelta | Tensor | float = 0.0,
+    weights: Tensor | None = None, beta: float = 0.1, reduction: str = "mean", num_items: int | Tensor | None = None,
+    cu_seqlens: Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.bco_loss."""
+    check_reduction(reduction, num_items)
+    labels = check_labels(labels)
+    check_bco(labels, cu_seqlens, desirable, weights, beta)
+    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, **batch)
+    shift = (
+        delta.update(beta * joined([s.h for s in every], stats).detach()) if isinstance(delta, RunningDelta) else delta
+    )
+    losses = []
+    for i, s in enumerate(every):
+        p = torch.sigmoid(beta * s.h - shift)
+        losses.append(-torch.log(p if desirable[i] else 1 - p) * (1.0 if weights is None else weights[i]))
+    found = metrics(every, desirable, beta, stats) | {"delta": torch.as_tensor(shift)}
+    return LossOutput(reduced(joined(losses, stats), reduction, num_items), found, stats)
+
+
+def metrics(every: list[Sequence], desirable: Tensor, beta: float, stats: TokenStats) -> dict[str, Tensor]:
+    """Means over the sequences of either kind, NaN where there are none."""
+    found = {}
+    for name, kind in (("chosen", True), ("rejected", False)):
+        own = [s for s, good in zip(every, desirable.tolist(), strict=True) if good == kind]
+        found[f"rewards/{name}"] = joined([beta * s.h for s in own], stats).mean().detach()
+        found[f"logps/{name}"] = joined([s.log_p for s in own], stats).mean().detach()
+        found[f"count/{name}"] = torch.tensor(float(len(own)))
+    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    if stats.entropy is not None:
+        found["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
+    return found
