@@ -2,16 +2,18 @@
 vocabulary-size temporary. Start at token_stats (stats.py) and preference_loss (losses.py); reference.py defines correct."""
 
 from . import divergences, losses, reference
+from .calibration import calibration
 from .head import FusedHead, backbone, find_head
 from .losses import *
 from .losses import __all__ as _losses
 from .partial import PartialStats, merge_stats, partial_stats
 from .sources import Hidden, Logits, LogProbs, Lora, TokenStats
 from .stats import token_stats
+from .trust_region import TrustRegion
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "PartialStats", "TokenStats", "backbone", "divergences",
-    "find_head", "losses", "merge_stats", "partial_stats", "reference", "token_stats", *_losses,
+    "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "PartialStats", "TokenStats", "TrustRegion", "backbone", "calibration",
+    "divergences", "find_head", "losses", "merge_stats", "partial_stats", "reference", "token_stats", *_losses,
 ]  # fmt: skip

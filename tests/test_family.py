@@ -39,6 +39,8 @@ class Batch:
             "per sequence": lambda: torch.randn(sequences, generator=g),
             "per token": lambda: torch.randn(sequences, T, generator=g) * 0.1 - 3,
             "bool per sequence": lambda: torch.arange(sequences) % 3 != 1,
+            "vector per sequence": lambda: torch.randn(sequences, 5, generator=g),
+            "vectors per sequence": lambda: torch.randn(sequences, 3, 5, generator=g),
         }
         self.extra = {n: kinds[kind]() for n, kind in self.entry.inputs.items()}
         if packed:

@@ -37,7 +37,8 @@ class Entry:
     inputs: Mapping[str, str] = field(default_factory=dict)  # more tensors: name -> a kind of INPUTS
 
 
-INPUTS = ("per sequence", "per token", "bool per sequence")  # a number, and what is true or false
+# A number, and what is true or false; hidden states [S, H] and several of them [S, J, H].
+INPUTS = ("per sequence", "per token", "bool per sequence", "vector per sequence", "vectors per sequence")
 
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -147,3 +148,18 @@ def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Te
     if tokens.entropy is not None:
         found["entropy"] = tokens.sums(tokens.entropy).sum() / tokens.mask.sum().clamp(min=1)
     return found
+
+
+def reduced(losses: Tensor, reduction: str = "mean", num_items: int | Tensor | None = None) -> Tensor:
+    """Losses of units that did not come from fused(), reduced as it does."""
+    check_reduction(reduction, num_items)
+    if reduction == "none":
+        return losses
+    count = 1 if reduction == "sum" else max(losses.numel(), 1) if num_items is None else num_items
+    return losses.sum() / count
+
+
+def sequences_of(stats: TokenStats, cu_seqlens: Tensor | None = None) -> Tokens:
+    """The log-probs of stats [S, T], or packed, with their graph: for sums over sequences."""
+    count = stats.logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    return Tokens(stats.logps.reshape(-1), None, None, None, {}, stats.mask.reshape(-1), cu_seqlens, count)

@@ -1,9 +1,277 @@
-"""PM-RLHF: the preference-matching regulariser, rewards and metrics; Bradley-Terry and Plackett-Luce ranking losses."""
+"""PM-RLHF: the preference-matching regulariser, rewards and metrics; Bradley-Terry and Plackett-Luce ranking losses.
+
+The two regularisers read a policy and labels. The others read rewards or log-probs that are already numbers: plain torch,
+and what they return is a tensor.
+"""
 
 from __future__ import annotations
 
-from .common import Entry
+import math
+from typing import Any
 
-__all__: list[str] = []
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
 
-ENTRIES: list[Entry] = []
+from ..layout import stats_dtype
+from ..objective import Tokens
+from ..sources import FLOATS, Source, check_labels
+from .common import Entry, LossOutput, check_per_sequence, check_positive, check_sequences, fused, reduced
+
+__all__ = [
+    "bradley_terry_loss", "conditional_preference_matching_loss", "plackett_luce_loss", "preference_matching_gap",
+    "preference_matching_loss", "preference_matching_reward",
+]  # fmt: skip
+
+FORMS = ("entropy", "sampled")
+
+
+def preference_matching_loss(
+    policy: Source, labels: Tensor, *, form: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """The preference-matching regulariser of PM-RLHF (2405.16455), R(pi) = -log pi, as a loss to add to -E[reward]:
+
+        beta E_y[ log p(y | x) ],    so that  max_p E_y[ r - beta log p ]  is at  p = softmax(r / beta)
+
+    With beta = 1 those are the preferences of a Bradley-Terry or Plackett-Luce reward model. A KL to a reference has its
+    optimum at ref exp(r / beta) instead. The labels are responses drawn from the policy; the mean is over sequences.
+
+        "entropy"   -beta sum_t H(p(. | y_<t)): each step's expectation over the whole vocabulary. Its gradient takes the
+                    prefixes as given: it leaves out that a token changes the entropies after it. All of it for one token.
+        "sampled"   beta log p(y), with the gradient of its expectation: beta (log p(y) - baseline) grad log p(y), where the
+                    bracket is a constant. Unbiased for whole sequences, and noisy; log p(y) itself as a loss would have the
+                    expected gradient 0.
+
+    Args:
+        policy: fl.Hidden or logits; for "sampled" fl.LogProbs too. labels: [S, T], or packed with cu_seqlens [S + 1].
+        baseline: [S], for "sampled": what is subtracted, such as the mean log-prob of other responses to the prompt.
+        The other options of a batch are those of preference_loss; num_items is the number of sequences of the whole batch.
+
+    metrics: logps, the mean of log p(y); entropy, the mean of a token (for "sampled" if asked for).
+    """
+    labels = check_labels(labels)
+    extra = check_matching(labels, cu_seqlens, form, beta, baseline)
+
+    def exact(tokens: Tokens) -> Tensor:
+        assert tokens.entropy is not None
+        return -beta * tokens.sums(tokens.entropy)
+
+    def sampled(tokens: Tokens) -> Tensor:
+        return beta * _score_function(tokens, tokens.logps)
+
+    if form == "entropy":
+        batch = batch | {"entropy": True}
+    found = fused(
+        exact if form == "entropy" else sampled, policy, labels, unit="sequence", cu_seqlens=cu_seqlens,
+        per_sequence=extra, **batch,
+    )  # fmt: skip
+    return LossOutput(found.loss, _metrics(found.tokens), found.stats)
+
+
+def conditional_preference_matching_loss(
+    policy: Source, labels: Tensor, ref: Source, *, threshold: float = 0.01, beta: float = 1.0,
+    baseline: Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """Conditional preference matching (2405.16455): matching among the tokens that the reference finds likely, a KL to the
+    reference elsewhere. As preference_matching_loss(form="sampled"), with the sum over tokens of
+
+        log p(y_t)                      where q(y_t) > threshold
+        log p(y_t) - log q(y_t)         elsewhere
+
+    in place of log p(y). As in the released code the condition is per token, and on the token drawn alone; the code has it in
+    rewards only (preference_matching_reward), and its alpha_ctl is our threshold, with 0.01 to 0.5 in use.
+
+    threshold: in (0, 1]; at 1 this is the KL of ordinary RLHF. ref: per token, fl.LogProbs too. beta, baseline and the
+    options of a batch: as there.
+
+    metrics: logps; support, the share of tokens above the threshold; entropy if asked for.
+    """
+    labels = check_labels(labels)
+    extra = check_matching(labels, cu_seqlens, "sampled", beta, baseline)
+    low = check_threshold(threshold)
+    if ref is None:
+        raise ValueError("ref: expected a reference, got None; without one it is preference_matching_loss")
+
+    def formula(tokens: Tokens) -> Tensor:
+        if tokens.ref_logps is None or tokens.ref_summed:
+            raise ValueError("ref: expected fl.LogProbs of each token, got one per sequence")
+        return beta * _score_function(tokens, _penalty(tokens.logps, tokens.ref_logps, low))
+
+    found = fused(formula, policy, labels, ref, unit="sequence", cu_seqlens=cu_seqlens, per_sequence=extra, **batch)
+    metrics, tokens = _metrics(found.tokens), found.tokens
+    assert tokens.ref_logps is not None
+    inside = tokens.sums((tokens.ref_logps > low).to(tokens.logps.dtype)).sum()
+    metrics["support"] = inside / tokens.mask.sum().clamp(min=1)
+    return LossOutput(found.loss, metrics, found.stats)
+
+
+def check_matching(
+    labels: Tensor, cu_seqlens: Tensor | None, form: str, beta: float, baseline: Tensor | None
+) -> dict[str, Tensor]:
+    """The per-sequence inputs."""
+    if form not in FORMS:
+        raise ValueError(f"form: expected 'entropy' or 'sampled', got {form!r}")
+    check_positive(beta=beta)
+    count = check_sequences(labels, cu_seqlens)
+    if baseline is None:
+        return {}
+    if form == "entropy":
+        raise ValueError("baseline: is for form='sampled'; the entropy is not sampled")
+    check_per_sequence("baseline", baseline, count, labels.device, FLOATS)
+    return {"baseline": baseline.detach()}
+
+
+def check_threshold(threshold: float) -> float:
+    """Its logarithm."""
+    if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+        raise ValueError(f"threshold: expected a probability in (0, 1], got {threshold!r}")
+    return math.log(threshold)
+
+
+def _penalty(logps: Tensor, ref_logps: Tensor, low: float) -> Tensor:
+    return torch.where(ref_logps > low, logps, logps - ref_logps)
+
+
+def _score_function(tokens: Tokens, penalty: Tensor) -> Tensor:
+    """The penalties' sums [S], with a gradient whose expectation over responses is that of their expectation."""
+    value, logps = tokens.sums(penalty).detach(), tokens.sums(tokens.logps)
+    weight = value - tokens.extra["baseline"] if "baseline" in tokens.extra else value
+    return value + weight * (logps - logps.detach())
+
+
+def _metrics(tokens: Tokens) -> dict[str, Tensor]:
+    found = {"logps": tokens.sums(tokens.logps).sum() / max(tokens.sequences, 1)}
+    if tokens.entropy is not None:
+        found["entropy"] = tokens.sums(tokens.entropy).sum() / tokens.mask.sum().clamp(min=1)
+    return found
+
+
+@torch.no_grad()
+def preference_matching_reward(
+    logps: Tensor, ref_logps: Tensor | None = None, *, beta: float = 1.0, threshold: float | None = None,
+    scores: Tensor | None = None, clip: float | None = None, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Rewards per token of preference matching for PPO and its relatives (2405.16455 and its released code), without gradient:
+
+        -beta log p(y_t)                      where q(y_t) > threshold, or everywhere without a threshold
+        -beta (log p(y_t) - log q(y_t))       elsewhere
+
+    plus at the last token that counts the response's score, clamped to [-clip, clip].
+
+    Args:
+        logps, ref_logps: [..., T], of the tokens drawn: log p of the policy that drew them, and log q.
+        threshold: in (0, 1], and needs ref_logps. 1 gives the usual KL rewards, for which the released code takes
+            alpha_ctl <= 0. Its beta (kl_ctl) is 0.1 to 1 and its threshold (alpha_ctl) 0.01 to 0.5; clip is 5 there.
+        scores: [...], of the reward model. Rows in which nothing counts take none.
+        mask: bool [..., T], the tokens that count; other rewards are 0. fl.token_stats has all three.
+    """
+    check_positive(beta=beta)
+    _check_rewards("logps", logps, 1)
+    if (threshold is None) != (ref_logps is None):
+        raise ValueError("threshold: goes with ref_logps, and ref_logps with it")
+    mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
+    for name, x in (("ref_logps", ref_logps), ("mask", mask)):
+        if x is not None and x.shape != logps.shape:
+            raise ValueError(f"{name}: expected {list(logps.shape)} as logps, got {list(x.shape)}")
+    found = logps if ref_logps is None else _penalty(logps, ref_logps, check_threshold(threshold))  # type: ignore[arg-type]
+    found = (-beta * found).masked_fill(~mask, 0)
+    if clip is not None:
+        check_positive(clip=clip)
+        if scores is None:
+            raise ValueError("clip: is of scores, which are None")
+    if scores is None:
+        return found
+    if scores.shape != logps.shape[:-1]:
+        raise ValueError(
+            f"scores: expected {list(logps.shape[:-1])} for logps {list(logps.shape)}, got {list(scores.shape)}"
+        )
+    scores = scores if clip is None else scores.clamp(-clip, clip)
+    counts = mask.long()
+    last = mask & (counts.cumsum(-1) == counts.sum(-1, keepdim=True))
+    return found + last * scores.to(found.dtype)[..., None]
+
+
+@torch.no_grad()
+def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0) -> Tensor:
+    """How far a policy is from matching the preferences of a reward: over the pairs i < j of responses to a prompt the mean of
+
+        ((r_i - r_j) - beta (log p(y_i) - log p(y_j)))^2,    0 for p = softmax(r / beta)
+
+    logps, rewards: [..., K], K >= 2 responses drawn from the policy, log-probs summed over tokens. A 0-d tensor. The released
+    code's evaluation_pm is this with K = 2.
+    """
+    check_positive(beta=beta)
+    _check_rewards("logps", logps, 1)
+    if rewards.shape != logps.shape or logps.shape[-1] < 2:
+        raise ValueError(
+            f"rewards: expected [..., K] with K >= 2 as logps, got {list(rewards.shape)} and {list(logps.shape)}"
+        )
+    rewards, logps = (x.to(torch.promote_types(stats_dtype(rewards), stats_dtype(logps))) for x in (rewards, logps))
+    off = rewards - beta * logps
+    squares = (off - off.mean(-1, keepdim=True)).square().sum()  # sum_{i < j} (x_i - x_j)^2 is K times that
+    return 2 * squares / max((off.shape[-1] - 1) * off.shape[:-1].numel(), 1)
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss of reward models: -log sigmoid(chosen - rejected - margin), P(chosen > rejected) = sigmoid(difference).
+
+    chosen, rejected: rewards [...], of the same shape. margin: a number or [...], as Llama 2's reward models have (2307.09288).
+    reduction, num_items: as in preference_loss. Returns a tensor, float32 or wider.
+    """
+    _check_rewards("chosen", chosen, 0)
+    _check_rewards("rejected", rejected, 0)
+    if chosen.shape != rejected.shape:
+        raise ValueError(f"rejected: expected {list(chosen.shape)} as chosen, got {list(rejected.shape)}")
+    if isinstance(margin, Tensor) and margin.shape not in ((), chosen.shape):
+        raise ValueError(f"margin: expected a number or {list(chosen.shape)} as chosen, got {list(margin.shape)}")
+    return reduced(softplus(rejected.to(stats_dtype(rejected)) - chosen + margin), reduction, num_items)
+
+
+def plackett_luce_loss(
+    rewards: Tensor, *, mask: Tensor | None = None, reduction: str = "mean", num_items: int | Tensor | None = None
+) -> Tensor:
+    """Of a ranking, -log of its probability under Plackett-Luce: the best is drawn by softmax(rewards), then the next best
+    from the rest, and so on.
+
+        -sum_i ( r_i - logsumexp_{j >= i} r_j )
+
+    rewards: [..., K], best first; for K = 2 it is bradley_terry_loss. beta h of K responses makes it DPO for rankings
+    (2305.18290, appendix A.3). mask: bool [..., K], false for places that are not taken, where rankings differ in length.
+    reduction, num_items: as in preference_loss, over rankings. Returns a tensor, float32 or wider.
+    """
+    _check_rewards("rewards", rewards, 1)
+    if mask is not None and (mask.shape != rewards.shape or mask.dtype != torch.bool):
+        raise ValueError(f"mask: expected bool {list(rewards.shape)} as rewards, got {mask.dtype} {list(mask.shape)}")
+    k = rewards.shape[-1]
+    r = rewards.to(stats_dtype(rewards))
+    rest = torch.ones(k, k, dtype=torch.bool, device=r.device).triu(1)  # [i, j]: j ranks below i
+    if mask is not None:
+        r = r.masked_fill(~mask, 0)
+        rest = rest & mask[..., None, :] & mask[..., :, None]
+    # Each place is in its own sum even where it is not taken, which makes its term 0, in the gradient too.
+    rest = rest | torch.eye(k, dtype=torch.bool, device=r.device)
+    sums = r[..., None, :].masked_fill(~rest, -math.inf).logsumexp(-1)
+    return reduced((sums - r).sum(-1), reduction, num_items)
+
+
+def _check_rewards(name: str, x: Tensor, dims: int) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() < dims:
+        raise ValueError(f"{name}: expected [..., K] or [..., T], got a 0-d tensor")
+
+
+ENTRIES = [
+    Entry(
+        preference_matching_loss, "sequences", "2405.16455", ref="unused", distribution=True,
+        variants={"entropy": {}, "sampled": {"form": "sampled", "beta": 0.5}},
+    ),
+    Entry(
+        conditional_preference_matching_loss, "sequences", "2405.16455", variants={"": {"threshold": 0.03, "beta": 0.5}},
+        inputs={"baseline": "per sequence"},
+    ),
+]  # fmt: skip

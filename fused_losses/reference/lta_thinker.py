@@ -2,4 +2,69 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..losses.common import LossOutput, check_reduction
+from ..losses.lta_thinker import check_weights
+from ..sources import Source
+from .common import cut, joined, reduced
+
+__all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
+
+
+def semantic_alignment_loss(
+    question: Tensor, thoughts: Tensor, *, mask: Tensor | None = None, reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """mean_j sum_d P_d (log P_d - log Q_jd), one example after another."""
+    losses = []
+    for b in range(len(question)):
+        log_p = question[b].log_softmax(-1)
+        log_q = [z.log_softmax(-1) for j, z in enumerate(thoughts[b]) if mask is None or mask[b, j]]
+        kls = [(log_p.exp() * (log_p - x)).sum() for x in log_q]
+        losses.append(torch.stack(kls).mean() if kls else question[b, :0].sum())
+    return reduced(torch.stack(losses) if losses else question.sum(1), reduction, num_items)
+
+
+def reasoning_focus_loss(
+    question: Tensor, steps: Tensor, answers: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1,
+    reduction: str = "mean", num_items: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """InfoNCE with the step closest to the answer as the positive, one example after another."""
+    losses = []
+    for b in range(len(question)):
+        there = [c for s, c in enumerate(steps[b]) if mask is None or mask[b, s]]
+        if not there:
+            losses.append(question[b, :0].sum())
+            continue
+        to_answer = torch.stack([cosine_similarity(c, answers[b], dim=0) for c in there])
+        scores = torch.stack([cosine_similarity(c, question[b], dim=0) for c in there]) / temperature
+        losses.append(scores.exp().sum().log() - scores[to_answer.argmax()])
+    return reduced(torch.stack(losses) if losses else question.sum(1), reduction, num_items)
+
+
+def lta_thinker_loss(
+    policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
+    weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
+    step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
+    num_items: int | Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.lta_thinker_loss, one sequence after another."""
+    check_weights(weights)
+    check_reduction(reduction, num_items)
+    stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, **batch)
+    total = max(sum(len(s) for s in every), 1)
+    nll = joined([-s.log_p for s in every], stats)
+    focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
+    alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
+    losses = weights[0] * nll * len(every) / total + weights[1] * focus + weights[2] * alignment
+    parts = {"reasoning_focus": focus, "semantic_alignment": alignment}
+    metrics = {name: x.detach().sum() / max(len(every), 1) for name, x in parts.items()}
+    metrics["sft"] = nll.detach().sum() / total
+    if stats.entropy is not None:
+        metrics["entropy"] = stats.entropy.detach().sum() / total
+    return LossOutput(reduced(losses, reduction, num_items), metrics, stats)

@@ -2,4 +2,121 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+import math
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses.common import LossOutput, check_reduction
+from ..losses.preference_matching import check_matching, check_threshold
+from ..sources import Source, TokenStats, check_labels
+from .common import Sequence, cut, joined, reduced
+
+__all__ = [
+    "bradley_terry_loss", "conditional_preference_matching_loss", "plackett_luce_loss", "preference_matching_gap",
+    "preference_matching_loss", "preference_matching_reward",
+]  # fmt: skip
+
+
+def preference_matching_loss(
+    policy: Source, labels: Tensor, *, form: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
+    reduction: str = "mean", num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.preference_matching_loss, one sequence after another."""
+    extra = check_matching(check_labels(labels), cu_seqlens, form, beta, baseline)
+    check_reduction(reduction, num_items)
+    if form == "entropy":
+        batch["entropy"] = True
+    stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, per_sequence=extra, **batch)
+    losses = []
+    for s in every:
+        assert form == "sampled" or s.entropy is not None
+        losses.append(-beta * s.entropy.sum() if form == "entropy" else beta * _sampled(s, s.log_p))  # type: ignore[union-attr]
+    return LossOutput(reduced(joined(losses, stats), reduction, num_items), _metrics(every, stats), stats)
+
+
+def conditional_preference_matching_loss(
+    policy: Source, labels: Tensor, ref: Source, *, threshold: float = 0.01, beta: float = 1.0,
+    baseline: Tensor | None = None, reduction: str = "mean", num_items: int | Tensor | None = None,
+    cu_seqlens: Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.conditional_preference_matching_loss, one sequence after another."""
+    extra = check_matching(check_labels(labels), cu_seqlens, "sampled", beta, baseline)
+    check_threshold(threshold)
+    check_reduction(reduction, num_items)
+    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, per_sequence=extra, **batch)
+    losses, inside = [], stats.logps.new_zeros(())
+    for s in every:
+        assert s.ref_logps is not None
+        likely = (s.ref_logps.exp() > threshold).to(s.logps.dtype)
+        penalty = likely * s.logps + (1 - likely) * (s.logps - s.ref_logps)
+        losses.append(beta * _sampled(s, penalty.sum()))
+        inside = inside + likely.sum()
+    metrics = _metrics(every, stats) | {"support": inside.detach() / stats.mask.sum().clamp(min=1)}
+    return LossOutput(reduced(joined(losses, stats), reduction, num_items), metrics, stats)
+
+
+def _sampled(s: Sequence, penalty: Tensor) -> Tensor:
+    """The penalty, with the gradient (penalty - baseline) grad log p(y), the bracket held constant."""
+    weight = (penalty - s.extra.get("baseline", 0)).detach()
+    surrogate = weight * s.log_p
+    return penalty.detach() + surrogate - surrogate.detach()
+
+
+def _metrics(every: list[Sequence], stats: TokenStats) -> dict[str, Tensor]:
+    total = joined([s.log_p for s in every], stats).sum()
+    found = {"logps": total.detach() / max(len(every), 1)}
+    if stats.entropy is not None:
+        found["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
+    return found
+
+
+def preference_matching_reward(
+    logps: Tensor, ref_logps: Tensor | None = None, *, beta: float = 1.0, threshold: float | None = None,
+    scores: Tensor | None = None, clip: float | None = None, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """fl.preference_matching_reward, one token after another."""
+    found = torch.zeros_like(logps.detach()).reshape(-1, logps.shape[-1])
+    for row in range(found.shape[0]):
+        p = logps.detach().reshape(found.shape)[row]
+        q = None if ref_logps is None else ref_logps.detach().reshape(found.shape)[row]
+        counts = [t for t in range(len(p)) if mask is None or mask.reshape(found.shape)[row, t]]
+        for t in counts:
+            likely = q is None or threshold is None or q[t].exp() > threshold
+            found[row, t] = -beta * (p[t] if likely else p[t] - q[t])  # type: ignore[index]
+        if counts and scores is not None:
+            score = float(scores.reshape(-1)[row])
+            found[row, counts[-1]] += score if clip is None else max(-clip, min(clip, score))
+    return found.reshape(logps.shape)
+
+
+def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0) -> Tensor:
+    """fl.preference_matching_gap, one pair after another."""
+    logps, rewards = logps.detach(), rewards.detach()
+    pairs = list(combinations(range(logps.shape[-1]), 2))
+    gaps = [((rewards[..., i] - rewards[..., j]) - beta * (logps[..., i] - logps[..., j])) ** 2 for i, j in pairs]
+    return torch.stack(gaps).mean() if logps.numel() else logps.new_zeros(())
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """-log P(chosen > rejected)."""
+    return reduced(-torch.nn.functional.logsigmoid(chosen - rejected - margin), reduction, num_items)
+
+
+def plackett_luce_loss(
+    rewards: Tensor, *, mask: Tensor | None = None, reduction: str = "mean", num_items: int | Tensor | None = None
+) -> Tensor:
+    """-log of the product over places of e^r_i / sum_{j >= i} e^r_j, one ranking after another."""
+    losses = []
+    for row in range(math.prod(rewards.shape[:-1])):
+        r = rewards.reshape(-1, rewards.shape[-1])[row]
+        r = r if mask is None else r[mask.reshape(-1, rewards.shape[-1])[row]]
+        terms = [r[i] - r[i:].logsumexp(0) for i in range(len(r))]
+        losses.append(-torch.stack(terms).sum() if terms else rewards.new_zeros(()))
+    every = torch.stack(losses) if losses else rewards.sum(-1)
+    return reduced(every.reshape(rewards.shape[:-1]), reduction, num_items)

@@ -2,4 +2,50 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses.common import LossOutput, check_reduction
+from ..losses.upo import check_advantages
+from ..sources import Source, check_labels
+from .common import cut, joined, reduced
+from .preference import preference_loss
+
+__all__ = ["expectile_loss", "upo_loss"]
+
+
+def upo_loss(
+    policy: Source, labels: Tensor, ref: Source | None, advantages: Tensor | tuple[Tensor, Tensor], *,
+    base: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid", tau: float = 1.0, weight: float = 1.0,
+    clip: float | None = None, reduction: str = "mean", num_items: int | Tensor | None = None,
+    cu_seqlens: Tensor | None = None, **options: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.upo_loss, one sequence after another. base: a name, or another twin."""
+    check_reduction(reduction, num_items)
+    call = base if callable(base) else partial(preference_loss, loss=base)
+    out = call(policy, labels, ref=ref, cu_seqlens=cu_seqlens, reduction="none", **options)
+    batch = {name: options[name] for name in ("shift", "ignore_index") if name in options}
+    stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, **batch)
+    a = check_advantages(advantages, len(every), check_labels(labels).device)
+    w = [min(math.exp(x / tau), math.inf if clip is None else clip) for x in a.tolist()]
+    nll = [-s.log_p for s in every]
+    terms = [weight * x * y for x, y in zip(w, nll, strict=True)]
+    if len(out.loss) != len(every):
+        terms = [(x + y) / 2 for x, y in zip(terms[: len(every) // 2], terms[len(every) // 2 :], strict=True)]
+    count = max(len(every), 1)
+    means = {"advantages": a.sum() / count, "weights": a.new_tensor(sum(w)) / count}
+    means["nll"] = joined(nll, stats).detach().sum() / count
+    return LossOutput(reduced(out.loss + joined(terms, stats), reduction, num_items), out.metrics | means, out.stats)
+
+
+def expectile_loss(
+    rewards: Tensor, values: Tensor, q: float = 0.7, *, reduction: str = "mean", num_items: int | Tensor | None = None
+) -> Tensor:
+    """|q - 1(R - V < 0)| (R - V)^2."""
+    off = rewards.detach() - values
+    return reduced((q - (off < 0).to(off.dtype)).abs() * torch.pow(off, 2), reduction, num_items)
