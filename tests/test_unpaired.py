@@ -96,6 +96,17 @@ def test_metrics_as_trl_logs_them():
     assert none["rewards/chosen"].item() == pytest.approx(0.1 * 0.5 / 3) and none["count/rejected"] == 0
 
 
+def test_constants_get_no_gradient():
+    p, y, q = given(0.7, -0.4)
+    constant, w = torch.tensor(0.2, requires_grad=True), torch.ones(2, requires_grad=True)
+    for out in (
+        fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0), baseline=constant),
+        fl.bco_loss(fl.LogProbs(p), y, q, flags(1, 0), delta=constant, weights=w),
+    ):
+        assert torch.autograd.grad(out.loss, [p, constant, w], allow_unused=True)[1:] == (None, None)
+        assert not any(x.requires_grad for x in out.metrics.values())
+
+
 @pytest.mark.parametrize("loss", [fl.kto_loss, fl.bco_loss])
 def test_far_from_the_reference_stays_finite(loss):
     for x in (1e4, -1e4):
@@ -226,6 +237,7 @@ def test_running_delta_keeps_its_history():
         empty = fl.RunningDelta(m)
         assert empty.update(torch.tensor([])) == 0
         assert empty.update(torch.tensor([6.0])) == 6
+        assert empty.update(torch.tensor([])) == 6
 
 
 def test_running_delta_from_hidden_states():

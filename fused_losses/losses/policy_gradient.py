@@ -2,8 +2,297 @@
 
 from __future__ import annotations
 
-from .common import Entry
+from dataclasses import dataclass
+from math import inf, log, log1p
+from typing import Any
 
-__all__: list[str] = []
+import torch
+from torch import Tensor
 
-ENTRIES: list[Entry] = []
+from ..divergences import Divergence, from_key
+from ..objective import Tokens
+from ..pointwise import cap
+from ..sources import FLOATS, LogProbs, Source, check_labels
+from .common import Entry, LossOutput, check_positive, check_reduction, check_sequences, fused
+
+__all__ = ["group_advantages", "grpo_loss"]
+
+LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo")
+BY_TOKENS = ("bnpo", "dapo", "cispo")  # divide by the tokens of the batch, not by its sequences
+ESTIMATORS = ("k1", "k2", "k3")
+LARGEST = 80.0  # of a log-ratio: its exponential is finite in float32
+
+
+def grpo_loss(
+    policy: Source,
+    labels: Tensor,
+    advantages: Tensor,
+    *,
+    old_logps: Tensor | None = None,
+    ref: Source | None = None,
+    loss: str = "grpo",
+    importance: str = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    kl: str | Divergence = "k3",
+    max_completion_length: int | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    **batch: Any,
+) -> LossOutput:
+    """GRPO (2402.03300) and its relatives, under the names of TRL's GRPOTrainer. Of token t of sequence s, with advantage A,
+
+        x_t = log p(y_t) - old_t     "token"; "sequence" (GSPO, 2507.18071): the mean of x over the sequence, at all its tokens
+        l_t = -min(e^x A, clip(e^x, 1 - epsilon, 1 + epsilon_high) A) + beta KL_t
+        "cispo" (2506.13585):  l_t = -sg(min(e^x, epsilon_high)) A log p(y_t) + beta KL_t
+
+    delta caps e^x in the first of the two (2505.07291), which matters where A < 0. The loss is
+
+        grpo                 mean_s of sum_t l_t / len_s
+        dr_grpo              mean_s of sum_t l_t / max_completion_length  (2503.20783)
+        bnpo, dapo, cispo    sum of all l_t / the number of tokens  (dapo: 2503.14476)
+
+    with num_items in place of the number of sequences, or of tokens: of the whole batch when gradients accumulate (as TRL does
+    for dapo and cispo; bnpo with num_items is dapo). reduction="none" gives [S]: what the mean over s is of; in the last row
+    sum_t l_t.
+
+    Args:
+        policy, labels: fl.Hidden or logits with labels [S, T] of the completions; or packed with cu_seqlens [S + 1].
+        advantages: [S], or one per output token ([S, T - 1] with shift, as old_logps). A weight >= 0 of the tokens' policy
+            term (a sampler's importance ratio, a mask of tokens by entropy) is a factor of per-token advantages.
+        old_logps: log-probs of the tokens when they were sampled. None: on-policy, e^x is 1 and its gradient that of log p.
+        ref: log-probs per token (fl.LogProbs), hidden states or logits of the reference. Needed if beta > 0.
+        epsilon, epsilon_high: epsilon_high=None is epsilon, and must be given for cispo, where it is the largest ratio itself
+            (no 1 +; 5.0 in 2510.13786).
+        kl: how KL(policy || reference) of a token is had. With d = log q(y) - log p(y): "k1" -d, "k2" d^2 / 2, "k3"
+            e^d - 1 - d (TRL's), whose slopes in log p(y) are 1, -d and 1 - e^d: as losses, k1's gradient is zero on average,
+            and k2's is the KL's on policy. Or the name of any divergence, such as "reverse_kl": the sum over the vocabulary,
+            in the same pass; ref must be a distribution.
+        The other options of a batch are those of preference_loss.
+
+    metrics: kl where there is a ref; clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean, for cispo
+    cispo_clip_ratio; entropy if asked for. Means over tokens; clip ratios of sequences over these, as TRL's.
+    """
+    labels = check_labels(labels)
+    o = options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length)
+    check_reduction(reduction, num_items)
+    shape = labels.shape if not shift or cu_seqlens is not None else (*labels.shape[:-1], labels.shape[-1] - 1)
+    own, each = inputs(check_sequences(labels, cu_seqlens), shape, labels.device, advantages, old_logps, ref, o)
+
+    def formula(tokens: Tokens) -> Tensor:
+        x, a = _ratios(tokens, o)
+        if o.loss == "cispo":
+            weight = -x.clamp(max=o.highest).exp().detach() * a
+        else:
+            weight = -torch.where(a > 0, x.clamp(max=o.highest), x.clamp(o.lowest, o.largest)).exp() * a
+        losses = tokens.spread(weight) if _by_sequence(tokens, o) else weight
+        losses = losses * tokens.logps if o.loss == "cispo" else losses
+        total = tokens.sums(losses + o.beta * _kl(tokens, o) if o.beta else losses)
+        return total if o.loss in BY_TOKENS else total / (o.length or tokens.lengths.clamp(min=1))
+
+    mean_of_tokens = o.loss in BY_TOKENS and reduction == "mean"
+    found = fused(
+        formula, policy, labels, ref, unit="sequence", divergences=() if ref is None else o.divergences, per_sequence=own,
+        per_token=each, reduction="sum" if mean_of_tokens else reduction, num_items=None if mean_of_tokens else num_items,
+        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **batch,
+    )  # fmt: skip
+    total = found.loss
+    if mean_of_tokens:
+        total = total / (found.tokens.mask.sum().clamp(min=1) if num_items is None else num_items)
+    return LossOutput(total, _metrics(found.tokens, o, ref is not None), found.stats)
+
+
+@dataclass(frozen=True)
+class Options:
+    loss: str
+    sequence: bool  # importance ratios are the sequences'
+    low: float  # epsilon
+    high: float  # epsilon_high
+    delta: float | None
+    beta: float
+    kl: str  # one of ESTIMATORS, or the key of a divergence
+    divergences: tuple[Divergence, ...]
+    length: int | None  # max_completion_length, for dr_grpo
+
+    # Bounds of the logarithm of a ratio: against its advantage, and of what is left where that is negative
+    @property
+    def lowest(self) -> float:
+        return log1p(-self.low) if self.low < 1 else -inf
+
+    @property
+    def highest(self) -> float:
+        return min(LARGEST, log(self.high) if self.loss == "cispo" else log1p(self.high))
+
+    @property
+    def largest(self) -> float:
+        return LARGEST if self.delta is None else min(LARGEST, log(self.delta))
+
+
+def options(
+    loss: str, importance: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float,
+    kl: str | Divergence, max_completion_length: int | None,
+) -> Options:  # fmt: skip
+    if loss not in LOSSES:
+        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(LOSSES)}")
+    if importance not in ("token", "sequence"):
+        raise ValueError(f"importance: expected 'token' or 'sequence', got {importance!r}")
+    for name, x in (("epsilon", epsilon), ("epsilon_high", epsilon_high), ("beta", beta)):
+        if x is not None and (not isinstance(x, int | float) or not 0 <= x < inf):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+    if loss == "cispo":
+        if epsilon_high is None:
+            raise ValueError("epsilon_high: expected the largest ratio for loss='cispo', such as 5.0, got None")
+        check_positive(epsilon_high=epsilon_high)
+    high = epsilon if epsilon_high is None else epsilon_high
+    if delta is not None:
+        if loss == "cispo":
+            raise ValueError(f"delta: loss='cispo' has one bound, epsilon_high; got delta={delta!r}")
+        check_positive(delta=delta)
+        if delta <= 1 + high:
+            raise ValueError(f"delta: expected a number > 1 + epsilon_high = {1 + high:g}, got {delta!r}")
+    if (loss == "dr_grpo") != (max_completion_length is not None):
+        raise ValueError(
+            f"max_completion_length: is for loss='dr_grpo' and needed there, got {max_completion_length!r}"
+        )
+    if max_completion_length is not None:
+        check_positive(max_completion_length=max_completion_length)
+    name, divergences = _estimator(kl)
+    return Options(loss, importance == "sequence", epsilon, high, delta, beta, name, divergences, max_completion_length)
+
+
+def _estimator(kl: str | Divergence) -> tuple[str, tuple[Divergence, ...]]:
+    if isinstance(kl, str) and kl in ESTIMATORS:
+        return kl, ()
+    try:
+        d = from_key(kl)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"kl: expected 'k1', 'k2', 'k3' or the name of a divergence; {error}") from None
+    return d.key, (d,)
+
+
+def inputs(
+    sequences: int, shape: tuple[int, ...], device: torch.device, advantages: Tensor, old_logps: Tensor | None,
+    ref: Source | None, o: Options,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """The numbers of the sequences, and of the tokens, whose shape is given."""
+    if ref is None and o.beta:
+        raise ValueError(f"ref: needed for beta={o.beta!r}, got None")
+    if isinstance(ref, LogProbs) and ref.logps.shape != shape:
+        raise ValueError(
+            f"ref: expected fl.LogProbs {list(shape)}, one for each output token, got {list(ref.logps.shape)}"
+        )
+    own, each = {}, {}
+    for name, x, shapes in (("advantages", advantages, ((sequences,), shape)), ("old_logps", old_logps, (shape,))):
+        if x is None and name == "old_logps":
+            continue
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if tuple(x.shape) not in [tuple(s) for s in shapes] or x.device != device:
+            wanted = " or ".join(str(list(s)) for s in shapes)
+            raise ValueError(f"{name}: expected {wanted} on {device}, got {list(x.shape)} on {x.device}")
+        if name == "advantages" and x.shape == (sequences,):
+            own[name] = x.detach()
+        else:
+            each[name if name == "old_logps" else "token_advantages"] = x.detach()
+    return own, each
+
+
+def _by_sequence(tokens: Tokens, o: Options) -> bool:
+    """Whether ratios and advantages are both the sequences'."""
+    return o.sequence and "advantages" in tokens.extra
+
+
+def _ratios(tokens: Tokens, o: Options) -> tuple[Tensor, Tensor]:
+    """Logarithms of the importance ratios and the advantages, [S] if _by_sequence, else [n]."""
+    old, dtype = tokens.extra.get("old_logps"), tokens.logps.dtype
+    x = tokens.logps - (tokens.logps.detach() if old is None else old.to(dtype))
+    x = x.masked_fill(~tokens.mask, 0)  # old_logps may hold anything there
+    if o.sequence:
+        x = tokens.sums(x) / tokens.lengths.clamp(min=1)
+    if "advantages" in tokens.extra:
+        a = tokens.extra["advantages"].to(dtype)
+        return (x, a) if o.sequence else (x, tokens.spread(a))
+    a = tokens.extra["token_advantages"].to(dtype).masked_fill(~tokens.mask, 0)
+    return (tokens.spread(x), a) if o.sequence else (x, a)
+
+
+def _kl(tokens: Tokens, o: Options) -> Tensor:
+    """[n]"""
+    if o.divergences:
+        return tokens.divergence[o.kl]
+    assert tokens.ref_logps is not None
+    d = tokens.ref_logps.to(tokens.logps.dtype) - tokens.logps
+    if o.kl == "k1":
+        return -d
+    d = cap(d) if o.kl == "k3" else d
+    return d.expm1() - d if o.kl == "k3" else d.square() / 2
+
+
+def _metrics(tokens: Tokens, o: Options, ref: bool) -> dict[str, Tensor]:
+    count = tokens.mask.sum().clamp(min=1)
+    x, a = _ratios(tokens, o)
+
+    def share(which: Tensor) -> Tensor:
+        if _by_sequence(tokens, o):
+            return which.to(x.dtype).sum() / max(tokens.sequences, 1)
+        return (which & tokens.mask).to(x.dtype).sum() / count
+
+    found = {"kl": _kl(tokens, o).sum() / count} if ref else {}
+    if o.loss == "cispo":
+        found["cispo_clip_ratio"] = share((x > o.highest) & (a > 0))
+    else:
+        low, high = (x < o.lowest) & (a < 0), (x > o.highest) & (a > 0)
+        found |= {f"clip_ratio/{n}_mean": share(y) for n, y in (("low", low), ("high", high), ("region", low | high))}
+    if tokens.entropy is not None:
+        found["entropy"] = tokens.entropy.sum() / count
+    return found
+
+
+def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
+    """GRPO's advantages [S] of rewards [S], of which each group_size in a row answer one prompt:
+
+        A = (r - mean) / (std + 1e-4)        mean of the group; std (n - 1) of the group, or of the whole "batch"
+
+    as TRL has them; "none" divides by nothing (Dr. GRPO, 2503.20783), "batch" is from 2508.08221. A reward that is NaN (not
+    scored) counts for nothing and gets 0; one alone in its group gets 0 as well.
+    """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale: expected 'group', 'batch' or 'none', got {scale!r}")
+    if not isinstance(rewards, Tensor) or rewards.dtype not in FLOATS:
+        raise TypeError(f"rewards: expected a float tensor, got {getattr(rewards, 'dtype', type(rewards).__name__)}")
+    if rewards.dim() != 1 or type(group_size) is not int or group_size < 1 or len(rewards) % group_size:
+        raise ValueError(
+            f"rewards: expected [groups * group_size] for group_size={group_size!r}, got {list(rewards.shape)}"
+        )
+    given = ~rewards.isnan()
+    r, counts = rewards.masked_fill(~given, 0).view(-1, group_size), given.view(-1, group_size)
+    centred = _centred(r, counts)
+    if scale == "none":
+        return centred.view(-1)
+    flat = (r, counts) if scale == "group" else (r.view(1, -1), counts.view(1, -1))
+    variance = _centred(*flat).square().sum(1, keepdim=True) / (flat[1].sum(1, keepdim=True) - 1).clamp(min=1)
+    return (centred / (variance.sqrt() + 1e-4)).view(-1)
+
+
+def _centred(r: Tensor, counts: Tensor) -> Tensor:
+    """Rows less their means, over what counts."""
+    mean = r.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+    return (r - mean).masked_fill(~counts, 0)
+
+
+_OLD = {"advantages": "per sequence", "old_logps": "per token"}
+ENTRIES = [
+    Entry(
+        grpo_loss, "sequences", "2402.03300, 2503.20783, 2503.14476, 2506.13585, 2507.18071", inputs=_OLD, variants={
+            "grpo": {"beta": 0.3}, "dr_grpo": {"loss": "dr_grpo", "max_completion_length": 9, "beta": 0.3, "kl": "k1"},
+            "bnpo": {"loss": "bnpo", "epsilon_high": 0.28, "delta": 4.0}, "dapo": {"loss": "dapo", "beta": 0.3, "kl": "k2"},
+            "cispo": {"loss": "cispo", "epsilon_high": 2.0, "beta": 0.1}, "GSPO": {"importance": "sequence", "beta": 0.3},
+            "cispo, sequence": {"loss": "cispo", "epsilon_high": 2.0, "importance": "sequence"},
+        },
+    )
+]  # fmt: skip

@@ -190,7 +190,7 @@ def bco_loss(
 
     def formula(tokens: Tokens) -> Tensor:
         rewards = beta * tokens.log_ratios()
-        x = rewards - (shift.update(rewards.detach()) if isinstance(shift, RunningDelta) else shift)
+        x = rewards - (shift.update(rewards) if isinstance(shift, RunningDelta) else shift)
         losses = -torch.nn.functional.logsigmoid(torch.where(tokens.extra["desirable"], x, -x))
         return losses if weights is None else losses * tokens.extra["weights"].to(losses.dtype)
 

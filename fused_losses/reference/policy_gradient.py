@@ -1,5 +1,106 @@
-"""The GRPO family: policy-gradient losses of sampled responses with advantages."""
+"""The GRPO family."""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..divergences import Divergence
+from ..losses.common import LossOutput, check_reduction, check_sequences
+from ..losses.policy_gradient import options
+from ..sources import Source, check_labels
+from .common import Sequence, cut, joined
+
+__all__ = ["group_advantages", "grpo_loss"]
+
+
+def grpo_loss(
+    policy: Source, labels: Tensor, advantages: Tensor, *, old_logps: Tensor | None = None, ref: Source | None = None,
+    loss: str = "grpo", importance: str = "token", epsilon: float = 0.2, epsilon_high: float | None = None,
+    delta: float | None = None, beta: float = 0.0, kl: str | Divergence = "k3", max_completion_length: int | None = None,
+    reduction: str = "mean", num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.grpo_loss, one sequence after another."""
+    options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length)
+    check_reduction(reduction, num_items)
+    labels = check_labels(labels)
+    sequences, exact = check_sequences(labels, cu_seqlens), None if kl in ("k1", "k2", "k3") else kl
+    whole = advantages.shape == (sequences,)
+    each = {} if whole else {"A": advantages}
+    each |= {} if old_logps is None else {"old": old_logps}
+    stats, every = cut(
+        policy, labels, ref, cu_seqlens=cu_seqlens, divergence=exact, per_token=each,
+        per_sequence={"A": advantages} if whole else {}, **batch,
+    )  # fmt: skip
+
+    def ratio_of(s: Sequence) -> Tensor:
+        """[tokens], or a number for the sequence."""
+        x = s.logps - (s.extra["old"] if old_logps is not None else s.logps.detach())
+        return torch.exp(x) if importance == "token" else torch.exp(x.sum() / max(len(s), 1))
+
+    def kl_of(s: Sequence) -> Tensor:
+        if exact is not None:
+            return next(iter(s.divergence.values()))
+        assert s.ref_logps is not None
+        d = s.ref_logps - s.logps
+        return {"k1": -d, "k2": d**2 / 2, "k3": torch.exp(d) - d - 1}[str(kl)]
+
+    high = epsilon if epsilon_high is None else epsilon_high
+    totals, lows, highs = [], [], []
+    for s in every:
+        ratio, a = ratio_of(s), s.extra["A"]
+        if loss == "cispo":
+            tokens = -ratio.clamp(max=high).detach() * a * s.logps
+        else:
+            first = ratio if delta is None else ratio.clamp(max=delta)
+            tokens = -torch.minimum(first * a, ratio.clamp(1 - epsilon, 1 + high) * a)
+        if beta != 0:
+            tokens = tokens + beta * kl_of(s)
+        tokens = tokens.expand(len(s))
+        totals.append(tokens.sum())
+        lows.append(((ratio < 1 - epsilon) & (a < 0)).reshape(-1))
+        highs.append(((ratio > (high if loss == "cispo" else 1 + high)) & (a > 0)).reshape(-1))
+    if loss == "grpo":
+        totals = [x / max(len(s), 1) for x, s in zip(totals, every, strict=True)]
+    if loss == "dr_grpo":
+        assert max_completion_length is not None
+        totals = [x / max_completion_length for x in totals]
+
+    total = joined(totals, stats)
+    if reduction != "none":
+        count = sequences if loss in ("grpo", "dr_grpo") else stats.mask.sum()
+        total = (
+            total.sum()
+            if reduction == "sum"
+            else total.sum() / (max(int(count), 1) if num_items is None else num_items)
+        )
+    metrics = {} if ref is None else {"kl": mean([kl_of(s) for s in every], stats.logps)}
+    low, above = (mean([x.to(stats.logps.dtype) for x in found], stats.logps) for found in (lows, highs))
+    if loss == "cispo":
+        metrics["cispo_clip_ratio"] = above
+    else:
+        metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": above, "clip_ratio/region_mean": low + above}
+    if stats.entropy is not None:
+        metrics["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
+    return LossOutput(total, metrics, stats)
+
+
+def mean(parts: list[Tensor], like: Tensor) -> Tensor:
+    found = torch.cat(parts) if parts else like.new_zeros(0)
+    return found.detach().sum() / max(len(found), 1)
+
+
+def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
+    """fl.group_advantages."""
+    found = torch.zeros_like(rewards)
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        scored = group[~group.isnan()]
+        among = {"group": scored, "batch": rewards[~rewards.isnan()], "none": None}[scale]
+        divisor: Tensor | float = 1.0
+        if among is not None:
+            divisor = (among.std() if len(among) > 1 else 0.0) + 1e-4
+        found[start : start + group_size] = torch.where(group.isnan(), 0.0, (group - scored.mean()) / divisor)
+    return found
