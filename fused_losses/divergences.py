@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor, log, sqrt, xlogy
+from torch.compiler import is_compiling
 
 from .pointwise import (
     absolute,
@@ -441,7 +442,8 @@ def get(name: str, **params: float) -> Divergence:
 def from_key(key: str | Divergence) -> Divergence:
     """Reads "js" or "js(beta=0.3)", or hands a Divergence through."""
     if isinstance(key, Divergence):
-        if key.name not in _FACTORIES or from_key(key.key) is not key:
+        # torch.compile traces past the cache that makes them unique
+        if key.name not in _FACTORIES or not (is_compiling() or from_key(key.key) is key):
             raise ValueError(f"divergence: expected one made by fl.divergences.get(), got {key.key or key!r}")
         return key
     if not isinstance(key, str):

@@ -161,7 +161,7 @@ def test_nothing_counts(backend, device, poison):
     z, _ = logits((2, 4, V), device)
     with torch.no_grad():
         z[0] = math.nan
-    for y in (Y.to(device), torch.full_like(Y, -100).to(device)):
+    for y in (Y.clone().to(device), torch.full_like(Y, -100).to(device)):
         y[0] = -100
         out = fl.cross_entropy_loss(z, y, label_smoothing=0.1, z_loss=0.1)
         g = torch.autograd.grad(out.loss, z)[0]

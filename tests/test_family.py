@@ -41,6 +41,8 @@ class Batch:
             "bool per sequence": lambda: torch.arange(sequences) % 3 != 1,
             "vector per sequence": lambda: torch.randn(sequences, 5, generator=g),
             "vectors per sequence": lambda: torch.randn(sequences, 3, 5, generator=g),
+            "top-k log-probs per token": lambda: torch.randn(sequences, T, 5, generator=g).log_softmax(-1)[..., :4],
+            "top-k ids per token": lambda: torch.rand(sequences, T, V, generator=g).argsort(-1)[..., :4],
         }
         self.extra = {n: kinds[kind]() for n, kind in self.entry.inputs.items()}
         if packed:
@@ -49,8 +51,8 @@ class Batch:
             self.lead = (len(keep),)
             self.x, self.ref_x, self.y = (t.flatten(0, 1)[keep] for t in (self.x, self.ref_x, self.y))
             for n, kind in self.entry.inputs.items():
-                if kind == "per token":
-                    self.extra[n] = self.extra[n].flatten()[keep]
+                if "per token" in kind:
+                    self.extra[n] = self.extra[n].flatten(0, 1)[keep]
             self.options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
 
     def call(self, library, dtype, source, ref, how=None):
@@ -120,7 +122,7 @@ def test_plans_and_options(monkeypatch, name, variant):
     batch.compare("hidden", ref, plan="slices", entropy=True, reduction="sum")
     batch.compare("hidden", ref, num_items=7)
     batch.compare("hidden", ref, reduction="none")
-    if not batch.entry.inputs or "per token" not in batch.entry.inputs.values():
+    if not any("per token" in kind for kind in batch.entry.inputs.values()):
         batch.compare("hidden", ref, shift=True)
 
 

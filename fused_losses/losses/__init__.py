@@ -7,6 +7,7 @@ reference_free       pairs without a reference: SimPO, CPO, ORPO
 unpaired             KTO, BCO, APO-zero
 policy_gradient      GRPO and its relatives
 distillation         from a teacher
+topk                 from a teacher's K best tokens
 cross_entropy        with label smoothing and z-loss
 preference_matching  PM-RLHF, Bradley-Terry, Plackett-Luce
 upo                  UPO
@@ -22,6 +23,7 @@ from . import (
     preference_matching,
     reference_free,
     tdpo,
+    topk,
     unpaired,
     upo,
 )
@@ -34,6 +36,7 @@ from .preference import *
 from .preference_matching import *
 from .reference_free import *
 from .tdpo import *
+from .topk import *
 from .unpaired import *
 from .upo import *
 
@@ -44,6 +47,7 @@ MODULES = (
     unpaired,
     policy_gradient,
     distillation,
+    topk,
     cross_entropy,
     preference_matching,
     upo,

@@ -38,7 +38,10 @@ class Entry:
 
 
 # A number, and what is true or false; hidden states [S, H] and several of them [S, J, H].
-INPUTS = ("per sequence", "per token", "bool per sequence", "vector per sequence", "vectors per sequence")
+INPUTS = (
+    "per sequence", "per token", "bool per sequence", "vector per sequence", "vectors per sequence",
+    "top-k log-probs per token", "top-k ids per token",
+)  # fmt: skip
 
 
 REDUCTIONS = ("mean", "sum", "none")

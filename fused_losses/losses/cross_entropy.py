@@ -63,7 +63,7 @@ def cross_entropy_loss(
 ENTRIES = [
     Entry(
         cross_entropy_loss, "tokens", "1512.00567, 2204.02311", ref="unused", distribution=True, variants={
-            "plain": {}, "label smoothing": {"label_smoothing": 0.1}, "z-loss": {"z_loss": 1e-2},
+            "label smoothing": {"label_smoothing": 0.1}, "z-loss": {"z_loss": 1e-2}, "plain": {},
             "both": {"label_smoothing": 0.3, "z_loss": 1e-3},
         },
     )

@@ -13,6 +13,7 @@ from . import (
     preference_matching,
     reference_free,
     tdpo,
+    topk,
     unpaired,
     upo,
 )
@@ -25,6 +26,7 @@ from .preference_matching import *
 from .reference_free import *
 from .stats import *
 from .tdpo import *
+from .topk import *
 from .unpaired import *
 from .upo import *
 
@@ -35,6 +37,7 @@ MODULES = (
     unpaired,
     policy_gradient,
     distillation,
+    topk,
     cross_entropy,
     preference_matching,
     upo,

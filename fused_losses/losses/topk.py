@@ -1,0 +1,147 @@
+"""Distillation from the K best tokens of a teacher."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..divergences import Divergence, from_key
+from ..layout import shift_packed
+from ..logits_at import stats_at
+from ..sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
+from ..stats import labels_mask, token_stats
+from .common import Entry, LossOutput, check_reduction
+from .distillation import check_weights
+
+__all__ = ["topk_distillation_loss"]
+
+TAILS = ("bucket", "renormalise", "ignore")
+PARTIAL = ("forward_kl", "reverse_kl", "js")  # divergences that mean something of a part of the tokens
+NOTHING = -1e30  # log-prob of an entry that is not there: finite, so that differences are
+
+
+def topk_distillation_loss(
+    student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, *, tail: str = "bucket",
+    divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, reduction: str = "mean",
+    num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
+    entropy: bool = False, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """Distillation where only the teacher's log-probs of K tokens are known, p the student and q the teacher:
+
+        soft D(p', q') - hard log p(label),    the mean over the tokens that count
+
+    p' and q' are those of the K tokens, and tail says what becomes of the others:
+
+        "bucket"       they are one more token, of 1 - sum_k p_k and 1 - sum_k q_k (TRL's add_tail)
+        "renormalise"  they do not exist: p_k / sum_j p_j and q_k / sum_j q_j
+        "ignore"       they are left out of the sum over tokens, and p_k, q_k remain as they are: D is no divergence then and
+                       may be negative. forward_kl sum_k q_k log q_k / p_k, reverse_kl and js only
+
+    A bucket of less than a few roundings of 1 (5e-7 in float32) counts as that.
+
+    student: fl.Hidden or logits [..., V]. labels [...] mark the tokens that count and are the targets of the hard part.
+    topk_logps, topk_ids: [..., K] ([..., T - 1, K] with shift), natural logarithms at the student's temperature; no gradient
+    flows to them. Where a token has fewer than K, fill with -inf and any id. The ids of a token differ from one another.
+    divergence: any of fl.divergences.names(), as in distillation_loss. The options of a batch are those of preference_loss.
+
+    The student's log-probs at the ids take no tensor of vocabulary size: from hidden states x . W_id, a few rows at a time.
+
+    metrics: kl (the divergence), topk_mass (sum_k p_k), logps, entropy if asked for: means over the tokens.
+    """
+    source, labels, d = as_source("student", student), check_labels(labels), from_key(divergence)
+    check_topk(tail, d)
+    check_weights(soft=soft, hard=hard)
+    check_reduction(reduction, num_items)
+    if isinstance(source, LogProbs):
+        raise ValueError("student: expected fl.Hidden or logits, got fl.LogProbs")
+    if shift and cu_seqlens is not None:
+        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
+    mask = labels_mask(labels, shift, ignore_index)
+    check_teacher(topk_logps, topk_ids, mask)
+    keep = mask.unsqueeze(-1) & (topk_logps != -math.inf)
+    options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy}
+    stats, z = stats_at(source, labels, topk_ids, keep, **options, **batch)
+    assert stats.lse is not None
+    logq = topk_logps.detach().to(z.dtype).masked_fill(~keep, NOTHING)
+    mass = z.masked_fill(~keep, NOTHING).logsumexp(-1) - stats.lse  # log sum_k p_k
+    kl = _divergence(d, tail, z.masked_fill(~keep, NOTHING), logq, mass, stats, mask)
+    losses, count = soft * kl - hard * stats.logps, mask.sum().clamp(min=1)
+    numbers = {"kl": kl, "topk_mass": mass.exp().masked_fill(~mask, 0), "logps": stats.logps}
+    numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
+    metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
+    if reduction != "none":
+        losses = losses.sum() / (1 if reduction == "sum" else count if num_items is None else num_items)
+    return LossOutput(losses, metrics, replace(stats, divergence={d.key: kl}))
+
+
+def _divergence(
+    d: Divergence, tail: str, z: Tensor, logq: Tensor, mass: Tensor, stats: TokenStats, mask: Tensor
+) -> Tensor:
+    """[...], 0 where the mask is False. A distribution over K tokens is one over a small vocabulary: z are its logits."""
+    assert stats.lse is not None
+    if tail == "ignore":
+        return _partial(d, z - stats.lse.unsqueeze(-1), logq).masked_fill(~mask, 0)
+    if tail == "bucket":
+        z = torch.cat([z, (stats.lse + _log_rest(mass)).unsqueeze(-1)], dim=-1)
+        logq = torch.cat([logq, _log_rest(logq.logsumexp(-1)).unsqueeze(-1)], dim=-1)
+    none = ~mask | (logq.amax(-1) == NOTHING)
+    labels = torch.zeros_like(mask, dtype=torch.long).masked_fill(none, -100)
+    return token_stats(Logits(z), labels, Logits(logq), divergence=d).divergence[d.key]
+
+
+def _log_rest(mass: Tensor) -> Tensor:
+    """log(1 - e^mass)."""
+    return torch.log(-torch.expm1(mass.clamp(max=-4 * torch.finfo(mass.dtype).eps)))
+
+
+def _partial(d: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
+    """Sums over some tokens of p log(p / m) or q log(q / m)."""
+    p, q = logp.exp(), logq.exp()
+    if d.name == "forward_kl":
+        return (q * (logq - logp)).sum(-1)
+    if d.name == "reverse_kl":
+        return (p * (logp - logq)).sum(-1)
+    (beta,) = d.params
+    logm = torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
+    return (beta * q * (logq - logm) + (1 - beta) * p * (logp - logm)).sum(-1)
+
+
+def check_topk(tail: str, d: Divergence) -> None:
+    if tail not in TAILS:
+        raise ValueError(f"tail: expected one of {', '.join(TAILS)}, got {tail!r}")
+    if tail == "ignore" and d.name not in PARTIAL:
+        raise ValueError(f"divergence: with tail='ignore' expected one of {', '.join(PARTIAL)}, got {d.key!r}")
+
+
+def check_teacher(logps: Tensor, ids: Tensor, mask: Tensor) -> None:
+    for name, x, is_kind, kind in (
+        ("topk_logps", logps, torch.is_floating_point, "float"),
+        ("topk_ids", ids, lambda x: x.dtype in (torch.int32, torch.int64), "int32 or int64"),
+    ):
+        if not isinstance(x, Tensor) or not is_kind(x):
+            raise TypeError(f"{name}: expected a {kind} tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.shape[:-1] != mask.shape or x.dim() != mask.dim() + 1 or x.shape[-1] < 1 or x.shape != ids.shape:
+            raise ValueError(
+                f"{name}: expected {[*mask.shape, 'K']} for {list(mask.shape)} tokens, got {list(x.shape)}"
+            )
+        if x.device != mask.device:
+            raise ValueError(f"{name}: expected on {mask.device} as the labels are, got {x.device}")
+
+
+ENTRIES = [
+    Entry(
+        topk_distillation_loss, "tokens", "TRL", ref="unused", distribution=True,
+        inputs={"topk_logps": "top-k log-probs per token", "topk_ids": "top-k ids per token"},
+        variants={
+            "bucket": {}, "reverse": {"divergence": "reverse_kl"}, "renormalised": {"tail": "renormalise"},
+            "js, with labels": {"divergence": "js(beta=0.3)", "hard": 0.5},
+            "ignore": {"tail": "ignore"}, "ignore, reverse": {"tail": "ignore", "divergence": "reverse_kl"},
+            "ignore, js": {"tail": "ignore", "divergence": "js"},
+            "renormalised, skew": {"tail": "renormalise", "divergence": "skew_reverse_kl"},
+        },
+    )
+]  # fmt: skip
