@@ -3,6 +3,8 @@ vocabulary-size temporary. Start at token_stats (stats.py) and preference_loss (
 
 from . import divergences, losses, reference
 from .calibration import calibration
+from .drop_ins import *
+from .drop_ins import __all__ as _drop_ins
 from .head import FusedHead, backbone, find_head
 from .losses import *
 from .losses import __all__ as _losses
@@ -15,5 +17,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "PartialStats", "TokenStats", "TrustRegion", "backbone", "calibration",
-    "divergences", "find_head", "losses", "merge_stats", "partial_stats", "reference", "token_stats", *_losses,
+    "divergences", "find_head", "losses", "merge_stats", "partial_stats", "reference", "token_stats", *_drop_ins, *_losses,
 ]  # fmt: skip

@@ -7,6 +7,7 @@ vocabulary size, as the code that this package replaces does. Run them in float6
 from . import (
     cross_entropy,
     distillation,
+    drop_ins,
     lta_thinker,
     policy_gradient,
     preference,
@@ -19,6 +20,7 @@ from . import (
 )
 from .cross_entropy import *
 from .distillation import *
+from .drop_ins import *
 from .lta_thinker import *
 from .policy_gradient import *
 from .preference import *
@@ -43,4 +45,4 @@ MODULES = (
     upo,
     lta_thinker,
 )
-__all__ = ["token_stats", *(name for module in MODULES for name in module.__all__)]
+__all__ = ["token_stats", *drop_ins.__all__, *(name for module in MODULES for name in module.__all__)]
