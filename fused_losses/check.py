@@ -109,9 +109,10 @@ def cases(divergences: Sequence[str] | None = None, losses: Sequence[str] | None
         for d in asked:
             yield Case(d.key, "zw", lambda stats: stats.divergence.popitem()[1], {"divergence": d})
     for loss in LOSSES if losses is None else [name for name in losses if name != TOKEN_STATS]:
-        for link in asked if losses and divergences else [d for d in asked if d.name in linkable()]:
+        links = linkable() if loss == "sigmoid" else ("reverse_kl",)  # the others take the same scores
+        for link in asked if losses and divergences else [d for d in asked if d.name in links]:
             link.f_dpo_link()
-            options = {"loss": loss, "divergence": link}
+            options = {"loss": loss, "divergence": link, "discopop_tau": 1.0}  # 0.05 magnifies the rounding of a margin
             yield Case(f"{loss}, {link.key}", "z", attrgetter("loss"), options, pairs=True)
 
 
@@ -284,7 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", default="2,7,1003", metavar="B,T,V", help="B pairs: logits [2B, T, V]; default %(default)s")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of all tensors; default: all three")
     add("--divergence", nargs="+", metavar="NAME", help="such as js or 'js(beta=0.3)'; default: all")
-    add("--loss", nargs="+", metavar="NAME", help=f"{', '.join(KNOWN)}; default: all, losses with all f-DPO links")
+    add("--loss", nargs="+", metavar="NAME", help=f"{', '.join(KNOWN)}; default: all, sigmoid with all f-DPO links")
     add("--hidden", type=int, metavar="H", help="start from hidden states [2B, T, H] and head weights, not from logits")
     add("--ref-hidden", type=int, metavar="H", help="of the reference; default: as --hidden")
     add("--bias", action="store_true", help="heads with a bias")

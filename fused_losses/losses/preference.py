@@ -1,39 +1,23 @@
-"""Preference losses of (chosen, rejected) pairs.
-
-LOSSES is the registry and the place for the next loss. An entry takes the Tokens of some pairs and the Options and returns
-losses [B]: one line that names a term of pair_terms.py where the loss is a function of the margin, plain torch on the
-sequences' sums where it is not. `preference_loss` does everything around it.
-"""
+"""Preference losses of (chosen, rejected) pairs: preference_loss does everything around the formulas of pair_losses.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..divergences import Divergence, from_key
+from ..divergences import Divergence
+from ..layout import shift_packed
 from ..objective import Tokens
-from ..sources import Source, check_labels
-from .common import Entry, LossOutput, check_pairs, check_positive, fused
+from ..sources import LogProbs, Source, as_source, check_labels
+from ..stats import labels_mask, token_stats
+from .common import Entry, LossOutput, check_pairs, fused, pair_metrics
+from .pair_losses import LOSSES, SQUARES, Pairs, desensitised, read_options, wpo_weights
 
-__all__ = ["LOSSES", "dpo_loss", "preference_loss"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an entry of LOSSES may read besides the tokens."""
-
-    link: Divergence  # of f-DPO
-    beta: float
-    label_smoothing: float
-
-
-def _sigmoid(tokens: Tokens, o: Options) -> Tensor:
-    return tokens.pair_term("sigmoid", o.link, o.beta, o.label_smoothing)
-
-
-LOSSES: dict[str, Callable[[Tokens, Options], Tensor]] = {"sigmoid": _sigmoid}
+__all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
 
 
 def preference_loss(
@@ -41,10 +25,14 @@ def preference_loss(
     labels: Tensor,
     ref: Source | None = None,
     *,
-    loss: str = "sigmoid",
+    loss: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     divergence: str | Divergence = "reverse_kl",
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | None = None,
+    discopop_tau: float = 0.05,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -56,80 +44,141 @@ def preference_loss(
     workspace: int | None = None,
     static_shapes: bool = False,
 ) -> LossOutput:
-    """A preference loss of (chosen, rejected) pairs, and its gradient, without a vocabulary-size temporary.
+    """A preference loss of (chosen, rejected) pairs, and its gradient, without a vocabulary-size temporary. With
 
-        h = sum_t log p(y_t) - log q(y_t)        margin = beta (s(h_chosen) - s(h_rejected))
-        "sigmoid":  -(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin)
+        h = sum_t log p(y_t) - log q(y_t)        m = beta (s_w - s_l)        lsg = log sigmoid        eps = label_smoothing
 
-    s is the f-DPO link of `divergence` (2309.16240): s(h) = h for reverse_kl, which is DPO (2305.18290); eps is
-    label_smoothing, cDPO where it is not 0.
+    for w chosen and l rejected, and s = s(h), which is h but for f-DPO, the losses are those of TRL under TRL's names:
+
+        sigmoid       -(1 - eps) lsg(m) - eps lsg(-m)                               DPO 2305.18290; cdpo is another name of it
+        robust        [-(1 - eps) lsg(m) + eps lsg(-m)] / (1 - 2 eps)               2403.00409
+        hinge         max(0, 1 - m)                                                 SLiC-HF 2305.10425, RSO 2309.06657
+        exo_pair      KL((sigmoid(m), sigmoid(-m)) || (1 - eps, eps))               2402.00856 eq. 16, eps = 1e-3 unless given
+        discopop      -(1 - c) lsg(m) + c e^-m,  c = sigmoid(m / discopop_tau)      2406.08414 eq. 5
+        ipo           (s_w / |y_w| - s_l / |y_l| - 1 / (2 beta))^2                  2310.12036; its eq. 17 has no lengths
+        sigmoid_norm  -lsg(beta (s_w / |y_w| - s_l / |y_l|))                        Tulu 3 2411.15124
+        nca_pair      -lsg(beta s_w) - lsg(-beta s_w) / 2 - lsg(-beta s_l) / 2      2402.05369
+        bco_pair      -lsg(beta s_w) - lsg(-beta s_l)                               2404.04656, without the moving baseline
+        sppo_hard     (s_w - 1 / (2 beta))^2 + (s_l + 1 / (2 beta))^2               2405.00675 eq. 4.7
+        apo_zero      sigmoid(-beta h_w) + sigmoid(beta h_l)                        2408.06266 eq. 7
+        apo_down      sigmoid(beta h_w) + sigmoid(-m)                               2408.06266 eq. 8
+        aot           sigmoid of beta d, d = sort(log p_w - log p_l) - sort(log q_w - log q_l) over the batch    2406.05882
+        aot_unpaired  the same, d = sort(h_w) - sort(h_l)
+        sft           -log p(y_w), the mean over all chosen tokens of the batch     RPO 2404.19733 is sigmoid + sft
+
+    Units: losses are per pair, and the batch's is their mean; for aot* pair i is the i-th of the sorted. sft gives a pair
+    its share, B / tokens times its own sum. Several losses make sum_i loss_weights[i] loss_i (1 each unless given).
+
+    Scores are less their value at h = 0: a policy equal to its reference scores 0, and the constant of f' matters only where
+    scores do not enter as s_w - s_l. TRL 1.16 does the same; some of its older versions left the constants in.
+
+    Where TRL 1.16 differs: alpha(a) here is f-DPO's, TRL's f_alpha_divergence_coef is 1 - a. Its `sigmoid` reads no
+    label_smoothing, and exo_pair has no default for it. It takes f-divergences neither for apo_zero, aot and aot_unpaired,
+    nor for nca_pair, bco_pair, sppo_hard and apo_down, where older versions had them and the scores are read here.
 
     Args:
         policy, labels, ref, shift, ignore_index, inplace_backward, workspace, static_shapes: as in token_stats, with
             hidden states [2B, T, H] or logits [2B, T, V] and labels [2B, T], the B chosen rows first and the B rejected
             rows second; or packed, [total, H] or [total, V] and labels [total] with cu_seqlens. ref may also be fl.LogProbs
             per token or per sequence [2B], or None: h is then the policy's log-prob alone.
-        loss: a name in fused_losses.losses.LOSSES.
-        beta: > 0. label_smoothing: in [0, 0.5).
+        loss: a name in fused_losses.losses.LOSSES, or several.
+        loss_weights: a number for each loss.
+        divergence: s is its f-DPO link (2309.16240): s(h) = f'(e^h). apo_zero, aot and aot_unpaired have none.
+        beta, discopop_tau: > 0.
+        label_smoothing: in [0, 0.5), not 0 for exo_pair. Also read by aot and aot_unpaired, where it is cDPO's.
+        ld_alpha: LD-DPO (2409.06411) where not None: log-probs of both sides beyond the length of the pair's shorter response
+            count so much, in [0, 1]. Lengths and sft are as they were.
+        use_weighting: WPO (2406.11827 eq. 2): pairs are weighted with the product over both responses of
+            exp(mean_t(log p(y_t) - log sum_v p_v^2)), without a gradient and, as TRL has it, unbounded. It takes a second
+            pass over the policy's logits. Not for aot*; sft is weighted after its mean.
         reduction: "mean" over pairs, "sum", or "none" ([B]).
         num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate.
         cu_seqlens: [2B + 1] int offsets of the packed sequences, chosen first. They are not read on the host on a GPU.
         entropy: also report the policy's mean entropy per token.
         plan: for hidden states: as in token_stats, and "rows": blocks of pairs with the gradient computed in the forward
-            (which reads cu_seqlens on the host, so "auto" takes it for packed sequences on a CPU only).
+            (which reads cu_seqlens on the host, so "auto" takes it for packed sequences on a CPU only). aot* and weighted
+            sft need all pairs at once, and have none.
 
     metrics: rewards/chosen, rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected, and entropy if asked for.
     """
     labels = check_labels(labels)
-    o = options(loss, divergence, beta, label_smoothing, ref is not None)
-    check_pairs(labels, cu_seqlens)
+    o = read_options(
+        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting
+    )
+    pairs = check_pairs(labels, cu_seqlens) // 2
+    kept = shift_packed(labels, cu_seqlens, ignore_index) if shift and cu_seqlens is not None else labels
+    inner: dict[str, Any] = {"shift": shift and cu_seqlens is None, "ignore_index": ignore_index}
+    chosen = _chosen_tokens(labels_mask(kept, **inner), cu_seqlens) if "sft" in o.names else None
+    extra = {}
+    if o.weighting:
+        extra[SQUARES] = _log_sum_exp_2z(policy, kept, workspace=workspace, static_shapes=static_shapes, **inner)
+
+    def formula(tokens: Tokens) -> Tensor:
+        view = Pairs(tokens, o, chosen, pairs)
+        found = [(LOSSES[name](view), weight) for name, weight in o.losses]
+        losses = [x if weight == 1 else weight * x for x, weight in found]
+        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+        return total * wpo_weights(tokens) if o.weighting else total
+
     found = fused(
-        lambda tokens: LOSSES[loss](tokens, o), policy, labels, ref, unit="pair", reduction=reduction, num_items=num_items,
-        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, entropy=entropy, inplace_backward=inplace_backward,
-        plan=plan, workspace=workspace, static_shapes=static_shapes,
+        formula, policy, labels, ref, unit=o.unit, reduction=reduction, num_items=num_items, cu_seqlens=cu_seqlens,
+        shift=shift, ignore_index=ignore_index, entropy=entropy, inplace_backward=inplace_backward, plan=plan,
+        workspace=workspace, static_shapes=static_shapes, per_token=extra,
     )  # fmt: skip
-    return LossOutput(found.loss, metrics(found.tokens, beta), found.stats)
+    t = found.tokens if o.ld_alpha is None else desensitised(found.tokens, o.ld_alpha)
+    return LossOutput(found.loss, pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps)), found.stats)
 
 
-def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options) -> LossOutput:  # type: ignore[no-untyped-def]
+def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
     """preference_loss(loss="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence). Options as there."""
+    return _fixed("dpo_loss", "sigmoid", policy, labels, ref, options)
+
+
+def ipo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
+    """preference_loss(loss="ipo"): IPO (2310.12036) with means over tokens, as its authors and TRL have it. Options as there;
+    beta is the paper's tau."""
+    return _fixed("ipo_loss", "ipo", policy, labels, ref, options)
+
+
+def _fixed(
+    name: str, loss: str, policy: Source, labels: Tensor, ref: Source | None, options: dict[str, Any]
+) -> LossOutput:
     if "loss" in options:
-        raise TypeError("dpo_loss: `loss` is fixed to 'sigmoid'; use preference_loss to choose another")
-    return preference_loss(policy, labels, ref, loss="sigmoid", **options)
+        raise TypeError(f"{name}: `loss` is fixed to {loss!r}; use preference_loss to choose another")
+    return preference_loss(policy, labels, ref, loss=loss, **options)
 
 
-def options(loss: str, divergence: str | Divergence, beta: float, label_smoothing: float, ref: bool) -> Options:
-    if loss not in LOSSES:
-        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(LOSSES)}")
-    check_positive(beta=beta)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
-    link = from_key(divergence)
-    link.f_dpo_link()
-    if not ref and link.name != "reverse_kl":
-        raise ValueError(f"divergence: {link.key!r} needs a reference, got ref=None")
-    return Options(link, float(beta), float(label_smoothing))
+def _chosen_tokens(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """How many tokens of chosen sequences count, at least 1."""
+    if cu_seqlens is None:
+        return mask[: len(mask) // 2].sum().clamp(min=1)
+    end = cu_seqlens[len(cu_seqlens) // 2]
+    return (mask & (torch.arange(len(mask), device=mask.device) < end)).sum().clamp(min=1)
 
 
-def metrics(tokens: Tokens, beta: float) -> dict[str, Tensor]:
-    """As TRL logs them: means over the pairs."""
-    logps, ratios = tokens.sums(tokens.logps), beta * tokens.log_ratios()
-    count = max(tokens.sequences // 2, 1)
-    chosen, rejected = ratios.tensor_split(2)
-    found = {
-        "rewards/chosen": chosen.sum() / count,
-        "rewards/rejected": rejected.sum() / count,
-        "rewards/margins": (chosen - rejected).sum() / count,
-        "rewards/accuracies": (chosen > rejected).to(ratios.dtype).sum() / count,
-        "logps/chosen": logps.tensor_split(2)[0].sum() / count,
-        "logps/rejected": logps.tensor_split(2)[1].sum() / count,
-    }
-    if tokens.entropy is not None:
-        found["entropy"] = tokens.entropy.sum() / tokens.mask.sum().clamp(min=1)
-    return found
+def _log_sum_exp_2z(policy: Source, labels: Tensor, **options: Any) -> Tensor:
+    """log sum_v e^(2 z_v) for log sum_v p_v^2: the normaliser at half the temperature."""
+    source = as_source("policy", policy)
+    if isinstance(source, LogProbs):
+        raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
+    with torch.no_grad():
+        lse = token_stats(replace(source, temperature=source.temperature / 2), labels, **options).lse
+    assert lse is not None
+    return lse
 
 
 ENTRIES = [
-    Entry(preference_loss, "pairs", "2305.18290, 2309.16240", {name: {"loss": name} for name in LOSSES}, ref="optional")
-]
+    Entry(
+        preference_loss, "pairs", "2305.18290, 2309.16240", ref="optional",  # WPO needs logits: tests/test_preference_types.py
+        variants={
+            **{name: {"loss": name} for name in LOSSES},
+            **{f"{name}, smoothed": {"loss": name, "label_smoothing": 0.1} for name in ("cdpo", "robust", "exo_pair", "aot")},
+            "discopop, tau 1": {"loss": "discopop", "discopop_tau": 1.0},
+            "LD-DPO": {"ld_alpha": 0.3},
+            "MPO": {"loss": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+            "many": {"loss": ("hinge", "discopop", "exo_pair", "ipo", "aot"), "ld_alpha": 0.5, "beta": 0.5},
+        },
+    ),
+    Entry(ipo_loss, "pairs", "2310.12036", {"ipo": {}}, ref="optional"),
+]  # fmt: skip

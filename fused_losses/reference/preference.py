@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from collections.abc import Sequence as Several
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,57 +14,185 @@ from torch.nn.functional import logsigmoid
 
 from ..divergences import Divergence
 from ..losses.common import LossOutput, check_pairs, check_reduction
-from ..losses.preference import Options, options
-from ..sources import Source, check_labels
-from .common import Sequence, cut, joined, reduced
+from ..losses.pair_losses import Options, read_options
+from ..sources import LogProbs, Source, as_source, check_labels
+from .common import Sequence, cut, joined, pair_metrics, reduced
+from .stats import transformed
 
-__all__ = ["dpo_loss", "preference_loss"]
+__all__ = ["dpo_loss", "ipo_loss", "preference_loss"]
+
+Pair = tuple[Sequence, Sequence]  # chosen, rejected
 
 
-def _sigmoid(chosen: Sequence, rejected: Sequence, o: Options) -> Tensor:
-    """DPO eq. 7, with the link of f-DPO (2309.16240): s(h) = f'(e^h), for DPO s(h) = h; cDPO where eps > 0."""
+def _score(y: Sequence, o: Options) -> Tensor:
+    """s(h) = f'(e^h) of f-DPO (2309.16240), for DPO h; the constant that makes s(0) = 0 in every one."""
     assert o.link.score is not None
-    margin, eps = o.beta * (o.link.score(chosen.h) - o.link.score(rejected.h)), o.label_smoothing
+    return o.link.score(y.h) - o.link.score(torch.zeros_like(y.h))
+
+
+def _margin(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return o.beta * (_score(w, o) - _score(l, o))
+
+
+def _average_margin(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return _score(w, o) / max(1, len(w)) - _score(l, o) / max(1, len(l))
+
+
+def _smoothed(margin: Tensor, eps: float) -> Tensor:
     return -(1 - eps) * logsigmoid(margin) - eps * logsigmoid(-margin)
 
 
-LOSSES: dict[str, Callable[[Sequence, Sequence, Options], Tensor]] = {"sigmoid": _sigmoid}
+def _sigmoid(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    """DPO eq. 7; cDPO where eps > 0."""
+    return _smoothed(_margin(w, l, o), o.smoothing or 0.0)
+
+
+def _robust(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    eps, m = o.smoothing or 0.0, _margin(w, l, o)
+    return (-(1 - eps) * logsigmoid(m) + eps * logsigmoid(-m)) / (1 - 2 * eps)
+
+
+def _hinge(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return torch.relu(1 - _margin(w, l, o))
+
+
+def _exo_pair(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    eps, m = 1e-3 if o.smoothing is None else o.smoothing, _margin(w, l, o)
+    to_w = torch.sigmoid(m) * (logsigmoid(m) - math.log(1 - eps))
+    return to_w + torch.sigmoid(-m) * (logsigmoid(-m) - math.log(eps))
+
+
+def _discopop(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    m = _margin(w, l, o)
+    c = torch.sigmoid(m / o.tau)
+    return -(1 - c) * logsigmoid(m) + c * torch.exp(-m)
+
+
+def _ipo(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return (_average_margin(w, l, o) - 1 / (2 * o.beta)) ** 2
+
+
+def _sigmoid_norm(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return -logsigmoid(o.beta * _average_margin(w, l, o))
+
+
+def _nca_pair(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    good, bad = o.beta * _score(w, o), o.beta * _score(l, o)
+    return -logsigmoid(good) - logsigmoid(-good) / 2 - logsigmoid(-bad) / 2
+
+
+def _bco_pair(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return -logsigmoid(o.beta * _score(w, o)) - logsigmoid(-o.beta * _score(l, o))
+
+
+def _sppo_hard(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return (_score(w, o) - 1 / (2 * o.beta)) ** 2 + (_score(l, o) + 1 / (2 * o.beta)) ** 2
+
+
+def _apo_zero(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return 1 - torch.sigmoid(o.beta * w.h) + torch.sigmoid(o.beta * l.h)
+
+
+def _apo_down(w: Sequence, l: Sequence, o: Options) -> Tensor:
+    return torch.sigmoid(o.beta * w.h) + 1 - torch.sigmoid(_margin(w, l, o))
+
+
+def _in_order(numbers: list[Tensor]) -> list[Tensor]:
+    return sorted(numbers, key=lambda x: x.item())
+
+
+def _aot(pairs: list[Pair], o: Options) -> list[Tensor]:
+    policy = _in_order([w.log_p - l.log_p for w, l in pairs])
+    ref = _in_order([(w.log_p - w.h) - (l.log_p - l.h) for w, l in pairs])
+    return [_smoothed(o.beta * (p - q), o.smoothing or 0.0) for p, q in zip(policy, ref, strict=True)]
+
+
+def _aot_unpaired(pairs: list[Pair], o: Options) -> list[Tensor]:
+    chosen, rejected = _in_order([w.h for w, _ in pairs]), _in_order([l.h for _, l in pairs])
+    return [_smoothed(o.beta * (w - l), o.smoothing or 0.0) for w, l in zip(chosen, rejected, strict=True)]
+
+
+def _sft(pairs: list[Pair], weights: list[Tensor] | None) -> list[Tensor]:
+    """Shares of the mean over tokens. Weights are of that mean."""
+    tokens = max(1, sum(len(w) for w, _ in pairs))
+    shares = [-w.log_p * len(pairs) / tokens for w, _ in pairs]
+    return shares if weights is None else [sum(shares, torch.zeros(())) / len(pairs) * weight for weight in weights]
+
+
+LOSSES: dict[str, Callable[[Sequence, Sequence, Options], Tensor]] = {
+    "sigmoid": _sigmoid, "cdpo": _sigmoid, "robust": _robust, "hinge": _hinge, "exo_pair": _exo_pair, "discopop": _discopop,
+    "ipo": _ipo, "sigmoid_norm": _sigmoid_norm, "nca_pair": _nca_pair, "bco_pair": _bco_pair, "sppo_hard": _sppo_hard,
+    "apo_zero": _apo_zero, "apo_down": _apo_down,
+}  # fmt: skip
+SORTED = {"aot": _aot, "aot_unpaired": _aot_unpaired}
 
 
 def preference_loss(
-    policy: Source, labels: Tensor, ref: Source | None = None, *, loss: str = "sigmoid",
-    divergence: str | Divergence = "reverse_kl", beta: float = 0.1, label_smoothing: float = 0.0, reduction: str = "mean",
-    num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+    policy: Source, labels: Tensor, ref: Source | None = None, *, loss: str | Several[str] = "sigmoid",
+    loss_weights: Several[float] | None = None, divergence: str | Divergence = "reverse_kl", beta: float = 0.1,
+    label_smoothing: float | None = None, discopop_tau: float = 0.05, ld_alpha: float | None = None,
+    use_weighting: bool = False, reduction: str = "mean", num_items: int | Tensor | None = None,
+    cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.preference_loss, one pair after another."""
-    o = options(loss, divergence, beta, label_smoothing, ref is not None)
+    o = read_options(
+        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting
+    )
     check_reduction(reduction, num_items)
     check_pairs(check_labels(labels), cu_seqlens)
-    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, **batch)
-    pairs = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
-    losses = joined([LOSSES[loss](chosen, rejected, o) for chosen, rejected in pairs], stats)
-    return LossOutput(reduced(losses, reduction, num_items), metrics(pairs, beta, stats), stats)
+    squares = {"squares": _log_sum_of_squares(policy, batch.get("shift", False), cu_seqlens)} if use_weighting else None
+    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, per_token=squares, **batch)
+    whole = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
+    pairs = whole if o.ld_alpha is None else [_desensitised(w, l, o.ld_alpha) for w, l in whole]
+    weights = [_wpo(w) * _wpo(l) for w, l in whole] if use_weighting else None
+
+    def losses_of(name: str) -> list[Tensor]:
+        if name == "sft":
+            return _sft(whole, weights)
+        if name in SORTED:
+            return SORTED[name](pairs, o)
+        found = [LOSSES[name](w, l, o) for w, l in pairs]
+        return found if weights is None else [x * weight for x, weight in zip(found, weights, strict=True)]
+
+    losses = sum((joined(losses_of(name), stats) * weight for name, weight in o.losses), torch.zeros(()))
+    rewards, logps = [(o.beta * w.h, o.beta * l.h) for w, l in pairs], [(w.log_p, l.log_p) for w, l in pairs]
+    return LossOutput(reduced(losses, reduction, num_items), pair_metrics(rewards, logps, stats), stats)
 
 
-def metrics(pairs: list[tuple[Sequence, Sequence]], beta: float, stats: Any) -> dict[str, Tensor]:
-    """TRL's, means over the pairs."""
+def _desensitised(w: Sequence, l: Sequence, alpha: float) -> Pair:
+    """LD-DPO (2409.06411): both sides' log-probs beyond the shorter length count alpha."""
+    shared = min(len(w), len(l))
 
-    def mean(numbers: list[Tensor]) -> Tensor:
-        return (torch.stack(numbers).mean() if numbers else stats.logps.new_zeros(())).detach()
+    def short(y: Sequence) -> Sequence:
+        def weighed(x: Tensor) -> Tensor:
+            return torch.cat([x[:shared], alpha * x[shared:]])
 
-    found = {
-        "rewards/chosen": mean([beta * w.h for w, _ in pairs]),
-        "rewards/rejected": mean([beta * l.h for _, l in pairs]),
-        "rewards/margins": mean([beta * (w.h - l.h) for w, l in pairs]),
-        "rewards/accuracies": mean([(w.h > l.h).to(stats.logps.dtype) for w, l in pairs]),
-        "logps/chosen": mean([w.log_p for w, _ in pairs]),
-        "logps/rejected": mean([l.log_p for _, l in pairs]),
-    }
-    if stats.entropy is not None:
-        found["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
-    return found
+        ref = None if y.ref_logps is None else weighed(y.ref_logps)
+        return replace(y, logps=weighed(y.logps), ref_logps=ref, ref_sum=None if ref is None else ref.sum())
+
+    return short(w), short(l)
+
+
+def _wpo(y: Sequence) -> Tensor:
+    """WPO (2406.11827) eq. 2, of one response."""
+    return ((y.logps - y.extra["squares"]).sum() / max(1, len(y))).exp().detach()
+
+
+def _log_sum_of_squares(policy: Source, shift: bool, cu_seqlens: Tensor | None) -> Tensor:
+    """log sum_v p_v^2 per token."""
+    source = as_source("policy", policy)
+    if isinstance(source, LogProbs):
+        raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
+    p = transformed(source).softmax(-1)
+    found = (p * p).sum(-1).log()
+    return found[..., :-1] if shift and cu_seqlens is None else found
 
 
 def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
     """fl.dpo_loss."""
     return preference_loss(policy, labels, ref, loss="sigmoid", **options)
+
+
+def ipo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
+    """fl.ipo_loss."""
+    return preference_loss(policy, labels, ref, loss="ipo", **options)
