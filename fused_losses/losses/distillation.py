@@ -1,4 +1,4 @@
-"""Losses of tokens: distillation from a teacher, and cross entropy."""
+"""Distillation from a teacher, token by token."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..divergences import Divergence, from_key, get
 from ..objective import Tokens
-from ..sources import Source, check_labels
+from ..sources import Source, as_source, check_labels
 from .common import Entry, LossOutput, fused
 
-__all__ = ["distillation_loss"]
+__all__ = ["distillation_loss", "sampled_distillation_loss"]
 
 
 def distillation_loss(
@@ -25,7 +25,9 @@ def distillation_loss(
     divergence: any of fl.divergences.names(); None is GKD's (2306.13649 eq. 1) generalised JSD with TRL's beta: at 0
     KL(teacher || student), at 1 KL(student || teacher), which are not the limits of what lies between, and else
     js(beta) = beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. Other choices:
-    "skew_forward_kl(lam=0.1)" and "skew_reverse_kl(lam=0.1)" (DistiLLM, 2402.03898), "alpha_beta(a=0.2, b=0.7)" (ABKD).
+    "skew_forward_kl(lam=0.1)" and "skew_reverse_kl(lam=0.1)" (DistiLLM, 2402.03898: its code leaves out the former's
+    constant, the teacher's entropy, and its js_distance(lam=0.9) is "js(beta=0.1)"), "alpha_beta(a=0.2, b=0.7)" (ABKD: its
+    ends a=1, b=0 and a=0, b=1 are "forward_kl" and "reverse_kl").
     Temperatures are those of the sources; TRL's GKD has 0.9 for both, and multiplies by no T^2.
 
     student, teacher: fl.Hidden or logits [..., V], with another hidden size each if they like; labels [...] mark the tokens
@@ -41,6 +43,33 @@ def distillation_loss(
 
     found = fused(formula, student, check_labels(labels), teacher, unit="token", divergences=(d,), **batch)
     return LossOutput(found.loss, token_means(found.tokens, kl=found.tokens.divergence[d.key]), found.stats)
+
+
+def sampled_distillation_loss(student: Source, labels: Tensor, teacher: Source, **batch: Any) -> LossOutput:
+    """Reverse KL of tokens that the student sampled, from the log-probs of these alone, p the student and q the teacher:
+
+        sg(log p(label) - log q(label)) log p(label),    the mean over the tokens that count
+
+    sg is a constant to the gradient, whose expectation over samples of p is that of KL(p || q) (TRL's SDPO and SDFT with
+    distillation_mode "sampled_token"; on-policy distillation). The value means nothing by itself: see the metric.
+
+    student, teacher: fl.Hidden, logits [..., V] or fl.LogProbs [...]; no gradient flows to the teacher. labels: the sampled
+    tokens [...]. The options of a batch are those of preference_loss.
+
+    metrics: kl (mean of log p - log q, an estimate of KL(p || q)), logps, entropy if asked for: means over the tokens.
+    """
+    as_source("teacher", teacher)
+
+    def formula(tokens: Tokens) -> Tensor:
+        return _ratio(tokens).detach() * tokens.logps
+
+    found = fused(formula, student, check_labels(labels), teacher, unit="token", **batch)
+    return LossOutput(found.loss, token_means(found.tokens, kl=_ratio(found.tokens)), found.stats)
+
+
+def _ratio(tokens: Tokens) -> Tensor:
+    assert tokens.ref_logps is not None
+    return tokens.logps - tokens.ref_logps.to(tokens.logps.dtype)
 
 
 def _gkd(beta: float) -> Divergence:
@@ -68,5 +97,6 @@ ENTRIES = [
             "gkd": {}, "gkd, beta 0": {"beta": 0.0}, "gkd, beta 1": {"beta": 1.0}, "with labels": {"hard": 0.5},
             "DistiLLM": {"divergence": "skew_forward_kl"}, "ABKD": {"divergence": "alpha_beta(a=0.2, b=0.7)"},
         },
-    )
+    ),
+    Entry(sampled_distillation_loss, "tokens", "TRL", {"reverse": {}}),
 ]  # fmt: skip

@@ -45,7 +45,8 @@ def topk_distillation_loss(
 
     student: fl.Hidden or logits [..., V]. labels [...] mark the tokens that count and are the targets of the hard part.
     topk_logps, topk_ids: [..., K] ([..., T - 1, K] with shift), natural logarithms at the student's temperature; no gradient
-    flows to them. Where a token has fewer than K, fill with -inf and any id. The ids of a token differ from one another.
+    flows to them. Where a token has fewer than K, fill with -inf and any id. The ids of a token differ from one another; they
+    may be the student's own best (as in TRL's SDPO), with the teacher's log-probs of those.
     divergence: any of fl.divergences.names(), as in distillation_loss. The options of a batch are those of preference_loss.
 
     The student's log-probs at the ids take no tensor of vocabulary size: from hidden states x . W_id, a few rows at a time.

@@ -1,4 +1,4 @@
-"""Losses of tokens."""
+"""Distillation from a teacher, token by token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..losses.common import LossOutput
 from ..sources import Source, check_labels
 from .stats import token_stats
 
-__all__ = ["distillation_loss"]
+__all__ = ["distillation_loss", "sampled_distillation_loss"]
 
 
 def distillation_loss(
@@ -30,6 +30,19 @@ def distillation_loss(
     names = {"kl": d, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
     metrics = {name: (x.sum() / count).detach() for name, x in names.items()}
     return LossOutput(token_mean(losses, count, reduction, num_items), metrics, stats)
+
+
+def sampled_distillation_loss(
+    student: Source, labels: Tensor, teacher: Source, *, reduction: str = "mean", num_items: int | Tensor | None = None,
+    shift: bool = False, ignore_index: int = -100, entropy: bool = False, **_: Any,
+) -> LossOutput:  # fmt: skip
+    """fl.sampled_distillation_loss."""
+    stats = token_stats(student, check_labels(labels), teacher, shift=shift, ignore_index=ignore_index, entropy=entropy)
+    assert stats.ref_logps is not None
+    kl, count = (stats.logps - stats.ref_logps).detach(), stats.mask.sum().clamp(min=1)
+    names = {"kl": kl, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
+    metrics = {name: (x.sum() / count).detach() for name, x in names.items()}
+    return LossOutput(token_mean(kl * stats.logps, count, reduction, num_items), metrics, stats)
 
 
 def token_mean(losses: Tensor, count: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:
