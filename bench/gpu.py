@@ -280,6 +280,7 @@ def run_tests(report: Report, arguments: str, limit: float) -> bool:
     """In a process of its own: a kernel that breaks the device must not take the measurements along."""
     command = ["-m", "pytest", *shlex.split(arguments), "-q", "--maxfail=10", "--durations=5", "-p", "no:cacheprovider"]
     command += ["-o", f"faulthandler_timeout={limit / 2:.0f}"]  # tells where a test hangs
+    command += ["--ignore-glob=*/test_against_*"]  # twins against packages that need not be here, on a CPU
     report.say(f"tests: python {shlex.join(command)} (at most {limit:.0f} s)")
     env = {name: value for name, value in os.environ.items() if name != "FUSED_LOSSES_BACKEND"}
     env["PYTHONUNBUFFERED"] = "1"  # what it has said is not lost at the limit
