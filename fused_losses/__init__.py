@@ -1,13 +1,46 @@
-"""Fused loss head of preference optimisation: log-probs, divergences and pair losses of policy and reference without a
-vocabulary-size temporary. Start at token_stats (stats.py) and preference_loss (losses.py); reference.py defines correct."""
+"""Fused loss head of preference optimisation: log-probs, divergences and losses of policy and reference without a
+vocabulary-size temporary. Start at token_stats (stats.py) and losses/; reference/ defines what is correct."""
 
 from . import divergences, losses, reference
 from .calibration import calibration
-from .drop_ins import *
-from .drop_ins import __all__ as _drop_ins
+from .drop_ins import (
+    entropy_from_logits,
+    generalized_jsd_loss,
+    selective_log_softmax,
+    selective_log_softmax_and_entropy,
+)  # fmt: skip
 from .head import FusedHead, backbone, find_head
-from .losses import *
-from .losses import __all__ as _losses
+from .losses import (
+    LossOutput,
+    RunningDelta,
+    bco_loss,
+    bradley_terry_loss,
+    conditional_preference_matching_loss,
+    cpo_loss,
+    cross_entropy_loss,
+    distillation_loss,
+    dpo_loss,
+    expectile_loss,
+    group_advantages,
+    grpo_loss,
+    ipo_loss,
+    kto_baseline,
+    kto_loss,
+    lta_thinker_loss,
+    orpo_loss,
+    plackett_luce_loss,
+    preference_loss,
+    preference_matching_gap,
+    preference_matching_loss,
+    preference_matching_reward,
+    reasoning_focus_loss,
+    sampled_distillation_loss,
+    semantic_alignment_loss,
+    simpo_loss,
+    tdpo_loss,
+    topk_distillation_loss,
+    upo_loss,
+)  # fmt: skip
 from .partial import PartialStats, merge_stats, partial_stats
 from .sources import Hidden, Logits, LogProbs, Lora, TokenStats
 from .stats import token_stats
@@ -16,6 +49,13 @@ from .trust_region import TrustRegion
 __version__ = "0.1.0"
 
 __all__ = [
-    "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "PartialStats", "TokenStats", "TrustRegion", "backbone", "calibration",
-    "divergences", "find_head", "losses", "merge_stats", "partial_stats", "reference", "token_stats", *_drop_ins, *_losses,
+    "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "LossOutput", "PartialStats", "RunningDelta", "TokenStats",
+    "TrustRegion", "backbone", "bco_loss", "bradley_terry_loss", "calibration", "conditional_preference_matching_loss",
+    "cpo_loss", "cross_entropy_loss", "distillation_loss", "divergences", "dpo_loss", "entropy_from_logits",
+    "expectile_loss", "find_head", "generalized_jsd_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline",
+    "kto_loss", "losses", "lta_thinker_loss", "merge_stats", "orpo_loss", "partial_stats", "plackett_luce_loss",
+    "preference_loss", "preference_matching_gap", "preference_matching_loss", "preference_matching_reward",
+    "reasoning_focus_loss", "reference", "sampled_distillation_loss", "selective_log_softmax",
+    "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "token_stats",
+    "topk_distillation_loss", "upo_loss",
 ]  # fmt: skip

@@ -230,7 +230,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ref-hidden", type=int, metavar="H", help="of the reference; default: the policy's")
     add("--frozen", action="store_true", help="the head has no gradient")
     add("--workspace", type=byte_count, metavar="BYTES", help="for tiles of logits; default 256M")
-    losses = "stats: made of token_stats; else one of this library's, by unit, which may compute gradients in its forward"
+    losses = (
+        "stats: made of token_stats; else one of this library's, by unit, which may compute gradients in its forward"
+    )
     units = ("stats", "tokens", "sequences", "pairs")
     add("--loss", choices=units, default="stats", help=f"{losses}; default %(default)s")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="to predict for; default %(default)s")

@@ -143,7 +143,7 @@ def evaluate(
         call = _request(policy, labels, source, divergences, options, how, units)
     if call is None or units is None:
         stats = token_stats(
-            policy, labels, None if summed else ref, divergence=divergences or None, inplace_backward=inplace_backward,
+            policy, labels, None if summed else ref, divergence=[d.key for d in divergences], inplace_backward=inplace_backward,
             **how._asdict(), **options,
         )  # fmt: skip
         given = source.logps if summed else stats.ref_logps  # type: ignore[union-attr]

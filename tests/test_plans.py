@@ -98,8 +98,8 @@ STEPS = [  # plan, reference, divergence, entropy, gradients to, products
     ("frozen", "hidden", "jeffreys", False, X, 7), ("frozen", "hidden", ["jeffreys", "reverse_kl"], True, X, 8),
     ("frozen", "hidden", "js", False, X, 6), ("frozen", "logits", "js", True, X, 5),
     ("rows", None, None, False, XW, 3), ("rows", "hidden", None, True, XW, 4), ("rows", "hidden", None, False, X, 3),
-    ("rows", "logits", None, False, W, 2), ("rows", "hidden", "forward_kl", True, XW, 4), ("rows", "hidden", "js", False, XW, 4),
-    ("rows", "hidden", "alpha", False, X, 3), ("rows", "logits", "js", False, XW, 3),
+    ("rows", "logits", None, False, W, 2), ("rows", "hidden", "forward_kl", True, XW, 4),
+    ("rows", "hidden", "js", False, XW, 4), ("rows", "hidden", "alpha", False, X, 3), ("rows", "logits", "js", False, XW, 3),
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """One module for each kind of loss; FAMILY lists all that tests, checks, benchmarks and tables iterate over.
 
 common               results, reductions, the way through objective.evaluate, Entry
-preference           pairs: DPO and the loss types of TRL
+preference           pairs: DPO and the loss types of TRL; their formulas are in pair_losses
 tdpo                 pairs: TDPO
 reference_free       pairs without a reference: SimPO, CPO, ORPO
 unpaired             KTO, BCO, APO-zero
@@ -28,17 +28,24 @@ from . import (
     upo,
 )
 from .common import Entry, LossOutput
-from .cross_entropy import *
-from .distillation import *
-from .lta_thinker import *
-from .policy_gradient import *
-from .preference import *
-from .preference_matching import *
-from .reference_free import *
-from .tdpo import *
-from .topk import *
-from .unpaired import *
-from .upo import *
+from .cross_entropy import cross_entropy_loss
+from .distillation import distillation_loss, sampled_distillation_loss
+from .lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
+from .policy_gradient import group_advantages, grpo_loss
+from .preference import LOSSES, dpo_loss, ipo_loss, preference_loss
+from .preference_matching import (
+    bradley_terry_loss,
+    conditional_preference_matching_loss,
+    plackett_luce_loss,
+    preference_matching_gap,
+    preference_matching_loss,
+    preference_matching_reward,
+)  # fmt: skip
+from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .tdpo import tdpo_loss
+from .topk import topk_distillation_loss
+from .unpaired import RunningDelta, bco_loss, kto_baseline, kto_loss
+from .upo import expectile_loss, upo_loss
 
 MODULES = (
     preference,
@@ -55,4 +62,11 @@ MODULES = (
 )
 FAMILY: dict[str, Entry] = {entry.call.__name__: entry for module in MODULES for entry in module.ENTRIES}
 
-__all__ = ["FAMILY", "Entry", "LossOutput", *(name for module in MODULES for name in module.__all__)]
+__all__ = [
+    "Entry", "FAMILY", "LOSSES", "LossOutput", "RunningDelta", "bco_loss", "bradley_terry_loss",
+    "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss", "dpo_loss",
+    "expectile_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss", "lta_thinker_loss",
+    "orpo_loss", "plackett_luce_loss", "preference_loss", "preference_matching_gap", "preference_matching_loss",
+    "preference_matching_reward", "reasoning_focus_loss", "sampled_distillation_loss", "semantic_alignment_loss",
+    "simpo_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",
+]  # fmt: skip

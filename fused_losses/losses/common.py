@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..divergences import Divergence
 from ..hidden import How
 from ..objective import Formula, Tokens, evaluate
 from ..sources import Source, TokenStats
@@ -118,8 +119,17 @@ class Fused(NamedTuple):
     tokens: Tokens  # without a graph, for metrics
 
 
+class Needs(NamedTuple):
+    """What a formula wants of objective.evaluate, where each is described. Not a keyword that a user's options could hold."""
+
+    unit: str
+    divergences: tuple[Divergence, ...] = ()
+    per_token: Mapping[str, Tensor] = {}
+    per_sequence: Mapping[str, Tensor] = {}
+
+
 def fused(
-    formula: Formula, policy: Source, labels: Tensor, ref: Source | None = None, *, unit: str, reduction: str = "mean",
+    formula: Formula, policy: Source, labels: Tensor, ref: Source | None, needs: Needs, *, reduction: str = "mean",
     num_items: int | Tensor | None = None, plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
     **batch: Any,
 ) -> Fused:  # fmt: skip
@@ -128,10 +138,17 @@ def fused(
     check_reduction(reduction, num_items)
     reduced = reduction != "none"
     losses, stats, tokens = evaluate(
-        formula, policy, labels, ref, unit=unit, reduced=reduced, how=How(plan, workspace, static_shapes), **batch
+        formula,
+        policy,
+        labels,
+        ref,
+        **needs._asdict(),
+        reduced=reduced,
+        how=How(plan, workspace, static_shapes),
+        **batch,
     )
     if reduction == "mean":
-        count = tokens.mask.sum().clamp(min=1) if unit == "token" else max(losses.numel(), 1)
+        count = tokens.mask.sum().clamp(min=1) if needs.unit == "token" else max(losses.numel(), 1)
         losses = losses.sum() / (count if num_items is None else num_items)
     return Fused(losses.sum() if reduction == "sum" else losses, stats, tokens)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..divergences import get
 from ..objective import Tokens
 from ..sources import Logits, LogProbs, Source, as_source, check_labels
-from .common import Entry, LossOutput, fused
+from .common import Entry, LossOutput, Needs, fused
 from .distillation import check_weights, token_means
 
 __all__ = ["cross_entropy_loss"]
@@ -38,14 +38,14 @@ def cross_entropy_loss(
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
     check_weights(z_loss=z_loss)
     eps = float(label_smoothing)
-    given: dict[str, Any] = {}
+    ref, needs = None, Needs("token")
     if isinstance(source, LogProbs):
         if eps or z_loss:
             raise ValueError("policy: label_smoothing and z_loss need fl.Hidden or logits, got fl.LogProbs")
     elif eps:
         x = source.logits if isinstance(source, Logits) else source.hidden
         zero = torch.zeros((), dtype=x.dtype, device=x.device)  # of the uniform distribution: one element, strides of 0
-        given = {"ref": Logits(zero.expand(*labels.shape, source.vocab)), "divergences": (get("forward_kl"),)}
+        ref, needs = Logits(zero.expand(*labels.shape, source.vocab)), Needs("token", (get("forward_kl"),))
 
     def formula(tokens: Tokens) -> Tensor:
         losses = (eps - 1) * tokens.logps
@@ -53,7 +53,7 @@ def cross_entropy_loss(
             losses = losses + eps * (tokens.divergence["forward_kl"] + math.log(source.vocab)) * tokens.mask
         return losses if not z_loss or tokens.lse is None else losses + z_loss * tokens.lse.square()
 
-    loss, stats, tokens = fused(formula, source, labels, unit="token", **given, **batch)
+    loss, stats, tokens = fused(formula, source, labels, ref, needs, **batch)
     more = {} if tokens.lse is None or stats.correct is None else {
         "lse": tokens.lse, "mean_token_accuracy": stats.correct.to(tokens.logps.dtype)
     }  # fmt: skip

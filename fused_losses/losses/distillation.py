@@ -9,7 +9,7 @@ from torch import Tensor
 from ..divergences import Divergence, from_key, get
 from ..objective import Tokens
 from ..sources import Source, as_source, check_labels
-from .common import Entry, LossOutput, fused
+from .common import Entry, LossOutput, Needs, fused
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
 
@@ -41,7 +41,7 @@ def distillation_loss(
     def formula(tokens: Tokens) -> Tensor:
         return soft * tokens.divergence[d.key] - hard * tokens.logps
 
-    found = fused(formula, student, check_labels(labels), teacher, unit="token", divergences=(d,), **batch)
+    found = fused(formula, student, check_labels(labels), teacher, Needs("token", (d,)), **batch)
     return LossOutput(found.loss, token_means(found.tokens, kl=found.tokens.divergence[d.key]), found.stats)
 
 
@@ -63,7 +63,7 @@ def sampled_distillation_loss(student: Source, labels: Tensor, teacher: Source, 
     def formula(tokens: Tokens) -> Tensor:
         return _ratio(tokens).detach() * tokens.logps
 
-    found = fused(formula, student, check_labels(labels), teacher, unit="token", **batch)
+    found = fused(formula, student, check_labels(labels), teacher, Needs("token"), **batch)
     return LossOutput(found.loss, token_means(found.tokens, kl=_ratio(found.tokens)), found.stats)
 
 

@@ -12,7 +12,7 @@ from ..layout import shift_packed, stats_dtype
 from ..objective import Tokens
 from ..sources import FLOATS, Source, check_labels
 from ..stats import labels_mask, token_stats
-from .common import Entry, LossOutput, check_positive, check_sequences, fused, reduced
+from .common import Entry, LossOutput, Needs, check_positive, check_sequences, fused, reduced
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
@@ -82,7 +82,7 @@ def lta_thinker_loss(
     policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
     weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
     step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
-    num_items: int | Tensor | None = None, **batch: Any,
+    num_items: int | Tensor | None = None, num_nll_tokens: int | Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """LTA-Thinker (2509.12875): with the released code's weights
 
@@ -94,7 +94,8 @@ def lta_thinker_loss(
 
     Args:
         policy: of the language model. labels: [S, T], or packed with cu_seqlens [S + 1]. The options of a batch are those of
-            preference_loss; num_items is the number of sequences of the whole batch.
+            preference_loss; when gradients accumulate, num_items and num_nll_tokens are the sequences and the tokens that
+            count of the whole batch.
         question, thoughts, steps, answers, thought_mask, step_mask, temperature: of the S sequences, as in the two losses.
         weights: of cross entropy, reasoning focus and semantic alignment; each >= 0.
 
@@ -106,7 +107,9 @@ def lta_thinker_loss(
     if isinstance(question, Tensor) and question.dim() and question.shape[0] != sequences:
         raise ValueError(f"question: expected [{sequences}, H], one for each sequence, got {list(question.shape)}")
     tokens_that_count = count_tokens(labels, cu_seqlens, batch.get("shift", False), batch.get("ignore_index", -100))
-    share = sequences / tokens_that_count
+    share: float | Tensor = sequences / tokens_that_count
+    if num_nll_tokens is not None:
+        share = (sequences if num_items is None else num_items) / num_nll_tokens
 
     def formula(tokens: Tokens) -> Tensor:
         return -weights[0] * share * tokens.sums(tokens.logps)
@@ -114,15 +117,9 @@ def lta_thinker_loss(
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
     alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
     found = fused(
-        formula,
-        policy,
-        labels,
-        unit="sequence",
-        cu_seqlens=cu_seqlens,
-        reduction=reduction,
-        num_items=num_items,
+        formula, policy, labels, None, Needs("sequence"), cu_seqlens=cu_seqlens, reduction=reduction, num_items=num_items,
         **batch,
-    )
+    )  # fmt: skip
     loss = found.loss + reduced(weights[1] * focus + weights[2] * alignment, reduction, num_items)
     parts = {"reasoning_focus": focus, "semantic_alignment": alignment}
     metrics = {name: x.detach().sum() / max(sequences, 1) for name, x in parts.items()}

@@ -65,7 +65,7 @@ class Pairs:
     """Tokens of some pairs, and their sums: each is taken once, however many losses read it. [2B] are the B chosen
     sequences, then the B rejected."""
 
-    def __init__(self, tokens: Tokens, o: Options, chosen: Tensor | None, batch: int) -> None:
+    def __init__(self, tokens: Tokens, o: Options, chosen: int | Tensor | None, batch: int | Tensor) -> None:
         self.all, self.o = tokens, o
         self.tokens = tokens if o.ld_alpha is None else desensitised(tokens, o.ld_alpha)
         self.chosen, self.batch = chosen, batch  # tokens of all chosen sequences that count, pairs: of the whole batch
@@ -209,7 +209,7 @@ def _sft(p: Pairs) -> Tensor:
     """A pair's share of the mean over the chosen tokens of the batch. TRL weighs the mean itself, in WPO."""
     assert p.chosen is not None
     shares = -p.all.sums(p.all.logps).tensor_split(2)[0] * p.batch / p.chosen
-    return shares.sum().div(max(1, p.batch)).expand_as(shares) if p.o.weighting else shares
+    return (shares.sum() / max(1, len(shares))).expand_as(shares) if p.o.weighting else shares
 
 
 LOSSES: dict[str, Callable[[Pairs], Tensor]] = {

@@ -13,7 +13,7 @@ from ..divergences import Divergence, from_key
 from ..objective import Tokens
 from ..pointwise import cap
 from ..sources import FLOATS, LogProbs, Source, check_labels
-from .common import Entry, LossOutput, check_positive, check_reduction, check_sequences, fused
+from .common import Entry, LossOutput, Needs, check_positive, check_reduction, check_sequences, fused
 
 __all__ = ["group_advantages", "grpo_loss"]
 
@@ -37,6 +37,7 @@ def grpo_loss(
     delta: float | None = None,
     beta: float = 0.0,
     kl: str | Divergence = "k3",
+    use_bias_correction_kl: bool = False,
     max_completion_length: int | None = None,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
@@ -73,13 +74,15 @@ def grpo_loss(
             e^d - 1 - d (TRL's), whose slopes in log p(y) are 1, -d and 1 - e^d: as losses, k1's gradient is zero on average,
             and k2's is the KL's on policy. Or the name of any divergence, such as "reverse_kl": the sum over the vocabulary,
             in the same pass; ref must be a distribution.
+        use_bias_correction_kl: KL_t has the factor e^x, unclipped, as in TRL by default: the tokens were sampled from the old
+            policy (2512.02556).
         The other options of a batch are those of preference_loss.
 
     metrics: kl where there is a ref; clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean, for cispo
     cispo_clip_ratio; entropy if asked for. Means over tokens; clip ratios of sequences over these, as TRL's.
     """
     labels = check_labels(labels)
-    o = options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length)
+    o = options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
     check_reduction(reduction, num_items)
     shape = labels.shape if not shift or cu_seqlens is not None else (*labels.shape[:-1], labels.shape[-1] - 1)
     own, each = inputs(check_sequences(labels, cu_seqlens), shape, labels.device, advantages, old_logps, ref, o)
@@ -92,13 +95,17 @@ def grpo_loss(
             weight = -torch.where(a > 0, x.clamp(max=o.highest), x.clamp(o.lowest, o.largest)).exp() * a
         losses = tokens.spread(weight) if _by_sequence(tokens, o) else weight
         losses = losses * tokens.logps if o.loss == "cispo" else losses
-        total = tokens.sums(losses + o.beta * _kl(tokens, o) if o.beta else losses)
+        if o.beta:
+            ratio = x.clamp(max=LARGEST).exp()
+            corrected = (tokens.spread(ratio) if _by_sequence(tokens, o) else ratio) if o.corrected else 1.0
+            losses = losses + o.beta * corrected * _kl(tokens, o)
+        total = tokens.sums(losses)
         return total if o.loss in BY_TOKENS else total / (o.length or tokens.lengths.clamp(min=1))
 
     mean_of_tokens = o.loss in BY_TOKENS and reduction == "mean"
     found = fused(
-        formula, policy, labels, ref, unit="sequence", divergences=() if ref is None else o.divergences, per_sequence=own,
-        per_token=each, reduction="sum" if mean_of_tokens else reduction, num_items=None if mean_of_tokens else num_items,
+        formula, policy, labels, ref, Needs("sequence", () if ref is None else o.divergences, each, own),
+        reduction="sum" if mean_of_tokens else reduction, num_items=None if mean_of_tokens else num_items,
         cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **batch,
     )  # fmt: skip
     total = found.loss
@@ -118,6 +125,7 @@ class Options:
     kl: str  # one of ESTIMATORS, or the key of a divergence
     divergences: tuple[Divergence, ...]
     length: int | None  # max_completion_length, for dr_grpo
+    corrected: bool  # the KL term has the importance ratio as a factor
 
     # Bounds of the logarithm of a ratio: against its advantage, and of what is left where that is negative
     @property
@@ -135,7 +143,7 @@ class Options:
 
 def options(
     loss: str, importance: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float,
-    kl: str | Divergence, max_completion_length: int | None,
+    kl: str | Divergence, max_completion_length: int | None, use_bias_correction_kl: bool,
 ) -> Options:  # fmt: skip
     if loss not in LOSSES:
         raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(LOSSES)}")
@@ -162,7 +170,10 @@ def options(
     if max_completion_length is not None:
         check_positive(max_completion_length=max_completion_length)
     name, divergences = _estimator(kl)
-    return Options(loss, importance == "sequence", epsilon, high, delta, beta, name, divergences, max_completion_length)
+    sequence, corrected = importance == "sequence", bool(use_bias_correction_kl)
+    return Options(
+        loss, sequence, epsilon, high, delta, beta, name, divergences, max_completion_length, corrected
+    )  # fmt: skip
 
 
 def _estimator(kl: str | Divergence) -> tuple[str, tuple[Divergence, ...]]:
@@ -292,6 +303,8 @@ ENTRIES = [
             "grpo": {"beta": 0.3}, "dr_grpo": {"loss": "dr_grpo", "max_completion_length": 9, "beta": 0.3, "kl": "k1"},
             "bnpo": {"loss": "bnpo", "epsilon_high": 0.28, "delta": 4.0}, "dapo": {"loss": "dapo", "beta": 0.3, "kl": "k2"},
             "cispo": {"loss": "cispo", "epsilon_high": 2.0, "beta": 0.1}, "GSPO": {"importance": "sequence", "beta": 0.3},
+            "corrected KL": {"beta": 0.3, "use_bias_correction_kl": True},
+            "corrected KL, sequence": {"beta": 0.3, "use_bias_correction_kl": True, "importance": "sequence"},
             "cispo, sequence": {"loss": "cispo", "epsilon_high": 2.0, "importance": "sequence"},
         },
     )

@@ -14,7 +14,7 @@ from ..layout import shift_packed
 from ..objective import Tokens
 from ..sources import LogProbs, Source, as_source, check_labels
 from ..stats import labels_mask, token_stats
-from .common import Entry, LossOutput, check_pairs, fused, pair_metrics
+from .common import Entry, LossOutput, Needs, check_pairs, fused, pair_metrics
 from .pair_losses import LOSSES, SQUARES, Pairs, desensitised, read_options, wpo_weights
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
@@ -35,6 +35,7 @@ def preference_loss(
     use_weighting: bool = False,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    num_nll_tokens: int | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
@@ -93,6 +94,7 @@ def preference_loss(
             pass over the policy's logits. Not for aot*; sft is weighted after its mean.
         reduction: "mean" over pairs, "sum", or "none" ([B]).
         num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate.
+        num_nll_tokens: for sft, likewise the chosen tokens of the whole batch; else each micro-batch has a mean of its own.
         cu_seqlens: [2B + 1] int offsets of the packed sequences, chosen first. They are not read on the host on a GPU.
         entropy: also report the policy's mean entropy per token.
         plan: for hidden states: as in token_stats, and "rows": blocks of pairs with the gradient computed in the forward
@@ -109,22 +111,25 @@ def preference_loss(
     pairs = check_pairs(labels, cu_seqlens) // 2
     kept = shift_packed(labels, cu_seqlens, ignore_index) if shift and cu_seqlens is not None else labels
     inner: dict[str, Any] = {"shift": shift and cu_seqlens is None, "ignore_index": ignore_index}
-    chosen = _chosen_tokens(labels_mask(kept, **inner), cu_seqlens) if "sft" in o.names else None
+    chosen = num_nll_tokens
+    if "sft" in o.names and chosen is None:
+        chosen = _chosen_tokens(labels_mask(kept, **inner), cu_seqlens)
+    batch = pairs if num_nll_tokens is None or num_items is None else num_items
     extra = {}
     if o.weighting:
         extra[SQUARES] = _log_sum_exp_2z(policy, kept, workspace=workspace, static_shapes=static_shapes, **inner)
 
     def formula(tokens: Tokens) -> Tensor:
-        view = Pairs(tokens, o, chosen, pairs)
+        view = Pairs(tokens, o, chosen, batch)
         found = [(LOSSES[name](view), weight) for name, weight in o.losses]
         losses = [x if weight == 1 else weight * x for x, weight in found]
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
         return total * wpo_weights(tokens) if o.weighting else total
 
     found = fused(
-        formula, policy, labels, ref, unit=o.unit, reduction=reduction, num_items=num_items, cu_seqlens=cu_seqlens,
-        shift=shift, ignore_index=ignore_index, entropy=entropy, inplace_backward=inplace_backward, plan=plan,
-        workspace=workspace, static_shapes=static_shapes, per_token=extra,
+        formula, policy, labels, ref, Needs(o.unit, per_token=extra), reduction=reduction, num_items=num_items,
+        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, entropy=entropy,
+        inplace_backward=inplace_backward, plan=plan, workspace=workspace, static_shapes=static_shapes,
     )  # fmt: skip
     t = found.tokens if o.ld_alpha is None else desensitised(found.tokens, o.ld_alpha)
     return LossOutput(found.loss, pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps)), found.stats)

@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 from ..layout import stats_dtype
 from ..objective import Tokens
 from ..sources import FLOATS, Source, check_labels
-from .common import Entry, LossOutput, check_per_sequence, check_positive, check_sequences, fused, reduced
+from .common import Entry, LossOutput, Needs, check_per_sequence, check_positive, check_sequences, fused, reduced
 
 __all__ = [
     "bradley_terry_loss", "conditional_preference_matching_loss", "plackett_luce_loss", "preference_matching_gap",
@@ -63,8 +63,8 @@ def preference_matching_loss(
     if form == "entropy":
         batch = batch | {"entropy": True}
     found = fused(
-        exact if form == "entropy" else sampled, policy, labels, unit="sequence", cu_seqlens=cu_seqlens,
-        per_sequence=extra, **batch,
+        exact if form == "entropy" else sampled, policy, labels, None, Needs("sequence", per_sequence=extra),
+        cu_seqlens=cu_seqlens, **batch,
     )  # fmt: skip
     return LossOutput(found.loss, _metrics(found.tokens), found.stats)
 
@@ -98,7 +98,7 @@ def conditional_preference_matching_loss(
             raise ValueError("ref: expected fl.LogProbs of each token, got one per sequence")
         return beta * _score_function(tokens, _penalty(tokens.logps, tokens.ref_logps, low))
 
-    found = fused(formula, policy, labels, ref, unit="sequence", cu_seqlens=cu_seqlens, per_sequence=extra, **batch)
+    found = fused(formula, policy, labels, ref, Needs("sequence", per_sequence=extra), cu_seqlens=cu_seqlens, **batch)
     metrics, tokens = _metrics(found.tokens), found.tokens
     assert tokens.ref_logps is not None
     inside = tokens.sums((tokens.ref_logps > low).to(tokens.logps.dtype)).sum()

@@ -20,7 +20,7 @@ from ..objective import Tokens
 from ..pointwise import cap
 from ..sources import Source, check_labels
 from ..stats import labels_mask
-from .common import Entry, Fused, LossOutput, check_pairs, check_positive, fused, pair_metrics
+from .common import Entry, Fused, LossOutput, Needs, check_pairs, check_positive, fused, pair_metrics
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
 
@@ -155,10 +155,11 @@ def _pairs(
     check_count(num_nll_tokens)
     rows = torch.arange(len(labels), device=labels.device)
     chosen = rows[:, None] < pairs if cu is None else rows < cu[pairs]
+    extra = {}
     if nll_labels is not None:
         scored, ignore = _counted(labels, **batch), batch.get("ignore_index", -100)
         nll_labels = check_nll_labels(nll_labels, labels).where(chosen, ignore)
-        labels, batch = labels.where(labels != ignore, nll_labels), batch | {"per_token": {"scored": scored}}
+        labels, extra = labels.where(labels != ignore, nll_labels), {"scored": scored}
     here = (_counted(labels, **batch) & chosen).sum().clamp(min=1)
     # The reduction divides by pairs, or by num_items; the mean over tokens is to be left.
     by = here if num_nll_tokens is None else num_nll_tokens
@@ -173,7 +174,7 @@ def _pairs(
         losses = term(*logps(tokens).tensor_split(2))
         return losses - weight * tokens.sums(tokens.logps).tensor_split(2)[0] * times / by if weight else losses
 
-    found = fused(formula, policy, labels, None, unit="pair", num_items=num_items, **batch)
+    found = fused(formula, policy, labels, None, Needs("pair", per_token=extra), num_items=num_items, **batch)
     nll = -found.tokens.sums(found.tokens.logps).tensor_split(2)[0].sum() / here
     return found, logps(found.tokens), nll
 

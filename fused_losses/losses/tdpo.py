@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 from ..divergences import Divergence, from_key
 from ..objective import Tokens
 from ..sources import LogProbs, Source, check_labels
-from .common import Entry, LossOutput, check_pairs, check_positive, fused, pair_metrics
+from .common import Entry, LossOutput, Needs, check_pairs, check_positive, fused, pair_metrics
 
 __all__ = ["tdpo_loss"]
 
@@ -51,7 +51,7 @@ def tdpo_loss(
         apart = d_w - d_l if variant == "tdpo1" else alpha * (d_w.detach() - d_l)
         return -logsigmoid(beta * (h_w - h_l + apart))
 
-    found = fused(formula, policy, labels, ref, unit="pair", divergences=(d,), **batch)
+    found = fused(formula, policy, labels, ref, Needs("pair", (d,)), **batch)
     tokens, count = found.tokens, max(found.tokens.sequences // 2, 1)
     kl = tokens.sums(tokens.divergence[d.key])
     metrics = pair_metrics(tokens, beta * (tokens.log_ratios() + kl), tokens.sums(tokens.logps))

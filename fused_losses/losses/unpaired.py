@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..objective import Tokens
 from ..sources import FLOATS, Source, check_labels
-from .common import Entry, LossOutput, check_per_sequence, check_positive, check_sequences, fused
+from .common import Entry, LossOutput, Needs, check_per_sequence, check_positive, check_sequences, fused
 
 __all__ = ["RunningDelta", "bco_loss", "kto_baseline", "kto_loss"]
 
@@ -57,7 +57,7 @@ def kto_loss(
         return torch.where(good, desirable_weight * losses, undesirable_weight * losses)
 
     own = {"desirable": desirable}
-    found = fused(formula, policy, labels, ref, unit="sequence", per_sequence=own, cu_seqlens=cu_seqlens, **batch)
+    found = fused(formula, policy, labels, ref, Needs("sequence", per_sequence=own), cu_seqlens=cu_seqlens, **batch)
     metrics = _metrics(found.tokens, beta)
     metrics["kl"] = found.tokens.logps.new_zeros(()) + z0
     return LossOutput(found.loss, metrics, found.stats)
@@ -107,7 +107,7 @@ def kto_baseline(
         if option in batch:
             raise TypeError(f"{option}: kto_baseline has no such option")
     found = fused(
-        Tokens.log_ratios, policy, labels, ref, unit="sequence", reduction="none", cu_seqlens=cu_seqlens, **batch
+        Tokens.log_ratios, policy, labels, ref, Needs("sequence"), reduction="none", cu_seqlens=cu_seqlens, **batch
     )
     return _mean(found.loss, process_group)[0].clamp(min=0)
 
@@ -195,7 +195,7 @@ def bco_loss(
         return losses if weights is None else losses * tokens.extra["weights"].to(losses.dtype)
 
     unit = "batch" if running else "sequence"
-    found = fused(formula, policy, labels, ref, unit=unit, per_sequence=own, cu_seqlens=cu_seqlens, **batch)
+    found = fused(formula, policy, labels, ref, Needs(unit, per_sequence=own), cu_seqlens=cu_seqlens, **batch)
     metrics = _metrics(found.tokens, beta)
     metrics["delta"] = found.tokens.logps.new_zeros(()) + (shift.mean if isinstance(shift, RunningDelta) else shift)
     return LossOutput(found.loss, metrics, found.stats)

@@ -4,45 +4,38 @@ Plain torch, any float dtype, CPU or GPU, differentiable by autograd as often as
 vocabulary size, as the code that this package replaces does. Run them in float64 to judge anything else.
 """
 
-from . import (
-    cross_entropy,
-    distillation,
-    drop_ins,
-    lta_thinker,
-    policy_gradient,
-    preference,
-    preference_matching,
-    reference_free,
-    tdpo,
-    topk,
-    unpaired,
-    upo,
-)
-from .cross_entropy import *
-from .distillation import *
-from .drop_ins import *
-from .lta_thinker import *
-from .policy_gradient import *
-from .preference import *
-from .preference_matching import *
-from .reference_free import *
-from .stats import *
-from .tdpo import *
-from .topk import *
-from .unpaired import *
-from .upo import *
+from .cross_entropy import cross_entropy_loss
+from .distillation import distillation_loss, sampled_distillation_loss
+from .drop_ins import (
+    entropy_from_logits,
+    generalized_jsd_loss,
+    selective_log_softmax,
+    selective_log_softmax_and_entropy,
+)  # fmt: skip
+from .lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
+from .policy_gradient import group_advantages, grpo_loss
+from .preference import dpo_loss, ipo_loss, preference_loss
+from .preference_matching import (
+    bradley_terry_loss,
+    conditional_preference_matching_loss,
+    plackett_luce_loss,
+    preference_matching_gap,
+    preference_matching_loss,
+    preference_matching_reward,
+)  # fmt: skip
+from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .stats import token_stats
+from .tdpo import tdpo_loss
+from .topk import topk_distillation_loss
+from .unpaired import bco_loss, kto_baseline, kto_loss
+from .upo import expectile_loss, upo_loss
 
-MODULES = (
-    preference,
-    tdpo,
-    reference_free,
-    unpaired,
-    policy_gradient,
-    distillation,
-    topk,
-    cross_entropy,
-    preference_matching,
-    upo,
-    lta_thinker,
-)
-__all__ = ["token_stats", *drop_ins.__all__, *(name for module in MODULES for name in module.__all__)]
+__all__ = [
+    "bco_loss", "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss",
+    "distillation_loss", "dpo_loss", "entropy_from_logits", "expectile_loss", "generalized_jsd_loss",
+    "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss", "lta_thinker_loss", "orpo_loss",
+    "plackett_luce_loss", "preference_loss", "preference_matching_gap", "preference_matching_loss",
+    "preference_matching_reward", "reasoning_focus_loss", "sampled_distillation_loss", "selective_log_softmax",
+    "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "token_stats",
+    "topk_distillation_loss", "upo_loss",
+]  # fmt: skip

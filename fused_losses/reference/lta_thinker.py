@@ -51,7 +51,7 @@ def lta_thinker_loss(
     policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
     weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
     step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
-    num_items: int | Tensor | None = None, **batch: Any,
+    num_items: int | Tensor | None = None, num_nll_tokens: int | Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.lta_thinker_loss, one sequence after another."""
     check_weights(weights)
@@ -61,7 +61,9 @@ def lta_thinker_loss(
     nll = joined([-s.log_p for s in every], stats)
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
     alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
-    losses = weights[0] * nll * len(every) / total + weights[1] * focus + weights[2] * alignment
+    batch_size = len(every) if num_nll_tokens is None or num_items is None else num_items
+    of_nll = batch_size / (total if num_nll_tokens is None else num_nll_tokens)
+    losses = weights[0] * nll * of_nll + weights[1] * focus + weights[2] * alignment
     parts = {"reasoning_focus": focus, "semantic_alignment": alignment}
     metrics = {name: x.detach().sum() / max(len(every), 1) for name, x in parts.items()}
     metrics["sft"] = nll.detach().sum() / total

@@ -19,11 +19,12 @@ __all__ = ["group_advantages", "grpo_loss"]
 def grpo_loss(
     policy: Source, labels: Tensor, advantages: Tensor, *, old_logps: Tensor | None = None, ref: Source | None = None,
     loss: str = "grpo", importance: str = "token", epsilon: float = 0.2, epsilon_high: float | None = None,
-    delta: float | None = None, beta: float = 0.0, kl: str | Divergence = "k3", max_completion_length: int | None = None,
+    delta: float | None = None, beta: float = 0.0, kl: str | Divergence = "k3",
+    use_bias_correction_kl: bool = False, max_completion_length: int | None = None,
     reduction: str = "mean", num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.grpo_loss, one sequence after another."""
-    options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length)
+    options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
     check_reduction(reduction, num_items)
     labels = check_labels(labels)
     sequences, exact = check_sequences(labels, cu_seqlens), None if kl in ("k1", "k2", "k3") else kl
@@ -57,7 +58,7 @@ def grpo_loss(
             first = ratio if delta is None else ratio.clamp(max=delta)
             tokens = -torch.minimum(first * a, ratio.clamp(1 - epsilon, 1 + high) * a)
         if beta != 0:
-            tokens = tokens + beta * kl_of(s)
+            tokens = tokens + beta * (ratio if use_bias_correction_kl else 1) * kl_of(s)
         tokens = tokens.expand(len(s))
         totals.append(tokens.sum())
         lows.append(((ratio < 1 - epsilon) & (a < 0)).reshape(-1))

@@ -112,10 +112,9 @@ def _aot_unpaired(pairs: list[Pair], o: Options) -> list[Tensor]:
     return [_smoothed(o.beta * (w - l), o.smoothing or 0.0) for w, l in zip(chosen, rejected, strict=True)]
 
 
-def _sft(pairs: list[Pair], weights: list[Tensor] | None) -> list[Tensor]:
+def _sft(pairs: list[Pair], weights: list[Tensor] | None, batch: Any, tokens: Any) -> list[Tensor]:
     """Shares of the mean over tokens. Weights are of that mean."""
-    tokens = max(1, sum(len(w) for w, _ in pairs))
-    shares = [-w.log_p * len(pairs) / tokens for w, _ in pairs]
+    shares = [-w.log_p * batch / tokens for w, _ in pairs]
     return shares if weights is None else [sum(shares, torch.zeros(())) / len(pairs) * weight for weight in weights]
 
 
@@ -132,7 +131,7 @@ def preference_loss(
     loss_weights: Several[float] | None = None, divergence: str | Divergence = "reverse_kl", beta: float = 0.1,
     label_smoothing: float | None = None, discopop_tau: float = 0.05, ld_alpha: float | None = None,
     use_weighting: bool = False, reduction: str = "mean", num_items: int | Tensor | None = None,
-    cu_seqlens: Tensor | None = None, **batch: Any,
+    num_nll_tokens: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.preference_loss, one pair after another."""
     o = read_options(
@@ -140,15 +139,19 @@ def preference_loss(
     )
     check_reduction(reduction, num_items)
     check_pairs(check_labels(labels), cu_seqlens)
-    squares = {"squares": _log_sum_of_squares(policy, batch.get("shift", False), cu_seqlens)} if use_weighting else None
-    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, per_token=squares, **batch)
+    squares = (
+        {"squares": _log_sum_of_squares(policy, options.get("shift", False), cu_seqlens)} if use_weighting else None
+    )
+    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, per_token=squares, **options)
     whole = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
     pairs = whole if o.ld_alpha is None else [_desensitised(w, l, o.ld_alpha) for w, l in whole]
     weights = [_wpo(w) * _wpo(l) for w, l in whole] if use_weighting else None
 
     def losses_of(name: str) -> list[Tensor]:
         if name == "sft":
-            return _sft(whole, weights)
+            own = max(1, sum(len(w) for w, _ in whole))
+            batch = len(whole) if num_nll_tokens is None or num_items is None else num_items
+            return _sft(whole, weights, batch, own if num_nll_tokens is None else num_nll_tokens)
         if name in SORTED:
             return SORTED[name](pairs, o)
         found = [LOSSES[name](w, l, o) for w, l in pairs]

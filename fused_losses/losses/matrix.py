@@ -1,0 +1,35 @@
+"""The table of losses in the README, made from the registry: python -m fused_losses.losses.matrix"""
+
+from __future__ import annotations
+
+from inspect import signature
+
+from . import FAMILY
+from .common import Entry
+
+COLUMNS = (
+    "loss", "variants", "logits, hidden", "log-probs", "packed", "no reference", "saved reference", "f-divergence", "source"
+)  # fmt: skip
+
+
+def row(entry: Entry) -> list[str]:
+    """What each column says of a loss; test_family.py holds every "no" to an error."""
+
+    def yes(flag: bool) -> str:
+        return "yes" if flag else "no"
+
+    parameters = signature(entry.call).parameters
+    return [
+        f"`{entry.call.__name__}`", "; ".join(name or "-" for name in entry.variants), "yes", yes(not entry.distribution),
+        "yes", yes(entry.ref != "needed"), "-" if entry.ref == "unused" else yes(not entry.distribution),
+        yes("divergence" in parameters), entry.source,
+    ]  # fmt: skip
+
+
+def matrix() -> str:
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(row(entry) for entry in FAMILY.values())]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+if __name__ == "__main__":
+    print(matrix())

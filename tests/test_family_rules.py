@@ -1,0 +1,173 @@
+"""What holds for every loss of the registry: how long it may be, what it may touch, what it refuses, that it compiles, that
+micro-batches add up, and that the README's table says what there is."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import relative
+from test_family import CASES, Batch
+
+import fused_losses as fl
+from fused_losses import losses
+from fused_losses.losses import FAMILY
+from fused_losses.losses.matrix import matrix
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(Path(losses.__file__).parent.glob("*.py"))
+
+
+def functions(path):
+    return [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.FunctionDef)]
+
+
+def code_lines(function):
+    """Lines of its body that are neither docstring nor blank nor comment."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    source = Path(function.path).read_text("utf-8").splitlines()
+    lines = range(body[0].lineno - 1, body[-1].end_lineno) if body else ()
+    return sum(bool(source[i].strip()) and not source[i].strip().startswith("#") for i in lines)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_loss_is_short(path):
+    for function in functions(path):
+        function.path = path
+        assert code_lines(function) <= 30, function.name
+
+
+VOCABULARY = {
+    "softmax", "log_softmax", "logsumexp", "cross_entropy", "kl_div", "gather", "take_along_dim", "matmul", "einsum",
+}  # fmt: skip
+ALLOWED = {
+    "__init__": {"cross_entropy"},  # a module
+    "topk": {"log_softmax", "logsumexp", "gather"},  # over the K tokens
+    "preference_matching": {"logsumexp"},  # over responses
+    "lta_thinker": {"cross_entropy", "gather"},  # over steps
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_no_loss_touches_a_vocabulary_axis(path):
+    """They leave that to token_stats. (Plackett-Luce's axis is that of the responses, InfoNCE's that of the steps.)"""
+    tree = ast.parse(path.read_text("utf-8"))
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
+    }
+    allowed = ALLOWED.get(path.stem, set())
+    assert not used & (VOCABULARY - allowed)
+    assert not any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.MatMult) for n in ast.walk(tree))
+
+
+def test_the_table_of_the_readme_is_current():
+    """python -m fused_losses.losses.matrix"""
+    assert matrix() in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_the_table_denies_is_an_error(name):
+    entry = FAMILY[name]
+    batch = Batch(name, next(iter(entry.variants)))
+    with pytest.raises(TypeError, match="nonsense"):
+        batch.options["nonsense"] = 1
+        batch.call(fl, torch.float32, "hidden", None if entry.ref == "unused" else "hidden")
+    del batch.options["nonsense"]
+    if entry.distribution:
+        with pytest.raises((ValueError, TypeError), match="LogProbs"):
+            batch.call(fl, torch.float32, "log-probs", None if entry.ref == "unused" else "hidden")
+        if entry.ref != "unused":
+            with pytest.raises((ValueError, TypeError), match="LogProbs"):
+                batch.call(fl, torch.float32, "hidden", "log-probs")
+    if entry.ref == "needed":
+        with pytest.raises((ValueError, TypeError), match="ref|teacher"):
+            out, _ = batch.call(fl, torch.float32, "hidden", None)
+            if name == "grpo_loss":  # which needs one for beta > 0 only
+                raise ValueError("ref")
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_compiles_without_graph_breaks(monkeypatch, name):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    entry = FAMILY[name]
+    for packed in (False, True):
+        batch = Batch(name, next(iter(entry.variants)), packed, seed=3)
+        ref = None if entry.ref == "unused" else "logits"
+        torch._dynamo.reset()
+        step = torch.compile(getattr(fl, name), fullgraph=True, backend="aot_eager")
+        eager, grads = batch.call(fl, torch.float32, "logits", ref)
+        library = type("Compiled", (), {name: staticmethod(step)})
+        compiled, found = batch.call(library, torch.float32, "logits", ref)
+        torch.testing.assert_close(compiled.loss, eager.loss)
+        for g, t in zip(found, grads, strict=True):
+            torch.testing.assert_close(g, t)
+    torch._dynamo.reset()
+
+
+# Totals of the whole batch that micro-batches are told: options -> what is counted. COUPLED: losses that look across the
+# batch, as their docstrings say.
+TOTALS = {"num_items": "units"}
+NLL = TOTALS | {"num_nll_tokens": "chosen tokens"}
+BY_TOKENS = {"num_items": "tokens"}
+COUPLED = {
+    ("preference_loss", "aot"), ("preference_loss", "aot, smoothed"), ("preference_loss", "aot_unpaired"),
+    ("preference_loss", "many"), ("grpo_loss", "bnpo"),
+}  # fmt: skip
+
+
+def given(name, variant):
+    """Whether it comes with totals of its own."""
+    return any(option.startswith("num_") for option in FAMILY[name].variants[variant])
+
+
+def totals_of(name, variant):
+    if name == "lta_thinker_loss":
+        return TOTALS | {"num_nll_tokens": "tokens"}
+    if name in ("simpo_loss", "cpo_loss", "orpo_loss", "preference_loss"):
+        return NLL
+    return (
+        BY_TOKENS if name == "grpo_loss" and FAMILY[name].variants[variant].get("loss") in ("dapo", "cispo") else TOTALS
+    )
+
+
+@pytest.mark.parametrize(("name", "variant"), [case for case in CASES if case not in COUPLED and not given(*case)])
+def test_micro_batches_add_up(monkeypatch, name, variant):
+    """One sequence, or pair, at a time, with the totals of the batch."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    batch = Batch(name, variant, seed=4)
+    sequences, ref = len(batch.y), None if batch.entry.ref == "unused" else "hidden"
+    units = [[s] for s in range(sequences)]
+    if batch.entry.batch == "pairs":
+        units = [[b, sequences // 2 + b] for b in range(sequences // 2)]
+    counts = {"units": len(units), "tokens": int((batch.y != -100).sum())}
+    counts["chosen tokens"] = int((batch.y[: sequences // 2] != -100).sum())
+    if batch.entry.batch == "tokens":
+        counts["units"] = counts["tokens"]
+    whole, exact = batch.call(fl, torch.float32, "hidden", ref)
+    loss, grads = 0.0, [torch.zeros_like(g) for g in exact]
+    x, ref_x, y, extra = batch.x, batch.ref_x, batch.y, batch.extra
+    batch.options |= {option: counts[what] for option, what in totals_of(name, variant).items()}
+    for rows in units:
+        batch.x, batch.ref_x, batch.y = x[rows], ref_x[rows], y[rows]
+        batch.extra = {n: t[rows] for n, t in extra.items()}
+        out, found = batch.call(fl, torch.float32, "hidden", ref)
+        loss = loss + out.loss
+        grads[0][rows] += found[0]
+        grads[1] += found[1]
+    assert relative(loss, whole.loss.double()) <= 1e-5
+    for g, t in zip(grads, exact, strict=True):
+        assert relative(g, t.double()) <= 1e-5
+
+
+def test_entries_are_documented():
+    for name, entry in FAMILY.items():
+        text = inspect.getdoc(entry.call) or ""
+        assert ("metrics" in text or "as there" in text) and any(
+            s in text for s in entry.source.replace(",", " ").split()
+        ), name
+        assert all(f"{n}" in text for n in entry.inputs), name
