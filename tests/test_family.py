@@ -22,7 +22,7 @@ V, H, REF_H, T = 37, 8, 6, 6
 class Batch:
     """Random inputs of an entry: labels with ignored tokens, a sequence that has none left but one, and what else it takes."""
 
-    def __init__(self, name, variant, packed=False, seed=0):
+    def __init__(self, name, variant, packed=False, seed=0, device="cpu"):
         self.entry = FAMILY[name]
         self.options = dict(self.entry.variants[variant])
         self.name = name
@@ -54,6 +54,9 @@ class Batch:
                 if "per token" in kind:
                     self.extra[n] = self.extra[n].flatten(0, 1)[keep]
             self.options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+        for n in ("x", "ref_x", "weight", "ref_weight", "y"):
+            setattr(self, n, getattr(self, n).to(device))
+        self.extra = {n: x.to(device) for n, x in self.extra.items()}
 
     def call(self, library, dtype, source, ref, how=None):
         """The output and the gradients at what `source` is made of."""
@@ -129,9 +132,9 @@ def test_plans_and_options(monkeypatch, name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
-def test_on_the_triton_backend(monkeypatch, name, variant):
+def test_on_the_triton_backend(monkeypatch, device, name, variant):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
-    batch = Batch(name, variant, seed=2)
+    batch = Batch(name, variant, seed=2, device=device)
     batch.compare("logits", None if batch.entry.ref == "unused" else "logits", 2e-5)
 
 
