@@ -5,6 +5,7 @@ Duck-typed: neither transformers nor peft is imported.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,21 +92,35 @@ class FusedHead(nn.Module):
 
         hidden: [..., H]. labels, options: the loss's.
         ref: a source, or (reference FusedHead, its hidden states): the loss then runs inside the forward of both.
-        loss: a name in LOSSES, or a function (policy source, labels, ref source, **options): fl.token_stats, a loss.
+        loss: a type of preference_loss, any loss of fused_losses, token_stats, or a function (policy source, labels, ref
+            source, **options) of your own. Its own option `loss` goes through functools.partial(fl.grpo_loss, loss="dapo").
         """
         function = partial(preference_loss, loss=loss) if isinstance(loss, str) else loss
         policy = self.source(hidden)
         if isinstance(ref, tuple):
             ref_head, ref_hidden = ref
-            inner = lambda source, labels, _, **options: function(policy, labels, source, **options)  # noqa: E731
+            inner = lambda source, labels, _, **options: _call(function, policy, labels, source, options)  # noqa: E731
             return _opened(ref_head(ref_hidden, labels, loss=inner, **options))
-        return _opened(function(policy, labels, ref, **options))
+        return _opened(_call(function, policy, labels, ref, options))
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return _closed(super().__call__(*args, **options))  # engines find tensors in dicts, not in dataclasses
 
     def extra_repr(self) -> str:
         return ", ".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
+
+
+def _call(loss: Callable[..., Any], policy: Hidden, labels: Tensor, ref: Source | None, options: dict[str, Any]) -> Any:
+    """A loss with its reference: by the name `ref` where it has that, else third; a loss without one gets none."""
+    parameters = inspect.signature(loss).parameters
+    places = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if "ref" in parameters:
+        return loss(policy, labels, ref=ref, **options)
+    if len(places) > 2 and places[2] not in options:
+        return loss(policy, labels, ref, **options)
+    if ref is not None:
+        raise TypeError(f"ref: {getattr(loss, '__name__', loss)} takes no reference, got {type(ref).__name__}")
+    return loss(policy, labels, **options)
 
 
 def find_head(model: nn.Module, *, temperature: float = 1.0, adapter: bool = True) -> FusedHead:

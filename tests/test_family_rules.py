@@ -4,6 +4,7 @@ micro-batches add up, and that the README's table says what there is."""
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from pathlib import Path
 
@@ -107,6 +108,24 @@ def test_compiles_without_graph_breaks(monkeypatch, name):
         for g, t in zip(found, grads, strict=True):
             torch.testing.assert_close(g, t)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_runs_inside_a_head(monkeypatch, name):
+    """Where sharding engines gather the weight: with the reference where the loss expects it, or none."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    entry = FAMILY[name]
+    batch = Batch(name, next(iter(entry.variants)), seed=5)
+    linear = torch.nn.Linear(*batch.weight.T.shape, bias=False)
+    linear.weight.data = batch.weight.clone()
+    ref = None if entry.ref == "unused" else fl.Hidden(batch.ref_x, batch.ref_weight)
+    loss, options = functools.partial(entry.call, **batch.options), batch.extra
+    out = fl.FusedHead(linear)(batch.x, batch.y, ref, loss=loss, **options)
+    expected, _ = batch.call(fl, torch.float32, "hidden", None if ref is None else "hidden")
+    assert torch.equal(out.loss, expected.loss) and out.loss.requires_grad
+    if ref is None and "ref" not in inspect.signature(entry.call).parameters:
+        with pytest.raises(TypeError, match="takes no reference"):
+            fl.FusedHead(linear)(batch.x, batch.y, fl.Hidden(batch.ref_x, batch.ref_weight), loss=loss, **options)
 
 
 # Totals of the whole batch that micro-batches are told: options -> what is counted. COUPLED: losses that look across the
