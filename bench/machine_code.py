@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -135,10 +136,17 @@ def _hot(code: list[tuple[str, str]], labels: dict[str, int], start: int, end: i
     return kept
 
 
+def spills(kernel) -> int:
+    """Accesses to local memory, or on AMD registers that live there."""
+    if "amdgcn" in kernel.asm:
+        return int(re.search(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+    lines = map(_LINE.match, _disassemble(kernel).splitlines())
+    return sum(m.group(1).startswith(("LDL", "STL")) for m in lines if m)
+
+
 def profile(kernel, entries_per_thread: int) -> Profile:
     """Counts for the loop with the most MUFU; entries_per_thread = block / (32 warps)."""
     sass = _disassemble(kernel)
-    opcodes = [m.group(1) for line in sass.splitlines() if (m := _LINE.match(line))]
     found = loops(sass)
     hot = max(found, key=lambda ops: sum(op.startswith("MUFU") for op in ops), default=[])
     return Profile(
@@ -147,7 +155,7 @@ def profile(kernel, entries_per_thread: int) -> Profile:
         mufu=sum(op.startswith("MUFU") for op in hot) / entries_per_thread,
         loads=Counter(_width(op) for op in hot if op.startswith(("LDG.", "LDGSTS"))),
         stores=Counter(_width(op) for op in hot if op.startswith("STG")),
-        spills=sum(op.startswith(("LDL", "STL")) for op in opcodes),
+        spills=spills(kernel),
         shared=kernel.metadata.shared,
     )
 
@@ -200,6 +208,34 @@ def compile_workload(
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
 
 
+def compile_pairs(target: str) -> list[dict]:
+    """The pair kernels of every term of the margin and every f-DPO link: that they compile, and without spills."""
+    import torch
+
+    from fused_losses import divergences as registry
+    from fused_losses.kernels import launch
+    from fused_losses.layout import PairProblem
+    from fused_losses.pair_terms import TERMS
+
+    tokens, mask, ref = torch.zeros(64), torch.ones(64, dtype=torch.bool), torch.zeros(64)
+    cu = torch.zeros(5, dtype=torch.int64)
+    every = [(TERMS["sigmoid"], registry.get(name)) for name in registry.linkable()]
+    every += [(term, registry.get("reverse_kl")) for name, term in TERMS.items() if name != "sigmoid"]
+    rows = []
+    for number, (term, link) in enumerate(every):
+        numbers = (0.1,) * (len(inspect.signature(term).parameters) - 1)
+        problem = PairProblem(link, term, numbers, 0.1, 4, False)
+        packed = cu if number % 2 else None
+        coef, grads = torch.zeros(4), (torch.zeros(2), None, None)
+        with compiled(target) as kernels:
+            launch.pair_forward(problem, tokens, ref, mask, packed, torch.zeros(2), *(torch.zeros(4) for _ in range(3)))
+            launch.pair_backward(problem, grads, coef, mask, packed, tokens, ref)
+        name = f"{term.__name__}, {link.key}"
+        for direction, kernel in zip(("forward", "backward"), kernels, strict=True):
+            rows.append({"target": target, "workload": name, "direction": direction, "spills": spills(kernel)})
+    return rows
+
+
 def report(targets: list[str]) -> list[dict]:
     """One row per workload, direction and target; counts only where nvdisasm reads the machine code (NVIDIA)."""
     from fused_losses import divergences as registry
@@ -224,6 +260,7 @@ def report(targets: list[str]) -> list[dict]:
                         "mufu_limit": moved[direction] * MUFU_PER_BYTE,
                     }
                 rows.append(row)
+        rows += compile_pairs(target)
     print(file=sys.stderr)
     return rows
 

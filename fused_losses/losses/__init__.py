@@ -1,4 +1,4 @@
-"""One module for each kind of loss; FAMILY lists all that tests, checks, benchmarks and tables iterate over.
+"""One module for each kind of loss; FAMILY lists all that tests and the README's table iterate over.
 
 common               results, reductions, the way through objective.evaluate, Entry
 preference           pairs: DPO and the loss types of TRL; their formulas are in pair_losses

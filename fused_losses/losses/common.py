@@ -27,7 +27,7 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Entry:
-    """A public loss, and what tests, the gradient check, benchmarks and the table of the README need to call it."""
+    """A public loss, and what tests and the table of the README need to call it."""
 
     call: Callable[..., LossOutput]  # its twin is fused_losses.reference's of the same name
     batch: str  # "pairs": labels [2B, T], chosen first; "sequences": [S, T]; "tokens": [..., T]. All may be packed but the last
