@@ -34,6 +34,7 @@ from .pointwise import (
     finite_exp,
     logmix,
     maximum,
+    sigmoid,
     sign,
     where,
 )  # fmt: skip
@@ -97,7 +98,7 @@ def _reverse_row(reverse, forward, power):
 
 
 def _reverse_link(h):
-    return h, 1.0 + 0.0 * h
+    return h, 1.0 + 0.0 * sigmoid(h)  # 1, of h's shape, also where h is infinite
 
 
 def _forward_grad_p(p, q, t, lp, lq):

@@ -182,7 +182,9 @@ class _HiddenAt(torch.autograd.Function):
         rows = _Gathered(ids, keep, Inputs._make((*tensors, ctx.scaling)))
         side, width = rows.side, tensors[1].shape[1]
         g = g.reshape(rows.ids.shape).to(side.sums).masked_fill(~rows.keep, 0) * slope
-        sums = [torch.zeros_like(t, dtype=side.sums) if flag else None for t, flag in zip(tensors, wanted, strict=True)]
+        sums = [
+            t.new_zeros(t.shape, dtype=side.sums) if flag else None for t, flag in zip(tensors, wanted, strict=True)
+        ]
         dx, dw, dbias, da, db = sums
         for r, x, gathered in rows.blocks():
             flat = rows.ids[r].reshape(-1)

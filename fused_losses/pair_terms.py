@@ -14,14 +14,14 @@ from .pointwise import cap, exp, sigmoid, softplus, where
 
 def sigmoid_term(m, smoothing):
     """-(1 - eps) log sigmoid(m) - eps log sigmoid(-m): DPO (Rafailov et al. 2023, eq. 7), with label smoothing cDPO."""
-    loss = (1.0 - smoothing) * softplus(-m) + smoothing * softplus(m)
+    loss = (1.0 - smoothing) * softplus(-m) + smoothing * where(m < 1e30, softplus(m), 1e30)  # no 0 * inf
     return loss, smoothing * sigmoid(m) - (1.0 - smoothing) * sigmoid(-m)
 
 
 def robust_term(m, smoothing):
     """(-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps): unbiased where a share eps of the labels is flipped."""
     gain = 1.0 / (1.0 - 2.0 * smoothing)
-    loss = (1.0 - smoothing) * softplus(-m) - smoothing * softplus(m)
+    loss = (1.0 - smoothing) * softplus(-m) - smoothing * where(m < 1e30, softplus(m), 1e30)
     return gain * loss, -gain * ((1.0 - smoothing) * sigmoid(-m) + smoothing * sigmoid(m))
 
 
@@ -43,10 +43,12 @@ def discopop_term(m, tau):
     w e^-m is the exponential of one number: for tau < 1 it vanishes as m -> -inf, where e^-m alone overflows.
     """
     w, rest = sigmoid(m / tau), sigmoid(-m / tau)
-    x = -m - softplus(-m / tau)
+    far = m < -1e30  # where a product with the infinite loss would be NaN
+    x = where(far, -1e30, -m - softplus(-m / tau))
     e = exp(cap(x))
     slope = where(x < 80.0, e * (rest / tau - 1.0), 0.0)
-    return rest * softplus(-m) + e, slope - rest * (w / tau * softplus(-m) + sigmoid(-m))
+    plain = where(far, 1e30, softplus(-m))
+    return rest * plain + e, slope - rest * (w / tau * plain + sigmoid(-m))
 
 
 TERMS: dict[str, Callable[..., Any]] = {

@@ -224,7 +224,7 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
         if facts.static:
             return "it lays out its blocks on the host, which static_shapes forbids"
         if not facts.unit:
-            return "it is for losses that are reduced, in eager mode"
+            return "it is for losses that are reduced, and known as formulas, in eager mode"
         if facts.to_ref or not facts.hidden[0]:
             return "it is for a policy from hidden states and a reference that needs no gradient"
         if not facts.backward:

@@ -12,7 +12,7 @@ from . import hidden_ops, ops
 from .backend import choose
 from .divergences import Divergence, parse
 from .hidden import How, is_hidden, request
-from .layout import collapse, shifted_labels
+from .layout import collapse, shifted_labels, stats_dtype
 from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
 
 Asked = str | Divergence | Sequence[str | Divergence] | None
@@ -53,8 +53,9 @@ def token_stats(
         inplace_backward: write the policy's gradient over its logits, which are lost.
         plan: for hidden states: "auto", or one of "slices", "frozen", "tiles" (planner.py); results do not depend on it.
         workspace: for hidden states: bytes that tiles of logits may take; None: FUSED_LOSSES_WORKSPACE, else 256 MiB.
-        static_shapes: for hidden states: also project rows that do not count. Without it they are dropped first, for which
-            the host has to learn their number: a synchronisation, which a CUDA graph does not allow.
+        static_shapes: for hidden states: also project rows that do not count, whose states must then be finite. Without it
+            they are dropped first, for which the host has to learn their number: a synchronisation, which a CUDA graph does
+            not allow.
 
     Raises TypeError or ValueError naming the argument. Label ids out of range raise on the torch backend and give NaN
     log-probs on Triton, never a read out of bounds.
@@ -204,7 +205,7 @@ def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
         )
     if source.logps.device != mask.device:
         raise ValueError(f"{name}: expected fl.LogProbs on {mask.device} as the labels are, got {source.logps.device}")
-    return source.logps.masked_fill(~mask, 0)
+    return source.logps.to(stats_dtype(source.logps)).masked_fill(~mask, 0)  # sums of bfloat16 numbers saturate
 
 
 def _reference_alone(

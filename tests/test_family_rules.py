@@ -190,3 +190,91 @@ def test_entries_are_documented():
             s in text for s in entry.source.replace(",", " ").split()
         ), name
         assert all(f"{n}" in text for n in entry.inputs), name
+
+
+# ---- what users give and nobody thinks of ------------------------------------------------------------------------------
+
+
+def test_log_probs_of_low_precision_are_summed_in_float32(monkeypatch):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    logps, y = torch.full((2000,), -1.0), torch.zeros(2000, dtype=torch.long)
+    cu = torch.tensor([0, 1000, 2000])
+    for dtype in (torch.bfloat16, torch.float16):
+        out = fl.cpo_loss(fl.LogProbs(logps.to(dtype)), y, cu_seqlens=cu)
+        assert out.loss.dtype == torch.float32 and out.metrics["logps/chosen"] == -1000
+        odds = fl.orpo_loss(fl.LogProbs(-logps.to(dtype) * 1e-4), y, cu_seqlens=cu).loss
+        assert odds.isfinite()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "robust", "hinge", "discopop", "aot"])
+@pytest.mark.parametrize("where", ["policy", "reference"])
+def test_a_suppressed_label_leaves_gradients_finite(backend, device, name, where):
+    """-inf at the label of a chosen or a rejected token; with h = +inf the loss is 0."""
+    for row, smoothing in ((0, 0.0), (2, 0.0)):
+        z = torch.randn(4, 3, 11, device=device)
+        w, y = torch.randn_like(z), torch.ones(4, 3, dtype=torch.long, device=device)
+        (z if where == "policy" else w)[row, 1, 1] = -torch.inf
+        z.requires_grad_()
+        out = fl.preference_loss(z, y, w, loss=name, label_smoothing=smoothing, reduction="none")
+        assert not out.loss.isnan().any()
+        (g,) = torch.autograd.grad(out.loss.sum(), z)
+        assert g.isfinite().all()
+
+
+def test_topk_from_hidden_states_of_any_stride(monkeypatch):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    x, weight = torch.randn(3, 2, 5).transpose(0, 1).requires_grad_(), torch.randn(11, 5, requires_grad=True)
+    y, ids = torch.ones(2, 3, dtype=torch.long), torch.arange(4).expand(2, 3, 4)
+    logps = torch.randn(2, 3, 5).log_softmax(-1)[..., :4]
+    logps[0, 0, 2:] = -torch.inf  # fewer than K
+    for tail in ("bucket", "renormalise", "ignore"):
+        found = [
+            torch.autograd.grad(
+                f.topk_distillation_loss(fl.Hidden(x, weight), y, logps, ids, tail=tail).loss, (x, weight)
+            )
+            for f in (fl, fl.reference)
+        ]
+        for g, t in zip(*found, strict=True):
+            torch.testing.assert_close(g, t)
+
+
+@pytest.mark.parametrize("name", [n for n, entry in FAMILY.items() if entry.batch == "tokens"])
+@pytest.mark.parametrize("cu", [[0, 5], [0, 20], [1, 6], [0.0, 6.0]], ids=str)
+def test_offsets_of_tokens_are_checked(monkeypatch, name, cu):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    batch = Batch(name, next(iter(FAMILY[name].variants)))
+    batch.x, batch.ref_x, batch.y = batch.x[0], batch.ref_x[0], batch.y[0]
+    batch.extra = {n: x[0] for n, x in batch.extra.items()}
+    batch.options["cu_seqlens"] = torch.tensor(cu)
+    with pytest.raises((TypeError, ValueError), match="cu_seqlens"):
+        batch.call(fl, torch.float32, "hidden", None if batch.entry.ref == "unused" else "hidden", {"shift": False})
+
+
+def test_steps_that_are_not_there_may_be_nan():
+    question, steps, answers = torch.randn(2, 4, requires_grad=True), torch.randn(2, 3, 4), torch.randn(2, 4)
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    steps[~mask] = torch.nan
+    steps.requires_grad_()
+    loss = fl.reasoning_focus_loss(question, steps, answers, mask=mask)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (question, steps)))
+
+
+Z, Y = torch.zeros(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
+BAD = [
+    (
+        lambda: fl.dpo_loss(Z, Y, num_items=torch.ones(2)),
+        r"num_items: expected a number > 0, or a tensor of one, got \[2\]",
+    ),
+    (lambda: fl.dpo_loss(Z, Y, num_items="3"), "num_items: expected a number > 0.*got '3'"),
+    (lambda: fl.dpo_loss(Z, Y, num_items=float("nan")), "num_items: expected a number > 0.*got nan"),
+    (lambda: fl.distillation_loss(Z, Y, Z, divergence="js", beta=0.3), "beta: is of GKD's divergence"),
+    (lambda: fl.upo_loss(Z, Y, Z, torch.zeros(4), base="sigmoid", loss="hinge"), "loss: the base loss is `base`"),
+    (lambda: fl.dpo_loss(Z, Y, per_token={}), "per_token"),
+    (lambda: fl.cross_entropy_loss(Z, Y, divergences=()), "divergences"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), BAD, ids=[words for _, words in BAD])
+def test_bad_input(call, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        call()

@@ -70,8 +70,11 @@ def check_reduction(reduction: str, num_items: int | Tensor | None) -> None:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: only goes with reduction='mean', got reduction={reduction!r}")
-    if isinstance(num_items, int | float) and num_items <= 0:
-        raise ValueError(f"num_items: expected a number > 0, got {num_items!r}")
+    if num_items is None or (isinstance(num_items, Tensor) and num_items.numel() == 1):
+        return
+    if not isinstance(num_items, int | float) or not 0 < num_items < float("inf"):
+        got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
+        raise ValueError(f"num_items: expected a number > 0, or a tensor of one, got {got}")
 
 
 def check_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -136,6 +139,8 @@ def fused(
     """evaluate(), reduced: the mean is over units, or over tokens that count where those are the units. This is where the
     options that all losses share are handled."""
     check_reduction(reduction, num_items)
+    if needs.unit == "token" and batch.get("cu_seqlens") is not None:  # those of sequences have been looked at
+        check_sequences(labels, batch["cu_seqlens"])
     reduced = reduction != "none"
     losses, stats, tokens = evaluate(
         formula,

@@ -35,6 +35,8 @@ def distillation_loss(
 
     metrics: kl (the divergence), logps, entropy if asked for: means over the tokens.
     """
+    if divergence is not None and beta != 0.5:
+        raise ValueError(f"beta: is of GKD's divergence, got {beta!r} beside divergence={divergence!r}")
     d = _gkd(beta) if divergence is None else from_key(divergence)
     check_weights(soft=soft, hard=hard)
 

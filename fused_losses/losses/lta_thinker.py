@@ -68,7 +68,7 @@ def reasoning_focus_loss(
     there = torch.ones(steps.shape[:2], dtype=torch.bool, device=steps.device) if mask is None else mask
     if steps.shape[1] == 0:
         return reduced(steps.to(wide).sum((1, 2)) + question[:, :0].to(wide).sum(1), reduction, num_items)
-    c = normalize(steps.to(wide), dim=-1)
+    c = normalize(steps.to(wide).masked_fill(~there[..., None], 0), dim=-1)  # what is not there may be NaN
 
     def cosines(x: Tensor) -> Tensor:
         return (c * normalize(x.to(wide), dim=-1)[:, None]).sum(-1)

@@ -106,7 +106,8 @@ class Pairs:
     def smoothed(self, margin: Tensor) -> Tensor:
         """-(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin)."""
         eps = self.o.epsilon()
-        return -(1 - eps) * logsigmoid(margin) - eps * logsigmoid(-margin)
+        losses = -(1 - eps) * logsigmoid(margin)
+        return losses - eps * logsigmoid(-margin) if eps else losses  # not 0 * inf
 
 
 class _Curve(torch.autograd.Function):

@@ -14,7 +14,7 @@ from ..layout import shift_packed
 from ..logits_at import stats_at
 from ..sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
 from ..stats import labels_mask, token_stats
-from .common import Entry, LossOutput, check_reduction
+from .common import Entry, LossOutput, check_reduction, check_sequences
 from .distillation import check_weights
 
 __all__ = ["topk_distillation_loss"]
@@ -59,6 +59,8 @@ def topk_distillation_loss(
     check_reduction(reduction, num_items)
     if isinstance(source, LogProbs):
         raise ValueError("student: expected fl.Hidden or logits, got fl.LogProbs")
+    if cu_seqlens is not None:
+        check_sequences(labels, cu_seqlens)
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
     mask = labels_mask(labels, shift, ignore_index)

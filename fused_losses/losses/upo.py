@@ -60,6 +60,8 @@ def upo_loss(
     labels = check_labels(labels)
     check_positive(tau=tau, weight=weight, **({} if clip is None else {"clip": clip}))
     a = check_advantages(advantages, check_sequences(labels, cu_seqlens), labels.device)
+    if not callable(base) and "loss" in options:
+        raise TypeError(f"loss: the base loss is `base`, here {base!r}")
     call = base if callable(base) else partial(preference_loss, loss=base)
     out = call(policy, labels, ref=ref, cu_seqlens=cu_seqlens, reduction="none", **options)
     tokens = sequences_of(out.stats, cu_seqlens)

@@ -39,7 +39,8 @@ def _average_margin(w: Sequence, l: Sequence, o: Options) -> Tensor:
 
 
 def _smoothed(margin: Tensor, eps: float) -> Tensor:
-    return -(1 - eps) * logsigmoid(margin) - eps * logsigmoid(-margin)
+    flipped = eps * logsigmoid(-margin) if eps else 0.0  # not 0 * inf
+    return -(1 - eps) * logsigmoid(margin) - flipped
 
 
 def _sigmoid(w: Sequence, l: Sequence, o: Options) -> Tensor:
@@ -49,7 +50,7 @@ def _sigmoid(w: Sequence, l: Sequence, o: Options) -> Tensor:
 
 def _robust(w: Sequence, l: Sequence, o: Options) -> Tensor:
     eps, m = o.smoothing or 0.0, _margin(w, l, o)
-    return (-(1 - eps) * logsigmoid(m) + eps * logsigmoid(-m)) / (1 - 2 * eps)
+    return (-(1 - eps) * logsigmoid(m) + (eps * logsigmoid(-m) if eps else 0.0)) / (1 - 2 * eps)
 
 
 def _hinge(w: Sequence, l: Sequence, o: Options) -> Tensor:

@@ -43,7 +43,9 @@ def topk_distillation_loss(
     else:
         totals = (mass, q.sum(-1, keepdim=True)) if tail == "renormalise" else (torch.ones_like(mass),) * 2
         parts = [x / total.where(total > 0, 1) for x, total in zip((p, q), totals, strict=True)]
-    tokens = [d.define(*each) for each in zip(*(x[stats.mask] for x in parts), strict=True)]
+    entries = torch.cat([there, torch.ones_like(there[..., :1])], dim=-1) if tail == "bucket" else there
+    rows = zip(*(x[stats.mask] for x in (*parts, entries)), strict=True)
+    tokens = [d.define(p[those], q[those]) for p, q, those in rows]  # entries that are not there have no slope either
     kl = torch.zeros_like(stats.logps)
     kl = kl.masked_scatter(stats.mask, torch.stack(tokens)) if tokens else kl
     losses, count = soft * kl - hard * stats.logps, stats.mask.sum().clamp(min=1)
