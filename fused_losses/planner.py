@@ -29,7 +29,7 @@ VARIABLE = "FUSED_LOSSES_WORKSPACE"
 KINDS = ("tiles", "frozen", "rows", "whole", "slices")
 ROWS = 8192  # of a tile at most: beyond, columns are worth more
 CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where products gain nothing from more
-CPU_BLOCK = 144 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
+CPU_BLOCK = 240 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
 BLOCKS = 20  # temporaries of torch_backend.BLOCK_BYTES that the torch backend holds at its peak
 
 
