@@ -176,7 +176,7 @@ def test_products_of_a_head_that_learns_in_part(device, monkeypatch, grads, rank
 
 
 def test_auto_takes_the_fewest_products(device, monkeypatch):
-    """Of the plans that fit, in every step above."""
+    """Of the plans that fit, in every step above whose loss is not known inside."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     for plan, ref, divergence, entropy, grads, _ in STEPS:
         if plan == "rows" or not grads:
@@ -184,7 +184,7 @@ def test_auto_takes_the_fewest_products(device, monkeypatch):
         for workspace in (4096 * 25, 1 << 26):
             build = lambda p, ws=workspace, o=(ref, divergence, entropy, grads): Step(device, 16, 320, p, ws, *o)  # noqa: E731
             counts = []
-            for other in planner.KINDS:
+            for other in set(planner.KINDS) - {"rows"}:
                 try:
                     counts.append(build(other).plan.gemms)
                 except ValueError:
