@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..hidden import How
+from ..layout import shift_packed
 from ..objective import Formula, Tokens, evaluate
 from ..sources import Source, TokenStats
+from ..stats import labels_mask
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,21 @@ def check_positive(**numbers: float) -> None:
     for name, x in numbers.items():
         if not isinstance(x, int | float) or not 0 < x < float("inf"):
             raise ValueError(f"{name}: expected a finite number > 0, got {x!r}")
+
+
+def check_weights(**weights: float) -> None:
+    for name, x in weights.items():
+        if not isinstance(x, int | float) or not 0 <= x < float("inf"):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+
+
+def counting_mask(
+    labels: Tensor, *, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100, **_: Any
+) -> Tensor:
+    """The mask of evaluate(), before it runs."""
+    if shift and cu_seqlens is not None:
+        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
+    return labels_mask(labels, shift, ignore_index)
 
 
 def check_per_sequence(name: str, x: object, count: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:

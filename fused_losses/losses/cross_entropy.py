@@ -11,8 +11,8 @@ from torch import Tensor
 from ..divergences import get
 from ..objective import Tokens
 from ..sources import Logits, LogProbs, Source, as_source, check_labels
-from .common import Entry, LossOutput, Needs, fused
-from .distillation import check_weights, token_means
+from .common import Entry, LossOutput, Needs, check_weights, fused
+from .distillation import token_means
 
 __all__ = ["cross_entropy_loss"]
 

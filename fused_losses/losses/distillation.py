@@ -9,7 +9,7 @@ from torch import Tensor
 from ..divergences import Divergence, from_key, get
 from ..objective import Tokens
 from ..sources import Source, as_source, check_labels
-from .common import Entry, LossOutput, Needs, fused
+from .common import Entry, LossOutput, Needs, check_weights, fused
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
 
@@ -78,12 +78,6 @@ def _gkd(beta: float) -> Divergence:
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
     return get("forward_kl") if beta == 0 else get("reverse_kl") if beta == 1 else get("js", beta=beta)
-
-
-def check_weights(**weights: float) -> None:
-    for name, x in weights.items():
-        if not isinstance(x, int | float) or not 0 <= x < float("inf"):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
 
 
 def token_means(tokens: Tokens, **numbers: Tensor) -> dict[str, Tensor]:

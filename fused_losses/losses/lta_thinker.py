@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from ..layout import shift_packed, stats_dtype
+from ..layout import stats_dtype
 from ..objective import Tokens
 from ..sources import FLOATS, Source, check_labels
-from ..stats import labels_mask, token_stats
-from .common import Entry, LossOutput, Needs, check_positive, check_sequences, fused, reduced
+from ..stats import token_stats
+from .common import Entry, LossOutput, Needs, check_positive, check_sequences, counting_mask, fused, reduced
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
@@ -131,9 +131,8 @@ def lta_thinker_loss(
 
 def count_tokens(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
     """Of the batch, those that count, at least 1: a 0-d tensor."""
-    if shift and cu_seqlens is not None:
-        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
-    return labels_mask(labels, shift, ignore_index).sum().clamp(min=1)
+    given = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
+    return counting_mask(labels, **given).sum().clamp(min=1)  # type: ignore[arg-type]
 
 
 def check_weights(weights: tuple[float, float, float]) -> None:

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..layout import shift_packed
 from ..objective import Tokens
 from ..pointwise import cap
 from ..sources import Source, check_labels
-from ..stats import labels_mask
-from .common import Entry, Fused, LossOutput, Needs, check_pairs, check_positive, fused, pair_metrics
+from .common import (
+    Entry,
+    Fused,
+    LossOutput,
+    Needs,
+    check_pairs,
+    check_positive,
+    check_weights,
+    counting_mask,
+    fused,
+    pair_metrics,
+)  # fmt: skip
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
 
@@ -157,10 +166,10 @@ def _pairs(
     chosen = rows[:, None] < pairs if cu is None else rows < cu[pairs]
     extra = {}
     if nll_labels is not None:
-        scored, ignore = _counted(labels, **batch), batch.get("ignore_index", -100)
+        scored, ignore = counting_mask(labels, **batch), batch.get("ignore_index", -100)
         nll_labels = check_nll_labels(nll_labels, labels).where(chosen, ignore)
         labels, extra = labels.where(labels != ignore, nll_labels), {"scored": scored}
-    here = (_counted(labels, **batch) & chosen).sum().clamp(min=1)
+    here = (counting_mask(labels, **batch) & chosen).sum().clamp(min=1)
     # The reduction divides by pairs, or by num_items; the mean over tokens is to be left.
     by = here if num_nll_tokens is None else num_nll_tokens
     times = pairs if num_items is None or num_nll_tokens is None else num_items
@@ -179,18 +188,9 @@ def _pairs(
     return found, logps(found.tokens), nll
 
 
-def _counted(
-    labels: Tensor, *, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100, **_: Any
-) -> Tensor:
-    """The mask of evaluate()."""
-    if shift and cu_seqlens is not None:
-        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
-    return labels_mask(labels, shift, ignore_index)
-
-
 def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float, cpo_alpha: float) -> None:
     check_positive(beta=beta)
-    _check_weights(gamma=gamma, cpo_alpha=cpo_alpha)
+    check_weights(gamma=gamma, cpo_alpha=cpo_alpha)
     _check_smoothing(label_smoothing)
     if not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
         raise ValueError(f"alpha: expected a finite number, got {alpha!r}")
@@ -201,7 +201,7 @@ def check_cpo(loss: str, beta: float, cpo_alpha: float, label_smoothing: float) 
         hint = "; for 'simpo' call fl.simpo_loss" if loss == "simpo" else ""
         raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(CPO)}{hint}")
     check_positive(beta=beta)
-    _check_weights(cpo_alpha=cpo_alpha)
+    check_weights(cpo_alpha=cpo_alpha)
     _check_smoothing(label_smoothing)
     if label_smoothing and loss != "sigmoid":
         raise ValueError(f"label_smoothing: only goes with loss='sigmoid', got {label_smoothing!r} with {loss!r}")
@@ -210,12 +210,6 @@ def check_cpo(loss: str, beta: float, cpo_alpha: float, label_smoothing: float) 
 def check_count(num_nll_tokens: int | Tensor | None) -> None:
     if isinstance(num_nll_tokens, int | float) and num_nll_tokens <= 0:
         raise ValueError(f"num_nll_tokens: expected a number > 0, got {num_nll_tokens!r}")
-
-
-def _check_weights(**numbers: float) -> None:
-    for name, x in numbers.items():
-        if not isinstance(x, int | float) or not 0 <= x < float("inf"):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
 
 
 def _check_smoothing(label_smoothing: float) -> None:

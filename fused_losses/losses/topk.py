@@ -14,8 +14,7 @@ from ..layout import shift_packed
 from ..logits_at import stats_at
 from ..sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
 from ..stats import labels_mask, token_stats
-from .common import Entry, LossOutput, check_reduction, check_sequences
-from .distillation import check_weights
+from .common import Entry, LossOutput, check_reduction, check_sequences, check_weights
 
 __all__ = ["topk_distillation_loss"]
 
