@@ -14,6 +14,7 @@ LOW = tl.constexpr(
     -pointwise.HUGE
 )  # below this a logit counts as suppressed; the shift of a side that has shown no other
 INF = tl.constexpr(pointwise.INF)
+TIED = tl.constexpr(40.0)  # bits
 
 
 @triton.jit
@@ -71,13 +72,13 @@ def row_offset(row, layout):
 def shifts(zmax, wmax, c):
     """Integer base-2 shifts above both maxima, apart by round(c log2 e): then a/b = e^d up to a known constant.
 
-    A side whose own maximum would lie 2^60 below its shift gets a shift of its own: no underflow.
+    A side whose own maximum would lie 2^40 below its shift gets a shift of its own: no underflow, nor of squares.
     """
     p = tl.maximum(tl.ceil(zmax * LOG2E), LOW)
     q = tl.maximum(tl.ceil(wmax * LOG2E), LOW)
     k = tl.floor(c * LOG2E + 0.5)
     m = tl.maximum(q, p - k)
-    tied = (m - q < 60.0) & (m + k - p < 60.0)
+    tied = (m - q < TIED) & (m + k - p < TIED)
     return tl.where(tied, m + k, p), tl.where(tied, m, q)
 
 

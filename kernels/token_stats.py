@@ -13,7 +13,7 @@ import triton.language as tl
 from ..moments import close_pair as _close_pair
 from ..moments import close_power as _close_power
 from .device import HUGE, LN2, LOG2E, in_bits, jit
-from .rows import INF, LOW, finite, head, pair, pointers, row_offset, slopes, sweep, terms, token_label
+from .rows import INF, LOW, TIED, finite, head, pair, pointers, row_offset, slopes, sweep, terms, token_label
 
 close_pair, close_power = jit(_close_pair), jit(_close_power)
 
@@ -44,7 +44,9 @@ def row_sums(
         other = (z0 > LOW) & (w0 > LOW) & (tl.abs(c) > 64.0)
         c = tl.where(other, z0 - w0, c)
     mq = tl.where(wy > LOW, tl.floor(wy * LOG2E), LOW)
-    mp = tl.where(zy > LOW, tl.where(known, mq + tl.floor(c * LOG2E + 0.5), tl.floor(zy * LOG2E)), LOW)
+    tied = mq + tl.floor(c * LOG2E + 0.5)
+    tied = tl.where(known & (zy * LOG2E > tied - TIED), tied, tl.floor(zy * LOG2E))
+    mp = tl.where(zy > LOW, tied, LOW)
 
     BLOCK: tl.constexpr = UNROLL * LANES
     v = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]

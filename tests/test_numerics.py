@@ -179,6 +179,20 @@ def test_label_among_tokens_masked_by_a_large_number(backend, device, low):
             assert t.isnan().any() or relative(g, t) <= 1e-5, name
 
 
+@pytest.mark.parametrize("offset", [-60.0, -100.0, -200.0, 300.0])
+def test_first_column_is_an_outlier_and_the_sides_lie_apart(backend, device, offset):
+    """The row cannot be centred on column 0, nor the sides' shifts be tied about it: nothing may underflow."""
+    z, w = logits((3, 70), device)
+    with torch.no_grad():
+        z += offset
+        z[:, 0], w[:, 0] = -400.0, -400.0
+    y = torch.tensor([1, 40, 0], device=device)
+    ours = fl.token_stats(z, y, w, entropy=True)
+    truth = fl.reference.token_stats(double(z), y, double(w), entropy=True)
+    for name, value in outputs(truth).items():
+        torch.testing.assert_close(outputs(ours)[name].double(), value, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_nan_is_not_hidden(backend, device):
     z, w = logits((3, 70), device)
     with torch.no_grad():
