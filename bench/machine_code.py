@@ -166,20 +166,23 @@ STRIDED = ("logps", "both KLs + entropy", "js")
 INSTRUCTIONS_PER_BYTE, MUFU_PER_BYTE = 7.78, 0.97  # H200, see above
 
 
-def launches(names: list[str]) -> dict[str, tuple[tuple[str, ...], bool, bool]]:
-    """workload: (divergences, entropy, reference)."""
+def launches(names: list[str]) -> dict[str, tuple[tuple[str, ...], str, bool]]:
+    """workload: (divergences, further sums, reference)."""
     cases: dict = {
-        "logps": ((), False, False),
-        "logps + entropy": ((), True, False),
-        "logps + ref": ((), False, True),
-        "both KLs": (("reverse_kl", "forward_kl"), False, True),
-        "both KLs + entropy": (("reverse_kl", "forward_kl"), True, True),
+        "logps": ((), "", False),
+        "logps + entropy": ((), "entropy", False),
+        "logps + collision": ((), "collision", False),
+        "logps + entropy + collision": ((), "entropy collision", False),
+        "logps + ref": ((), "", True),
+        "both KLs": (("reverse_kl", "forward_kl"), "", True),
+        "both KLs + entropy": (("reverse_kl", "forward_kl"), "entropy", True),
+        "both KLs + entropy + collision": (("reverse_kl", "forward_kl"), "entropy collision", True),
     }
-    return cases | {name: ((name,), False, True) for name in names}
+    return cases | {name: ((name,), "", True) for name in names}
 
 
 def compile_workload(
-    divergences, entropy, ref, target: str, vocab: int = 128256, dtype: str = "bfloat16", to_ref=False, strided=False
+    divergences, sums: str, ref, target: str, vocab: int = 128256, dtype: str = "bfloat16", to_ref=False, strided=False
 ):
     """(forward kernel, entries per thread), (backward kernel, entries per thread) of token_stats on 2-D logits, stored
     vocabulary first where strided."""
@@ -190,21 +193,22 @@ def compile_workload(
     from fused_losses.kernels import configs, launch
     from fused_losses.layout import Problem
 
-    problem = Problem(registry.parse(divergences), entropy, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
+    entropy, collision = "entropy" in sums, "collision" in sums
+    problem = Problem(registry.parse(divergences), entropy, collision, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
     z = torch.empty(2, vocab, dtype=getattr(torch, dtype))
     z = z.t().contiguous().t() if strided else z
     w = torch.empty_like(z) if ref else None
     y = torch.zeros(2, dtype=torch.int64)
-    logps, ref_logps, lse, ent, div, hit, saved = ops._allocate(z, w, problem)
+    logps, ref_logps, lse, ent, div, hit, squares, saved = ops._allocate(z, w, problem)
     g = torch.zeros(2)
     grads = (g, g if to_ref else None, None, g if entropy else None, torch.zeros_like(div) if divergences else None)
     with compiled(target) as kernels:
         launch.forward(
             problem, z, y, w, logps, ref_logps if ref else None, lse, ent if entropy else None,
-            div if divergences else None, hit, saved,
+            div if divergences else None, hit, squares if collision else None, saved,
         )  # fmt: skip
         launch.backward(problem, z, y, w, saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
-    config = launch.forward_config(problem.divergences, entropy)
+    config = launch.forward_config(problem.divergences, entropy or collision)
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
 
 
@@ -243,11 +247,11 @@ def report(targets: list[str]) -> list[dict]:
     rows = []
     cases = launches(list(registry.names()))
     for target in targets:
-        for number, (workload, (names, entropy, ref)) in enumerate(cases.items(), 1):
-            print(f"\r{target} {number}/{len(cases)} {workload:<24}", end="", file=sys.stderr, flush=True)
+        for number, (workload, (names, sums, ref)) in enumerate(cases.items(), 1):
+            print(f"\r{target} {number}/{len(cases)} {workload:<30}", end="", file=sys.stderr, flush=True)
             others = target != "sm_90"  # elsewhere compile what is not counted: the reference's gradient, odd strides
             strided = others and workload in STRIDED
-            both = compile_workload(names, entropy, ref, target, to_ref=others and bool(names), strided=strided)
+            both = compile_workload(names, sums, ref, target, to_ref=others and bool(names), strided=strided)
             bytes_read = 4 if ref else 2
             moved = {"forward": bytes_read, "backward": (4 if names else 2) + 2}
             for direction, (kernel, per_thread) in zip(("forward", "backward"), both, strict=True):
@@ -276,7 +280,7 @@ def main() -> None:
         print(json.dumps(rows))
         return
     head = ("target", "workload", "direction", "instr.", "limit", "MUFU", "limit", "loads", "spills", "shared")
-    line = "{:<7} {:<20} {:<9} {:>7} {:>6} {:>6} {:>6} {:>12} {:>6} {:>7}"
+    line = "{:<7} {:<30} {:<9} {:>7} {:>6} {:>6} {:>6} {:>12} {:>6} {:>7}"
     print(line.format(*head), "  bf16, V = 128256; per vocabulary entry of the main loop")
     for r in rows:
         if "limit" in r:

@@ -325,7 +325,8 @@ def main(args: argparse.Namespace) -> int:
                         peaks[name] = peak_bytes(partial(forward_and_backward, loss_function, *inputs)) / 2**20
 
     policy, ref, labels = inputs
-    plan = request(policy, labels, ref, (), False, IGNORE, How(workspace=args.workspace), 2 * labels.shape[1]).plan
+    how = How(workspace=args.workspace)
+    plan = request(policy, labels, ref, (), False, False, IGNORE, how, 2 * labels.shape[1]).plan
     print(f"from hidden: {plan}")
     plain = {name: runs[name] for name in PLAIN}
     gradients = (policy.hidden.nbytes + policy.weight.nbytes) / 2**20

@@ -56,7 +56,7 @@ def _inputs(source: Logits | Hidden) -> Inputs:
 
 def request(
     policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | None, asked: tuple[Divergence, ...], entropy: bool,
-    ignore_index: int, how: How, unit: int = 0,
+    collision: bool, ignore_index: int, how: How, unit: int = 0,
 ) -> Request:  # fmt: skip
     """labels are aligned with the rows already. unit: rows of the longest unit of a loss that is known."""
     z, w = _inputs(policy), None if ref is None else _inputs(ref)
@@ -66,9 +66,9 @@ def request(
     backend = choose_backend(labels.device, doubles[0].dtype if doubles else None)
     budget = workspace_bytes(how.workspace)
     options = hidden_ops.Options(
-        z.scaling, 1.0 if w is None else w.scaling, ";".join(d.key for d in asked), entropy, ignore_index, policy.vocab,
-        policy.softcap or 0.0, policy.multiplier, (ref.softcap or 0.0) if ref else 0.0, ref.multiplier if ref else 1.0,
-        backend, how.plan, budget, how.static_shapes,
+        z.scaling, 1.0 if w is None else w.scaling, ";".join(d.key for d in asked), entropy, collision,
+        ignore_index, policy.vocab, policy.softcap or 0.0, policy.multiplier,
+        (ref.softcap or 0.0) if ref else 0.0, ref.multiplier if ref else 1.0, backend, how.plan, budget, how.static_shapes,
     )  # fmt: skip
     facts = hidden_ops.facts_of(options.problem(), z, w, labels.numel(), backend, wanted, unit, how.static_shapes)
     plan = choose(facts, how.plan, budget)

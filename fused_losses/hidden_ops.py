@@ -21,8 +21,9 @@ from .projection import Inputs, mixed, spread
 _SIDE = "Tensor {0}x, Tensor? {0}weight, Tensor? {0}bias, Tensor? {0}a, Tensor? {0}b"
 _TENSORS = f"Tensor labels, {_SIDE.format('')}, {_SIDE.format('ref_').replace('Tensor ref_x', 'Tensor? ref_x')}"
 _OPTIONS = (
-    "float scaling, float ref_scaling, str divergences, bool entropy, int ignore_index, int vocab, float softcap, "
-    "float multiplier, float ref_softcap, float ref_multiplier, str backend, str plan, int workspace, bool static_shapes"
+    "float scaling, float ref_scaling, str divergences, bool entropy, bool collision, int ignore_index, int vocab, "
+    "float softcap, float multiplier, float ref_softcap, float ref_multiplier, str backend, str plan, int workspace, "
+    "bool static_shapes"
 )
 
 
@@ -31,6 +32,7 @@ class Options(NamedTuple):
     ref_scaling: float
     divergences: str
     entropy: bool
+    collision: bool
     ignore_index: int
     vocab: int
     softcap: float
@@ -44,7 +46,7 @@ class Options(NamedTuple):
 
     def problem(self) -> Problem:
         bound = tuple(registry.from_key(key) for key in self.divergences.split(";") if key)
-        return Problem(bound, self.entropy, False, *self[4:10])
+        return Problem(bound, self.entropy, self.collision, False, *self[5:11])
 
 
 def sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
@@ -123,7 +125,7 @@ def _kept_shape(tensors: tuple, options: Options, wanted: list[bool]) -> tuple[i
 
 
 def _allocate(tensors: tuple, options: Options, wanted: list[bool]) -> list[Tensor]:
-    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, saved, and what _kept_shape says."""
+    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, collision, saved, and what _kept_shape says."""
     labels, ref_x = tensors[0], tensors[6]
     problem, rows = options.problem(), labels.numel()
     dtype = dtype_of(*sides(tensors, options))
@@ -134,13 +136,15 @@ def _allocate(tensors: tuple, options: Options, wanted: list[bool]) -> list[Tens
 
     return [
         new(rows), new(rows if ref_x is not None else 0), new(rows), new(rows if problem.entropy else 0), new(n, rows),
-        new(rows, dtype=torch.bool), new(7 + 2 * n, rows), new(*_kept_shape(tensors, options, wanted)),
+        new(rows, dtype=torch.bool), new(rows if problem.collision else 0), new(7 + 2 * n, rows),
+        new(*_kept_shape(tensors, options, wanted)),
     ]  # fmt: skip
 
 
 @custom_op(
     "fused_losses::hidden_stats", mutates_args=(),
-    schema=f"({_TENSORS}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_TENSORS}, {_OPTIONS}, bool[] wanted) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def hidden_stats(*args):  # type: ignore[no-untyped-def]
     tensors, options, wanted = args[:11], Options(*args[11:-1]), args[-1]
@@ -211,7 +215,7 @@ def _(*args):  # type: ignore[no-untyped-def]
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *ctx.options, _ = inputs[11:]
     ctx.save_for_backward(*inputs[:11], output[0], *output[-2:])
-    ctx.mark_non_differentiable(*output[-3:])
+    ctx.mark_non_differentiable(*output[-4:])
     ctx.set_materialize_grads(False)
 
 
@@ -233,7 +237,7 @@ once_differentiable(hidden_stats_backward, "token_stats")
 
 def log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:
     """The reference's per row, in slices: so row blocks hold the logits of one model only."""
-    problem = Problem((), False, False, options.ignore_index, options.vocab, *options[8:10], 0.0, 1.0)
+    problem = Problem((), False, False, False, options.ignore_index, options.vocab, *options[9:11], 0.0, 1.0)
     facts = facts_of(problem, ref, None, labels.numel(), options.backend, [False] * 10)
     backend, plan = backend_module(options.backend), choose(facts, "slices", options.workspace)
     call = plans.open_call(problem, backend, plan, labels, ref, None, options.static_shapes)

@@ -21,6 +21,7 @@ class Problem(NamedTuple):
 
     divergences: tuple[Divergence, ...]
     entropy: bool
+    collision: bool
     shift: bool
     ignore_index: int
     vocab: int  # valid columns, the same on both sides

@@ -72,11 +72,11 @@ def _from_logits(
     x, y = policy.logits, shifted_labels(labels, shift, ignore_index)
     x = x if len(collapse(x, 1)) <= 2 else x.contiguous()
     head_options = policy.vocab, policy.softcap or 0.0, policy.multiplier
-    problem = "", entropy, False, ignore_index, *head_options, 0.0, 1.0, choose(x.device, x.dtype)
+    problem = "", entropy, False, False, ignore_index, *head_options, 0.0, 1.0, choose(x.device, x.dtype)
     logps, lse, ent, hit, z = _LogitsAt.apply(x, y.contiguous(), ids, keep, problem, inplace)
     empty = lse.new_empty((0, lse.numel()))
-    found = logps, empty, lse, ent, empty, hit
-    return pack_stats(found, (x.requires_grad, False), labels, None, (), entropy, shift, ignore_index), z
+    found = logps, empty, lse, ent, empty, hit, empty
+    return pack_stats(found, (x.requires_grad, False), labels, None, (), entropy, False, shift, ignore_index), z
 
 
 class _LogitsAt(torch.autograd.Function):
@@ -84,16 +84,16 @@ class _LogitsAt(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, labels, ids, keep, problem, inplace):  # type: ignore[no-untyped-def]
-        logps, _, lse, entropy, _, hit, saved = ops.token_stats(x, labels, None, *problem, inplace)
-        counts = (labels != problem[3]).unsqueeze(-1)
-        label = labels.long().unsqueeze(-1).clamp(0, problem[4] - 1).masked_fill(~counts, 0)
+        logps, _, lse, entropy, _, hit, _, saved = ops.token_stats(x, labels, None, *problem, inplace)
+        counts = (labels != problem[4]).unsqueeze(-1)
+        label = labels.long().unsqueeze(-1).clamp(0, problem[5] - 1).masked_fill(~counts, 0)
         ids, keep = torch.cat([ids, label], dim=-1), torch.cat([keep, counts], dim=-1)
         raw = x.gather(-1, ids).to(lse.dtype)
         ctx.problem, ctx.inplace = problem, inplace
         ctx.save_for_backward(x, labels, ids, keep, counts, raw, lse, entropy, saved)
         ctx.mark_non_differentiable(hit)
         ctx.set_materialize_grads(False)
-        z = head(raw[..., :-1], problem[5], problem[6], lse.dtype)[0]
+        z = head(raw[..., :-1], problem[6], problem[7], lse.dtype)[0]
         return logps, lse, entropy, hit, z.masked_fill(~keep[..., :-1], 0)
 
     @staticmethod
@@ -110,7 +110,7 @@ class _LogitsAt(torch.autograd.Function):
         to_ids = torch.zeros_like(raw[..., :-1]) if g_z is None else g_z
         arrived = torch.cat([to_ids, to_label], dim=-1).masked_fill(~keep, 0)
 
-        z, slope = head(raw, ctx.problem[5], ctx.problem[6], lse.dtype)
+        z, slope = head(raw, ctx.problem[6], ctx.problem[7], lse.dtype)
         logp = z - lse.view(labels.shape).unsqueeze(-1)
         own = to_lse - to_entropy * (logp + shaped(entropy)) if g_entropy is not None else to_lse
         op = ops.token_stats_backward_ if ctx.inplace else ops.token_stats_backward

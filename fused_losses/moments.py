@@ -3,16 +3,16 @@
 One sweep over a row of policy logits z and reference logits w keeps, for constants c, m_p, m_q of the row,
 
     a = e^(z - m_p)   b = e^(w - m_q)   d = z - w - c     (c about z - w, so d is small where the models agree)
-    A = sum a   B = sum b   A1 = sum a d   B1 = sum b d   B2 = sum b d^2   R = sum a^s b^(1-s)
+    A = sum a   B = sum b   A1 = sum a d   B1 = sum b d   B2 = sum b d^2   R = sum a^s b^(1-s)   S = sum a^2
 
 With delta = c - m_p + m_q and K = log E_q[e^d], log p - log q = d - K and
 
     KL(p||q) = E_p[d] - K      KL(q||p) = K - E_q[d]      log sum p^s q^(1-s) = log R/B - s log A/B
 
-Near p = q these differences cancel to noise: K comes from exponentials that are all about 1, with an absolute error of
-about the machine epsilon, while the KLs are of second order in d. But K is also G(1) for G(s) = log E_q[e^(s d)], whose
-slopes G'(0) = E_q[d], G'(1) = E_p[d] and curvature G''(0) = Var_q[d] the sums give with an error that is small against
-d itself. Their interpolation, with J = E_p[d] - E_q[d] and v = Var_q[d],
+and log sum p^2 = log S - 2 log A. Near p = q these differences cancel to noise: K comes from exponentials that are all about
+1, with an absolute error of about the machine epsilon, while the KLs are of second order in d. But K is also G(1) for
+G(s) = log E_q[e^(s d)], whose slopes G'(0) = E_q[d], G'(1) = E_p[d] and curvature G''(0) = Var_q[d] the sums give with an
+error that is small against d itself. Their interpolation, with J = E_p[d] - E_q[d] and v = Var_q[d],
 
     G(s) = s E_q[d] + v s^2/2 + (J - v) s^3/3
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 from .pointwise import HUGE, INF, absolute, difference, frame, log, log1p, maximum, nats, rescale, where
 
 # A row's sums over a part of the vocabulary, in this order. Then for every power s: R, its own shift, R e^shift - B.
-SIDES = ("m_p", "A", "max z", "z_y", "E", "m_q", "B", "w_y", "c", "A - B", "A1", "B1", "B2")  # E = sum a (z - m_p)
+SIDES = ("m_p", "A", "max z", "z_y", "E", "m_q", "B", "w_y", "c", "A - B", "A1", "B1", "B2", "S")  # E = sum a (z - m_p)
 
 
 def fields(powers: int) -> int:
@@ -61,6 +61,7 @@ def merge(s, t):
         _scaled(s[10] + s[1] * us, fs) + _scaled(t[10] + t[1] * ut, ft),
         _scaled(s[11] + s[6] * us, gs) + _scaled(t[11] + t[6] * ut, gt),
         _scaled(s[12] + (2.0 * s[11] + s[6] * us) * us, gs) + _scaled(t[12] + (2.0 * t[11] + t[6] * ut) * ut, gt),
+        _scaled(s[13], fs * fs) + _scaled(t[13], ft * ft),
     )
     return both, (xs, ys, gs, xt, yt, gt)
 

@@ -35,8 +35,8 @@ class Tokens:
     """What a formula sees of some sequences: numbers of their n tokens, one sequence after another; where mask is False they
     are 0. For pairs, the chosen sequences come first and the rejected second.
 
-    logps, ref_logps, lse, entropy [n] and divergence {name: [n]}: as in TokenStats. ref_logps is [S] where only the sums over
-    sequences are known (ref_summed). extra: the caller's per_token [n] and per_sequence [S] tensors, by name.
+    logps, ref_logps, lse, entropy, collision [n] and divergence {name: [n]}: as in TokenStats. ref_logps is [S] where only the
+    sums over sequences are known (ref_summed). extra: the caller's per_token [n] and per_sequence [S] tensors, by name.
     """
 
     logps: Tensor
@@ -49,6 +49,7 @@ class Tokens:
     sequences: int
     ref_summed: bool = False
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    collision: Tensor | None = None
 
     def sums(self, x: Tensor) -> Tensor:
         """[n] -> [S], over the tokens that count."""
@@ -80,7 +81,7 @@ class Tokens:
         def bare(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.detach()
 
-        numbers = {n: bare(getattr(self, n)) for n in ("logps", "ref_logps", "lse", "entropy")}
+        numbers = {n: bare(getattr(self, n)) for n in ("logps", "ref_logps", "lse", "entropy", "collision")}
         divergence = {n: x.detach() for n, x in self.divergence.items()}
         return replace(self, divergence=divergence, extra={n: x.detach() for n, x in self.extra.items()}, **numbers)  # type: ignore[arg-type]
 
@@ -111,6 +112,7 @@ def evaluate(
     unit: str,
     divergences: tuple[Divergence, ...] = (),
     entropy: bool = False,
+    collision: bool = False,
     shift: bool = False,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
@@ -134,7 +136,7 @@ def evaluate(
     summed = unit != "token" and isinstance(source, LogProbs) and source.logps.shape == (sequences,) != labels.shape
     if isinstance(source, LogProbs) and source.logps.device != labels.device:
         raise ValueError(f"ref: expected fl.LogProbs on {labels.device} as the labels are, got {source.logps.device}")
-    options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy}
+    options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy, "collision": collision}
     tokenwise, extra = dict(per_token or {}), dict(per_sequence or {})
     units, call = None, None
     if isinstance(policy, Hidden) and not inplace_backward and (reduced or how.plan == "rows"):
@@ -148,12 +150,14 @@ def evaluate(
         )  # fmt: skip
         given = source.logps if summed else stats.ref_logps  # type: ignore[union-attr]
         divergence = {name: x.reshape(-1) for name, x in stats.divergence.items()}
-        logps, ref_logps, lse, ent = (
-            x if x is None else x.reshape(-1) for x in (stats.logps, given, stats.lse, stats.entropy)
+        logps, ref_logps, lse, ent, squares = (
+            x if x is None else x.reshape(-1) for x in (stats.logps, given, stats.lse, stats.entropy, stats.collision)
         )
         assert logps is not None
         extra |= {n: x.reshape(-1) for n, x in tokenwise.items()}
-        tokens = Tokens(logps, ref_logps, lse, ent, divergence, mask.reshape(-1), cu_seqlens, sequences, summed, extra)
+        tokens = Tokens(
+            logps, ref_logps, lse, ent, divergence, mask.reshape(-1), cu_seqlens, sequences, summed, extra, squares
+        )  # fmt: skip
         losses = formula(tokens)
         losses = losses.view(mask.shape) if unit == "token" and not reduced else losses
     else:
@@ -197,7 +201,7 @@ def _request(
     check_sources(policy, labels, source, divergences)
     y = shifted_labels(labels, options["shift"], options["ignore_index"])
     other = None if isinstance(source, LogProbs) else source
-    rest = divergences, options["entropy"], options["ignore_index"], how, max(1, units.longest)
+    rest = divergences, options["entropy"], options["collision"], options["ignore_index"], how, max(1, units.longest)
     call = request(policy, y, other, *rest)
     return call if call.plan.kind == "rows" else None
 
@@ -221,15 +225,20 @@ class _Job(NamedTuple):
 
     def outputs(self, found: list[Tensor]) -> Outputs:
         """From the operator's tensors, empty where nothing was asked for. (The last, what backward needs, is not looked at.)"""
-        logps, ref_logps, lse, entropy, div, hit = found[:6]
-        own = entropy if self.call.options.entropy else None
-        return Outputs(logps, ref_logps if self.ref else None, lse, own, div if self.divergences else None, hit, logps)
+        logps, ref_logps, lse, entropy, div, hit, collision = found[:7]
+        options = self.call.options
+        return Outputs(
+            logps, ref_logps if self.ref else None, lse, entropy if options.entropy else None,
+            div if self.divergences else None, hit, collision if options.collision else None, logps,
+        )  # fmt: skip
 
     def tokens(self, out: Outputs, extra: dict[str, Tensor], mask: Tensor, cu: Tensor | None, sequences: int) -> Tokens:
         values: Any = out.div if out.div is not None else []
         divergence = {d.key: x for d, x in zip(self.divergences, values, strict=True)}
         ref = extra.get(REF, out.ref_logps)
-        return Tokens(out.logps, ref, out.lse, out.entropy, divergence, mask, cu, sequences, self.summed, extra)
+        return Tokens(
+            out.logps, ref, out.lse, out.entropy, divergence, mask, cu, sequences, self.summed, extra, out.collision
+        )  # fmt: skip
 
     def gradients(
         self, out: Outputs, extra: dict[str, Tensor], mask: Tensor, cu: Tensor | None, sequences: int,
@@ -280,9 +289,9 @@ class _Known(torch.autograd.Function):
             out[1] = extra[REF]
         ctx.job = job
         ctx.save_for_backward(cu_seqlens, labels, *tensors, *out, *grads)
-        ctx.mark_non_differentiable(out[5])
+        ctx.mark_non_differentiable(out[5], out[6])
         ctx.set_materialize_grads(False)
-        return losses, *out[:6]
+        return losses, *out[:7]
 
     @staticmethod
     def backward(ctx, g_losses, *grads):  # type: ignore[no-untyped-def]
@@ -290,7 +299,7 @@ class _Known(torch.autograd.Function):
         job, saved, flags = ctx.job, ctx.saved_tensors, ctx.needs_input_grad[3:]
         end = 12 + len(job.names)
         cu_seqlens, labels, tensors, extras = saved[0], saved[1], saved[2:12], saved[12:end]
-        out, found = saved[end : end + 7], saved[end + 7 :]
+        out, found = saved[end : end + 8], saved[end + 8 :]
         uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
         if uniform and all(g is None for g in grads[:5]) and not any(flags[10:]):
             with torch.no_grad():
@@ -311,7 +320,7 @@ class _Known(torch.autograd.Function):
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
             to_extras = iter(learned)
         keep = out[0].new_zeros((0, 0, 0))
-        given = (*total, out[0], out[6], keep, labels, *tensors, *job.call.options, list(flags[:10]))
+        given = (*total, out[0], out[7], keep, labels, *tensors, *job.call.options, list(flags[:10]))
         back = iter(hidden_ops.hidden_stats_backward(*given))
         return (
             None, None, None, *(next(back) if f else None for f in flags[:10]),

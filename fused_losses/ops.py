@@ -30,7 +30,7 @@ def backend_module(name: str) -> ModuleType:
 
 # One row of arguments describes the problem in every op below, in the order of layout.Problem.
 _PROBLEM = (
-    "str divergences, bool entropy, bool shift, int ignore_index, int vocab, "
+    "str divergences, bool entropy, bool collision, bool shift, int ignore_index, int vocab, "
     "float softcap, float multiplier, float ref_softcap, float ref_multiplier, str backend"
 )
 
@@ -54,6 +54,7 @@ def _allocate(policy: Tensor, ref: Tensor | None, problem: Problem) -> list[Tens
         new(rows if problem.entropy else 0),
         new(n, rows),
         policy.new_empty(rows, dtype=torch.bool),
+        new(rows if problem.collision else 0),
         new(7 + 2 * n, rows),
     ]
 
@@ -61,17 +62,18 @@ def _allocate(policy: Tensor, ref: Tensor | None, problem: Problem) -> list[Tens
 @custom_op(
     "fused_losses::token_stats", mutates_args=(),
     schema=f"(Tensor policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool inplace_backward) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def token_stats(policy, labels, ref, *rest):  # type: ignore[no-untyped-def]
-    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], argmax hit [rows], and what backward needs."""
+    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], argmax hit, collision [rows], and what backward needs."""
     problem, backend = _problem(*rest[:-1])
     out = _allocate(policy, ref, problem)
     if out[0].numel():
-        logps, ref_logps, lse, entropy, div, hit, saved = out
+        logps, ref_logps, lse, entropy, div, hit, collision, saved = out
         backend_module(backend).forward(
             problem, policy, labels, ref, logps, ref_logps if ref is not None else None, lse,
-            entropy if problem.entropy else None, div if len(div) else None, hit, saved,
+            entropy if problem.entropy else None, div if len(div) else None, hit,
+            collision if problem.collision else None, saved,
         )  # fmt: skip
     return tuple(out)
 
@@ -131,7 +133,7 @@ def _(*args):  # type: ignore[no-untyped-def]
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     policy, labels, ref, *ctx.problem, ctx.inplace = inputs
     ctx.save_for_backward(policy, labels, ref, output[-1])
-    ctx.mark_non_differentiable(*output[-2:])
+    ctx.mark_non_differentiable(*output[-3:])
     ctx.set_materialize_grads(False)
 
 

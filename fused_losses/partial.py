@@ -22,10 +22,10 @@ from .stats import Asked
 class PartialStats:
     """The sums of rows over some tokens of the vocabulary. No gradient.
 
-    state: [13 + 3 powers, rows], the rows of moments.SIDES: shift, sum of exponentials, largest logit, label's logit
-    (-inf if it is elsewhere) of the policy, the like of the reference, and the moments of their difference; then three for
-    each power that a divergence needs. One tensor, so that ranks can exchange it. Shifts are in nats on the torch backend,
-    in bits on Triton: parts of one backend merge.
+    state: [14 + 3 powers, rows], the rows of moments.SIDES: shift, sum of exponentials, largest logit, label's logit
+    (-inf if it is elsewhere) of the policy, the like of the reference, the moments of their difference, and the policy's
+    sum of squares; then three for each power that a divergence needs. One tensor, so that ranks can exchange it. Shifts are
+    in nats on the torch backend, in bits on Triton: parts of one backend merge.
     """
 
     state: Tensor
@@ -33,30 +33,31 @@ class PartialStats:
     end: int  # one past the last token seen
     divergences: tuple[Divergence, ...]
     entropy: bool
+    collision: bool
     ref: bool
     ignore_index: int
     backend: str
 
     def close(self) -> TokenStats:
         """What token_stats gives, once the parts make up the whole vocabulary."""
-        problem = plans.plain_problem(self.divergences, self.entropy, self.ignore_index, self.end)
+        problem = plans.plain_problem(self.divergences, self.entropy, self.collision, self.ignore_index, self.end)
         labels = self.labels.reshape(-1)
         out = plans.blank(problem, labels, self.ref, self.state.dtype)
         if len(labels):
             backend_module(self.backend).close(problem, self.state, labels, *out)
         shape = self.labels.shape
         div = {} if out.div is None else {d.key: x.view(shape) for d, x in zip(self.divergences, out.div, strict=True)}
-        one = (None if x is None else x.view(shape) for x in (out.ref_logps, out.entropy))
-        ref_logps, entropy = one
+        one = (None if x is None else x.view(shape) for x in (out.ref_logps, out.entropy, out.collision))
+        ref_logps, entropy, collision = one
         return TokenStats(
             out.logps.view(shape), ref_logps, div, entropy, out.lse.view(shape), self.labels != self.ignore_index,
-            out.hit.view(shape),
+            out.hit.view(shape), collision,
         )  # fmt: skip
 
 
 def partial_stats(
     policy: Source, labels: Tensor, ref: Source | None = None, *, first: int = 0, divergence: Asked = None,
-    entropy: bool = False, ignore_index: int = -100, workspace: int | None = None,
+    entropy: bool = False, collision: bool = False, ignore_index: int = -100, workspace: int | None = None,
 ) -> PartialStats:  # fmt: skip
     """token_stats over the tokens `first` onwards that these columns (of logits, or rows of a head) stand for.
 
@@ -81,12 +82,14 @@ def partial_stats(
     elif asked:
         raise ValueError(f"divergence: {asked[0].key!r} needs ref, got None")
     with torch.no_grad():
-        call = request(z, labels, w, asked, entropy, ignore_index, How("slices", workspace, True))  # type: ignore[arg-type]
+        how = How("slices", workspace, True)
+        call = request(z, labels, w, asked, entropy, collision, ignore_index, how)  # type: ignore[arg-type]
         problem = call.options.problem()._replace(first=first)
         backend = call.options.backend
         opened = plans.open_call(problem, backend_module(backend), call.plan, labels, *sides_of(call), True)
         state = plans.states(opened, plans.Tiles(opened))
-    return PartialStats(state, labels, first + problem.vocab, asked, entropy, w is not None, ignore_index, backend)
+    end = first + problem.vocab
+    return PartialStats(state, labels, end, asked, entropy, collision, w is not None, ignore_index, backend)
 
 
 def merge_stats(parts: Sequence[PartialStats]) -> PartialStats:
@@ -94,7 +97,7 @@ def merge_stats(parts: Sequence[PartialStats]) -> PartialStats:
     if not parts:
         raise ValueError("parts: expected at least one PartialStats, got none")
     first, *others = parts
-    same = ("divergences", "entropy", "ref", "ignore_index", "backend")
+    same = ("divergences", "entropy", "collision", "ref", "ignore_index", "backend")
     state = first.state.clone()
     for part in others:
         for name in same:
@@ -104,7 +107,7 @@ def merge_stats(parts: Sequence[PartialStats]) -> PartialStats:
                 )
         if part.state.shape != state.shape:
             raise ValueError(f"parts: expected states {list(state.shape)}, got {list(part.state.shape)}")
-        problem = plans.plain_problem(first.divergences, first.entropy, first.ignore_index, part.end)
+        problem = plans.plain_problem(first.divergences, first.entropy, first.collision, first.ignore_index, part.end)
         if state.shape[1]:
             backend_module(first.backend).merge_states(problem, state, part.state)
     return replace(first, state=state, end=max(p.end for p in parts))

@@ -29,6 +29,7 @@ class Outputs(NamedTuple):
     entropy: Tensor | None
     div: Tensor | None
     hit: Tensor
+    collision: Tensor | None
     saved: Tensor
 
 
@@ -66,9 +67,11 @@ def _count(inputs: Inputs) -> int:
     return inputs.x[..., 0].numel()
 
 
-def plain_problem(divergences: tuple[Divergence, ...], entropy: bool, ignore_index: int, vocab: int) -> Problem:
+def plain_problem(
+    divergences: tuple[Divergence, ...], entropy: bool, collision: bool, ignore_index: int, vocab: int
+) -> Problem:
     """Without head options: for states, which have them behind them."""
-    return Problem(divergences, entropy, False, ignore_index, vocab, 0.0, 1.0, 0.0, 1.0)
+    return Problem(divergences, entropy, collision, False, ignore_index, vocab, 0.0, 1.0, 0.0, 1.0)
 
 
 def blank(problem: Problem, labels: Tensor, ref: bool, dtype: torch.dtype) -> Outputs:
@@ -80,7 +83,8 @@ def blank(problem: Problem, labels: Tensor, ref: bool, dtype: torch.dtype) -> Ou
 
     return Outputs(
         new(n), new(n) if ref else None, new(n), new(n) if problem.entropy else None,
-        new(count, n) if count else None, labels.new_zeros(n, dtype=torch.bool), new(7 + 2 * count, n),
+        new(count, n) if count else None, labels.new_zeros(n, dtype=torch.bool), new(n) if problem.collision else None,
+        new(7 + 2 * count, n),
     )  # fmt: skip
 
 

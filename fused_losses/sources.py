@@ -164,6 +164,7 @@ class TokenStats:
     lse         log sum_v exp z_v                    policy; None for LogProbs
     mask        label != ignore_index
     correct     the label has the highest policy logit (ties count)
+    collision   log sum_v p_v^2 if asked for, else None  none
     """
 
     logps: Tensor
@@ -173,6 +174,7 @@ class TokenStats:
     lse: Tensor | None
     mask: Tensor
     correct: Tensor | None
+    collision: Tensor | None = None
 
 
 def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:

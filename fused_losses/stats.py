@@ -25,6 +25,7 @@ def token_stats(
     *,
     divergence: Asked = None,
     entropy: bool = False,
+    collision: bool = False,
     shift: bool = False,
     ignore_index: int = -100,
     inplace_backward: bool = False,
@@ -49,6 +50,7 @@ def token_stats(
             must not. Logits have the same dtype on both sides.
         divergence: a name such as "forward_kl" or "js(beta=0.3)", a fl.divergences.get(...), or several.
         entropy: also return H(p).
+        collision: also return log sum_v p_v^2, minus the Renyi entropy of order 2 (WPO, 2406.11827). It has no gradient.
         ignore_index: tokens with this label count for nothing and get zero gradient.
         inplace_backward: write the policy's gradient over its logits, which are lost.
         plan: for hidden states: "auto", or one of "slices", "frozen", "tiles" (planner.py); results do not depend on it.
@@ -68,9 +70,10 @@ def token_stats(
     if isinstance(policy, LogProbs):
         if how != How() and not is_hidden(source):
             raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got fl.LogProbs")
-        if asked or entropy or inplace_backward:
+        if asked or entropy or collision or inplace_backward:
             raise ValueError(
-                "policy: fl.LogProbs has no distribution: divergence, entropy and inplace_backward need fl.Hidden or logits"
+                "policy: fl.LogProbs has no distribution: divergence, entropy, collision and inplace_backward need "
+                "fl.Hidden or logits"
             )
         mask = labels_mask(labels, shift, ignore_index)
         logps, ref_logps = (
@@ -85,11 +88,11 @@ def token_stats(
             raise ValueError(
                 "inplace_backward: is for logits on both sides; from hidden states there are none to write over"
             )
-        return _from_hidden(policy, labels, source, asked, entropy, shift, ignore_index, how)
+        return _from_hidden(policy, labels, source, asked, entropy, collision, shift, ignore_index, how)
     if how != How():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
     assert isinstance(policy, Logits) and not isinstance(source, Hidden)
-    return _from_logits(policy, labels, source, asked, entropy, shift, ignore_index, inplace_backward)
+    return _from_logits(policy, labels, source, asked, entropy, collision, shift, ignore_index, inplace_backward)
 
 
 def check_sources(
@@ -107,46 +110,46 @@ def check_sources(
 
 def _from_logits(
     policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, asked: tuple[Divergence, ...],
-    entropy: bool, shift: bool, ignore_index: int, inplace: bool,
+    entropy: bool, collision: bool, shift: bool, ignore_index: int, inplace: bool,
 ) -> TokenStats:  # fmt: skip
     w = ref if isinstance(ref, Logits) else None
     tensors = [policy.logits, *([w.logits] if w else []), labels.unsqueeze(-1)]
     if labels.numel() and any(len(collapse(x, 1)) > 2 for x in tensors):
         if inplace:
             raise ValueError("inplace_backward: expected logits whose rows lie on two strides; make them contiguous")
-        return _stack(policy, labels, ref, asked, entropy, shift, ignore_index, inplace)
+        return _stack(policy, labels, ref, asked, entropy, collision, shift, ignore_index, inplace)
     if inplace and 0 in policy.logits.stride():
         raise ValueError("inplace_backward: expected logits that own their memory, got an expanded (stride 0) view")
-    logps, ref_logps, lse, ent, div, hit, _ = ops.token_stats(
+    *found, _ = ops.token_stats(
         policy.logits, labels, w.logits if w else None,
-        ";".join(d.key for d in asked), entropy, shift, ignore_index, policy.vocab,
+        ";".join(d.key for d in asked), entropy, collision, shift, ignore_index, policy.vocab,
         policy.softcap or 0.0, policy.multiplier, (w.softcap or 0.0) if w else 0.0, w.multiplier if w else 1.0,
         choose(policy.logits.device, policy.logits.dtype), inplace,
     )  # fmt: skip
 
     asks = policy.logits.requires_grad, w is not None and w.logits.requires_grad
-    return pack_stats((logps, ref_logps, lse, ent, div, hit), asks, labels, ref, asked, entropy, shift, ignore_index)
+    return pack_stats(found, asks, labels, ref, asked, entropy, collision, shift, ignore_index)
 
 
 def _from_hidden(
     policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...],
-    entropy: bool, shift: bool, ignore_index: int, how: How,
+    entropy: bool, collision: bool, shift: bool, ignore_index: int, how: How,
 ) -> TokenStats:  # fmt: skip
     y = shifted_labels(labels, shift, ignore_index)
     other = None if isinstance(ref, LogProbs) else ref
-    call = request(policy, y, other, asked, entropy, ignore_index, how)
+    call = request(policy, y, other, asked, entropy, collision, ignore_index, how)
     found = hidden_ops.hidden_stats(*call.tensors, *call.options, call.wanted)
-    return pack_stats(found[:6], call.asks, labels, ref, asked, entropy, shift, ignore_index)
+    return pack_stats(found[:7], call.asks, labels, ref, asked, entropy, collision, shift, ignore_index)
 
 
 def pack_stats(
     found: Sequence[Tensor], asks: tuple[bool, bool], labels: Tensor, ref: Logits | Hidden | LogProbs | None,
-    asked: tuple[Divergence, ...], entropy: bool, shift: bool, ignore_index: int,
+    asked: tuple[Divergence, ...], entropy: bool, collision: bool, shift: bool, ignore_index: int,
 ) -> TokenStats:  # fmt: skip
-    """The operator's logps, ref_logps, lse, entropy, divergences and hits, as the labels are shaped. asks: whether policy and
-    reference ask for a gradient; what depends on neither has no graph."""
+    """The operator's logps, ref_logps, lse, entropy, divergences, hits and collisions, as the labels are shaped. asks: whether
+    policy and reference ask for a gradient; what depends on neither has no graph."""
     mask = labels_mask(labels, shift, ignore_index)
-    logps, ref_logps, lse, ent, div, hit = found
+    logps, ref_logps, lse, ent, div, hit, squares = found
 
     def shaped(x: Tensor, differentiable: bool = True) -> Tensor:
         x = (x if differentiable else x.detach()).view(labels.shape)
@@ -168,6 +171,7 @@ def pack_stats(
         lse=shaped(lse, to_policy),
         mask=mask,
         correct=shaped(hit),
+        collision=shaped(squares) if collision else None,
     )
 
 
@@ -189,7 +193,7 @@ def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest)
         return None if getattr(first, name) is None else torch.stack([getattr(p, name) for p in parts])
 
     divergence = {k: torch.stack([p.divergence[k] for p in parts]) for k in first.divergence}
-    names = ("logps", "ref_logps", "entropy", "lse", "mask", "correct")
+    names = ("logps", "ref_logps", "entropy", "lse", "mask", "correct", "collision")
     return TokenStats(divergence=divergence, **{n: joined(n) for n in names})  # type: ignore[arg-type]
 
 

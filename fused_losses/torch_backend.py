@@ -86,19 +86,20 @@ def _sums(p: _Side, q: _Side | None, problem: Problem) -> Sums:
     """The sums of a block of rows, in the order of moments.SIDES, and those of each power."""
     zero = torch.zeros_like(p.shift)
     e = _dot(p.exp, p.centred) if problem.entropy else zero
+    squares = _dot(p.exp, p.exp) if problem.collision else zero
     one = [p.shift, p.total, p.shift, p.target, e]
     if q is None:
-        return [*one, *[zero] * 8], []
+        return [*one, *[zero] * 8, squares], []
     two = [*one, q.shift, q.total, q.target]
     if not problem.divergences:
-        return [*two, *[zero] * 5], []
+        return [*two, *[zero] * 5, squares], []
     c = (p.shift - q.shift).masked_fill((p.total == 0) | (q.total == 0), 0)
     d = (p.x - q.x).sub_(c[:, None])
     a1 = _dot(p.exp, d)
     bd = q.exp * d
     b1 = bd.sum(1)
     b2 = _dot(bd, d)
-    pair = [*two, c, torch.sub(p.exp, q.exp, out=bd).sum(1), a1, b1, b2]
+    pair = [*two, c, torch.sub(p.exp, q.exp, out=bd).sum(1), a1, b1, b2, squares]
     powers = []
     for s in _powers(problem):
         x = torch.add(p.centred * s, q.centred, alpha=1 - s)
@@ -115,6 +116,7 @@ class _Row(NamedTuple):
     lse: Tensor
     log_total: Tensor
     entropy: Tensor
+    collision: Tensor
     logq: Tensor
     log_total_q: Tensor
     c: Tensor
@@ -136,14 +138,15 @@ def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
     lse = mp.masked_fill(a == 0, 0) + log_a
     empty = a == 0
     entropy = (log_a - e / a).clamp(min=0)
+    collision = (pair[13].log() - 2 * log_a).clamp(max=0).masked_fill(empty, float("nan"))
     log_a = log_a.masked_fill(empty, 0)
     if not ref:
-        return _Row(logp, lse, log_a, entropy, mq, mq, mq, mq, [], empty)
+        return _Row(logp, lse, log_a, entropy, collision, mq, mq, mq, mq, [], empty)
     logq, log_b = _log_prob(mq, b, wy)
     empty = empty | (b == 0)
     log_b = log_b.masked_fill(b == 0, 0)
     if not problem.divergences:
-        return _Row(logp, lse, log_a, entropy, logq, log_b, c, c, [], empty)
+        return _Row(logp, lse, log_a, entropy, collision, logq, log_b, c, c, [], empty)
     noise = 2 * torch.finfo(c.dtype).eps * (1 - 1 / b)  # the largest term is 1 without error
     k, reverse, forward, log_ab, curve, j = close_pair(pair, noise)
     by_power = dict(zip(_powers(problem), powers, strict=True))
@@ -156,7 +159,7 @@ def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
         if div.power is not None:
             power = close_power(by_power[div.power], b, log_ab, curve, j, div.power, noise)
         results.append(div.row(reverse, forward, power, *div.params))
-    return _Row(logp, lse, log_a, entropy, logq, log_b, c, k, results, empty)
+    return _Row(logp, lse, log_a, entropy, collision, logq, log_b, c, k, results, empty)
 
 
 def _terms(z: Tensor, w: Tensor, saved: Tensor, problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -187,11 +190,11 @@ def check_labels(labels: Tensor, problem: Problem) -> None:
 
 def forward(
     problem: Problem, policy: Tensor, labels: Tensor, ref: Tensor | None, logps: Tensor, ref_logps: Tensor | None,
-    lse: Tensor, entropy: Tensor | None, div: Tensor | None, hit: Tensor, saved: Tensor,
+    lse: Tensor, entropy: Tensor | None, div: Tensor | None, hit: Tensor, collision: Tensor | None, saved: Tensor,
 ) -> None:  # fmt: skip
     labels = shifted_labels(labels, problem.shift, problem.ignore_index)
     check_labels(labels, problem)
-    out = (logps, ref_logps, lse, entropy, div, hit, saved)
+    out = (logps, ref_logps, lse, entropy, div, hit, collision, saved)
     for x in out:
         if x is not None:
             x.zero_()
@@ -231,7 +234,7 @@ def _tiles(
 
 def _write(
     problem: Problem, rows: Tensor, sums: Sums, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
-    entropy: Tensor | None, div: Tensor | None, hit: Tensor, saved: Tensor,
+    entropy: Tensor | None, div: Tensor | None, hit: Tensor, collision: Tensor | None, saved: Tensor,
 ) -> None:  # fmt: skip
     """The outputs of some rows from their sums; divergences that need a second sweep are left to write_divergence."""
     row, pair = _close(sums, problem, ref_logps is not None), sums[0]
@@ -242,6 +245,8 @@ def _write(
     if entropy is not None:
         entropy[rows] = row.entropy
         saved[6, rows] = finite(row.entropy)
+    if collision is not None:
+        collision[rows] = row.collision
     if ref_logps is None:
         return
     ref_logps[rows] = row.logq
@@ -298,10 +303,10 @@ def merge_states(problem: Problem, state: Tensor, other: Tensor) -> None:
 
 def close(
     problem: Problem, state: Tensor, labels: Tensor, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
-    entropy: Tensor | None, div: Tensor | None, hit: Tensor, saved: Tensor,
+    entropy: Tensor | None, div: Tensor | None, hit: Tensor, collision: Tensor | None, saved: Tensor,
 ) -> None:  # fmt: skip
     """The outputs of all rows from the sums over the whole vocabulary; term divergences come from terms()."""
-    out = (logps, ref_logps, lse, entropy, div, hit, saved)
+    out = (logps, ref_logps, lse, entropy, div, hit, collision, saved)
     for x in out:
         if x is not None:
             x.zero_()

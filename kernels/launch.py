@@ -42,21 +42,24 @@ def _formulas(divergences: tuple[Divergence, ...]):
     }
 
 
-def forward_config(divergences: tuple[Divergence, ...], entropy: bool) -> configs.Config:
+def forward_config(divergences: tuple[Divergence, ...], own: bool) -> configs.Config:
+    """own: a sum of the policy's alone, for its entropy or collision."""
     if any(d.term is not None for d in divergences):
         return configs.FORWARD_TWO_PASS
-    more = any(d.power is not None for d in divergences) or (entropy and divergences)
+    more = any(d.power is not None for d in divergences) or (own and divergences)
     return configs.FORWARD_MORE if more else configs.FORWARD
 
 
-def forward(problem: Problem, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, saved) -> None:
-    config = forward_config(problem.divergences, problem.entropy)
+def forward(
+    problem: Problem, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, collision, saved
+) -> None:  # fmt: skip
+    config = forward_config(problem.divergences, problem.entropy or problem.collision)
     with on(policy.device):
         token_stats.token_stats_forward[(logps.numel(),)](
             *_side(policy, problem.softcap, problem.multiplier),
             *_side(ref, problem.ref_softcap, problem.ref_multiplier),
             labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
-            logps, ref_logps, lse, entropy, div, hit, saved, problem.vocab,
+            logps, ref_logps, lse, entropy, div, hit, collision, saved, problem.vocab,
             **_formulas(problem.divergences), SHIFT=problem.shift,
             UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
@@ -92,13 +95,14 @@ def _sides(problem: Problem, z, w):
 def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
     """Folds logits [rows, columns] of the vocabulary from problem.first on into state [fields, rows]."""
     one_pass = tuple(d for d in problem.divergences if d.row is not None)
-    config = forward_config(one_pass, problem.entropy)
+    config = forward_config(one_pass, problem.entropy or problem.collision)
     formulas = _formulas(problem.divergences)
     with on(z.device):
         slices.fold_slice[(z.shape[0],)](
             *_sides(problem, z, w), labels, problem.ignore_index, state, state.stride(0), problem.vocab, problem.first,
-            formulas["powers"], FRESH=fresh, ENTROPY=problem.entropy, MOMENTS=bool(problem.divergences),
-            UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
+            formulas["powers"], FRESH=fresh, ENTROPY=problem.entropy, COLLISION=problem.collision,
+            MOMENTS=bool(problem.divergences), UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages,
+            num_warps=config.warps,
         )  # fmt: skip
 
 
@@ -137,12 +141,12 @@ def merge_states(problem: Problem, state, other) -> None:
         )  # fmt: skip
 
 
-def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, hit, saved) -> None:
+def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, hit, collision, saved) -> None:
     """The outputs of all rows from the sums over the whole vocabulary; term divergences come from terms()."""
     with on(state.device):
         slices.close_states[(state.shape[1],)](
-            state, state.stride(0), labels, problem.ignore_index, logps, ref_logps, lse, entropy, div, hit, saved,
-            problem.vocab, num_warps=1,
+            state, state.stride(0), labels, problem.ignore_index, logps, ref_logps, lse, entropy, div, hit, collision,
+            saved, problem.vocab, num_warps=1,
             **_take(_formulas(problem.divergences), "numbers", "powers", "degrees", "ROWS", "POWER"),
         )  # fmt: skip
 
@@ -189,7 +193,8 @@ def tile_config(problem: Problem, dtype: torch.dtype, ref: bool, second: bool) -
             family = {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, family)
         elif target.backend == "hip":
             family = "hip"
-    more = second or (problem.entropy and problem.divergences) or any(d.power is not None for d in problem.divergences)
+    own = problem.entropy or problem.collision
+    more = second or (own and problem.divergences) or any(d.power is not None for d in problem.divergences)
     return configs.TILES[family][ref + bool(ref and more)]
 
 
@@ -223,8 +228,8 @@ def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas
             labels, problem.ignore_index, saved, saved.stride(0) if second else 0, formulas["numbers"],
             formulas.get("powers", ()), parts, parts.stride(0), parts.stride(1), len(x), problem.vocab, problem.first,
             per, TERMS=formulas.get("TERMS", ()), GRADS=formulas.get("GRADS", ()), ENTROPY=problem.entropy,
-            MOMENTS=bool(problem.divergences), GROUP=group, BLOCK_T=config.rows, BLOCK_V=config.columns,
-            BLOCK_H=config.depth, STAGES=config.stages, num_warps=config.warps,
+            COLLISION=problem.collision, MOMENTS=bool(problem.divergences), GROUP=group, BLOCK_T=config.rows,
+            BLOCK_V=config.columns, BLOCK_H=config.depth, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
     return parts
 

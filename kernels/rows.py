@@ -83,10 +83,13 @@ def shifts(zmax, wmax, c):
 
 
 @triton.jit
-def sweep(z, w, state, c, powers, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr):
+def sweep(
+    z, w, state, c, powers,
+    REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr,
+):  # fmt: skip
     """Fold one step [UNROLL, LANES] into the row's sums, kept per lane. The shifts move only when a maximum has outgrown
     them by a factor 4: a branch that few steps take."""
-    mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R = state
+    mp, mq, zmax, wmax, A, B, A1, B1, B2, E, S, R = state
     zmax = tl.maximum(zmax, tl.max(tl.max(z, 0), 0))
     grown = zmax * LOG2E - mp
     if REF:
@@ -99,6 +102,8 @@ def sweep(z, w, state, c, powers, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTR
         scale_p = tl.exp2(x)
         scale_q = tl.exp2(y)
         E = (E + A * x) * scale_p
+        if COLLISION:
+            S = S * (scale_p * scale_p)
         A, A1 = A * scale_p, A1 * scale_p
         B, B1, B2 = B * scale_q, B1 * scale_q, B2 * scale_q
         moved = ()
@@ -111,6 +116,8 @@ def sweep(z, w, state, c, powers, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTR
     A += tl.sum(a, 0)
     if ENTROPY:
         E += tl.sum(a * x, 0)
+    if COLLISION:
+        S += tl.sum(a * a, 0)
     if REF:
         y = in_bits(w, mq)
         b = tl.exp2(y)
@@ -127,7 +134,7 @@ def sweep(z, w, state, c, powers, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTR
             shift = tl.maximum(R[i][1], tl.ceil(tl.max(tl.max(e, 0), 0)))
             added = added + ((R[i][0] * tl.exp2(R[i][1] - shift) + tl.sum(tl.exp2(e - shift), 0), shift),)
         R = added
-    return mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R
+    return mp, mq, zmax, wmax, A, B, A1, B1, B2, E, S, R
 
 
 @triton.jit

@@ -57,7 +57,7 @@ def merged(s, P, t, Q, powers):
 def fold_slice(
     Z, z_layout, z_stride, z_side, W, w_layout, w_stride, w_side,  # [rows, V] logits of a slice
     Labels, ignore_index, State, stride, V, first, powers,
-    FRESH: tl.constexpr, ENTROPY: tl.constexpr, MOMENTS: tl.constexpr,
+    FRESH: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr, MOMENTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -71,11 +71,11 @@ def fold_slice(
         W += row_offset(row, w_layout)
     sums, P = row_sums(
         Z, z_stride, z_side, W, w_stride, w_side, tl.where(here, label - first, 0), V, powers,
-        ENTROPY, MOMENTS, UNROLL, LANES, STAGES,
+        ENTROPY, COLLISION, MOMENTS, UNROLL, LANES, STAGES,
     )  # fmt: skip
-    mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2 = sums
+    mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2, S = sums
     zy, wy = tl.where(here, zy, -INF), tl.where(here, wy, -INF)
-    sums = (mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2)
+    sums = (mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2, S)
     if not FRESH:
         old, Q = load_state(State, stride, row, len(powers))
         sums, P = merged(old, Q, sums, P, powers)
@@ -115,7 +115,7 @@ def merge_states(State, stride, Other, other_stride, powers):
 
 @triton.jit
 def close_states(
-    State, stride, Labels, ignore_index, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved, V, numbers, powers, degrees,
+    State, stride, Labels, ignore_index, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved, V, numbers, powers, degrees,
     ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -123,10 +123,10 @@ def close_states(
     REF: tl.constexpr = RefLogp is not None
     label = token_label(Labels, (1, 1, 0), row, 1, ignore_index, False)
     if label == ignore_index:
-        store_ignored(row, rows, len(ROWS), REF, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved)
+        store_ignored(row, rows, len(ROWS), REF, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved)
         return
     sums, P = load_state(State, stride, row, len(powers))
     close_row(
         row, rows, (label >= 0) & (label < V), sums, P, numbers, powers, degrees,
-        Logp, RefLogp, Lse, Entropy, Div, Hit, Saved, ROWS, POWER, REF,
+        Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved, ROWS, POWER, REF,
     )  # fmt: skip

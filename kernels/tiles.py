@@ -73,7 +73,7 @@ def empty(rows: tl.constexpr, n: tl.constexpr):
     P = ()
     for i in tl.static_range(n):  # noqa: B007
         P = P + ((zero, low, zero),)
-    return (low, zero, low, zero - INF, zero, low, zero, zero - INF, zero, zero, zero, zero, zero), P
+    return (low, zero, low, zero - INF, zero, low, zero, zero - INF, zero, zero, zero, zero, zero, zero), P
 
 
 @triton.jit
@@ -84,11 +84,14 @@ def column(x, v, y, old):
 
 
 @triton.jit
-def tile_state(z, w, v, y, c, fresh, powers, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr):
+def tile_state(
+    z, w, v, y, c, fresh, powers,
+    REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr,
+):  # fmt: skip
     """The state of one tile alone; its constant is c, or where that is not chosen yet (fresh), the maxima's difference."""
     zmax = tl.max(z, 1)
     zero = tl.zeros_like(zmax)
-    zy, wy, E, B, excess, A1, B1, B2 = zero - INF, zero - INF, zero, zero, zero, zero, zero, zero
+    zy, wy, E, B, excess, A1, B1, B2, S = zero - INF, zero - INF, zero, zero, zero, zero, zero, zero, zero
     mp, mq = tl.maximum(tl.ceil(zmax * LOG2E), LOW), zero
     if REF:
         wmax = tl.max(w, 1)
@@ -104,6 +107,8 @@ def tile_state(z, w, v, y, c, fresh, powers, REF: tl.constexpr, MOMENTS: tl.cons
     A = tl.sum(a, 1)
     if ENTROPY:
         E = tl.sum(a * x, 1)
+    if COLLISION:
+        S = tl.sum(a * a, 1)
     P = ()
     if REF:
         q = in_bits(w, mq[:, None])
@@ -120,20 +125,22 @@ def tile_state(z, w, v, y, c, fresh, powers, REF: tl.constexpr, MOMENTS: tl.cons
             shift = tl.maximum(tl.ceil(tl.max(e, 1)), LOW)
             r = tl.exp2(e - shift[:, None])
             P = P + ((tl.sum(r, 1), shift, tl.sum(r * tl.exp2(shift)[:, None] - b, 1)),)
-    return (mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2), P
+    return (mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2, S), P
 
 
 @triton.jit
-def kept(sums, zero, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr):
+def kept(sums, zero, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr):
     """What a state holds that is asked for, zero in place of the rest: no registers, no instructions."""
-    mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2 = sums
+    mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2, S = sums
     if not ENTROPY:
         E = zero
+    if not COLLISION:
+        S = zero
     if not REF:
         mq, B, wy, c = zero, zero, zero, zero
     if not MOMENTS:
         excess, A1, B1, B2 = zero, zero, zero, zero
-    return mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2
+    return mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2, S
 
 
 @triton.jit
@@ -155,8 +162,8 @@ def tile_sums(
     P, Q, Labels, ignore_index, Saved, saved_stride, numbers, powers,  # P, Q: the sides (Q None: no reference)
     Out, stride, split_stride,  # [fields or 2 n, splits, N]: states, or with Saved the sums of the terms
     N, V, first, per,  # tiles in a range
-    TERMS: tl.constexpr, GRADS: tl.constexpr, ENTROPY: tl.constexpr, MOMENTS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
+    TERMS: tl.constexpr, GRADS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr, MOMENTS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     REF: tl.constexpr = Q is not None
     blocks = tl.cdiv(N, BLOCK_T)
@@ -191,9 +198,9 @@ def tile_sums(
         else:
             v = start + tl.arange(0, BLOCK_V)
             fresh = (state[1] == 0) & (state[6] == 0)
-            new, S = tile_state(z, w, v, y, state[8], fresh, powers, REF, MOMENTS, ENTROPY)
-            new, R = merged(state, R, new, S, powers)
-            state = kept(new, tl.zeros([BLOCK_T], tl.float32), REF, MOMENTS, ENTROPY)
+            new, T = tile_state(z, w, v, y, state[8], fresh, powers, REF, MOMENTS, ENTROPY, COLLISION)
+            new, R = merged(state, R, new, T, powers)
+            state = kept(new, tl.zeros([BLOCK_T], tl.float32), REF, MOMENTS, ENTROPY, COLLISION)
 
     Out += split.to(tl.int64) * split_stride + t
     if Saved is None:

@@ -23,7 +23,8 @@ NOISE = tl.constexpr(3e-7)  # error of a log-ratio of two fp32 sums of exponenti
 @triton.jit
 def row_sums(
     Z, z_stride, z_side, W, w_stride, w_side, y, V, powers,
-    ENTROPY: tl.constexpr, MOMENTS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ENTROPY: tl.constexpr, COLLISION: tl.constexpr, MOMENTS: tl.constexpr,
+    UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One sweep over a row from column y on which to centre: its sums in the order of moments.SIDES, those of each power,
     and z and w of column y."""
@@ -55,17 +56,19 @@ def row_sums(
     R = ()
     for i in tl.static_range(len(powers)):  # noqa: B007
         R = R + ((zero, low),)
-    state = (mp, mq, zy, wy, zero, zero, zero, zero, zero, zero, R)
+    state = (mp, mq, zy, wy, zero, zero, zero, zero, zero, zero, zero, R)
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STAGES):
         z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, start + v, V, False)
-        state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY)
+        state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY, COLLISION)
     if main < V:
         z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, main + v, V, True)
-        state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY)
+        state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY, COLLISION)
 
-    mp, mq, zmax, wmax, A, B, A1, B1, B2, E, R = state
-    sums = (mp, tl.sum(A), zmax, zy, tl.sum(E), mq, tl.sum(B), wy, c, tl.sum(A - B), tl.sum(A1), tl.sum(B1), tl.sum(B2))
+    mp, mq, zmax, wmax, A, B, A1, B1, B2, E, S, R = state
+    own = (mp, tl.sum(A), zmax, zy, tl.sum(E))
+    squares = tl.sum(S) if COLLISION else 0.0
+    sums = own + (mq, tl.sum(B), wy, c, tl.sum(A - B), tl.sum(A1), tl.sum(B1), tl.sum(B2), squares)
     P = ()
     for i in tl.static_range(len(powers)):
         r, shift = R[i]
@@ -106,7 +109,7 @@ def term_sums(
 
 @triton.jit
 def store_ignored(
-    row, rows, n: tl.constexpr, REF: tl.constexpr, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved
+    row, rows, n: tl.constexpr, REF: tl.constexpr, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved
 ):  # fmt: skip
     """Zeros for a row that does not count."""
     tl.store(Logp + row, 0.0)
@@ -115,6 +118,8 @@ def store_ignored(
         tl.store(RefLogp + row, 0.0)
     if Entropy is not None:
         tl.store(Entropy + row, 0.0)
+    if Collision is not None:
+        tl.store(Collision + row, 0.0)
     for i in tl.static_range(n):
         tl.store(Div + i * rows + row, 0.0)
     for i in tl.static_range(7 + 2 * n):
@@ -124,12 +129,12 @@ def store_ignored(
 
 @triton.jit
 def close_row(
-    row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved,
+    row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,
     ROWS: tl.constexpr, POWER: tl.constexpr, REF: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a row from its sums, but for term divergences; returns its numbers for term_sums."""
     n: tl.constexpr = len(ROWS)
-    mp, total_a, zmax, zy, E, mq, total_b, wy, c, excess, A1, B1, B2 = sums
+    mp, total_a, zmax, zy, E, mq, total_b, wy, c, excess, A1, B1, B2, S = sums
     bad = float("nan")
     log_a = tl.log2(total_a)
     logp = (in_bits(zy, mp) - log_a) * LN2
@@ -142,6 +147,9 @@ def close_row(
     tl.store(Saved + rows + row, tl.where(total_a == 0, 0.0, log_a))
     if Entropy is not None:
         tl.store(Entropy + row, entropy)
+    if Collision is not None:
+        collision = tl.minimum((tl.log2(S) - 2.0 * log_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(Collision + row, tl.where(total_a == 0, bad, collision))
     tl.store(Saved + 6 * rows + row, finite(entropy) if Entropy is not None else 0.0)
     if REF:
         log_b = tl.log2(total_b)
@@ -182,19 +190,19 @@ def token_stats_forward(
     Z, z_layout, z_stride, z_side,  # policy logits [rows, V]
     W, w_layout, w_stride, w_side,  # reference logits [rows, V], or None
     Labels, label_layout, ignore_index, T,
-    Logp, RefLogp, Lse, Entropy, Div, Hit, Saved,  # [rows] each, Div [n, rows], Saved [7 + 2 n, rows]
+    Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,  # [rows] each, Div [n, rows], Saved [7 + 2 n, rows]
     V, numbers, powers, degrees,
     ROWS: tl.constexpr, TERMS: tl.constexpr, GRADS: tl.constexpr, POWER: tl.constexpr,
     SHIFT: tl.constexpr, MOMENTS: tl.constexpr, SECOND: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """log p(y), log q(y), lse, entropy, divergences and whether y is the argmax. Saved: see token_stats_backward."""
+    """log p(y), log q(y), lse, entropy, divergences, whether y is the argmax, log sum p^2. Saved: see token_stats_backward."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     REF: tl.constexpr = W is not None
     label = token_label(Labels, label_layout, row, T, ignore_index, SHIFT)
     if label == ignore_index:
-        store_ignored(row, rows, len(ROWS), REF, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved)
+        store_ignored(row, rows, len(ROWS), REF, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved)
         return
     valid = (label >= 0) & (label < V)
     Z += row_offset(row, z_layout)
@@ -202,10 +210,10 @@ def token_stats_forward(
         W += row_offset(row, w_layout)
     sums, P = row_sums(
         Z, z_stride, z_side, W, w_stride, w_side, tl.where(valid, label, 0), V, powers,
-        Entropy is not None, MOMENTS, UNROLL, LANES, STAGES,
+        Entropy is not None, Collision is not None, MOMENTS, UNROLL, LANES, STAGES,
     )  # fmt: skip
     saved, alive = close_row(
-        row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Saved,
+        row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,
         ROWS, POWER, REF,
     )  # fmt: skip
     if SECOND:

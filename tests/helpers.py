@@ -49,6 +49,16 @@ def outputs(stats):
     return {k: v for k, v in (named | stats.divergence).items() if v is not None}
 
 
+def check_collision(mine, truth, tolerance):
+    """Of two TokenStats: to so much of the larger of the number and 1, for it is a difference of logarithms; no graph."""
+    assert (mine.collision is None) == (truth.collision is None)
+    if truth.collision is not None:
+        assert not mine.collision.requires_grad and not mine.collision[~mine.mask].any()
+        assert (mine.collision <= 0).all() and mine.collision.shape == truth.collision.shape
+        error = (mine.collision.double() - truth.collision.double()).abs() / truth.collision.double().abs().clamp(min=1)
+        assert error.numel() == 0 or error.max() <= tolerance, f"collision: {error.max():.1e}"
+
+
 def compare(z, w, y, tolerance, wrap=fl.Logits, wrap_ref=None, **options):
     """Every output and both gradients of fl.token_stats against the float64 twin; tolerance(kind) bounds the error."""
     wrap_ref = wrap_ref or wrap
@@ -56,6 +66,7 @@ def compare(z, w, y, tolerance, wrap=fl.Logits, wrap_ref=None, **options):
     z64, w64 = double(z), double(w)
     truth = fl.reference.token_stats(wrap(z64), y, wrap_ref(w64), **options)
     assert torch.equal(ours.mask, truth.mask)
+    check_collision(ours, truth, tolerance("value"))
     for name, value in outputs(truth).items():
         mine = outputs(ours)[name]
         assert mine.shape == value.shape and mine.isfinite().all(), name
@@ -159,6 +170,7 @@ def compare_sources(build, leaves, y, tolerance=1e-5, slack=4.0, each=True, how=
     ours, truth = judge.mine, judge.truth
     assert outputs(ours).keys() == outputs(truth).keys() and torch.equal(ours.mask, truth.mask)
     assert (ours.correct is None) == (truth.correct is None)
+    check_collision(ours, truth, tolerance)
     weights = {}
     for name, value in outputs(truth).items():
         judge.value(name, lambda stats, name=name: outputs(stats)[name])

@@ -261,7 +261,7 @@ def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, unit=0, names=(), r
     step = memory.HeadStep(rows, vocab, dtype.itemsize, bound, ref, both, *hidden, frozen, unit)
 
     def plan(workspace):
-        return request(policy, y, other, bound, False, -100, How(workspace=workspace), unit).plan
+        return request(policy, y, other, bound, False, False, -100, How(workspace=workspace), unit).plan
 
     def ours(workspace):
         if unit == 1:

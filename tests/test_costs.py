@@ -75,10 +75,12 @@ def test_no_spills_and_wide_loads_on_sm_90(machine_code):
 @pytest.mark.parametrize(
     ("workload", "direction", "instructions"),
     [
-        ("logps", "forward", 12), ("logps + entropy", "forward", 12), ("logps + ref", "forward", 22),
+        ("logps", "forward", 12), ("logps + entropy", "forward", 12), ("logps + collision", "forward", 12),
+        ("logps + entropy + collision", "forward", 12), ("logps + ref", "forward", 22),
         ("both KLs", "forward", 22), ("forward_kl", "forward", 22), ("reverse_kl", "forward", 22), ("jeffreys", "forward", 22),
-        ("both KLs + entropy", "forward", 31.1), ("alpha", "forward", 31.1), ("pearson_chi2", "forward", 31.1),
-        ("neyman_chi2", "forward", 31.1), ("squared_hellinger", "forward", 31.1),
+        ("both KLs + entropy", "forward", 31.1), ("both KLs + entropy + collision", "forward", 31.1),
+        ("alpha", "forward", 31.1), ("pearson_chi2", "forward", 31.1), ("neyman_chi2", "forward", 31.1),
+        ("squared_hellinger", "forward", 31.1),
         ("logps", "backward", 31.1), ("logps + entropy", "backward", 31.1), ("both KLs + entropy", "backward", 46.7),
         ("reverse_kl", "backward", 46.7), ("forward_kl", "backward", 46.7), ("alpha", "backward", 46.7),
     ],

@@ -113,6 +113,7 @@ def random_call(r, plan, small, device):
     if vocab == 1:  # z = w but for rounding: a slope of either sign
         names = [n for n in names if n != "total_variation"]
     options = {"divergence": names, "entropy": r.random() < 0.6, "shift": bool(lead) and r.random() < 0.3}
+    options["collision"] = r.random() < 0.6
     how = {"plan": plan, "static_shapes": r.random() < 0.4}
     policy, ref = build(leaves)
     fewest = least_workspace(lambda bytes: fl.token_stats(policy, y, ref, workspace=bytes, **how, **options))
@@ -1022,7 +1023,8 @@ def stats_arguments(leaves, y, plan, backend, divergence="forward_kl;js", worksp
     """Of fused_losses::hidden_stats, ten leaves."""
     wanted = [x is not None and x.requires_grad for x in leaves]
     return (
-        y, *leaves, 0.7, 0.7, divergence, True, -100, 41, 0.0, 1.0, 0.0, 1.0, backend, plan, workspace, static, wanted,
+        y, *leaves, 0.7, 0.7, divergence, True, True, -100, 41, 0.0, 1.0, 0.0, 1.0, backend, plan, workspace, static,
+        wanted,
     )  # fmt: skip
 
 
@@ -1058,8 +1060,9 @@ def training_step(x, weight, a, b, ref_x, ref_weight, y, plan):
     policy, ref = fl.Hidden(x, weight, lora=(a, b, 0.5)), fl.Hidden(ref_x, ref_weight)
     how = {"plan": plan, "workspace": 1 << 20}
     out = fl.dpo_loss(policy, y, ref, divergence="js", shift=True, **how)
-    stats = fl.token_stats(policy, y, ref, divergence=["forward_kl", "js"], entropy=True, shift=True, **how)
-    penalty = sum(d.mean() for d in stats.divergence.values()) - stats.entropy.mean()
+    sums = {"entropy": True, "collision": True}
+    stats = fl.token_stats(policy, y, ref, divergence=["forward_kl", "js"], shift=True, **sums, **how)
+    penalty = sum(d.mean() for d in stats.divergence.values()) - (stats.entropy * stats.collision.exp()).mean()
     return out.loss + penalty, out.metrics["rewards/margins"]
 
 

@@ -197,8 +197,10 @@ def test_nan_is_not_hidden(backend, device):
     z, w = logits((3, 70), device)
     with torch.no_grad():
         z[0, 33], w[1, 44] = math.nan, math.nan
-    stats = fl.token_stats(z, torch.zeros(3, dtype=torch.long, device=device), w, divergence=NAMES, entropy=True)
-    assert stats.logps.isnan().tolist() == stats.entropy.isnan().tolist() == [True, False, False]
+    y = torch.zeros(3, dtype=torch.long, device=device)
+    stats = fl.token_stats(z, y, w, divergence=NAMES, entropy=True, collision=True)
+    for x in (stats.logps, stats.entropy, stats.collision):
+        assert x.isnan().tolist() == [True, False, False]
     assert stats.ref_logps.isnan().tolist() == [False, True, False]
     for name, value in stats.divergence.items():
         assert value.isnan().tolist() == [True, True, False], name

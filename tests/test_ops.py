@@ -17,29 +17,29 @@ from fused_losses.memory_probe import peak_bytes
 OPS = torch.ops.fused_losses
 
 
-def stats_arguments(device, divergence, entropy, shift, backend, requires_grad, with_ref=True, softcap=0.0):
+def stats_arguments(device, divergence, entropy, collision, shift, backend, requires_grad, with_ref=True, softcap=0.0):
     z, w = logits((2, 4, 33), device)
     z.requires_grad_(requires_grad)
     y = labels_for((2, 4), 33, device)
     ref = w.requires_grad_(requires_grad) if with_ref else None
-    return (z, y, ref, divergence, entropy, shift, -100, 33, softcap, 1.0, 0.0, 0.5, backend, False)
+    return (z, y, ref, divergence, entropy, collision, shift, -100, 33, softcap, 1.0, 0.0, 0.5, backend, False)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize(
-    ("divergence", "entropy", "shift", "with_ref"),
+    ("divergence", "entropy", "collision", "shift", "with_ref"),
     [
-        ("", False, False, False), ("", True, True, True),
-        ("forward_kl;js(beta=0.3)", True, False, True), ("alpha", False, True, True),
+        ("", False, False, False, False), ("", False, True, False, False), ("", True, True, True, True),
+        ("forward_kl;js(beta=0.3)", True, False, False, True), ("alpha", False, True, True, True),
     ],
 )  # fmt: skip
-def test_opcheck_token_stats(backend, device, divergence, entropy, shift, with_ref, requires_grad):
-    args = stats_arguments(device, divergence, entropy, shift, backend, requires_grad, with_ref)
+def test_opcheck_token_stats(backend, device, divergence, entropy, collision, shift, with_ref, requires_grad):
+    args = stats_arguments(device, divergence, entropy, collision, shift, backend, requires_grad, with_ref)
     opcheck(OPS.token_stats.default, args)
 
 
 def test_opcheck_backward_ops(backend, device):
-    z, y, w, *rest = stats_arguments(device, "forward_kl;alpha", True, False, backend, False)
+    z, y, w, *rest = stats_arguments(device, "forward_kl;alpha", True, True, False, backend, False)
     saved = OPS.token_stats(z, y, w, *rest)[-1]
     g = torch.ones(8, device=device)
     for g_div, to_ref in ((torch.ones(2, 8, device=device), True), (None, False)):
@@ -76,10 +76,9 @@ def test_opcheck_pair_loss(backend, device, packed):
 def step(z, y, w):
     """What a training loop does: a loss, a divergence as a penalty, an entropy bonus."""
     out = fl.dpo_loss(z, y, fl.Logits(w, temperature=1.5), divergence="js", shift=True)
-    stats = fl.token_stats(z, y, w, divergence=["forward_kl", "alpha(a=0.3)"], entropy=True, shift=True)
-    return out.loss + sum(d.mean() for d in stats.divergence.values()) - stats.entropy.mean(), out.metrics[
-        "rewards/margins"
-    ]
+    stats = fl.token_stats(z, y, w, divergence=["forward_kl", "alpha(a=0.3)"], entropy=True, collision=True, shift=True)
+    bonus = (stats.entropy * stats.collision.exp()).mean()
+    return out.loss + sum(d.mean() for d in stats.divergence.values()) - bonus, out.metrics["rewards/margins"]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -180,6 +179,6 @@ def test_import_needs_torch_alone():
 def test_registry_reaches_the_operators():
     """Ops take divergences by name: every key must read back as itself."""
     for name in divergences.names():
-        assert ops._problem(name, False, False, -100, 5, 0.0, 1.0, 0.0, 1.0, "torch")[0].divergences == (
+        assert ops._problem(name, False, False, False, -100, 5, 0.0, 1.0, 0.0, 1.0, "torch")[0].divergences == (
             divergences.get(name),
         )

@@ -48,7 +48,7 @@ class Step:
     @property
     def plan(self):
         """What the planner says."""
-        rest = self.asked, self.entropy, -100, How(**self.how), self.unit
+        rest = self.asked, self.entropy, False, -100, How(**self.how), self.unit
         return request(self.source[0], self.y, self.source[1], *rest).plan
 
     def run(self):
@@ -274,7 +274,7 @@ CUTS = [[0, 40, 77], [0, 1, 30, 77], [0, 3, 5, 20, 21, 50, 76, 77]]
 
 
 def whole_problem(vocab):
-    return Problem(DIVS, True, False, -100, vocab, 0.0, 1.0, 5.0, 0.7)
+    return Problem(DIVS, True, True, False, -100, vocab, 0.0, 1.0, 5.0, 0.7)
 
 
 def part_of(problem, start, end, *tensors):
@@ -282,12 +282,12 @@ def part_of(problem, start, end, *tensors):
 
 
 def blank_outputs(rows, device):
-    """logps, ref_logps, lse, entropy, divergences, hit, saved."""
+    """logps, ref_logps, lse, entropy, divergences, hit, collision, saved."""
     n = len(DIVS)
-    floats = [torch.full((rows,), torch.nan, device=device) for _ in range(4)]
+    *floats, collision = (torch.full((rows,), torch.nan, device=device) for _ in range(5))
     hit = torch.zeros(rows, dtype=torch.bool, device=device)
     div, saved = (torch.full((k, rows), torch.nan, device=device) for k in (n, 7 + 2 * n))
-    return [*floats, div, hit, saved]
+    return [*floats, div, hit, collision, saved]
 
 
 def state_of(backend, problem, z, w, y, start, end):
@@ -331,21 +331,26 @@ def closed(backend, problem, state, z, w, y, cuts):
     sums = torch.zeros(2 * len(DIVS), len(y), device=z.device)
     for start, end in zip(cuts, cuts[1:], strict=False):
         part, zs, ws = part_of(problem, start, end, z, w)
-        backend.terms(part, zs, y, ws, out[6], sums)
+        backend.terms(part, zs, y, ws, out[7], sums)
     for i, d in enumerate(DIVS):
         if d.term is not None:
             value, slope = sums[2 * i], sums[2 * i + 1]
-            torch_backend.write_divergence(problem, i, value, slope, slice(None), out[0], out[1], out[4], out[6])
-    here = y != -100
-    named = dict(zip(("logps", "ref_logps", "lse", "entropy", "hit"), [*out[:4], out[5]], strict=True))
-    return {k: v[here] for k, v in (named | dict(zip(NAMES, out[4], strict=True))).items()}
+            torch_backend.write_divergence(problem, i, value, slope, slice(None), out[0], out[1], out[4], out[7])
+    return by_name(out, y != -100)
+
+
+def by_name(out, here):
+    names = ("logps", "ref_logps", "lse", "entropy", "hit", "collision")
+    named = dict(zip(names, [*out[:4], *out[5:7]], strict=True)) | dict(zip(NAMES, out[4], strict=True))
+    return {k: v[here] for k, v in named.items()}
 
 
 def truth_of(z, w, y):
     found = fl.reference.token_stats(
-        fl.Logits(z.double()), y, fl.Logits(w.double(), softcap=5.0, scale=0.7), divergence=NAMES, entropy=True
-    )
-    named = {k: getattr(found, k) for k in ("logps", "ref_logps", "lse", "entropy")} | found.divergence
+        fl.Logits(z.double()), y, fl.Logits(w.double(), softcap=5.0, scale=0.7), divergence=NAMES, entropy=True,
+        collision=True,
+    )  # fmt: skip
+    named = {k: getattr(found, k) for k in ("logps", "ref_logps", "lse", "entropy", "collision")} | found.divergence
     return {"hit": found.correct[y != -100]} | {k: v[y != -100] for k, v in named.items()}
 
 
@@ -353,9 +358,7 @@ def one_slice(backend, problem, z, w, y):
     """The kernels that see whole rows."""
     out = blank_outputs(len(y), z.device)
     backend.forward(problem, z, y, w, *out)
-    here = y != -100
-    named = dict(zip(("logps", "ref_logps", "lse", "entropy", "hit"), [*out[:4], out[5]], strict=True))
-    return {k: v[here] for k, v in (named | dict(zip(NAMES, out[4], strict=True))).items()}
+    return by_name(out, y != -100)
 
 
 def rows_with_suppressed_tokens(device, spread=1.0, vocab=77):
@@ -425,7 +428,7 @@ def test_parts_merge_in_any_order(backend, device, order):
 def test_merging_near_the_reference(backend, device, spread, offset):
     """Where p is almost q: no worse than three times the error of the rows unsplit, and never negative."""
     code, rows = backend_of(backend), 32 if backend == "torch" else 6
-    problem = Problem(DIVS, True, False, -100, 509, 0.0, 1.0, 0.0, 1.0)
+    problem = Problem(DIVS, True, True, False, -100, 509, 0.0, 1.0, 0.0, 1.0)
     z = torch.randn(rows, 509, device=device) * 2
     w = z + torch.randn(rows, 509, device=device) * spread + offset
     y = torch.tensor([0, 200, 508, 333] * 8, device=device)[:rows]
@@ -449,7 +452,7 @@ def test_partial_stats_are_that_rule(backend, device):
     y = labels_for((4,), 53, device)
     z, w = x @ weight.T, torch.randn(4, 53, device=device)
     cuts = [(0, 10), (10, 11), (11, 40), (40, 53)]
-    options = {"divergence": names, "entropy": True}
+    options = {"divergence": names, "entropy": True, "collision": True}
     logits = [fl.partial_stats(z[:, a:b], y, w[:, a:b], first=a, **options) for a, b in cuts]
     heads = [fl.partial_stats(fl.Hidden(x, weight[a:b]), y, w[:, a:b], first=a, **options) for a, b in cuts]
     truth = fl.reference.token_stats(z.double(), y, w.double(), **options)
@@ -457,7 +460,7 @@ def test_partial_stats_are_that_rule(backend, device):
     for merged_parts in (fl.merge_stats(logits), grouped, fl.merge_stats(heads[::-1])):
         found = merged_parts.close()
         assert torch.equal(found.correct, truth.correct)
-        for name in ("logps", "ref_logps", "lse", "entropy"):
+        for name in ("logps", "ref_logps", "lse", "entropy", "collision"):
             assert relative(getattr(found, name), getattr(truth, name)) <= 1e-6, name
         for name in names:
             assert relative(found.divergence[name], truth.divergence[name]) <= 2e-6, name

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import double, logits, relative
+from helpers import double, logits, products, relative
 
 import fused_losses as fl
-from fused_losses import divergences, ops, pair_terms
+from fused_losses import divergences, ops, pair_terms, torch_backend
 from fused_losses.losses.pair_losses import SORTED, UNLINKED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -295,6 +295,32 @@ def test_wpo_matches_the_twin(monkeypatch, loss, shift):
     (pz, pw, py), cu = pack([6, 5, 0, 6, 4, 6], *(x.detach() for x in (z, w, y)))
     leaves = [x.requires_grad_() for x in (pz, pw)]
     compare(lambda library, z, w: call(library, z, w, py, cu_seqlens=cu), *leaves)
+
+
+@pytest.mark.parametrize("plan", ["rows", "slices", "whole", "frozen"])
+def test_wpo_weights_come_from_the_same_pass(monkeypatch, plan):
+    """No call and no product more than without them, in every plan the same loss and gradient."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    z, w, y = batch()
+    calls, forward = [], torch_backend.forward
+    monkeypatch.setattr(torch_backend, "forward", lambda *args: (calls.append(args), forward(*args)))
+    fl.preference_loss(z, y, w, use_weighting=True)
+    assert len(calls) == 1
+    x, weight, other = (torch.randn(4, 5, 6).requires_grad_(), torch.randn(19, 6), torch.randn(19, 6))
+    weight.requires_grad_(plan != "frozen")
+    y = torch.randint(0, 19, (4, 5))
+    y[1, 3:], y[2, :2] = -100, -100
+    ref = fl.Hidden(x.detach(), other)
+
+    def step(library=fl, on=True, **how):
+        loss = library.preference_loss(fl.Hidden(x, weight), y, ref, use_weighting=on, **how).loss
+        return loss, *torch.autograd.grad(loss, [t for t in (x, weight) if t.requires_grad])
+
+    assert products(lambda: step(plan=plan)) == products(lambda: step(on=False, plan=plan))
+    truth = step(fl.reference)
+    for how in ({"plan": plan}, {"plan": "slices", "workspace": 20_000}):
+        for mine, theirs in zip(step(**how), truth, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

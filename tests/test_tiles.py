@@ -37,11 +37,11 @@ def hidden(rows, width, vocab, device, dtype=torch.float32, bias=False, rank=0, 
     return x, weight, torch.randn(vocab, device=device).to(dtype) if bias else None, lora
 
 
-def ours(policy, labels, ref, names=(), entropy=True, valid=None, heads=(None, None), scale=1.0, splits=None, first=0):
+def ours(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, None), scale=1.0, splits=None, first=0):
     """TokenStats in a dictionary, from tile_states, close and tile_terms."""
     problem = Problem(
-        divergences.parse(names), entropy, False, -100, valid or len(policy[1]), heads[0] or 0.0, scale, heads[1] or 0.0,
-        scale, first,
+        divergences.parse(names), sums, sums, False, -100, valid or len(policy[1]), heads[0] or 0.0, scale,
+        heads[1] or 0.0, scale, first,
     )  # fmt: skip
     side = lambda s: s and (*s[:3], s[3] and (s[3][2] and s[0] @ s[3][0].T, s[3][1], s[3][2]))  # noqa: E731
     p, q, n, m = side(policy), side(ref), len(labels), len(problem.divergences)
@@ -51,32 +51,24 @@ def ours(policy, labels, ref, names=(), entropy=True, valid=None, heads=(None, N
     launch.tile_states(problem, p, labels, q, state, splits)
     assert state[:, labels == -100].isnan().all()
     logps, ref_logps, lse, div, saved = new(n), new(n), new(n), new(m, n), new(7 + 2 * m, n)
-    h, hit = new(n), torch.ones(n, dtype=torch.bool, device=labels.device)
+    h, squares, hit = new(n), new(n), torch.ones(n, dtype=torch.bool, device=labels.device)
     launch.close(
-        problem,
-        state,
-        labels,
-        logps,
-        ref_logps if q else None,
-        lse,
-        h if entropy else None,
-        div if m else None,
-        hit,
-        saved,
-    )
+        problem, state, labels, logps, ref_logps if q else None, lse, h if sums else None, div if m else None, hit,
+        squares if sums else None, saved,
+    )  # fmt: skip
     out = {"logps": logps, "lse": lse, "correct": hit}
-    if entropy:
-        out["entropy"] = h
+    if sums:
+        out |= {"entropy": h, "collision": squares}
     if q:
         out["ref_logps"] = ref_logps
     if any(d.term is not None for d in problem.divergences):
-        sums = torch.zeros(2 * m, n, device=labels.device)
-        launch.tile_terms(problem, p, labels, q, saved, sums, splits)
-        div = torch.where(torch.tensor([[d.term is not None] for d in problem.divergences]), sums[::2], div)
+        found = torch.zeros(2 * m, n, device=labels.device)
+        launch.tile_terms(problem, p, labels, q, saved, found, splits)
+        div = torch.where(torch.tensor([[d.term is not None] for d in problem.divergences]), found[::2], div)
     return out | {d.key: div[i] for i, d in enumerate(problem.divergences)}
 
 
-def truth(policy, labels, ref, names=(), entropy=True, valid=None, heads=(None, None), scale=1.0):
+def truth(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, None), scale=1.0):
     def source(side, cap):
         x, weight, bias, lora = side
         lora = lora and fl.sources.Lora(lora[0].double(), lora[1].double(), lora[2])
@@ -86,10 +78,11 @@ def truth(policy, labels, ref, names=(), entropy=True, valid=None, heads=(None, 
         )
 
     stats = fl.reference.token_stats(
-        source(policy, heads[0]), labels, ref and source(ref, heads[1]), divergence=names or None, entropy=entropy
-    )
+        source(policy, heads[0]), labels, ref and source(ref, heads[1]), divergence=names or None, entropy=sums,
+        collision=sums,
+    )  # fmt: skip
     out = {"logps": stats.logps, "lse": stats.lse, "correct": stats.correct} | stats.divergence
-    return out | {k: v for k, v in (("entropy", stats.entropy), ("ref_logps", stats.ref_logps)) if v is not None}
+    return out | {k: v for k in ("entropy", "collision", "ref_logps") if (v := getattr(stats, k)) is not None}
 
 
 def compare(found, expected, tolerance):
@@ -118,9 +111,7 @@ def test_one_side(device, shape, dtype):
     policy, labels = hidden(n, h, v, device, dtype), labels_for(n, v, device)
     compare(ours(policy, labels, None, splits=splits), truth(policy, labels, None), 2e-6)
     if n < 10:
-        compare(
-            ours(policy, labels, None, entropy=False, splits=splits), truth(policy, labels, None, entropy=False), 2e-6
-        )
+        compare(ours(policy, labels, None, sums=False, splits=splits), truth(policy, labels, None, sums=False), 2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -179,23 +170,24 @@ def test_suppressed_tokens_and_slices(device):
     labels = torch.tensor([149, 85, 120, -100, 99, 140], device=device)
     names = ["reverse_kl", "forward_kl"]
     found = ours(policy, labels, ref, names, splits=3)
-    expected = truth(policy, labels, ref, names, entropy=True)
+    expected = truth(policy, labels, ref, names)
     assert found["forward_kl"][labels >= 0].isinf().all() and expected["forward_kl"][labels >= 0].isinf().all()
-    for name in ("logps", "ref_logps", "lse", "entropy", "reverse_kl"):
+    for name in ("logps", "ref_logps", "lse", "entropy", "collision", "reverse_kl"):
         assert relative(found[name], expected[name]) <= 1e-5, name
 
-    problem = Problem(divergences.parse(names), True, False, -100, 100, 0.0, 1.0, 0.0, 1.0)
-    whole, left, right = (torch.zeros(13, 6, device=device) for _ in range(3))
+    problem = Problem(divergences.parse(names), True, True, False, -100, 100, 0.0, 1.0, 0.0, 1.0)
+    whole, left, right = (torch.zeros(moments.fields(0), 6, device=device) for _ in range(3))
     for state, c in ((whole, slice(0, 150)), (left, slice(0, 100)), (right, slice(100, 150))):
         sides = [(s[0], s[1][c], s[2][c], None) for s in (policy, ref)]
         launch.tile_states(problem._replace(vocab=c.stop - c.start, first=c.start), sides[0], labels, sides[1], state)
     launch.merge_states(problem, left, right)
-    out = [torch.zeros(6, device=device) for _ in range(4)]
+    *out, squares = (torch.zeros(6, device=device) for _ in range(5))
     for state in (whole, left):
         div, saved = torch.zeros(2, 6, device=device), torch.zeros(11, 6, device=device)
         hit = torch.zeros(6, dtype=torch.bool, device=device)
-        launch.close(problem._replace(vocab=150), state, labels, *out, div, hit, saved)
-        for name, value in zip(("logps", "ref_logps", "lse", "entropy"), out, strict=True):
+        launch.close(problem._replace(vocab=150), state, labels, *out, div, hit, squares, saved)
+        named = zip(("logps", "ref_logps", "lse", "entropy", "collision"), [*out, squares], strict=True)
+        for name, value in named:
             assert relative(value, expected[name]) <= 1e-5, name
         assert relative(div[0], expected["reverse_kl"]) <= 1e-5
 
@@ -236,18 +228,19 @@ def test_traffic(device, ref, splits):
     n, h, v, valid = 135, 96, 1000, 900
     policy = hidden(n, h, v, device, torch.float16, bias=True)
     other = hidden(n, 2 * h, v, device, torch.float16) if ref else None
-    problem = Problem(divergences.parse(KLS if ref else None), True, False, -100, valid, 0.0, 1.0, 0.0, 1.0)
+    problem = Problem(divergences.parse(KLS if ref else None), True, ref, False, -100, valid, 0.0, 1.0, 0.0, 1.0)
     config = launch.tile_config(problem, torch.float16, ref, False)
     labels = torch.randint(0, valid, (n,), device=device)
     labels[::5] = -100  # their hidden states are not read
+    fields = moments.fields(0)
     with traffic.count() as seen:
-        launch.tile_states(problem, policy, labels, other, torch.zeros(13, n, device=device), splits)
+        launch.tile_states(problem, policy, labels, other, torch.zeros(fields, n, device=device), splits)
     blocks, columns = -(-n // config.rows), -(-valid // config.columns)
     width = h + (2 * h if ref else 0)
     expected = 2 * width * (blocks * valid + columns * int((labels != -100).sum()))
-    expected += 2 * blocks * valid + 8 * n * splits + 2 * 4 * 13 * n * (splits - 1)
+    expected += 2 * blocks * valid + 8 * n * splits + 2 * 4 * fields * n * (splits - 1)
     assert seen.read == expected
-    assert seen.written <= 2 * 4 * 13 * n * splits
+    assert seen.written <= 2 * 4 * fields * n * splits
 
 
 TARGETS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB of shared memory
@@ -263,17 +256,18 @@ def compile_all():
     facts = []
     for target in TARGETS:
         more = (((), False, True), (["js", "alpha"], True, True)) if target == "sm_90" else ()
-        for names, ref, lora in (((), False, False), (KLS, True, False), *more):
+        usual = (((), False, False), (KLS, True, False))
+        for (names, ref, lora), squares in (*((c, False) for c in (*usual, *more)), *((c, True) for c in usual)):
             policy = hidden(16, 64, 16, "cpu", torch.bfloat16, bias=lora, rank=16 if lora else 0)
             policy = (torch.zeros(16, 64, dtype=torch.bfloat16), *policy[1:])
             if lora:
                 policy = (*policy[:3], (torch.zeros(16, 16, dtype=torch.bfloat16), policy[3][1], 0.5))
             other = (policy[0], policy[1], None, None) if ref else None
-            problem = Problem(divergences.parse(names or None), not ref, False, -100, 16, 0.0, 1.0, 0.0, 1.0)
+            problem = Problem(divergences.parse(names or None), not ref, squares, False, -100, 16, 0.0, 1.0, 0.0, 1.0)
             labels = torch.zeros(16, dtype=torch.int64)
             m = len(problem.divergences)
             with mc.compiled(target) as kernels:
-                launch.tile_states(problem, policy, labels, other, torch.zeros(16, 16), 1)
+                launch.tile_states(problem, policy, labels, other, torch.zeros(moments.fields(1), 16), 1)
                 if "js" in names:
                     launch.tile_terms(problem, policy, labels, other, torch.zeros(11, 16), torch.zeros(2 * m, 16), 1)
             for kernel in kernels:
@@ -301,7 +295,7 @@ def test_machine_code():
     done = subprocess.run([sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
-    assert len(facts) == 2 * len(TARGETS) + 3
+    assert len(facts) == 4 * len(TARGETS) + 3
     for fact in facts:
         assert fact["matrix"] > 0 and fact.get("wide", True), fact
         assert fact["shared"] <= TARGETS[fact["target"]] << 10, fact

@@ -1,8 +1,10 @@
 """token_stats on both backends against the float64 twin: values, gradients, dtypes, layouts, options, empty input."""
 
+import math
+
 import pytest
 import torch
-from helpers import EPS, compare, double, gradients, labels_for, logits, outputs, relative
+from helpers import EPS, check_collision, compare, double, gradients, labels_for, logits, outputs, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +12,7 @@ import fused_losses as fl
 from fused_losses import divergences
 
 NAMES = divergences.names()
-EVERYTHING = {"divergence": NAMES, "entropy": True}
+EVERYTHING = {"divergence": NAMES, "entropy": True, "collision": True}
 
 
 def fp32(kind):
@@ -37,10 +39,12 @@ def test_low_precision_is_never_worse_than_eager(backend, device, name, dtype):
     """Values and gradients against what eager torch loses in the same dtype; one rounding of the gradient is free."""
     z, w = logits((6, 515), device, dtype)
     y = labels_for((6,), 515, device)
-    options = {"divergence": name, "entropy": True}
+    options = {"divergence": name, "entropy": True, "collision": True}
     ours, eager = fl.token_stats(z, y, w, **options), fl.reference.token_stats(z, y, w, **options)
     z64, w64 = double(z), double(w)
-    truth = outputs(fl.reference.token_stats(z64, y, w64, **options))
+    truth = fl.reference.token_stats(z64, y, w64, **options)
+    check_collision(ours, truth, 1e-6)
+    truth = outputs(truth)
     # The interpreter truncates float32 -> bfloat16, which doubles the rounding.
     rounding = EPS[dtype] * (2.1 if dtype == torch.bfloat16 and backend == "triton" and device.type == "cpu" else 1.0)
     for key, value in truth.items():
@@ -82,7 +86,8 @@ def test_any_shape_and_option(backend, device, data):
     wrap = lambda x: fl.Logits(x, **head)  # noqa: E731
     y = labels_for(lead, vocab, device, masked=draw(st.booleans()))
     names = draw(st.lists(st.sampled_from(NAMES), max_size=3, unique=True))
-    compare(z, w, y, lambda kind: 3e-5, wrap=wrap, divergence=names, entropy=draw(st.booleans()), shift=shift)
+    sums = {name: draw(st.booleans()) for name in ("entropy", "collision")}
+    compare(z, w, y, lambda kind: 3e-5, wrap=wrap, divergence=names, shift=shift, **sums)
 
 
 HEADS = [
@@ -101,7 +106,7 @@ def test_head_options(backend, device, head, side):
     mine, other = (head if side != "reference" else plain), (head if side != "policy" else plain)
     compare(
         z, w, labels_for((5,), v, device), fp32, wrap=lambda x: fl.Logits(x, **mine), wrap_ref=lambda x: fl.Logits(x, **other),
-        divergence=["forward_kl", "js", "alpha"], entropy=True,
+        divergence=["forward_kl", "js", "alpha"], entropy=True, collision=True,
     )  # fmt: skip
 
 
@@ -139,10 +144,11 @@ def test_strides(backend, device):
     for what, z, w in views(device):
         y = labels_for(z.shape[:-1], z.shape[-1], device)
         y = y[:1].expand(y.shape) if what == "expanded batch" else y.t().contiguous().t() if y.dim() == 2 else y
-        options = {"divergence": ["reverse_kl", "js"], "entropy": True}
+        options = {"divergence": ["reverse_kl", "js"], "entropy": True, "collision": True}
         a = fl.token_stats(z, y, w, **options)
         b = fl.token_stats(z.contiguous(), y.contiguous(), w.contiguous(), **options)
         weight = torch.randn(y.shape, device=device)
+        torch.testing.assert_close(a.collision, b.collision, rtol=1e-6, atol=1e-6, msg=what)
         for key, value in outputs(b).items():
             torch.testing.assert_close(outputs(a)[key], value, rtol=1e-6, atol=1e-6, msg=what)
             for g, t in zip(gradients(outputs(a)[key], (z, w), weight), gradients(value, (z, w), weight), strict=True):
@@ -162,6 +168,7 @@ def test_shift_is_the_causal_shift(backend, device, poison):
     inside = fl.token_stats(z, y, w, shift=True, **EVERYTHING)
     outside = fl.token_stats(z[:, :-1], y[:, 1:], w[:, :-1], **EVERYTHING)
     weight = torch.randn(2, 3, device=device)
+    assert torch.equal(inside.collision, outside.collision)
     for key, value in outputs(outside).items():
         assert torch.equal(outputs(inside)[key], value), key
         for g, t in zip(gradients(outputs(inside)[key], (z, w), weight), gradients(value, (z, w), weight), strict=True):
@@ -176,6 +183,53 @@ def test_correct_is_the_argmax(backend, device):
     assert torch.equal(fl.token_stats(z, y).correct, expected)
     tie = torch.zeros(2, 7, device=device)
     assert fl.token_stats(tie, torch.tensor([0, 6], device=device)).correct.all()
+
+
+def test_collision_of_known_rows(backend, device):
+    """log sum_v p_v^2: -log V where p is uniform, over the tokens that are not suppressed; 0 where one token is sure."""
+    v = 5003
+    rows = torch.zeros(5, v, device=device)
+    rows[1] += 777.0
+    rows[2, 100:] = -math.inf
+    rows[3, 4000] = 200.0
+    rows[4] = -300.0
+    rows[4, 17], rows[4, 4000] = 0.0, -math.log(3)  # 3/4 and 1/4
+    y = torch.tensor([0, 5, 99, 4000, 17], device=device)
+    found = fl.token_stats(rows, y, collision=True).collision
+    sizes = torch.tensor([v, v, 100, 1, 1 / (9 / 16 + 1 / 16)], dtype=torch.float64, device=device)
+    torch.testing.assert_close(found.double(), -sizes.log(), rtol=4 * EPS[torch.float32], atol=4 * EPS[torch.float32])
+    with_ref = fl.token_stats(rows, y, rows.flip(1), collision=True)
+    torch.testing.assert_close(with_ref.collision, found)
+    rows[0] = -math.inf
+    assert fl.token_stats(rows, y, collision=True).collision.isnan().tolist() == [True] + [False] * 4
+
+
+def test_collision_where_the_sides_lie_apart(backend, device):
+    """Shifts that are tied to the other side's must not let the squares underflow."""
+    z = torch.randn(6, 3000, device=device)
+    w = torch.randn(6, 3000, device=device)
+    peaks = torch.tensor([0.0, 15.0, 25.0, 30.0, 45.0, 70.0], device=device)
+    w[:, 7] += peaks
+    w[:, 2900] += 1.5 * peaks
+    z[:, 2000] += 4.0
+    y = torch.randint(0, 3000, (6,), device=device)
+    truth = fl.reference.token_stats(z.double(), y, collision=True)
+    for names in ((), ("reverse_kl", "alpha")):
+        check_collision(fl.token_stats(z, y, w, divergence=names, collision=True), truth, 1e-6)
+
+
+def test_collision_changes_nothing_else(backend, device):
+    """Neither values nor gradients; and it has no graph of its own."""
+    z, w = logits((6, 1500), device)
+    y = labels_for((6,), 1500, device)
+    options = {"divergence": ["forward_kl", "alpha"], "entropy": True}
+    a, b = (fl.token_stats(z, y, w, collision=on, **options) for on in (False, True))
+    assert a.collision is None and b.collision.grad_fn is None and not b.collision.requires_grad
+    weight = torch.randn(6, device=device)
+    for key, value in outputs(a).items():
+        assert torch.equal(outputs(b)[key], value), key
+        for g, t in zip(gradients(outputs(b)[key], (z, w), weight), gradients(value, (z, w), weight), strict=True):
+            assert torch.equal(g, t), key
 
 
 def test_incoming_gradients_of_any_stride(backend, device):
@@ -251,6 +305,7 @@ def test_one_token_vocabulary(backend, device):
     stats = fl.token_stats(z, torch.zeros(3, dtype=torch.long, device=device), w, **EVERYTHING)
     for key, value in outputs(stats).items():
         torch.testing.assert_close(value, z.detach()[:, 0] if key == "lse" else torch.zeros(3, device=device), msg=key)
+    assert torch.equal(stats.collision, torch.zeros(3, device=device))
     (stats.logps + sum(stats.divergence.values()) + stats.entropy).sum().backward()
     assert not z.grad.any()
 
@@ -258,7 +313,7 @@ def test_one_token_vocabulary(backend, device):
 def test_all_masked(backend, device, poison):
     z, w = logits((4, 33), device)
     stats = fl.token_stats(z, torch.full((4,), -100, device=device), w, **EVERYTHING)
-    for value in outputs(stats).values():
+    for value in [*outputs(stats).values(), stats.collision]:
         assert torch.equal(value, torch.zeros(4, device=device))
     sum(x.sum() for x in outputs(stats).values()).backward()
     assert not z.grad.any() and not w.grad.any() and not stats.correct.any()
@@ -323,6 +378,7 @@ BAD = [
     (lambda: fl.token_stats(X, L, fl.LogProbs(X[:, 0]), divergence="js"), ValueError, "got fl.LogProbs"),
     (lambda: fl.token_stats(X, L, fl.LogProbs(X)), ValueError, r"ref: expected fl.LogProbs \[3\].*got \[3, 5\]"),
     (lambda: fl.token_stats(fl.LogProbs(X[:, 0]), L, entropy=True), ValueError, "policy: fl.LogProbs has no distribution"),
+    (lambda: fl.token_stats(fl.LogProbs(X[:, 0]), L, collision=True), ValueError, "policy: fl.LogProbs has .* collision"),
     (lambda: fl.token_stats(X[0], L[0], shift=True), ValueError, "shift: expected labels with a time dimension"),
     (lambda: fl.Logits(X, softcap=-1), ValueError, "softcap: expected a finite number > 0 or None, got -1"),
     (lambda: fl.Logits(X, temperature=0), ValueError, "temperature"),

@@ -146,6 +146,7 @@ class Needs(NamedTuple):
     divergences: tuple[Divergence, ...] = ()
     per_token: Mapping[str, Tensor] = {}
     per_sequence: Mapping[str, Tensor] = {}
+    collision: bool = False
 
 
 def fused(

@@ -21,7 +21,6 @@ from ..objective import Tokens
 from ..pair_terms import TERMS
 from .common import check_positive
 
-SQUARES = "log_sum_exp_2z"  # among the tokens' extras, for WPO: log sum_v e^(2 z_v)
 EXO_EPSILON = 1e-3  # what its paper recommends
 
 
@@ -146,8 +145,8 @@ def desensitised(tokens: Tokens, alpha: float) -> Tokens:
 
 def wpo_weights(tokens: Tokens) -> Tensor:
     """WPO (2406.11827 eq. 2), [B]: product over the pair of exp(mean_t(log p(y_t) - log sum_v p_v^2)), without a graph."""
-    assert tokens.lse is not None
-    x = (tokens.logps - tokens.extra[SQUARES] + 2 * tokens.lse).detach()
+    assert tokens.collision is not None
+    x = (tokens.logps - tokens.collision).detach()
     chosen, rejected = (tokens.sums(x) / tokens.lengths.clamp(min=1)).tensor_split(2)
     return (chosen + rejected).exp()
 

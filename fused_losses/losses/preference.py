@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from ..layout import shift_packed
 from ..objective import Tokens
 from ..sources import LogProbs, Source, as_source, check_labels
-from ..stats import labels_mask, token_stats
-from .common import Entry, LossOutput, Needs, check_pairs, fused, pair_metrics
-from .pair_losses import LOSSES, SQUARES, Pairs, desensitised, read_options, wpo_weights
+from .common import Entry, LossOutput, Needs, check_pairs, counting_mask, fused, pair_metrics
+from .pair_losses import LOSSES, Pairs, desensitised, read_options, wpo_weights
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
 
@@ -90,8 +87,8 @@ def preference_loss(
         ld_alpha: LD-DPO (2409.06411) where not None: log-probs of both sides beyond the length of the pair's shorter response
             count so much, in [0, 1]. Lengths and sft are as they were.
         use_weighting: WPO (2406.11827 eq. 2): pairs are weighted with the product over both responses of
-            exp(mean_t(log p(y_t) - log sum_v p_v^2)), without a gradient and, as TRL has it, unbounded. It takes a second
-            pass over the policy's logits. Not for aot*; sft is weighted after its mean.
+            exp(mean_t(log p(y_t) - log sum_v p_v^2)), without a gradient and, as TRL has it, unbounded. Not for aot*; sft
+            is weighted after its mean.
         reduction: "mean" over pairs, "sum", or "none" ([B]).
         num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate.
         num_nll_tokens: for sft, likewise the chosen tokens of the whole batch; else each micro-batch has a mean of its own.
@@ -109,15 +106,13 @@ def preference_loss(
         ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting
     )
     pairs = check_pairs(labels, cu_seqlens) // 2
-    kept = shift_packed(labels, cu_seqlens, ignore_index) if shift and cu_seqlens is not None else labels
-    inner: dict[str, Any] = {"shift": shift and cu_seqlens is None, "ignore_index": ignore_index}
     chosen = num_nll_tokens
     if "sft" in o.names and chosen is None:
-        chosen = _chosen_tokens(labels_mask(kept, **inner), cu_seqlens)
+        mask = counting_mask(labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index)
+        chosen = _chosen_tokens(mask, cu_seqlens)
     batch = pairs if num_nll_tokens is None or num_items is None else num_items
-    extra = {}
-    if o.weighting:
-        extra[SQUARES] = _log_sum_exp_2z(policy, kept, workspace=workspace, static_shapes=static_shapes, **inner)
+    if o.weighting and isinstance(as_source("policy", policy), LogProbs):
+        raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
 
     def formula(tokens: Tokens) -> Tensor:
         view = Pairs(tokens, o, chosen, batch)
@@ -127,7 +122,7 @@ def preference_loss(
         return total * wpo_weights(tokens) if o.weighting else total
 
     found = fused(
-        formula, policy, labels, ref, Needs(o.unit, per_token=extra), reduction=reduction, num_items=num_items,
+        formula, policy, labels, ref, Needs(o.unit, collision=o.weighting), reduction=reduction, num_items=num_items,
         cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, entropy=entropy,
         inplace_backward=inplace_backward, plan=plan, workspace=workspace, static_shapes=static_shapes,
     )  # fmt: skip
@@ -160,17 +155,6 @@ def _chosen_tokens(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         return mask[: len(mask) // 2].sum().clamp(min=1)
     end = cu_seqlens[len(cu_seqlens) // 2]
     return (mask & (torch.arange(len(mask), device=mask.device) < end)).sum().clamp(min=1)
-
-
-def _log_sum_exp_2z(policy: Source, labels: Tensor, **options: Any) -> Tensor:
-    """log sum_v e^(2 z_v) for log sum_v p_v^2: the normaliser at half the temperature."""
-    source = as_source("policy", policy)
-    if isinstance(source, LogProbs):
-        raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
-    with torch.no_grad():
-        lse = token_stats(replace(source, temperature=source.temperature / 2), labels, **options).lse
-    assert lse is not None
-    return lse
 
 
 ENTRIES = [

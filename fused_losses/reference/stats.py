@@ -34,8 +34,8 @@ def _shifted(labels: Tensor, shift: bool) -> Tensor:
 
 def token_stats(
     policy: Source, labels: Tensor, ref: Source | None = None, *, divergence: Asked = None, entropy: bool = False,
-    shift: bool = False, ignore_index: int = -100, inplace_backward: bool = False, plan: str = "auto",
-    workspace: int | None = None, static_shapes: bool = False,
+    collision: bool = False, shift: bool = False, ignore_index: int = -100, inplace_backward: bool = False,
+    plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
 ) -> TokenStats:  # fmt: skip
     """fl.token_stats with whole tensors of logits; the last four arguments say how, and mean nothing here."""
     mask = _shifted(check_labels(labels), shift) != ignore_index
@@ -59,9 +59,12 @@ def token_stats(
     asked = parse(divergence)
     if asked and (log_p is None or log_q is None):
         raise ValueError(f"divergence: {asked[0].key!r} needs policy and ref as logits")
+    if collision and log_p is None:
+        raise ValueError("collision: needs policy as logits")
     values = {d.key: d.define(log_p.exp(), log_q.exp()).masked_fill(~mask, 0) for d in asked}  # type: ignore[union-attr]
     if log_p is None or z is None:
         return TokenStats(logps, ref_logps, values, None, None, mask, None)
     h = torch.special.entr(log_p.exp()).sum(-1).masked_fill(~mask, 0) if entropy else None  # H = -sum p log p
+    squares = (2 * log_p.detach()).logsumexp(-1).masked_fill(~mask, 0) if collision else None  # log sum p^2
     correct = (z.gather(-1, target).squeeze(-1) >= z.amax(-1)) & mask
-    return TokenStats(logps, ref_logps, values, h, z.logsumexp(-1).masked_fill(~mask, 0), mask, correct)
+    return TokenStats(logps, ref_logps, values, h, z.logsumexp(-1).masked_fill(~mask, 0), mask, correct, squares)
