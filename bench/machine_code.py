@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -91,12 +92,29 @@ class Profile:
     shared: int
 
 
-def _disassemble(kernel) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+@functools.lru_cache(maxsize=64)  # many launches compile to the same code
+def _tool(cubin: bytes, name: str, *options: str) -> str:
+    """What a tool of Triton's wheel says about a binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(kernel.asm["cubin"])
-        return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+        Path(path).write_bytes(cubin)
+        return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout
+
+
+def _disassemble(kernel) -> str:
+    return _tool(kernel.asm["cubin"], "nvdisasm", "-c", "-ndf")
+
+
+def registers(kernel) -> int:
+    """Registers of a thread."""
+    if "amdgcn" in kernel.asm:
+        return int(re.search(r"\.vgpr_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+    return _usage(kernel, "REG")
+
+
+def _usage(kernel, resource: str) -> int:
+    return int(re.search(rf"{resource}:(\d+)", _tool(kernel.asm["cubin"], "cuobjdump", "-res-usage"))[1])
 
 
 _LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*?);")
@@ -107,8 +125,8 @@ def _width(opcode: str) -> int:
     return {"128": 128, "64": 64, "U16": 16, "S16": 16, "16": 16, "U8": 8, "S8": 8}[found.group(1)] if found else 32
 
 
-def loops(sass: str) -> list[list[str]]:
-    """Opcodes of every innermost loop (a backward branch with no other one inside)."""
+def _parse(sass: str) -> tuple[list[tuple[str, str]], dict[str, int], list[tuple[int, int]]]:
+    """(opcode, operands) of every instruction, what each label points at, and from where to where each loop goes."""
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -122,6 +140,12 @@ def loops(sass: str) -> list[list[str]]:
             start = labels.get(target.group(0), i + 1)
             if start < i:
                 spans.append((start, i + 1))
+    return code, labels, spans
+
+
+def loops(sass: str) -> list[list[str]]:
+    """Opcodes of every innermost loop (a backward branch with no other one inside)."""
+    code, labels, spans = _parse(sass)
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     return [_hot(code, labels, *s) for s in inner]
 
@@ -136,10 +160,29 @@ def _hot(code: list[tuple[str, str]], labels: dict[str, int], start: int, end: i
     return kept
 
 
+def nest(sass: str) -> tuple[list[str], list[list[str]]]:
+    """Of a loop around matrix products: the opcodes of a step beside them, and those of every loop of products."""
+    code, labels, spans = _parse(sass)
+
+    def has(span: tuple[int, int], name: str) -> bool:
+        return any(name in op for op, _ in code[slice(*span)])
+
+    start, end = min(s for s in spans if has(s, "MMA") and has(s, "MUFU"))  # later ones begin where a wait was left
+    inner = [s for s in spans if start < s[0] and s[1] < end and has(s, "MMA") and not has(s, "MUFU")]
+    rest = [item for i, item in enumerate(code) if not any(a <= i < b for a, b in inner)]
+    moved = lambda i: i - sum(min(max(i - a, 0), b - a) for a, b in inner)  # noqa: E731
+    return (
+        _hot(rest, {k: moved(i) for k, i in labels.items()}, moved(start), moved(end)),
+        [_hot(code, labels, *s) for s in inner],
+    )
+
+
 def spills(kernel) -> int:
     """Accesses to local memory, or on AMD registers that live there."""
     if "amdgcn" in kernel.asm:
         return int(re.search(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+    if not _usage(kernel, "STACK") and not _usage(kernel, "LOCAL"):
+        return 0
     lines = map(_LINE.match, _disassemble(kernel).splitlines())
     return sum(m.group(1).startswith(("LDL", "STL")) for m in lines if m)
 
@@ -212,8 +255,8 @@ def compile_workload(
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
 
 
-def compile_pairs(target: str) -> list[dict]:
-    """The pair kernels of every term of the margin and every f-DPO link: that they compile, and without spills."""
+def compile_pairs(target: str) -> list[tuple]:
+    """(name, direction, kernel) of the pair kernels of every term of the margin and every f-DPO link."""
     import torch
 
     from fused_losses import divergences as registry
@@ -225,7 +268,7 @@ def compile_pairs(target: str) -> list[dict]:
     cu = torch.zeros(5, dtype=torch.int64)
     every = [(TERMS["sigmoid"], registry.get(name)) for name in registry.linkable()]
     every += [(term, registry.get("reverse_kl")) for name, term in TERMS.items() if name != "sigmoid"]
-    rows = []
+    found = []
     for number, (term, link) in enumerate(every):
         numbers = (0.1,) * (len(inspect.signature(term).parameters) - 1)
         problem = PairProblem(link, term, numbers, 0.1, 4, False)
@@ -235,9 +278,8 @@ def compile_pairs(target: str) -> list[dict]:
             launch.pair_forward(problem, tokens, ref, mask, packed, torch.zeros(2), *(torch.zeros(4) for _ in range(3)))
             launch.pair_backward(problem, grads, coef, mask, packed, tokens, ref)
         name = f"{term.__name__}, {link.key}"
-        for direction, kernel in zip(("forward", "backward"), kernels, strict=True):
-            rows.append({"target": target, "workload": name, "direction": direction, "spills": spills(kernel)})
-    return rows
+        found += [(name, *of) for of in zip(("forward", "backward"), kernels, strict=True)]
+    return found
 
 
 def report(targets: list[str]) -> list[dict]:
@@ -264,7 +306,10 @@ def report(targets: list[str]) -> list[dict]:
                         "mufu_limit": moved[direction] * MUFU_PER_BYTE,
                     }
                 rows.append(row)
-        rows += compile_pairs(target)
+        rows += [
+            {"target": target, "workload": name, "direction": direction, "spills": spills(kernel)}
+            for name, direction, kernel in compile_pairs(target)
+        ]
     print(file=sys.stderr)
     return rows
 

@@ -59,7 +59,7 @@ def count() -> Iterator[Bytes]:
 
 def measure(
     divergence=None, entropy: bool = False, ref: bool = True, rows: int = 2, vocab: int = 50257, dtype=torch.float32,
-    to_ref: bool = False, masked: int = 0,
+    to_ref: bool = False, masked: int = 0, collision: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
     """Requested / compulsory bytes of the forward and of the backward. Compulsory: each logit of a row that counts read
     once, each gradient written once (ignored rows are written, not read)."""
@@ -74,7 +74,7 @@ def measure(
     row = vocab * z.element_size()
     live = rows - masked
     with count() as forward:
-        stats = fl.token_stats(z, y, w, divergence=divergence, entropy=entropy)
+        stats = fl.token_stats(z, y, w, divergence=divergence, entropy=entropy, collision=collision)
     loss = stats.logps.sum() + sum(d.sum() for d in stats.divergence.values())
     loss = loss + (stats.entropy.sum() if stats.entropy is not None else 0)
     with count() as backward:

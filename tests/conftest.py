@@ -1,6 +1,11 @@
 """Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors; it must be chosen before Triton is imported."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +36,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def static_report(tmp_path_factory):
+    """Every kernel compiled for every target, once for all tests: exit code, output and rows of the check."""
+    path = tmp_path_factory.mktemp("static") / "rows.json"
+    command = [sys.executable, "-m", "bench.static", "--check", "--short", "--json", str(path)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert path.exists(), done.stderr[-3000:]
+    rows = json.loads(path.read_text())["rows"]
+    return SimpleNamespace(code=done.returncode, says=done.stdout, rows=rows)
 
 
 @pytest.fixture(autouse=True)

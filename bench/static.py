@@ -1,0 +1,497 @@
+"""python -m bench static: what every kernel asks of a GPU, found without one.
+
+Two models: machine_code.py compiles each kernel for a target and reads its machine code, traffic.py counts in Triton's
+interpreter the bytes that it asks for. From both follows what binds it on an H200, and the fraction of the copy
+bandwidth (of the matrix units' peak, for kernels with products) that it can reach at best: a prediction, not a measurement.
+
+    python -m bench static [--targets sm_80 sm_90 sm_100] [--json FILE]    the table, and what exceeds its limit
+    python -m bench static --check      compare with bench/static.json: exit 1 on spills, on 5 % more instructions an entry
+    python -m bench static --update     write bench/static.json: after every change of a kernel that is meant
+
+Counts are per vocabulary entry (logit, pair of logits or tile element; a token for `pair`) in the loops over them, both
+sweeps of the two-pass divergences together. Logits are bf16 (fp32 in slices, as the plans hold them), V = 128256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from bench import machine_code as mc
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+BASELINE = Path(__file__).with_suffix(".json")
+KEPT = ("instructions", "mufu", "spills", "registers", "shared")  # in the baseline
+TOLERANCE = 1.05
+
+# An H200, whose code is that of sm_90: multiprocessors, Hz, measured bytes/s of a copy; lanes a clock and multiprocessor.
+H200, PROCESSORS, CLOCK, COPY = "sm_90", 132, 1.98e9, 4.3e12
+ISSUE, MUFU, MATRIX = 128, 16, 2048  # multiplications of bf16
+HIDDEN = 4096  # that of the products in the predictions
+
+# Kernels of token_stats that are meant to wait for memory on an H200: instructions a vocabulary entry. It has time for
+# 15.6 while a lone bf16 logit arrives, 31.1 for a pair or a lone logit backward, 46.7 for a pair backward (MUFU: an eighth).
+MEMORY_BOUND: dict[tuple[str, str], float] = {
+    ("logps", "forward"): 12, ("logps + entropy", "forward"): 12, ("logps + collision", "forward"): 12,
+    ("logps + entropy + collision", "forward"): 12, ("logps + ref", "forward"): 22,
+    ("both KLs", "forward"): 22, ("forward_kl", "forward"): 22, ("reverse_kl", "forward"): 22, ("jeffreys", "forward"): 22,
+    ("both KLs + entropy", "forward"): 31.1, ("both KLs + entropy + collision", "forward"): 31.1,
+    ("alpha", "forward"): 31.1, ("pearson_chi2", "forward"): 31.1,
+    ("neyman_chi2", "forward"): 31.1, ("squared_hellinger", "forward"): 31.1,
+    ("logps", "backward"): 31.1, ("logps + entropy", "backward"): 31.1, ("both KLs + entropy", "backward"): 46.7,
+    ("reverse_kl", "backward"): 46.7, ("forward_kl", "backward"): 46.7, ("alpha", "backward"): 46.7,
+}  # fmt: skip
+STREAMS = ("token_stats", "fold_slice", "add_terms")  # their rows are aligned: 128-bit loads
+
+# Spills that are known: kernel, end of the workload's name, most accesses to local memory, why.
+KNOWN_SPILLS = [
+    ("fold_slice", "", 118, "moments of fp32 pairs: a thread holds 64 entries a side (half of these are in the loop)"),
+    ("token_stats", "both KLs + entropy, strided", 86, "a 64-bit address for every entry of either side"),
+    ("tile_sums", "softcap", 54, "its tanh: the tile is the largest that does without"),
+    ("tile_sums", "", 8, "powers: the tile is the largest that does without"),
+]  # fmt: skip
+
+Row = dict[str, Any]
+
+
+# ---- the launches ----------------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    kernel: str
+    direction: str
+    run: Callable[[], None]
+    entries: int = 0  # of a thread in a step of its loop; 0: there is no loop over entries
+    read: float = 0  # bytes of an entry that cannot be avoided
+    total: float = 0  # the same of the whole launch: for tiles, what their tiling cannot avoid
+    depth: int = 0  # of a step of the products
+    sides: int = 0  # that have products
+
+
+def _problem(case: tuple, vocab: int, softcap: float = 0.0):
+    from fused_losses import divergences
+    from fused_losses.layout import Problem
+
+    names, sums, _ = case
+    return Problem(
+        divergences=divergences.parse(names), entropy="entropy" in sums, collision="collision" in sums, shift=False,
+        ignore_index=-100, vocab=vocab, softcap=softcap, multiplier=1.0, ref_softcap=softcap, ref_multiplier=1.0,
+    )  # fmt: skip
+
+
+def _fields(problem, rows: int):
+    """state, and saved numbers of as many rows."""
+    import torch
+
+    from fused_losses import moments, plans
+
+    state = torch.zeros(moments.fields(plans.powers(problem)), rows)
+    return state, torch.zeros(7 + 2 * len(problem.divergences), rows)
+
+
+def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
+    """The kernels of a vocabulary in slices (kernels/slices.py)."""
+    import torch
+
+    from fused_losses.kernels import configs, launch
+
+    problem, ref = _problem(case, vocab), case[2]
+    z = torch.zeros(rows, vocab)
+    w = torch.zeros_like(z) if ref else None
+    labels = torch.zeros(rows, dtype=torch.int64)
+    state, saved = _fields(problem, rows)
+    n, read = len(problem.divergences), 8 if ref else 4
+    one_pass = tuple(d for d in problem.divergences if d.row is not None)
+    per_thread = launch.forward_config(one_pass, problem.entropy or problem.collision).per_thread
+    for direction, first in (("fresh", 0), ("onto", vocab)):
+        part = problem._replace(first=first)
+        run = lambda part=part, fresh=not first: launch.fold(part, z, labels, w, state, fresh)  # noqa: E731
+        yield Launch("fold_slice", direction, run, per_thread, read, read * z.numel())
+    if any(d.term is not None for d in problem.divergences):
+        sums = torch.zeros(2 * n, rows)
+        run = lambda: launch.terms(problem, z, labels, w, saved, sums)  # noqa: E731
+        yield Launch("add_terms", "", run, configs.FORWARD_TWO_PASS.per_thread, read, read * z.numel())
+    yield Launch("merge_states", "", lambda: launch.merge_states(problem, state, state.clone()))
+    new = lambda wanted=True: torch.zeros(rows) if wanted else None  # noqa: E731
+    outputs = (new(), new(ref), new(), new(problem.entropy), torch.zeros(n, rows) if n else None)
+    outputs += (torch.zeros(rows, dtype=torch.bool), new(problem.collision), saved)
+    yield Launch("close_states", "", lambda: launch.close(problem, state, labels, *outputs))
+
+
+def tiles(case: tuple, rows: int = 16, vocab: int = 16, width: int = 64, softcap: float = 0.0) -> Iterator[Launch]:
+    """The kernel whose logits stay on the chip (kernels/tiles.py), its first sweep and its second."""
+    import torch
+
+    from fused_losses.kernels import launch
+
+    problem, ref = _problem(case, vocab, softcap), case[2]
+    x, weight = (torch.zeros(n, width, dtype=torch.bfloat16) for n in (rows, vocab))
+    policy = (x, weight, None, None)
+    other = policy if ref else None
+    labels = torch.zeros(rows, dtype=torch.int64)
+    state, saved = _fields(problem, rows)
+    sums = torch.zeros(2 * len(problem.divergences), rows)
+    runs = {"states": lambda: launch.tile_states(problem, policy, labels, other, state, 1)}
+    if any(d.term is not None for d in problem.divergences):
+        runs["terms"] = lambda: launch.tile_terms(problem, policy, labels, other, saved, sums, 1)
+    for direction, run in runs.items():
+        config = launch.tile_config(problem, torch.bfloat16, ref, direction == "terms")
+        asked = -(-rows // config.rows) * vocab + -(-vocab // config.columns) * rows
+        per_thread = config.rows * config.columns // (32 * config.warps)
+        yield Launch("tile_sums", direction, run, per_thread, 0, asked * 2 * width * (1 + ref), config.depth, 1 + ref)
+
+
+def cases() -> dict[str, tuple]:
+    from fused_losses import divergences
+
+    return mc.launches(list(divergences.names()))
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+def _row(kernel, target: str, workload: str, of: Launch) -> Row:
+    row: Row = {"target": target, "kernel": of.kernel, "workload": workload, "direction": of.direction}
+    row |= {"spills": mc.spills(kernel), "registers": mc.registers(kernel), "shared": kernel.metadata.shared}
+    row |= {"instructions": None, "mufu": None, "loads": {}, "stores": {}, "bytes": of.read or None}
+    if of.read:
+        row |= {"limit": of.read * mc.INSTRUCTIONS_PER_BYTE, "mufu_limit": of.read * mc.MUFU_PER_BYTE}
+    if not of.entries or "cubin" not in kernel.asm:
+        return row
+    sass, products = mc._disassemble(kernel), []
+    if of.kernel == "tile_sums":
+        ops, products = mc.nest(sass)
+        row["sides"], row["product_instructions"] = of.sides, sum(map(len, products)) / of.entries / of.depth
+    else:
+        found = mc.loops(sass)
+        sweeps = [loop for loop in found if any(op.startswith("MUFU") for op in loop)]
+        ops = [op for loop in sweeps or [max(found, key=len)] for op in loop]
+    row["instructions"] = len(ops) / of.entries
+    row["mufu"] = sum(op.startswith("MUFU") for op in ops) / of.entries
+    moves = [op for loop in (ops, *products) for op in loop]
+    row["loads"] = dict(Counter(mc._width(op) for op in moves if op.startswith(("LDG.", "LDGSTS"))))
+    row["stores"] = dict(Counter(mc._width(op) for op in moves if op.startswith("STG")))
+    return row
+
+
+def _stats_rows(target: str, workload: str, case: tuple) -> list[Row]:
+    """token_stats. Elsewhere than on sm_90 the backward that there is, is the one that has most in its registers."""
+    rows = []
+    names, _, ref = case
+    for to_ref in (False, True)[: 1 + bool(names)]:
+        if not to_ref and names and target != H200:
+            continue
+        forward, backward = mc.compile_workload(*case, target, to_ref=to_ref)
+        read = 4 if ref else 2
+        if not rows:
+            rows.append(_row(forward[0], target, workload, Launch("token_stats", "forward", _none, forward[1], read)))
+        moved = (4 if names else 2) + (4 if to_ref else 2)
+        direction = "backward, both" if to_ref else "backward"
+        rows.append(_row(backward[0], target, workload, Launch("token_stats", direction, _none, backward[1], moved)))
+    return rows
+
+
+def _none() -> None:
+    pass
+
+
+def compile_part(target: str, part: str) -> list[Row]:
+    """Rows of a workload of token_stats, or of all workloads of the other kernels; called in a process of its own."""
+    from fused_losses.kernels import configs
+
+    every = cases()
+    if part in every:
+        return _stats_rows(target, part, every[part])
+    rows = []
+    if part == "strided":
+        for workload in mc.STRIDED:
+            both = mc.compile_workload(*every[workload], target, strided=True)
+            for direction, (kernel, _) in zip(("forward", "backward"), both, strict=True):
+                rows.append(_row(kernel, target, workload + ", strided", Launch("token_stats", direction, _none)))
+    elif part == "pairs":
+        for workload, direction, kernel in mc.compile_pairs(target):
+            of = Launch("pair", direction, _none, configs.PAIRS.per_thread, 9)  # two floats and a mask
+            rows.append(_row(kernel, target, workload, of))
+    else:
+        todo = [(workload, PARTS[part](case)) for workload, case in every.items()]
+        if part == "tiles":
+            todo.append(("both KLs, softcap", tiles(every["both KLs"], softcap=30.0)))
+        for workload, launches in todo:
+            with mc.compiled(target) as kernels:
+                for of in launches:
+                    of.run()
+                    rows.append(_row(kernels.pop(), target, workload, of))
+                    assert not kernels, "one launch, one kernel"
+    return rows
+
+
+PARTS: dict[str, Callable[[tuple], Iterator[Launch]]] = {"tiles": tiles, "slices": slices}
+KERNELS = {
+    "tiles": ("tile_sums",),
+    "slices": ("fold_slice", "add_terms", "merge_states", "close_states"),
+    "pairs": ("pair",),
+}
+
+
+def parts(targets: list[str], short: bool) -> Iterator[tuple[str, str]]:
+    """(target, part) to compile, the longest first. short: slices on one target, no tiles on AMD."""
+    for part in (*PARTS, "pairs", *cases(), "strided"):
+        for target in targets:
+            if part == "strided":
+                wanted = target in ("sm_100", "gfx942")
+            else:
+                wanted = not short or part not in PARTS or target == H200 or (part == "tiles" and target != "gfx942")
+            if wanted:
+                yield target, part
+
+
+# ---- interpreted -----------------------------------------------------------------------------------------------------
+
+
+def requested(part: str) -> list[tuple[str, str, str, float]]:
+    """(kernel, workload, direction, requested / compulsory bytes), in a process that interprets."""
+    from bench import traffic
+
+    rows = []
+    for workload, case in cases().items():
+        names, sums, ref = case
+        if part == "token_stats":
+            options = {"entropy": "entropy" in sums, "collision": "collision" in sums, "ref": ref, "vocab": 20011}
+            forward, backward = traffic.measure(list(names) or None, **options)
+            rows += [(part, workload, "forward", forward), (part, workload, "backward", backward)]
+            if names:
+                both = traffic.measure(list(names), **options, to_ref=True)[1]
+                rows.append((part, workload, "backward, both", both))
+            continue
+        sizes = {"rows": 2} if part == "slices" else {"rows": 192, "vocab": 200, "width": 512}
+        for of in PARTS[part](case, **sizes):
+            if of.total:
+                with traffic.count() as seen:
+                    of.run()
+                rows.append((of.kernel, workload, of.direction, seen.total / of.total))
+    return rows
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+def collect(todo: list[tuple[str, str]], with_bytes: bool = True, progress=sys.stderr) -> list[Row]:
+    """Every row, in processes: the compiler and the interpreter exclude each other, and both are slow."""
+    rows: list[Row] = []
+    ratios: dict[tuple, float] = {}
+    jobs = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    calls: list[tuple] = [(False, compile_part, *of) for of in todo]
+    if with_bytes:
+        calls += [(True, requested, part) for part in ("token_stats", *PARTS)]
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_LOSSES_BACKEND")}
+    clean["OMP_NUM_THREADS"] = "1"
+    for interpret in (False, True):
+        mine = [call[1:] for call in calls if call[0] == interpret]
+        if not mine:
+            continue
+        more = {"TRITON_INTERPRET": "1", "FUSED_LOSSES_BACKEND": "triton"} if interpret else {}
+        context = multiprocessing.get_context("spawn")
+        with mock.patch.dict(os.environ, clean | more, clear=True), ProcessPoolExecutor(jobs, context) as executor:
+            futures = {executor.submit(*call): call for call in mine}
+            for done, future in enumerate(as_completed(futures), 1):
+                if future.exception():
+                    executor.shutdown(wait=False, cancel_futures=True)
+                what = f"{'bytes of ' if interpret else ''}{' '.join(futures[future][1:])}"
+                print(f"\r{done}/{len(mine)} {what:<44}", end="", file=progress, flush=True)
+                if interpret:
+                    ratios |= {found[:3]: found[3] for found in future.result()}
+                else:
+                    rows += future.result()
+    print(file=progress)
+    for row in rows:
+        row["requested"] = ratios.get((row["kernel"], row["workload"], row["direction"]))
+        row |= predict(row)
+    return sorted(rows, key=key)
+
+
+def predict(row: Row) -> Row:
+    """On an H200: ps that an entry takes of each resource, which of them binds, and what fraction of its peak is left for
+    the bytes that cannot be avoided (for kernels with products: for those)."""
+    if row["target"] != H200 or row["instructions"] is None:
+        return {"ps": {}, "binds": None, "fraction": None}
+    lanes = PROCESSORS * CLOCK / 1e12
+    ps = {"issue": row["instructions"] / (ISSUE * lanes), "MUFU": row["mufu"] / (MUFU * lanes)}
+    if row["kernel"] == "tile_sums":  # one program a multiprocessor: what follows a tile's products waits for them
+        matrix, beside = HIDDEN * row["sides"] / (MATRIX * lanes), max(ps.values())
+        products = max(matrix, HIDDEN * row["product_instructions"] / (ISSUE * lanes))
+        binds = "matrix" if products == matrix > beside else "issue"
+        return {"ps": ps | {"matrix": matrix}, "binds": binds, "fraction": matrix / (products + beside)}
+    useful = row["bytes"] / COPY * 1e12
+    ps["bytes"] = useful * (row["requested"] or 1.0)
+    binds = max(ps, key=lambda name: ps[name])
+    return {"ps": ps, "binds": binds, "fraction": useful / ps[binds]}
+
+
+def key(row: Row) -> str:
+    return "|".join((row["kernel"], row["workload"], row["direction"], row["target"]))
+
+
+# ---- what to say about it --------------------------------------------------------------------------------------------
+
+
+def known_spills(row: Row) -> tuple[int, str]:
+    """How many there may be, and why."""
+    found = [k for k in KNOWN_SPILLS if row["kernel"] == k[0] and row["workload"].endswith(k[1])]
+    return found[0][2:] if found else (0, "")
+
+
+def flags(rows: list[Row]) -> list[str]:
+    """What exceeds its limit, in words."""
+    found = []
+    for row in rows:
+        allowed = known_spills(row)[0]
+        if row["spills"] > allowed:
+            found.append(f"{key(row)}: {row['spills']} accesses to spilled registers, {allowed} are known")
+        for what in ("loads", "stores"):
+            narrow = {int(bits) for bits in row[what]} - {128}
+            if narrow and row["kernel"] in STREAMS:
+                found.append(f"{key(row)}: {what} of {', '.join(map(str, sorted(narrow)))} bits where rows are aligned")
+        limit = MEMORY_BOUND.get((row["workload"], row["direction"]))
+        if limit is None or row["kernel"] != "token_stats" or row["target"] != H200:
+            continue
+        if row["instructions"] > limit:
+            found.append(f"{key(row)}: {row['instructions']:.1f} instructions an entry, limit {limit:.1f}")
+        if row["mufu"] > row["mufu_limit"]:
+            found.append(f"{key(row)}: {row['mufu']:.2f} MUFU an entry, limit {row['mufu_limit']:.2f}")
+    return found
+
+
+def baseline(rows: list[Row]) -> dict:
+    kernels = {key(row): {name: row[name] for name in KEPT} for row in rows}
+    return {"triton": version("triton"), "kernels": kernels}
+
+
+def compare(old: dict, new: dict, todo: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """(regressions, remarks) of what baseline() returned now against what it returned then; todo: what was compiled."""
+    worse, remarks = [], []
+    same = old["triton"] == new["triton"]
+    if not same:
+        remarks.append(f"the baseline is of triton {old['triton']}, this is {new['triton']}: only spills are compared")
+    scope = {(kernel, target) for target, part in todo for kernel in KERNELS.get(part, ("token_stats",))}
+    before = {name: row for name, row in old["kernels"].items() if tuple(name.split("|")[::3]) in scope}
+    worse += [f"{name}: no longer there" for name in before if name not in new["kernels"]]
+    for name, now in new["kernels"].items():
+        then = before.get(name)
+        if then is None:
+            worse.append(f"{name}: not in the baseline")
+            continue
+        if now["spills"] > then["spills"]:
+            worse.append(f"{name}: {now['spills']} accesses to spilled registers, {then['spills']} before")
+        if not same or then["instructions"] is None or now["instructions"] is None:
+            continue
+        text = f"{name}: {now['instructions']:.2f} instructions an entry, {then['instructions']:.2f} before"
+        if now["instructions"] > TOLERANCE * then["instructions"]:
+            worse.append(text)
+        elif then["instructions"] > TOLERANCE * now["instructions"]:
+            remarks.append(text)
+    return worse, remarks
+
+
+def save(path: Path, content: dict, lines: str) -> None:
+    """JSON with one line for every element of content[lines]."""
+    items = content[lines]
+    texts = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in items.items()] if isinstance(items, dict) else None
+    texts = texts or [f"  {json.dumps(item)}" for item in items]
+    around = "{}" if isinstance(items, dict) else "[]"
+    head = "".join(f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in content.items() if k != lines)
+    body = ",\n".join(texts)
+    path.write_text(f"{{{head}{json.dumps(lines)}: {around[0]}\n{body}\n{around[1]}}}\n")
+
+
+def print_table(rows: list[Row], file=None) -> None:
+    """By kernel, the worst fraction first; workloads with the same figures share a line."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        figures = json.dumps({k: v for k, v in row.items() if k != "workload"}, sort_keys=True)
+        groups.setdefault((row["kernel"], figures), []).append(row)
+    line = "{:<12} {:<6} {:<14} {:>6} {:>6} {:>5} {:>5} {:>6} {:>4} {:>6} {:>6}  {:<6} {:>5}  {}"
+    head = ("kernel", "target", "direction", "instr.", "limit", "MUFU", "limit", "spills", "reg.", "shared", "bytes")
+    print(line.format(*head, "binds", "frac.", "workloads; loads and stores other than of 128 bits"), file=file)
+    number = lambda x, digits=1: "" if x is None else f"{x:.{digits}f}"  # noqa: E731
+
+    def order(group: list[Row]) -> tuple:
+        first = group[0]
+        load = (first["instructions"] or 0) / first.get("limit", 1e9)
+        return first["kernel"], first["target"], 2.0 if first["fraction"] is None else first["fraction"], -load
+
+    for group in sorted(groups.values(), key=order):
+        r = group[0]
+        what = " | ".join(row["workload"] for row in group)
+        narrow = " ".join(
+            f"{name} {n}x{bits}" for name in ("loads", "stores") for bits, n in r[name].items() if int(bits) != 128
+        )
+        print(
+            line.format(
+                r["kernel"], r["target"], r["direction"], number(r["instructions"]), number(r.get("limit")),
+                number(r["mufu"], 2), number(r.get("mufu_limit"), 2), r["spills"], r["registers"], r["shared"],
+                number(r["requested"], 3), r["binds"] or "", number(r["fraction"], 2), what + (narrow and f"; {narrow}"),
+            ).rstrip(),
+            file=file,
+        )  # fmt: skip
+    print(
+        "\nA prediction for an H200, of sm_90's code: binds, and frac., of the copy bandwidth (tile_sums: of the matrix units'"
+        f"\npeak at {HIDDEN} hidden dimensions), at best. bytes: requested / compulsory, of the rows' logits (tile_sums: of"
+        "\nits tiling). limit: what an H200 has time for while the compulsory bytes arrive.",
+        file=file,
+    )
+    for text in sorted({f"{row['kernel']}: {known_spills(row)[1]}" for row in rows if row["spills"]}):
+        print(f"known spills of {text}", file=file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench static", description=__doc__.partition("\n")[0])
+    parser.add_argument("--targets", nargs="+", choices=mc.TARGETS, help="all, to check and to update")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="of an earlier --json: compile nothing")
+    parser.add_argument("--check", action="store_true", help="compare with the baseline; count no bytes")
+    parser.add_argument("--update", action="store_true", help="write the baseline; count no bytes")
+    parser.add_argument("--short", action="store_true", help="slices for sm_90 only, no tiles on AMD: as the tests do")
+    parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
+    args = parser.parse_args(argv)
+    quiet = args.check or args.update
+    args.targets = args.targets or list(mc.TARGETS if quiet else TARGETS)
+    todo = list(parts(args.targets, args.short))
+    if args.rows:
+        rows = [row for row in json.loads(args.rows.read_text())["rows"] if row["target"] in args.targets]
+    else:
+        rows = collect(todo, with_bytes=not quiet)
+    if args.json:
+        save(args.json, {"triton": version("triton"), "rows": rows}, "rows")
+    if not quiet:
+        print_table(rows)
+    over = flags(rows)
+    print(*(f"over its limit: {text}" for text in over), sep="\n", end="\n" if over else "")
+    new = baseline(rows)
+    if args.update and args.short:
+        parser.error("--update writes all rows of a target: not with --short")
+    if args.update:
+        old = json.loads(args.baseline.read_text())["kernels"] if args.baseline.exists() else {}
+        others = {k: v for k, v in old.items() if k.rpartition("|")[2] not in args.targets}
+        save(args.baseline, new | {"kernels": dict(sorted((others | new["kernels"]).items()))}, "kernels")
+    if not args.check:
+        return 0
+    worse, remarks = compare(json.loads(args.baseline.read_text()), new, todo)
+    print(*(f"better: {text}" if "before" in text else text for text in remarks), sep="\n", end="\n" if remarks else "")
+    print(*(f"worse: {text}" for text in worse), sep="\n", end="\n" if worse else "")
+    if worse:
+        print("If that is meant: python -m bench static --update")
+    return int(bool(worse or over))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
