@@ -1,4 +1,4 @@
-# make test | demo | gpu | lint | clean; `make help` explains.
+# make test | demo | bench | gpu | lint | clean; `make help` explains.
 PYTHON ?= python3
 VENV ?= .venv
 GPU_PYTHON ?= python3
@@ -8,15 +8,16 @@ BIN := $(VENV)/bin
 install = $(BIN)/python -m pip install -c constraints.txt -e ".[$(1)]"
 
 .DELETE_ON_ERROR:
-.PHONY: help test lint demo gpu clean
+.PHONY: help test lint demo bench gpu clean
 
 help:
 	@echo "make test    ruff, mypy and pytest, in $(VENV) (made on first use; PYTHON=... chooses the interpreter)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make demo    python -m fused_losses demo, in $(VENV); no GPU needed"
+	@echo "make bench   python -m bench: ours beside every peer that runs here, tables and pictures in bench/out; under ten minutes"
 	@echo "make gpu     bench/gpu.py with \$$(GPU_PYTHON), which has torch and triton already; installs nothing"
 	@echo "make clean   remove $(VENV), build products and caches"
-	@echo "ARGS=... is passed on: to pytest, the demo or bench/gpu.py"
+	@echo "ARGS=... is passed on: to pytest, the demo, the benchmark or bench/gpu.py"
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
@@ -28,6 +29,9 @@ lint: $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(BIN)/python -m fused_losses demo $(ARGS)
 
+bench: $(VENV)/.bench
+	env -u PYTHONPATH $(BIN)/python -m bench --grid quick --limit 360 $(ARGS)
+
 gpu:
 	env -u PYTHONPATH $(GPU_PYTHON) bench/gpu.py $(ARGS)
 
@@ -36,15 +40,19 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	-$(BIN)/python -m pip install --quiet --upgrade pip
 
-# dev includes demo; after an edit of the metadata each is installed again by the target that needs it.
+# dev includes demo and bench; after an edit of the metadata each is installed again by the target that needs it.
 $(VENV)/.dev: setup.py pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,dev)
-	touch $(VENV)/.demo $@
+	touch $(VENV)/.demo $(VENV)/.bench $@
 
 $(VENV)/.demo: setup.py pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,demo)
 	touch $@
 
+$(VENV)/.bench: setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,bench)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) bench/out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,8 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fused_losses/__init__.py"
 
 DEMO = ["transformers", "datasets", "tokenizers", "matplotlib", "tqdm"]
 PEERS = ["trl==1.16.0", "liger-kernel==0.8.5"]  # exactly: tests/test_against_*.py call what is private there
-TEST = ["pytest", "pytest-benchmark", "hypothesis", "setuptools>=77.0.3", "wheel", *DEMO, *PEERS]
+BENCH = [*PEERS, "cut-cross-entropy==25.1.1", "transformers", "datasets", "matplotlib", "pytest", "pytest-benchmark"]
+TEST = ["hypothesis", "setuptools>=77.0.3", "wheel", *DEMO, *BENCH]
 LINT = ["ruff", "mypy"]
 
 setup(
@@ -23,7 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
-    extras_require={"demo": DEMO, "peers": PEERS, "test": TEST, "lint": LINT, "dev": TEST + LINT},
+    extras_require={"demo": DEMO, "peers": PEERS, "bench": BENCH, "test": TEST, "lint": LINT, "dev": TEST + LINT},
     # kernels/ is a folder of its own in the repository and fused_losses.kernels everywhere else. The symlink
     # fused_losses/kernels makes that true in a checkout too; without an __init__.py in kernels/, `import kernels`
     # from the repository root still finds the unrelated package of that name.

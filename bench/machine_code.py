@@ -1,31 +1,22 @@
 """The machine-code model: what a launch compiles to, without a GPU.
 
 compiled(target) records every kernel that the launchers would launch inside it, compiled for that target with the very
-specialisation (alignment, strides, flags) of the arguments. profile() disassembles one of them (nvdisasm comes in
-Triton's wheel) and counts, in the hottest loop: instructions and special-function instructions (MUFU) per vocabulary
-entry, the widths of global loads and stores, local-memory spills.
-
-    python bench/machine_code.py [--targets sm_80 sm_90 sm_100 gfx942] [--json]
+specialisation (alignment, strides, flags) of the arguments; loops() and nest() find the loops of its machine code
+(nvdisasm comes in Triton's wheel), spills() and registers() what it holds. static.py makes a report of them.
 
 An H200 (132 SMs at 1.98 GHz, 4.3 TB/s measured copy bandwidth, 128 issue and 16 special-function lanes a clock and SM)
-moves a byte in the time of 7.8 instructions or 0.97 MUFU of one lane: `limit` below is that of the compulsory bytes.
+moves a byte in the time of 7.8 instructions or 0.97 MUFU of one lane.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
 import inspect
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -79,20 +70,6 @@ def compiled(target: str) -> Iterator[list]:
         driver._active = previous
 
 
-@dataclass
-class Profile:
-    """Machine code of one kernel; counts of the hottest loop are per vocabulary entry (a pair counts once)."""
-
-    name: str
-    instructions: float
-    mufu: float
-    loads: Counter  # bits per thread -> count, in that loop
-    stores: Counter
-    spills: int  # whole kernel
-    shared: int
-
-
-@functools.lru_cache(maxsize=64)  # many launches compile to the same code
 def _tool(cubin: bytes, name: str, *options: str) -> str:
     """What a tool of Triton's wheel says about a binary."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -187,22 +164,6 @@ def spills(kernel) -> int:
     return sum(m.group(1).startswith(("LDL", "STL")) for m in lines if m)
 
 
-def profile(kernel, entries_per_thread: int) -> Profile:
-    """Counts for the loop with the most MUFU; entries_per_thread = block / (32 warps)."""
-    sass = _disassemble(kernel)
-    found = loops(sass)
-    hot = max(found, key=lambda ops: sum(op.startswith("MUFU") for op in ops), default=[])
-    return Profile(
-        name=kernel.metadata.name,
-        instructions=len(hot) / entries_per_thread,
-        mufu=sum(op.startswith("MUFU") for op in hot) / entries_per_thread,
-        loads=Counter(_width(op) for op in hot if op.startswith(("LDG.", "LDGSTS"))),
-        stores=Counter(_width(op) for op in hot if op.startswith("STG")),
-        spills=spills(kernel),
-        shared=kernel.metadata.shared,
-    )
-
-
 # ---- the launches whose code is worth knowing ------------------------------------------------------------------------
 
 STRIDED = ("logps", "both KLs + entropy", "js")
@@ -251,7 +212,7 @@ def compile_workload(
             div if divergences else None, hit, squares if collision else None, saved,
         )  # fmt: skip
         launch.backward(problem, z, y, w, saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
-    config = launch.forward_config(problem.divergences, entropy or collision)
+    config = launch.forward_config(problem, z.dtype)
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
 
 
@@ -280,59 +241,3 @@ def compile_pairs(target: str) -> list[tuple]:
         name = f"{term.__name__}, {link.key}"
         found += [(name, *of) for of in zip(("forward", "backward"), kernels, strict=True)]
     return found
-
-
-def report(targets: list[str]) -> list[dict]:
-    """One row per workload, direction and target; counts only where nvdisasm reads the machine code (NVIDIA)."""
-    from fused_losses import divergences as registry
-
-    rows = []
-    cases = launches(list(registry.names()))
-    for target in targets:
-        for number, (workload, (names, sums, ref)) in enumerate(cases.items(), 1):
-            print(f"\r{target} {number}/{len(cases)} {workload:<30}", end="", file=sys.stderr, flush=True)
-            others = target != "sm_90"  # elsewhere compile what is not counted: the reference's gradient, odd strides
-            strided = others and workload in STRIDED
-            both = compile_workload(names, sums, ref, target, to_ref=others and bool(names), strided=strided)
-            bytes_read = 4 if ref else 2
-            moved = {"forward": bytes_read, "backward": (4 if names else 2) + 2}
-            for direction, (kernel, per_thread) in zip(("forward", "backward"), both, strict=True):
-                row = {"target": target, "workload": workload, "direction": direction}
-                if target.startswith("sm_"):
-                    measured = profile(kernel, per_thread)
-                    row |= asdict(measured) | {"loads": dict(measured.loads), "stores": dict(measured.stores)}
-                    row |= {
-                        "limit": moved[direction] * INSTRUCTIONS_PER_BYTE,
-                        "mufu_limit": moved[direction] * MUFU_PER_BYTE,
-                    }
-                rows.append(row)
-        rows += [
-            {"target": target, "workload": name, "direction": direction, "spills": spills(kernel)}
-            for name, direction, kernel in compile_pairs(target)
-        ]
-    print(file=sys.stderr)
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Machine code of the kernels, compiled without a GPU.")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_90"])
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
-    rows = report(args.targets)
-    if args.json:
-        print(json.dumps(rows))
-        return
-    head = ("target", "workload", "direction", "instr.", "limit", "MUFU", "limit", "loads", "spills", "shared")
-    line = "{:<7} {:<30} {:<9} {:>7} {:>6} {:>6} {:>6} {:>12} {:>6} {:>7}"
-    print(line.format(*head), "  bf16, V = 128256; per vocabulary entry of the main loop")
-    for r in rows:
-        if "limit" in r:
-            loads = " ".join(f"{n}x{bits}" for bits, n in r["loads"].items())
-            counts = (f"{r['instructions']:.1f}", f"{r['limit']:.1f}", f"{r['mufu']:.2f}", f"{r['mufu_limit']:.2f}")
-            print(line.format(r["target"], r["workload"], r["direction"], *counts, loads, r["spills"], r["shared"]))
-
-
-if __name__ == "__main__":
-    main()

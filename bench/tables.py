@@ -5,8 +5,8 @@
     python -m bench tables FILE.json ...    prints the tables of these files
 
 `<!-- bench:NAME FILE -->` begins a table, on a line of its own, and `<!-- /bench -->` ends it. FILE is relative to the
-README. NAME is `all`, `losses` (where we lose), or workloads joined by `;`; each may be a pattern of what a case is called,
-as in `dpo-*-bfloat16-random`. Columns may follow: `kl;dpo/ms,MiB,error`.
+README. NAME is `all`, `losses` (where we lose), `targets` (targets.py), or workloads joined by `;`; each may be a pattern of
+what a case is called, as in `dpo-*-bfloat16-random`. Columns may follow: `ce;dpo/ms,MiB,error`.
 """
 
 from __future__ import annotations
@@ -228,6 +228,10 @@ def update(text: str, name: str, table: str) -> str:
 def table_of(name: str, report: Report) -> str:
     """What belongs into the block of that name."""
     workloads, _, columns = name.partition("/")
+    if workloads == "targets":
+        from bench import targets  # which reads tables of its own here
+
+        return targets.table(targets.saved())
     if workloads == "losses":
         return "\n".join(f"- {line}" for line in losses(report)) or "Nowhere."
     chosen = None if workloads == "all" else workloads.split(";")

@@ -1,21 +1,14 @@
 """The traffic model: bytes that a kernel asks for, counted in Triton's interpreter, against the bytes it cannot avoid.
 
 count() wraps the interpreter's masked load and store, so only lanes whose mask is true count. Run on CPU tensors with
-TRITON_INTERPRET=1 set before Triton is imported:
-
-    python bench/traffic.py
+TRITON_INTERPRET=1 set before Triton is imported; `python -m bench static` makes a report.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from unittest import mock
-
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["FUSED_LOSSES_BACKEND"] = "triton"
 
 import torch
 
@@ -84,23 +77,3 @@ def measure(
         forward.total / (row * live * (2 if ref else 1)),
         backward.total / (row * (live * (2 if reads_ref else 1) + rows * (2 if to_ref else 1))),
     )
-
-
-def main() -> None:
-    import sys
-    from pathlib import Path
-
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
-    from fused_losses import divergences
-
-    print(f"{'workload':<28} {'forward':>8} {'backward':>8}   requested / compulsory bytes, fp32, V = 50257")
-    cases = [("logps", None, False, False), ("logps + entropy", None, True, False), ("logps + ref", None, False, True)]
-    cases += [(name, name, False, True) for name in divergences.names()]
-    cases += [("both KLs + entropy", ["reverse_kl", "forward_kl"], True, True)]
-    for label, divergence, entropy, ref in cases:
-        forward, backward = measure(divergence, entropy, ref)
-        print(f"{label:<28} {forward:8.4f} {backward:8.4f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -47,8 +47,8 @@ def naive_bytes(rows: int, step: Step) -> int:
 SMALL = 2048
 
 # Temporaries of the torch backend at its peak, in blocks of torch_backend.BLOCK_BYTES, measured by peak_bytes: without
-# divergence (gradient to policy, to both), and with one.
-BLOCKS, BLOCKS_DIVERGENCE = (7, 10), 13
+# divergence (gradient to policy, to both), and with one (read once, twice).
+BLOCKS, BLOCKS_DIVERGENCE = (5, 6), (13, 15)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Step:
         block = row * min(self.rows, max(1, torch_backend.BLOCK_BYTES // row))
         if not self.divergences:
             return BLOCKS[self.both] * block
-        return BLOCKS_DIVERGENCE * block
+        return BLOCKS_DIVERGENCE[any(d.term is not None for d in self.divergences)] * block
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ VARIABLE = "FUSED_LOSSES_WORKSPACE"
 KINDS = ("tiles", "frozen", "rows", "whole", "slices")
 ROWS = 8192  # of a tile at most: beyond, columns are worth more
 CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where products gain nothing from more
-CPU_BLOCK = 240 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
-BLOCKS = 20  # temporaries of torch_backend.BLOCK_BYTES that the torch backend holds at its peak
+CPU_BLOCK = 96 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
+BLOCKS = (6, 16)  # temporaries of torch_backend.BLOCK_BYTES that it holds at its peak, without and with a divergence
 
 
 class Facts(NamedTuple):
@@ -112,7 +112,7 @@ def _bytes(facts: Facts, rows: int, columns: int) -> int:
         logit += facts.itemsize * (facts.to_hidden or facts.to_head) + facts.itemsize * facts.to_ref
     size = rows * columns * logit
     if facts.backend == "torch":
-        size += BLOCKS * min(BLOCK_BYTES, rows * columns * facts.sums)
+        size += BLOCKS[facts.pair] * min(BLOCK_BYTES, rows * columns * facts.sums)
     size += rows * facts.casts[0] + columns * facts.casts[1]
     if low and (rows < facts.rows or facts.device != "cuda"):  # a slice of dW before it is rounded
         size += columns * (facts.hidden[0] * facts.to_weight + facts.hidden[1] * facts.to_ref) * facts.sums

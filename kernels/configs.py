@@ -16,7 +16,7 @@ class Config(NamedTuple):
 
 # Chosen from the machine code for sm_90 (no spills; 8 lanes a thread make 128-bit loads of 2-byte logits); not yet timed.
 FORWARD = Config(1024, 8, 4, 2)
-FORWARD_MORE = Config(1024, 4, 4, 2)  # a third exponential or an entropy beside the divergences: half the step
+FORWARD_MORE = Config(1024, 4, 4, 2)  # a third exponential, an entropy or float32 beside divergences: half the step
 FORWARD_TWO_PASS = Config(1024, 2, 4, 2)
 BACKWARD = Config(1024, 1, 4, 1)
 PAIRS = Config(1024, 1, 4, 1)
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 
 # kernels/tiles.py: one side | two sides | two sides and more in registers (a power, an entropy beside divergences, terms).
-# The largest tried that spill nothing (softcap, powers: 8 to 56 bytes on sm_80, sm_100), in 96 KiB of shared memory, AMD 64:
+# The largest tried that spill nothing (but for softcap and powers: bench/static.py), in 96 KiB of shared memory, AMD 64:
 # L2 gives a tile (1 / rows + 1 / columns) of a byte for every multiplication. sm_80 also stands for everything not named.
 TILES = {
     "sm_80": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4), Tile(64, 64, 32, 8, 4)),

@@ -42,18 +42,22 @@ def _formulas(divergences: tuple[Divergence, ...]):
     }
 
 
-def forward_config(divergences: tuple[Divergence, ...], own: bool) -> configs.Config:
-    """own: a sum of the policy's alone, for its entropy or collision."""
-    if any(d.term is not None for d in divergences):
-        return configs.FORWARD_TWO_PASS
-    more = any(d.power is not None for d in divergences) or (own and divergences)
+def forward_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
+    two_pass = any(d.term is not None for d in problem.divergences)
+    return configs.FORWARD_TWO_PASS if two_pass else fold_config(problem, dtype)
+
+
+def fold_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
+    """Of one sweep."""
+    wide = problem.entropy or problem.collision or dtype == torch.float32
+    more = any(d.power is not None for d in problem.divergences) or (wide and problem.divergences)
     return configs.FORWARD_MORE if more else configs.FORWARD
 
 
 def forward(
     problem: Problem, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, collision, saved
 ) -> None:  # fmt: skip
-    config = forward_config(problem.divergences, problem.entropy or problem.collision)
+    config = forward_config(problem, policy.dtype)
     with on(policy.device):
         token_stats.token_stats_forward[(logps.numel(),)](
             *_side(policy, problem.softcap, problem.multiplier),
@@ -94,8 +98,7 @@ def _sides(problem: Problem, z, w):
 
 def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
     """Folds logits [rows, columns] of the vocabulary from problem.first on into state [fields, rows]."""
-    one_pass = tuple(d for d in problem.divergences if d.row is not None)
-    config = forward_config(one_pass, problem.entropy or problem.collision)
+    config = fold_config(problem, z.dtype)
     formulas = _formulas(problem.divergences)
     with on(z.device):
         slices.fold_slice[(z.shape[0],)](

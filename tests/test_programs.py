@@ -1,6 +1,7 @@
 """The demo and the GPU script run from end to end, small."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,10 +45,24 @@ def test_demo(tmp_path):
 def test_gpu_script_without_a_gpu(tmp_path):
     import torch
 
-    done = run("bench/gpu.py", "--dry-run", "--skip-tests", "--results", str(tmp_path))
+    env = os.environ | {"OUT": str(tmp_path)}
+    done = run("bench/gpu.py", "--dry-run", "--tests", "tests/test_readme.py -k tree", env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (written,) = (path for path in tmp_path.rglob("*.json") if not path.name.startswith("hidden-"))
-    rows = json.loads(written.read_text())
-    assert rows and "commit" in written.read_text()
+    report = json.loads((tmp_path / "cpu" / "tiny.json").read_text())
+    assert report["benchmarks"] and report["commit_info"]["id"]
+    summary = done.stdout[done.stdout.index("\nsummary") :].splitlines()
+    assert {line.split(":")[0].strip() for line in summary[2:]} == {"tests", "bench", "targets"}
+    assert "tests: passed (1 passed)" in done.stdout and "FAILED" not in done.stdout
+    assert "| not measured |" in (tmp_path / "cpu" / "targets.txt").read_text()
     if not torch.cuda.is_available():
         assert run("bench/gpu.py").returncode == 2
+        assert run("-m", "bench", "tune").returncode == 2
+
+
+def test_a_test_that_fails_on_the_gpu_is_reported(tmp_path):
+    wrong = tmp_path / "test_wrong.py"
+    wrong.write_text("def test_wrong():\n    assert 1 + 1 == 3\n")
+    env = os.environ | {"OUT": str(tmp_path)}
+    command = ("bench/gpu.py", "--dry-run", "--tests", str(wrong), "--seconds", "30", "--grid", "tiny")
+    done = run(*command, env=env)
+    assert done.returncode == 1 and "tests: FAILED, exit code 1 (1 failed)" in done.stdout
