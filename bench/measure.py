@@ -99,6 +99,7 @@ def measure(
     seconds: float = 5.0, rounds: int = 5, process: bool = False, say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[Provider, dict[str, Any] | str]]:  # fmt: skip
     """A result or a reason for each provider, in the order of `chosen`. rounds: the fewest; more while there is time."""
+    torch.compiler.reset()  # or it gives up on functions that it has compiled for eight workloads
     p = Problem.random(shape, device, w.frozen)
     few = max(2, int(GATE_BYTES / (8 * shape.vocab * shape.length)) // 2 * 2)
     small = p if few >= len(p.labels) else p.part(few)

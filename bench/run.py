@@ -38,23 +38,22 @@ def _pairs(*grid: tuple[int, int], hidden: int, vocab: int, dtype: str) -> tuple
     return tuple(Shape(2 * b * t, t, hidden, vocab, dtype, prompt=0.5) for t, b in grid)
 
 
-HIDDEN = "ce,dpo*,f-dpo,tdpo,kto,grpo*,fkl,jsd,sft*"
 BF16 = "bfloat16"
 COMMON = ((4096, 4096, 128256), (8192, 4096, 128256), (8192, 4096, 151936), (8192, 2304, 256000), (16384, 2048, 131072))
 SMALL_H = ((8192, 896, 151936), (8192, 1024, 151936), (8192, 2048, 248320))
 # Who compiles nothing that takes half a minute.
 PLAIN = "eager*,torch linear*,Liger chunked,Liger T*,TRL*,cut-cross-entropy,*filtered,QuACK*,fused*"
 SMALL = Shape(512, 128, 256, 16384)
-REST = "logits: reverse_kl,*jeffreys,*alpha*,*chi2,*squared*,*total*,*skew*,logits: dpo,logits: f-dpo"
+SWEEP = "eager,Liger chunked,TRL*,fused*"
 GRIDS: dict[str, list[Job]] = {
     "tiny": [Job("ce,dpo,logits: dpo", (Shape(64, 16, 32, 512),)), Job("logits: forward_kl", (Shape(64, 16, 0, 512),))],
     "quick": [
-        Job(HIDDEN, (SMALL,)),
+        Job("ce,dpo,dpo saved,dpo frozen,tdpo,kto,grpo*,jsd,sft + kl", (SMALL,)),
         Job("logits: logp,logits: logp + entropy,logits: forward_kl,logits: js,logits: tdpo", (SMALL._replace(hidden=0),)),
+        Job("logits: *", (SMALL._replace(hidden=0),), "eager,fused*"),
         Job("dpo", (SMALL._replace(prompt=0.5), SMALL._replace(logits="peaked")), PLAIN),
-        Job("dpo", (SMALL._replace(rows=256), SMALL._replace(rows=1024), SMALL._replace(rows=2048)), PLAIN),
-        Job("dpo", (SMALL._replace(vocab=8192), SMALL._replace(vocab=32768)), PLAIN),
-        Job(REST, (SMALL._replace(hidden=0),), PLAIN),
+        Job("dpo", (SMALL._replace(rows=256), SMALL._replace(rows=1024), SMALL._replace(rows=2048)), SWEEP),
+        Job("dpo", (SMALL._replace(vocab=8192), SMALL._replace(vocab=32768)), SWEEP),
     ],
     "full": [Job("dpo,sft + kl,ce", (Shape(4096, 512, 512, 50304),))],
     "common": [

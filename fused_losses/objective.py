@@ -287,24 +287,28 @@ class _Known(torch.autograd.Function):
             )
         if ref is not None and both is None:
             out[1] = extra[REF]
-        ctx.job = job
-        ctx.save_for_backward(cu_seqlens, labels, *tensors, *out, *grads)
+        ctx.job, ctx.found = job, grads
+        ctx.save_for_backward(cu_seqlens, labels, *tensors, *out)
         ctx.mark_non_differentiable(out[5], out[6])
         ctx.set_materialize_grads(False)
         return losses, *out[:7]
 
     @staticmethod
     def backward(ctx, g_losses, *grads):  # type: ignore[no-untyped-def]
-        """The gradients found in the forward hold for equal gradients of all losses; anything else takes them anew."""
+        """The gradients found in the forward hold for equal gradients of all losses, and are given away, scaled where they
+        lie; anything else, and a second time, takes them anew."""
         job, saved, flags = ctx.job, ctx.saved_tensors, ctx.needs_input_grad[3:]
         end = 12 + len(job.names)
         cu_seqlens, labels, tensors, extras = saved[0], saved[1], saved[2:12], saved[12:end]
-        out, found = saved[end : end + 8], saved[end + 8 :]
+        out = saved[end:]
         uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
-        if uniform and all(g is None for g in grads[:5]) and not any(flags[10:]):
+        if uniform and all(g is None for g in grads[:5]) and not any(flags[10:]) and ctx.found is not None:
+            found, ctx.found = ctx.found, None
             with torch.no_grad():
                 scaled = [
-                    torch.mul(x, g_losses[0], out=torch.empty_like(x, dtype=y.dtype)) if flag else None
+                    torch.mul(x, g_losses[0], out=x if x.dtype == y.dtype else torch.empty_like(x, dtype=y.dtype))
+                    if flag
+                    else None
                     for x, y, flag in zip(found, tensors[:5], flags[:5], strict=True)
                 ]
             if torch.is_grad_enabled():

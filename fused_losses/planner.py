@@ -249,10 +249,10 @@ def _whole_bytes(facts: Facts) -> int:
 
 
 def rows_bytes(facts: Facts, rows: int) -> int:
-    """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum beside dW itself. The reference's
-    log-probs are there before, from slices, unless its distribution is needed."""
+    """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum, where it is wider, beside dW
+    itself. The reference's log-probs are there before, from slices, unless its distribution is needed."""
     wide, final = (facts.weight * size * facts.to_weight for size in (facts.sums, facts.itemsize))
-    return max(_bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide)
+    return max(_bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide * (wide > final))
 
 
 def worth(device: str) -> int:

@@ -772,7 +772,8 @@ def test_float64(device, monkeypatch, plan):
     leaves = frozen_head(leaves) if plan == "frozen" else leaves
     y = labels_for((4, 3), 41, device)
     if plan != "rows":
-        how = tight(plan, lambda **how: fl.token_stats(hidden_source(leaves[:5]), y, **how))
+        policy, ref = two_sources(leaves)
+        how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, **how))
         compare_sources(two_sources, leaves, y, 1e-12, how=how, divergence=NAMES, entropy=True)
     judge = judge_dpo(two_sources, leaves, y, 1e-12, how={"plan": plan}, divergence="js")
     judge.value("loss", lambda out: out.loss)

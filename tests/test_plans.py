@@ -75,7 +75,8 @@ def test_row_blocks_are_of_equal_size_large_and_few():
     plan = planner.choose(facts._replace(weight=50304 * 512))
     assert plan.kind == "rows" and plan.gemms == 4
     assert 4096 % plan.tile[0] <= plan.tile[0] // 8 or -(-4096 // plan.tile[0]) * plan.tile[0] - 4096 < 64
-    assert plan.tiles <= planner.CPU_BLOCK and planner.choose(facts._replace(device="cuda")).tiles > planner.CPU_BLOCK
+    assert plan.tiles <= planner.CPU_BLOCK
+    assert planner.choose(facts._replace(device="cuda")).tiles > planner.CPU_BLOCK
     for few in (facts._replace(vocab=4_000_000), facts._replace(unit=2048), facts._replace(rows=1 << 22)):
         assert planner.choose(few).kind == "slices"
     assert planner.choose(facts._replace(unit=4096), "rows", 4 << 30).tile == (4096, 50304)
@@ -464,3 +465,36 @@ def test_partial_stats_are_that_rule(backend, device):
             assert relative(getattr(found, name), getattr(truth, name)) <= 1e-6, name
         for name in names:
             assert relative(found.divergence[name], truth.divergence[name]) <= 2e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_forward_are_given_away_once(device, dtype):
+    """In place of a copy; backward a second time takes them anew, and leaves the first ones alone."""
+    torch.manual_seed(3)
+    x, w = torch.randn(4, 5, 16, device=device), torch.randn(301, 16, device=device)
+    x, w = (t.to(dtype).requires_grad_() for t in (x, w))
+    y = torch.randint(0, 301, (4, 5), device=device)
+    out = fl.dpo_loss(fl.Hidden(x, w), y, plan="rows")
+    first = torch.autograd.grad(3 * out.loss, (x, w), retain_graph=True)
+    kept = [g.clone() for g in first]
+    again = torch.autograd.grad(3 * out.loss, (x, w), retain_graph=True)
+    half = torch.autograd.grad(1.5 * out.loss, (x, w))
+    for a, b, c, h in zip(first, kept, again, half, strict=True):
+        assert a.dtype == dtype and torch.equal(a, b)
+        tolerance = 2e-6 if dtype == torch.float32 else 1e-2
+        for other in (c, 2 * h):
+            assert (other.double() - a.double()).norm() <= tolerance * a.double().norm()
+
+
+def test_a_float32_head_has_one_gradient(device, monkeypatch):
+    """Nothing as large as dW lies beside it."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
+    x, w = torch.randn(2, 8, 256, device=device), torch.randn(20_000, 256, device=device)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    y = torch.randint(0, 20_000, (2, 8), device=device)
+
+    def step():
+        fl.dpo_loss(fl.Hidden(x, w), y, plan="rows").loss.backward()
+
+    beyond = peak_bytes(step) - x.nbytes - w.nbytes
+    assert beyond < 0.75 * w.nbytes, f"{beyond / MIB:.1f} MiB beside {w.nbytes / MIB:.1f}"
