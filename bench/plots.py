@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,11 @@ def series(report: Report, axis: str) -> list[list[Case]]:
 
 def _lines(plt: Any, chosen: list[list[Case]], axis: str, value: Value, label: str, unit: str) -> Any:
     """A panel of a line for every provider, both axes logarithmic; one legend."""
-    infos = [b["extra_info"] for cases in chosen for case in cases for b in case.runs]
+    infos = []  # of those with a line to draw
+    for cases in chosen:
+        every = [b["extra_info"] for case in cases for b in case.runs]
+        counts = Counter(map(_name, every))
+        infos += [x for x in every if counts[_name(x)] > 1]
     look: dict[str, dict[str, Any]] = {}
     for x in sorted(infos, key=lambda x: (not x["ours"], x["provider"] != "eager")):
         ours, name = x["ours"], _name(x)

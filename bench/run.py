@@ -7,6 +7,7 @@ import fnmatch
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -73,15 +74,16 @@ GRIDS: dict[str, list[Job]] = {
     ],
     "small-h": [Job("dpo,jsd,sft + kl*", tuple(Shape(n, 512, h, v, BF16) for n, h, v in SMALL_H))],
     "pairs": [
-        Job("dpo,dpo saved,kto", _pairs(
-            (512, 2), (512, 16), (1024, 4), (2048, 4), (4096, 2), (4096, 4), hidden=4096, vocab=128256, dtype=BF16)),
+        Job("dpo,dpo saved,kto", _pairs(*((t, b) for t in (512, 1024, 2048, 4096) for b in (2, 4, 8, 16)), hidden=4096,
+                                        vocab=128256, dtype=BF16)),
     ],
 }  # fmt: skip
 
 
-def matches(name: str, patterns: str) -> bool:
-    """Commas separate patterns; the case does not matter."""
-    return any(fnmatch.fnmatchcase(name.lower(), part.strip().lower()) for part in patterns.split(","))
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Patterns, or one text of them with commas between; the case does not matter."""
+    every = patterns.split(",") if isinstance(patterns, str) else patterns
+    return any(fnmatch.fnmatchcase(name.lower(), part.strip().lower()) for part in every)
 
 
 def shape_of(text: str, length: int, dtype: str, logits: str, prompt: float) -> Shape:
@@ -104,14 +106,12 @@ def plan(args: argparse.Namespace) -> list[tuple[Workload, Shape, list[Provider]
     found: dict[tuple[str, Shape], tuple[Workload, Shape, list[Provider]]] = {}
     for job in jobs:
         for w in WORKLOADS:
-            wanted = matches(w.name, job.workloads) and (
-                not args.workloads or matches(w.name, ",".join(args.workloads))
-            )
+            wanted = matches(w.name, job.workloads) and (not args.workloads or matches(w.name, args.workloads))
             for shape in job.shapes if wanted else ():
                 if bool(shape.hidden) == w.hidden:
                     who = [p for p in providers() if p.name == "eager" or matches(p.name, job.providers)]
                     if args.providers:
-                        who = [p for p in who if matches(p.name, ",".join(args.providers))]
+                        who = [p for p in who if matches(p.name, args.providers)]
                     found.setdefault((w.name, shape), (w, shape, who))  # jobs may overlap: the first counts
     return list(found.values())
 
@@ -125,9 +125,18 @@ def header(device: torch.device, dtypes: set[str], typed: Sequence[str]) -> tupl
     report = {
         "machine_info": info, "commit_info": clock.commit_info(), "benchmarks": [], "left_out": [],
         "datetime": datetime.now(UTC).isoformat(timespec="seconds"), "version": "1",
-        "command": " ".join(["python -m bench", *typed]),
+        "command": " ".join(["python -m bench", *without_paths(typed)]),
     }  # fmt: skip
     return report, limits
+
+
+def without_paths(typed: Sequence[str]) -> list[str]:
+    """A command as it may be published, quoted for a shell."""
+    paths = {"--out", "--json", "--csv", "--plot"}
+    kept = [
+        word for before, word in zip(["", *typed], typed, strict=False) if word not in paths and before not in paths
+    ]
+    return [shlex.quote(word) for word in kept]
 
 
 def import_seconds() -> float:
@@ -197,8 +206,26 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="of torch on the CPU (default: as it chooses)")
     add("--process-memory", action="store_true", help="CPU: also by how much the process grows")
     add("--save", metavar="NAME", help="into bench/results/<device>/NAME.*, to be committed")
+    add("--json", type=Path, metavar="FILE", help="the results there as well")
+    add("--csv", type=Path, metavar="FILE", help="and as a table")
+    add("--plot", type=Path, metavar="DIR", help="and the pictures")
     add("--out", metavar="DIR", help="or into DIR/<device>/<grid>.* (default: $OUT, else bench/out)")
     return found
+
+
+def written(report: results.Report, args: argparse.Namespace, folder: Path, stem: str) -> list[Path]:
+    """All files, written."""
+    data, sheets = [folder / f"{stem}.json", args.json], [folder / f"{stem}.csv", args.csv]
+    files = [p for p in (*data, *sheets) if p]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (results.save if path in data else results.write_csv)(path, report)
+    try:
+        plot = importlib.import_module("bench.plots").plot
+    except ImportError as e:
+        print(f"no pictures: {e}")
+        return files
+    return files + [path for where in (folder / stem, args.plot) if where for path in plot(report, where)]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -242,15 +269,8 @@ def main(argv: Sequence[str]) -> int:
     progress("")
     report["machine_info"]["copy_gb_s_at_the_end"] = clock.copy_gb_s(device)
     report["seconds"] = time.monotonic() - start
-    results.save(folder / f"{stem}.json", report)
-    results.write_csv(folder / f"{stem}.csv", report)
     tables.print_tables(report)
-    try:
-        pictures = importlib.import_module("bench.plots").plot(report, folder / stem)
-    except ImportError as e:
-        pictures = []
-        print(f"no pictures: {e}")
-    for path in (folder / f"{stem}.json", folder / f"{stem}.csv", *pictures):
+    for path in written(report, args, folder, stem):
         print(os.path.relpath(path))
     wrong = [
         o

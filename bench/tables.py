@@ -225,6 +225,16 @@ def update(text: str, name: str, table: str) -> str:
     return _BLOCK.sub(lambda m: f"{m[1]}\n{table.strip()}\n\n<!-- /bench -->" if m[2] == name else m[0], text)
 
 
+def _short(lines: list[str]) -> str:
+    """As a list that says the commonest shape once, without what lies within the spread of the runs."""
+    shape = re.compile(r": (\d[\d,]* rows, .*? logits): ")
+    kept = [line for line in lines if "within the spread" not in line]
+    said = [found[1] for line in kept if (found := shape.search(line))]
+    common = max(said, key=said.count, default="")
+    note = f"\nWhere no shape is named: {common}." if common else ""
+    return "\n".join(f"- {line.replace(f': {common}: ', ': ')}" for line in kept) + (f"\n{note}" if kept else "")
+
+
 def table_of(name: str, report: Report) -> str:
     """What belongs into the block of that name."""
     workloads, _, columns = name.partition("/")
@@ -233,7 +243,7 @@ def table_of(name: str, report: Report) -> str:
 
         return targets.table(targets.saved())
     if workloads == "losses":
-        return "\n".join(f"- {line}" for line in losses(report)) or "Nowhere."
+        return _short(losses(report)) or "Nowhere."
     chosen = None if workloads == "all" else workloads.split(";")
     return markdown(report, chosen, columns.split(",") if columns else ("ms", "MiB"))
 
