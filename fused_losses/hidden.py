@@ -13,6 +13,7 @@ from .backend import choose as choose_backend
 from .divergences import Divergence
 from .planner import Plan, choose, workspace_bytes
 from .projection import Inputs
+from .shards import shard_of
 from .sources import Hidden, Logits, LogProbs
 
 
@@ -69,11 +70,15 @@ def request(
         z.scaling, 1.0 if w is None else w.scaling, ";".join(d.key for d in asked), entropy, collision,
         ignore_index, policy.vocab, policy.softcap or 0.0, policy.multiplier,
         (ref.softcap or 0.0) if ref else 0.0, ref.multiplier if ref else 1.0, backend, how.plan, budget, how.static_shapes,
+        *shard_of(policy),
     )  # fmt: skip
+    if options.group and how.plan in ("rows", "frozen"):
+        raise ValueError(f"plan: {how.plan!r} is not possible where the vocabulary is split over a process_group")
     facts = hidden_ops.facts_of(options.problem(), z, w, labels.numel(), backend, wanted, unit, how.static_shapes)
-    plan = choose(facts, how.plan, budget)
+    plan = choose(facts, "slices" if options.group and how.plan == "auto" else how.plan, budget)
     return Request(tensors, options._replace(plan=plan.kind), wanted, plan)
 
 
 def is_hidden(*sources: Logits | Hidden | LogProbs | None) -> bool:
-    return any(isinstance(s, Hidden) for s in sources)
+    """Whether it takes the operator for hidden states, which also knows of split vocabularies."""
+    return any(isinstance(s, Hidden) or (isinstance(s, Logits) and s.process_group is not None) for s in sources)

@@ -17,13 +17,14 @@ from .layout import Problem, stats_dtype
 from .ops import backend_module, once_differentiable
 from .planner import Facts, choose
 from .projection import Inputs, mixed, spread
+from .shards import Shard
 
 _SIDE = "Tensor {0}x, Tensor? {0}weight, Tensor? {0}bias, Tensor? {0}a, Tensor? {0}b"
 _TENSORS = f"Tensor labels, {_SIDE.format('')}, {_SIDE.format('ref_').replace('Tensor ref_x', 'Tensor? ref_x')}"
 _OPTIONS = (
     "float scaling, float ref_scaling, str divergences, bool entropy, bool collision, int ignore_index, int vocab, "
     "float softcap, float multiplier, float ref_softcap, float ref_multiplier, str backend, str plan, int workspace, "
-    "bool static_shapes"
+    "bool static_shapes, str group, int first, int total"
 )
 
 
@@ -43,10 +44,17 @@ class Options(NamedTuple):
     plan: str
     workspace: int
     static_shapes: bool
+    group: str = ""
+    first: int = 0
+    total: int = 0
 
     def problem(self) -> Problem:
         bound = tuple(registry.from_key(key) for key in self.divergences.split(";") if key)
-        return Problem(bound, self.entropy, self.collision, False, *self[5:11])
+        return Problem(bound, self.entropy, self.collision, False, *self[5:11], self.first)
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.group, self.first, self.total)
 
 
 def sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
@@ -102,10 +110,10 @@ def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plans.Call:
     labels = tensors[0]
     facts = facts_of(problem, policy, ref, labels.numel(), options.backend, wanted, static=options.static_shapes)
     plan = choose(facts, options.plan, options.workspace)
-    check_labels(problem, options.backend, labels)
-    return plans.open_call(
-        problem, backend_module(options.backend), plan, labels, policy, ref, options.static_shapes
-    )  # fmt: skip
+    check_labels(options.shard.whole(problem), options.backend, labels)
+    backend = backend_module(options.backend)
+    call = plans.open_call(problem, backend, plan, labels, policy, ref, options.static_shapes)
+    return call._replace(shard=options.shard)
 
 
 def dtype_of(policy: Inputs, ref: Inputs | None) -> torch.dtype:
@@ -204,6 +212,14 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
         return [spread(dx, call.rows, tensors[0].numel(), x.dtype).contiguous().view(x.shape)]
     kept = keep[:, : len(call.labels)] if options.plan == "whole" else None
     found = plans.backward(call, saved, grads, wanted[:5], wanted[5:], kept)
+    for i, weight in (
+        (0, tensors[2]),
+        (3, tensors[2]),
+        (5, tensors[7]),
+        (8, tensors[7]),
+    ):  # x and a: the same on all ranks
+        if wanted[i] and weight is not None and (gradient := found[i]) is not None:
+            found[i] = options.shard.summed(gradient)
     return [g for g, flag in zip(found, wanted, strict=True) if flag]
 
 

@@ -46,6 +46,8 @@ def stats_at(
     ids = ids.long().masked_fill(~keep | wrong, 0)
     if shift:  # the last position predicts nothing
         ids, keep, wrong = (pad(x, (0, 0, 0, 1)) for x in (ids, keep, wrong))
+    if policy.process_group is not None:
+        raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
     if isinstance(policy, Hidden):
         given = {"entropy": entropy, "shift": shift, "ignore_index": ignore_index, "inplace_backward": inplace_backward}
         stats = token_stats(policy, labels, **given, **how)  # type: ignore[arg-type]

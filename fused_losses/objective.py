@@ -139,7 +139,8 @@ def evaluate(
     options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy, "collision": collision}
     tokenwise, extra = dict(per_token or {}), dict(per_sequence or {})
     units, call = None, None
-    if isinstance(policy, Hidden) and not inplace_backward and (reduced or how.plan == "rows"):
+    split = isinstance(policy, Hidden) and policy.process_group is not None  # over ranks, which go slice by slice
+    if isinstance(policy, Hidden) and not split and not inplace_backward and (reduced or how.plan == "rows"):
         units = _units(unit, labels, cu_seqlens, how)
     if units is not None and isinstance(policy, Hidden):
         call = _request(policy, labels, source, divergences, options, how, units)

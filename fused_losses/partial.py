@@ -74,6 +74,8 @@ def partial_stats(
     for name, source in zip(("policy", "ref"), sources, strict=True):
         if isinstance(source, Logits | Hidden):
             check_aligned(name, source, labels)
+            if source.process_group is not None:
+                raise ValueError(f"{name}: partial statistics are of one rank's columns: leave process_group out")
         elif source is not None:
             raise TypeError(f"{name}: expected logits, fl.Logits or fl.Hidden, got fl.{type(source).__name__}")
     z, w = sources

@@ -252,7 +252,9 @@ def rows_bytes(facts: Facts, rows: int) -> int:
     """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum, where it is wider, beside dW
     itself. The reference's log-probs are there before, from slices, unless its distribution is needed."""
     wide, final = (facts.weight * size * facts.to_weight for size in (facts.sums, facts.itemsize))
-    return max(_bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide * (wide > final))
+    return max(
+        _bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide * (wide > final)
+    )
 
 
 def worth(device: str) -> int:

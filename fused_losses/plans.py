@@ -17,6 +17,7 @@ from .layout import Problem
 from .moments import fields
 from .planner import Plan
 from .projection import HiddenSide, Inputs, Side, side
+from .shards import Shard
 from .torch_backend import write_divergence
 
 
@@ -44,6 +45,7 @@ class Call(NamedTuple):
     policy: Side
     ref: Side | None
     dtype: torch.dtype
+    shard: Shard = Shard()  # noqa: RUF009
 
 
 def open_call(
@@ -160,7 +162,8 @@ def forward(call: Call, kept: Tensor | None = None) -> Outputs:
     if not len(call.labels):
         return out
     tiles = None if call.plan.kind == "tiles" else Tiles(call, kept=kept)
-    call.backend.close(problem, states(call, tiles), call.labels, *out)
+    state = call.shard.merged(problem, call.backend, states(call, tiles))
+    call.backend.close(call.shard.whole(problem), state, call.labels, *out)
     if any(d.term is not None for d in problem.divergences):
         second_sweep(call, out, tiles)
     return out
@@ -180,7 +183,7 @@ def second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable 
                 if visit is not None:
                     visit(r, c, part, z, w)
     assert out.ref_logps is not None and out.div is not None
-    sums.masked_fill_(call.labels == problem.ignore_index, 0)
+    sums = call.shard.summed(sums).masked_fill_(call.labels == problem.ignore_index, 0)
     for i, d in enumerate(problem.divergences):
         if d.term is not None:
             value, slope = sums[2 * i], sums[2 * i + 1]

@@ -55,6 +55,16 @@ def _whole(name: str, x: object, dim: int | None) -> None:
         raise ValueError(f"{name}: expected {dim} dimensions, got shape {list(x.shape)}")
 
 
+def _own_rows(name: str, x: Tensor) -> Tensor:
+    """A DTensor's rows on this rank; their gradient is a DTensor again."""
+    if type(x).__name__ != "DTensor":
+        return x
+    if len(x.placements) != 1 or not x.placements[0].is_shard(0):  # type: ignore[attr-defined]
+        found = x.placements  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: beside process_group expected a DTensor sharded on dim 0 alone, got {found}")
+    return x.to_local()  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Logits:
     """Logits [..., V] with the head's options: softmax of  softcap tanh(z / softcap) * scale / temperature.
@@ -62,6 +72,11 @@ class Logits:
     softcap: as Gemma's final_logit_softcapping; None is none.  scale: as Cohere's logit_scale (Granite's logits_scaling
     divides: pass its inverse).  valid_vocab: only the first so many columns are tokens, the rest is padding, left out of
     the softmax and given zero gradient.
+
+    process_group: the vocabulary is split over the ranks of this group (torch.distributed), and these columns are this
+    rank's: slices of any sizes, in the order of the ranks; labels hold ids of the whole vocabulary and are the same on all
+    ranks, and so is all that comes out. shard: (the first column's id, tokens of all ranks), if the ranks need not tell one
+    another.
     """
 
     logits: Tensor
@@ -69,8 +84,11 @@ class Logits:
     scale: float = field(default=1.0, kw_only=True)
     temperature: float = field(default=1.0, kw_only=True)
     valid_vocab: int | None = field(default=None, kw_only=True)
+    process_group: object = field(default=None, kw_only=True)
+    shard: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        _check_shard(self)
         if _float_tensor("logits", self.logits).dim() < 1 or self.logits.shape[-1] < 1:
             raise ValueError(f"logits: expected shape [..., V] with V >= 1, got {tuple(self.logits.shape)}")
         _head_options(self, self.logits.shape[-1], "logits")
@@ -104,6 +122,10 @@ class Hidden:
     weight: [V, H]. bias: [V]. lora: fl.Lora(a, b, scaling). The other options are those of fl.Logits. Each tensor that
     requires grad gets its gradient, summed in float32 and rounded once to its own dtype. The matrix products run in the
     dtype of hidden (under autocast: in autocast's), the weight is cast a slice at a time.
+
+    process_group: weight, bias and lora.b are this rank's rows of a head that is split over the group (see fl.Logits);
+    hidden and lora.a are the same on all ranks, and their gradients are summed over the group. DTensors sharded on dim 0 (as
+    tensor parallelism leaves a column-wise head) are taken as they are.
     """
 
     hidden: Tensor
@@ -115,13 +137,16 @@ class Hidden:
     valid_vocab: int | None = field(default=None, kw_only=True)
     lora: Lora | None = field(default=None, kw_only=True)
     process_group: object = field(default=None, kw_only=True)
+    shard: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.process_group is not None:
+            object.__setattr__(self, "weight", _own_rows("weight", self.weight))
+            object.__setattr__(self, "bias", None if self.bias is None else _own_rows("bias", self.bias))
         for name, x, dim in (("hidden", self.hidden, None), ("weight", self.weight, 2), ("bias", self.bias, 1)):
             if name != "bias" or x is not None:
                 _whole(name, x, dim)
-        if self.process_group is not None:
-            raise NotImplementedError("process_group: a vocabulary split over ranks is not supported yet; pass None")
+        _check_shard(self)
         if self.lora is not None:
             object.__setattr__(self, "lora", Lora(*self.lora))
             _whole("lora a", self.lora.a, 2)
@@ -137,6 +162,23 @@ class Hidden:
     @property
     def multiplier(self) -> float:
         return self.scale / self.temperature
+
+
+def _check_shard(x: Logits | Hidden) -> None:
+    if x.process_group is None:
+        if x.shard is not None:
+            raise ValueError(f"shard: is of a vocabulary split over a process_group, got {x.shard!r} without one")
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError("process_group: torch.distributed is not initialised")
+    if not isinstance(x.process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup, got {type(x.process_group).__name__}"
+        )
+    if x.shard is not None:
+        first, total = x.shard
+        if not (isinstance(first, int) and isinstance(total, int) and 0 <= first <= total - x.vocab):
+            raise ValueError(f"shard: expected (first, total) with first + {x.vocab} <= total, got {x.shard!r}")
 
 
 @dataclass(frozen=True)
@@ -233,6 +275,8 @@ def _check_head(name: str, x: Hidden) -> None:
 def check_pair(policy: Logits | Hidden, ref: Logits | Hidden) -> None:
     if isinstance(policy, Logits) and isinstance(ref, Logits) and policy.logits.dtype != ref.logits.dtype:
         raise TypeError(f"ref: expected {policy.logits.dtype} as the policy has, got {ref.logits.dtype}")
+    if policy.process_group is not ref.process_group or policy.shard != ref.shard:
+        raise ValueError("ref: expected the policy's process_group and shard: both heads are split alike, or neither")
     if policy.vocab != ref.vocab:
         raise ValueError(
             f"ref: expected the policy's vocabulary of {policy.vocab}, got {ref.vocab}; if one side is padded, give "

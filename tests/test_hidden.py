@@ -909,7 +909,7 @@ BAD = [
     (lambda: Hidden(X, W, lora=(W[:2], W[:, :2], "1")), "lora scaling: expected a number, got '1'"),
     (lambda: Hidden(X, W, valid_vocab=12), r"valid_vocab: expected an int in \[1, 11\]"),
     (lambda: Hidden(X, W, softcap=0), "softcap: expected a finite number > 0"),
-    (lambda: Hidden(X, W, process_group=object()), "process_group: .*pass None"),
+    (lambda: Hidden(X, W, process_group=object()), "process_group: torch.distributed is not initialised"),
     (lambda: stats(H, Y, Hidden(X, torch.zeros(12, 5))), "ref: expected .*vocabulary of 11, got 12.*fl.Hidden.*valid_vocab"),
     (lambda: stats(H, Y, torch.zeros(4, 3, 12)), "ref: .*vocabulary of 11, got 12.*fl.Logits.*valid_vocab"),
     (lambda: dpo(H, Y, Hidden(X, torch.zeros(12, 5))), "ref: expected the policy's vocabulary of 11"),

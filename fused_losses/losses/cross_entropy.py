@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..divergences import get
 from ..objective import Tokens
+from ..shards import shard_of
 from ..sources import Logits, LogProbs, Source, as_source, check_labels
 from .common import Entry, LossOutput, Needs, check_weights, fused
 from .distillation import token_means
@@ -38,19 +39,21 @@ def cross_entropy_loss(
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
     check_weights(z_loss=z_loss)
     eps = float(label_smoothing)
-    ref, needs = None, Needs("token")
+    ref, needs, vocab = None, Needs("token"), 0
     if isinstance(source, LogProbs):
         if eps or z_loss:
             raise ValueError("policy: label_smoothing and z_loss need fl.Hidden or logits, got fl.LogProbs")
     elif eps:
         x = source.logits if isinstance(source, Logits) else source.hidden
         zero = torch.zeros((), dtype=x.dtype, device=x.device)  # of the uniform distribution: one element, strides of 0
-        ref, needs = Logits(zero.expand(*labels.shape, source.vocab)), Needs("token", (get("forward_kl"),))
+        uniform = zero.expand(*labels.shape, source.vocab)
+        ref = Logits(uniform, process_group=source.process_group, shard=source.shard)
+        needs, vocab = Needs("token", (get("forward_kl"),)), shard_of(source).total or source.vocab
 
     def formula(tokens: Tokens) -> Tensor:
         losses = (eps - 1) * tokens.logps
-        if eps and not isinstance(source, LogProbs):
-            losses = losses + eps * (tokens.divergence["forward_kl"] + math.log(source.vocab)) * tokens.mask
+        if eps:
+            losses = losses + eps * (tokens.divergence["forward_kl"] + math.log(vocab)) * tokens.mask
         return losses if not z_loss or tokens.lse is None else losses + z_loss * tokens.lse.square()
 
     loss, stats, tokens = fused(formula, source, labels, ref, needs, **batch)

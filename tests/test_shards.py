@@ -1,0 +1,193 @@
+"""A vocabulary split over ranks gives what one process gives: every loss, even and uneven slices, two and four ranks (gloo)."""
+
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import fused_losses as fl
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+VOCAB, H, R = 67, 8, 3
+SPLITS = {2: [(30, 37), (64, 3)], 4: [(17, 17, 17, 16), (1, 40, 6, 20)]}
+
+
+def tensors(dtype=torch.float64):
+    torch.manual_seed(5)
+    new = lambda *shape: torch.randn(shape, dtype=dtype)  # noqa: E731
+    x, w, bias, a, b = new(4, 6, H), 2 * new(VOCAB, H), new(VOCAB), new(R, H), new(VOCAB, R)
+    ref_x, ref_w = x + 0.3 * new(4, 6, H), w + 0.3 * new(VOCAB, H)
+    labels = torch.randint(0, VOCAB, (4, 6))
+    labels[:, 0], labels[1, 3:] = -100, -100
+    return [x, w, bias, a, b], [ref_x, ref_w], labels
+
+
+def sources(policy, ref, rows=slice(None), **shard):
+    x, w, bias, a, b = policy
+    head = {"softcap": 7.0, "temperature": 0.8}
+    p = fl.Hidden(x, w[rows], bias[rows], lora=fl.Lora(a, b[rows], 0.5), **head, **shard)
+    return p, fl.Hidden(ref[0], ref[1][rows], **head, **shard)
+
+
+CASES = {
+    "dpo": lambda p, y, q: fl.dpo_loss(p, y, q).loss,
+    "wpo": lambda p, y, q: fl.dpo_loss(p, y, q, use_weighting=True).loss,
+    "js link": lambda p, y, q: fl.dpo_loss(p, y, q, divergence="js(beta=0.5)", plan="whole").loss,
+    "tdpo": lambda p, y, q: fl.tdpo_loss(p, y, q).loss,
+    "jsd": lambda p, y, q: fl.distillation_loss(p, y, q).loss,
+    "alpha": lambda p, y, q: fl.distillation_loss(p, y, q, divergence="alpha(a=0.3)", hard=0.5).loss,
+    "kto": lambda p, y, q: fl.kto_loss(p, y, q, torch.arange(4) % 2 == 0, baseline=0.1).loss,
+    "grpo": lambda p, y, q: (
+        fl.grpo_loss(p, y, torch.randn(4, dtype=torch.float64), ref=q, beta=0.1, kl="reverse_kl").loss
+    ),
+    "simpo": lambda p, y, q: fl.simpo_loss(p, y).loss,
+    "ce": lambda p, y, q: fl.cross_entropy_loss(p, y, z_loss=0.1).loss,
+    "smoothed": lambda p, y, q: fl.cross_entropy_loss(p, y, label_smoothing=0.2).loss,
+    "entropy": lambda p, y, q: fl.token_stats(p, y, entropy=True, shift=True, workspace=1 << 14).entropy.sum(),
+}
+
+
+def answer(name, policy, ref, labels, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in policy]
+    others = [t.detach().clone().requires_grad_() for t in ref] if name in ("jsd", "tdpo") else ref
+    torch.manual_seed(9)
+    rows = options.pop("rows", slice(None))
+    loss = CASES[name](*(lambda p, q: (p, labels, q))(*sources(leaves, others, rows, **options)))
+    wanted = leaves + (others if others is not ref else [])
+    return loss.detach(), torch.autograd.grad(loss, wanted)
+
+
+def check(rank, sizes):
+    policy, ref, labels = tensors()
+    first = sum(sizes[:rank])
+    rows = slice(first, first + sizes[rank])
+    group = dist.group.WORLD
+    for i, name in enumerate(CASES):
+        loss, gradients = answer(name, policy, ref, labels)
+        told = {"shard": (first, VOCAB)} if i % 2 else {}
+        split, found = answer(name, policy, ref, labels, rows=rows, process_group=group, **told)
+        torch.testing.assert_close(split, loss, rtol=1e-10, atol=1e-12, msg=f"{name}: loss")
+        here = [False, True, True, False, True, False, True]  # those of which a rank has its rows alone
+        for j, (g, t) in enumerate(zip(found, gradients, strict=True)):
+            torch.testing.assert_close(g[rows] if here[j] else g, t[rows] if here[j] else t, rtol=1e-9, atol=1e-11,
+                                       msg=lambda m, name=name, j=j: f"{name}, gradient {j}: {m}")  # fmt: skip
+    z, w = policy[0] @ policy[1].T, ref[0] @ ref[1].T
+    whole = fl.token_stats(z, labels, w, divergence=["forward_kl", "js"], entropy=True, collision=True)
+    mine = [fl.Logits(t[..., rows].clone().requires_grad_(), process_group=group) for t in (z, w)]
+    split = fl.token_stats(mine[0], labels, mine[1], divergence=["forward_kl", "js"], entropy=True, collision=True)
+    for key in ("logps", "ref_logps", "entropy", "collision", "lse"):
+        torch.testing.assert_close(getattr(split, key), getattr(whole, key), rtol=1e-10, atol=1e-12)
+    assert torch.equal(split.correct, whole.correct)
+    for key, value in whole.divergence.items():
+        torch.testing.assert_close(split.divergence[key], value, rtol=1e-9, atol=1e-12)
+    (dz,) = torch.autograd.grad(split.divergence["js"].sum(), mine[0].logits)
+    full = z.clone().requires_grad_()
+    (dz_whole,) = torch.autograd.grad(fl.token_stats(full, labels, w, divergence="js").divergence["js"].sum(), full)
+    torch.testing.assert_close(dz, dz_whole[..., rows], rtol=1e-9, atol=1e-12)
+
+
+def check_dtensor(rank, sizes):
+    """A head that tensor parallelism has split, with the gradient where it belongs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (len(sizes),))
+    policy, ref, labels = tensors()
+    x, w, bias = (t.requires_grad_() for t in policy[:3])
+    loss = fl.dpo_loss(fl.Hidden(x, w, bias), labels).loss
+    whole = torch.autograd.grad(loss, (x, w, bias))
+    parts = [distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_() for t in (w, bias)]
+    split = fl.dpo_loss(fl.Hidden(x, *parts, process_group=mesh.get_group()), labels).loss
+    torch.testing.assert_close(split, loss, rtol=1e-10, atol=1e-12)
+    dx, dw, dbias = torch.autograd.grad(split, (x, *parts))
+    for found, expected in ((dx, whole[0]), (dw.full_tensor(), whole[1]), (dbias.full_tensor(), whole[2])):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    copies = distribute_tensor(w.detach(), mesh, [Replicate()])
+    with pytest.raises(ValueError, match="sharded on dim 0 alone"):
+        fl.Hidden(x, copies, process_group=mesh.get_group())
+
+
+def check_triton(rank, sizes):
+    """In Triton's interpreter: states merge, labels of other ranks are legal, slices have their place."""
+    os.environ["FUSED_LOSSES_BACKEND"] = "triton"
+    policy, ref, labels = tensors(torch.float32)
+    first = sum(sizes[:rank])
+    rows = slice(first, first + sizes[rank])
+    for name in ("dpo", "jsd", "entropy"):
+        loss, gradients = answer(name, policy, ref, labels)
+        split, found = answer(name, policy, ref, labels, rows=rows, process_group=dist.group.WORLD)
+        torch.testing.assert_close(split, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[0], gradients[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[1][rows], gradients[1][rows], rtol=1e-4, atol=1e-6)
+
+
+def refusals(rank, sizes):
+    policy, ref, labels = tensors()
+    first = sum(sizes[:rank])
+    rows, group = slice(first, first + sizes[rank]), dist.group.WORLD
+    p, q = sources(policy, ref, rows, process_group=group)
+    p.hidden.requires_grad_()
+    whole = sources(policy, ref)[1]
+    for call, words in (
+        (lambda: fl.dpo_loss(p, labels, q, plan="rows"), "plan: 'rows'"),
+        (lambda: fl.token_stats(p, labels, plan="frozen"), "plan: 'frozen'"),
+        (lambda: fl.token_stats(p, labels, whole), "ref: expected the policy's process_group"),
+        (lambda: fl.partial_stats(p, labels), "leave process_group out"),
+        (lambda: fl.Hidden(p.hidden, p.weight, process_group=group, shard=(60, VOCAB)), "shard: expected"),
+        (lambda: fl.Hidden(p.hidden, p.weight, shard=(0, VOCAB)), "without one"),
+        (lambda: fl.token_stats(p, labels + VOCAB), "labels: expected ids in .0, 67"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def run(rank, world, path, task, sizes, errors):
+    torch.set_num_threads(1)
+    os.environ["FUSED_LOSSES_BACKEND"] = "torch"
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world)
+    try:
+        globals()[task](rank, sizes)
+    except BaseException:
+        errors.put(traceback.format_exc())
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(path, task, sizes):
+    context = mp.get_context("spawn")
+    errors = context.SimpleQueue()
+    ranks = [context.Process(target=run, args=(r, len(sizes), path, task, sizes, errors)) for r in range(len(sizes))]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(120)
+        p.kill()
+    assert errors.empty(), errors.get()
+    assert [p.exitcode for p in ranks] == [0] * len(sizes)
+
+
+@pytest.mark.parametrize("sizes", [s for split in SPLITS.values() for s in split], ids=str)
+def test_ranks_equal_one_process(tmp_path, sizes):
+    spawn(tmp_path, "check", sizes)
+
+
+def test_a_dtensor_head(tmp_path):
+    spawn(tmp_path, "check_dtensor", (34, 33))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter")
+def test_ranks_of_the_triton_backend(tmp_path):
+    spawn(tmp_path, "check_triton", (20, 47))
+
+
+def test_refusals(tmp_path):
+    spawn(tmp_path, "refusals", (30, 37))
+
+
+def test_without_a_group():
+    policy, ref, _ = tensors()
+    with pytest.raises(ValueError, match="not initialised"):
+        sources(policy, ref, process_group=object())
