@@ -133,7 +133,7 @@ def test_func_grad_is_refused(device):
         torch.func.grad(lambda z: fl.dpo_loss(z, y, w.detach()).loss)(z.detach())
 
 
-def test_nothing_of_vocabulary_size_but_the_gradient(device, monkeypatch):
+def test_nothing_of_vocabulary_size_but_the_gradient(device, monkeypatch, one_thread):
     """At most a twentieth of the twin's memory beyond inputs and gradient, in no more time."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton" if device.type != "cpu" else "torch")
     z, w = logits((2048, 50304), device)
@@ -145,11 +145,11 @@ def test_nothing_of_vocabulary_size_but_the_gradient(device, monkeypatch):
         stats = f.token_stats(z, y, w, divergence="forward_kl")
         (stats.logps.sum() + stats.divergence["forward_kl"].sum()).backward()
 
-    seconds = {}
-    for f in (fl.reference, fl):
+    seconds = {fl.reference: float("inf"), fl: float("inf")}
+    for f in (fl.reference, fl) * 2:  # on one thread, and the better of two: other work on the machine must not decide
         start = time.perf_counter()
         run(f)
-        seconds[f] = time.perf_counter() - start
+        seconds[f] = min(seconds[f], time.perf_counter() - start)
     assert seconds[fl] <= seconds[fl.reference], {k.__name__: v for k, v in seconds.items()}
     z.grad = None
     gradient = z.numel() * 4
