@@ -1025,7 +1025,7 @@ def stats_arguments(leaves, y, plan, backend, divergence="forward_kl;js", worksp
     wanted = [x is not None and x.requires_grad for x in leaves]
     return (
         y, *leaves, 0.7, 0.7, divergence, True, True, -100, 41, 0.0, 1.0, 0.0, 1.0, backend, plan, workspace, static,
-        wanted,
+        "", 0, 0, wanted,
     )  # fmt: skip
 
 
