@@ -166,9 +166,9 @@ def _dpo_saved(n: Numbers, p: Problem) -> Tensor:
 
 
 def _f_dpo(n: Numbers, p: Problem) -> Tensor:
-    """js: f'(u) = log(2u / (1 + u))."""
+    """js: f'(u) = log(2u / (1 + u)), where h - softplus(h) would lose its slope beyond 20."""
     h = p.sums(n["logps"] - n["ref_logps"])
-    return -F.logsigmoid(BETA * _margin(h - F.softplus(h))).mean()
+    return -F.logsigmoid(BETA * _margin(F.logsigmoid(h))).mean()
 
 
 def _tdpo(n: Numbers, p: Problem) -> Tensor:
