@@ -2,6 +2,7 @@
 vocabulary-size temporary. Start at token_stats (stats.py) and losses/; reference/ defines what is correct."""
 
 from . import divergences, losses, reference
+from .at_head import at_head
 from .calibration import calibration
 from .drop_ins import (
     entropy_from_logits,
@@ -50,8 +51,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "LossOutput", "PartialStats", "RunningDelta", "TokenStats",
-    "TrustRegion", "backbone", "bco_loss", "bradley_terry_loss", "calibration", "conditional_preference_matching_loss",
-    "cpo_loss", "cross_entropy_loss", "distillation_loss", "divergences", "dpo_loss", "entropy_from_logits",
+    "TrustRegion", "at_head", "backbone", "bco_loss", "bradley_terry_loss", "calibration",
+    "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss", "divergences", "dpo_loss",
+    "entropy_from_logits",
     "expectile_loss", "find_head", "generalized_jsd_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline",
     "kto_loss", "losses", "lta_thinker_loss", "merge_stats", "orpo_loss", "partial_stats", "plackett_luce_loss",
     "preference_loss", "preference_matching_gap", "preference_matching_loss", "preference_matching_reward",

@@ -76,13 +76,10 @@ class FusedHead(nn.Module):
         active = _active(self.layer, self.name)
         if active and active != self.adapter:
             raise ValueError(f"{self.name}: adapter {active!r} is active, was {self.adapter!r}: make a new FusedHead")
-        weight, bias, a, b = (
-            x if x is None or torch.is_grad_enabled() else x.detach()
-            for x in (self.weight, self.bias, self.lora_a, self.lora_b)
+        tensors = self.weight, self.bias, self.lora_a, self.lora_b
+        return _hidden(
+            hidden, tensors, self.layer.scaling[active] if active and self.lora_a is not None else None, self.options
         )
-        lora = Lora(a, b, self.layer.scaling[active]) if active and a is not None and b is not None else None
-        assert weight is not None
-        return Hidden(hidden, weight, bias, lora=lora, **self.options)
 
     def forward(
         self, hidden: Tensor, labels: Tensor, ref: Source | tuple[nn.Module, Tensor] | None = None, *,
@@ -100,11 +97,11 @@ class FusedHead(nn.Module):
         if isinstance(ref, tuple):
             ref_head, ref_hidden = ref
             inner = lambda source, labels, _, **options: _call(function, policy, labels, source, options)  # noqa: E731
-            return _opened(ref_head(ref_hidden, labels, loss=inner, **options))
-        return _opened(_call(function, policy, labels, ref, options))
+            return opened(ref_head(ref_hidden, labels, loss=inner, **options))
+        return opened(_call(function, policy, labels, ref, options))
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return _closed(super().__call__(*args, **options))  # engines find tensors in dicts, not in dataclasses
+        return closed(super().__call__(*args, **options))  # engines find tensors in dicts, not in dataclasses
 
     def extra_repr(self) -> str:
         return ", ".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
@@ -133,7 +130,7 @@ def find_head(model: nn.Module, *, temperature: float = 1.0, adapter: bool = Tru
     Raises as FusedHead does; TypeError where there is no head; NotImplementedError where the model does something else
     between backbone and logits (a projection, a norm, a bias on logits, masked tokens).
     """
-    found = _measured(model)
+    found = measured(model)
     return FusedHead(
         found.head, softcap=found.softcap, scale=found.scale, temperature=temperature, valid_vocab=found.valid_vocab,
         adapter=adapter, name=found.path,
@@ -146,11 +143,34 @@ def backbone(model: nn.Module) -> nn.Module:
 
         find_head(model).source(backbone(model)(**inputs).last_hidden_state)  has the logits  model(**inputs).logits
     """
-    return _measured(model).backbone
+    return measured(model).backbone
 
 
-def _linear(head: nn.Module, name: str, adapter: bool) -> nn.Linear:
-    """The dense linear layer at the bottom of a head; raises where there is none."""
+def head_source(head: nn.Module, name: str, hidden: Tensor, **options: Any) -> Hidden:
+    """fl.Hidden of a head's parameters as they are at this moment, in the middle of a forward: an engine has gathered them, an
+    adapter is on or off."""
+    saved = hasattr(head, "modules_to_save")
+    adapter = not (saved and getattr(head, "disable_adapters", False))
+    linear = _linear(head, name, adapter, whole=False)
+    if hasattr(linear.weight, "ds_id"):
+        raise NotImplementedError(
+            f"{name}: its weight is sharded by ZeRO-3, which scatters it again before the backward; use ZeRO-2 or FSDP2, or "
+            "make the logits and pass those"
+        )
+    active = _active(head, name) if adapter and not saved and linear is not head else None
+    layer: Any = head
+    factors = (layer.lora_A[active].weight, layer.lora_B[active].weight) if active else (None, None)
+    return _hidden(hidden, (linear.weight, linear.bias, *factors), layer.scaling[active] if active else None, options)
+
+
+def _hidden(hidden: Tensor, tensors: tuple[Any, ...], scaling: float | None, options: dict[str, Any]) -> Hidden:
+    """Of weight, bias, and LoRA's a and b; constants under torch.no_grad()."""
+    weight, bias, a, b = (x if x is None or torch.is_grad_enabled() else x.detach() for x in tensors)
+    return Hidden(hidden, weight, bias, lora=None if scaling is None else Lora(a, b, scaling), **options)
+
+
+def _linear(head: nn.Module, name: str, adapter: bool, whole: bool = True) -> nn.Linear:
+    """The dense linear layer at the bottom of a head; raises where there is none. whole: so are its weights, here and now."""
     layer: Any = head
     if hasattr(layer, "modules_to_save"):  # peft trains a copy
         layer = layer.modules_to_save[layer.active_adapters[0]] if adapter else layer.original_module
@@ -162,16 +182,15 @@ def _linear(head: nn.Module, name: str, adapter: bool) -> nn.Linear:
             f"{name}: {kind} has {what}; expected a dense weight [V, H] of float32, float16, bfloat16 or float64. If it is "
             "quantised, leave the head out (bitsandbytes: llm_int8_skip_modules; GPTQ, AWQ: modules_to_not_convert)"
         )
-    if hasattr(weight, "placements"):
+    if whole and hasattr(weight, "placements"):
         raise TypeError(f"{name}: its weight is a DTensor; make the FusedHead before fully_shard or tensor parallelism")
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise TypeError(f"{name}: expected nn.Linear or LoRA on one, got {kind}, whose forward may do something else")
-    if type(weight) is not nn.Parameter or "weight" not in layer._parameters:
+    if whole and (type(weight) is not nn.Parameter or "weight" not in layer._parameters):
         raise TypeError(f"{name}: expected a weight that is a plain nn.Parameter, got {type(weight).__name__}")
-    if not hasattr(weight, "ds_id") and weight.shape != (
-        layer.out_features,
-        layer.in_features,
-    ):  # ZeRO-3 fills it later
+    if (
+        whole and not hasattr(weight, "ds_id") and weight.shape != (layer.out_features, layer.in_features)
+    ):  # ZeRO-3 fills it
         raise ValueError(
             f"{name}: expected weight {[layer.out_features, layer.in_features]}, got {list(weight.shape)}: it is sharded or "
             "tensor-parallel; make the FusedHead before the model is sharded"
@@ -204,27 +223,36 @@ def _active(layer: Any, name: str) -> str | None:
     return active[0] if active else None
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
+    """softcap and scale are of what the backbone returns; the head is given `before` times that."""
+
     path: str
     head: nn.Module
     backbone: nn.Module
     softcap: float | None
     scale: float
     valid_vocab: int | None
+    before: float
+
+    @property
+    def at_head(self) -> dict[str, Any]:
+        """The options for the states that the head is given."""
+        softcap = None if self.softcap is None else _short(self.softcap * self.before)
+        return {"softcap": softcap, "scale": _short(self.scale / self.before), "valid_vocab": self.valid_vocab}
 
 
 @torch.no_grad()
-def _measured(model: nn.Module) -> _Measured:
+def measured(model: nn.Module, whole: bool = True) -> Measured:
     """softcap, scale, valid_vocab of  logits(z) = softcap tanh(z / softcap) * scale  in the columns [:valid_vocab], from
     the model's own forward around a backbone and a head that answer with numbers of our choice."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     kind = type(model).__name__
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if not isinstance(head, nn.Module):
         raise TypeError(f"{kind}: no output head (get_output_embeddings); pass its linear layer: fl.FusedHead(layer)")
     path = kind + "." + next((k for k, m in model.named_modules() if m is head), "head")
-    linear = _linear(head, f"{path} ({type(head).__name__})", adapter=False)
+    linear = _linear(head, f"{path} ({type(head).__name__})", adapter=False, whole=whole)
 
     def refuse(why: str, cause: Exception | None = None) -> NoReturn:
         raise NotImplementedError(
@@ -264,11 +292,17 @@ def _measured(model: nn.Module) -> _Measured:
     ours = (z if softcap is None else softcap * torch.tanh(z / softcap)) * scale
     if not scale > 0 or not torch.allclose(logits, ours, rtol=1e-6, atol=0):
         refuse(f"{kind}.forward makes logits that are not softcap * tanh(z / softcap) * scale of what the head returns")
-    softcap = None if softcap is None else float(f"{softcap / before:.12g}")  # f(before z) is such an f, too
-    return _Measured(path, head, called[0], softcap, float(f"{scale * before:.12g}"), None if valid == v else valid)
+    softcap = None if softcap is None else _short(softcap / before)  # f(before z) is such an f, too
+    scale, columns = _short(scale * before), None if valid == v else valid
+    return Measured(path, head, called[0], softcap, scale, columns, before)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _short(x: float) -> float:
+    """Without the rounding of a measurement."""
+    return float(f"{x:.12g}")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
     """Through torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
     while True:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
@@ -330,13 +364,13 @@ def _replaced(model: nn.Module, stand_ins: list[_StandIn]) -> Iterator[None]:
             m._modules[k] = s.original
 
 
-def _opened(x: Any) -> Any:
+def opened(x: Any) -> Any:
     """Dataclasses as dicts that keep their class."""
-    return {_CLASS: type(x), **{f.name: _opened(getattr(x, f.name)) for f in fields(x)}} if is_dataclass(x) else x
+    return {_CLASS: type(x), **{f.name: opened(getattr(x, f.name)) for f in fields(x)}} if is_dataclass(x) else x
 
 
-def _closed(x: Any) -> Any:
+def closed(x: Any) -> Any:
     """The inverse of _opened."""
     if not isinstance(x, dict) or _CLASS not in x:
         return x
-    return x[_CLASS](**{k: _closed(value) for k, value in x.items() if k != _CLASS})
+    return x[_CLASS](**{k: closed(value) for k, value in x.items() if k != _CLASS})

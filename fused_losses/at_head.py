@@ -1,0 +1,112 @@
+"""at_head: a loss inside a model's own forward, where the model would have made its logits.
+
+Engines (DDP, FSDP, accelerate) act around a module's forward: they gather its weights before, watch its outputs after. So the
+loss runs in there, with what the model itself feeds to its head: every input that it takes reaches it, images too, and its
+auxiliary loss comes back. Duck-typed: neither transformers nor peft is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from .head import Measured, closed, head_source, measured, opened, unwrapped
+from .sources import Hidden
+
+__all__ = ["AtHead", "at_head"]
+
+_known: WeakKeyDictionary[nn.Module, Measured] = WeakKeyDictionary()
+
+
+class AtHead(NamedTuple):
+    out: Any  # what the function returned
+    aux_loss: Tensor | None  # a mixture's load-balancing loss, unweighted, where the model computes it
+
+
+def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature: float = 1.0, **inputs: Any) -> AtHead:
+    """Calls model(**inputs), and in it function(source) in place of its head, with source = fl.Hidden of the states that the
+    head was given and of its weights: logits are never made.
+
+        with torch.no_grad():
+            ref = fl.at_head(reference, lambda q: fl.token_stats(q, labels, shift=True).logps, **inputs).out
+        out, aux = fl.at_head(model, lambda p: fl.dpo_loss(p, labels, fl.LogProbs(ref), shift=True), **inputs)
+        (out.loss + coefficient * aux).backward()  # aux_loss: of mixtures with output_router_logits=True, else None
+
+    A loss of two distributions nests: at_head(teacher, lambda q: at_head(student, lambda p: loss(p, labels, q), ...), ...).
+
+    model: a transformers model with a linear output head, as fl.find_head takes it: softcap, scale and padded vocabulary are
+        measured, LoRA on the head is used; in DDP, FSDP or PEFT, or prepared by accelerate. Nothing of it is changed after
+        the call.
+    function: returns a tensor, LossOutput, TokenStats, or a dict or tuple of tensors; engines find them there.
+    temperature: as in fl.Hidden.
+    inputs: the model's own, without labels.
+
+    Raises as find_head does; ValueError for labels among inputs, or where forward does not call the head once;
+    NotImplementedError for ZeRO-3's sharded weights, a model compiled as a whole, DataParallel and prompt learning.
+    """
+    if inputs.get("labels") is not None:
+        raise ValueError("labels: go to the loss in `function`, not to the model, which would want logits for them")
+    _refuse(model)
+    inner = unwrapped(model)
+    found: list[Any] = []
+    known = _measure(inner)
+
+    def head(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        if found:
+            raise ValueError(f"model: {type(inner).__name__}.forward calls its head twice, expected once")
+        source = head_source(known.head, known.path, hidden, temperature=temperature, **known.at_head)
+        found.append(opened(function(source)))
+        return hidden.new_zeros(*hidden.shape[:-1], 1)  # logits, as far as the model is concerned
+
+    before = inner.forward
+
+    def forward(*args: Any, **options: Any) -> dict[str, Any]:
+        answer = before(*args, **options, return_dict=True)
+        if not found:
+            raise ValueError(f"model: {type(inner).__name__}.forward did not call its head")
+        return {"out": found.pop(), "aux_loss": getattr(answer, "aux_loss", None)}
+
+    with _replaced(known.head, head), _replaced(inner, forward):
+        answer = model(**inputs)
+    return AtHead(closed(answer["out"]), answer["aux_loss"])
+
+
+def _measure(model: nn.Module) -> Measured:
+    """Once for each head that a model has had."""
+    known = _known.get(model)
+    if known is None or known.head is not model.get_output_embeddings():  # type: ignore[operator]
+        known = _known[model] = measured(model, whole=False)
+    return known
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module's forward, for a while; hooks around it stay."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _refuse(model: nn.Module) -> None:
+    """Wrappers under which a forward cannot be replaced."""
+    wrapper: Any = model
+    while isinstance(wrapper, nn.Module):
+        kind = type(wrapper).__name__
+        if hasattr(wrapper, "_orig_mod"):
+            raise NotImplementedError(
+                f"model: {kind} is compiled as a whole; compile its backbone alone, model.model.compile(), and the loss stays "
+                "outside"
+            )
+        if kind == "DataParallel":
+            raise NotImplementedError("model: DataParallel copies the module; use DistributedDataParallel")
+        wrapper = getattr(wrapper, "module", None)

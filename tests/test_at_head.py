@@ -1,0 +1,193 @@
+"""at_head: the model's own logits, auxiliary loss, images, adapters and engines; nothing is left behind."""
+
+import pytest
+import torch
+from test_head import FAMILIES, SMALL, H, V, assert_same, batch, make
+from torch import nn
+
+import fused_losses as fl
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
+MOE = dict(num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.1)
+
+
+def moe():
+    config = transformers.MixtralConfig(**SMALL | MOE, output_router_logits=True)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_logits_of_a_family(name):
+    model = make(name, **FAMILIES[name][0])
+    inputs, labels = batch()
+    before = {k: dict(m.__dict__) for k, m in model.named_modules()}
+    truth = model(**inputs).logits
+
+    def look(source):
+        assert_same(source, truth, labels)
+        return source.hidden.sum()
+
+    out, aux = fl.at_head(model, look, **inputs)
+    assert aux is None and out.requires_grad
+    assert before.keys() == dict(model.named_modules()).keys()
+    for k, m in model.named_modules():
+        assert m.__dict__.keys() == before[k].keys(), k
+    torch.testing.assert_close(model(**inputs).logits, truth)
+
+
+def test_a_step_equals_the_step_from_logits():
+    model, reference = make("Gemma2ForCausalLM", final_logit_softcapping=20.0), make("LlamaForCausalLM")
+    inputs, labels = batch()
+    with torch.no_grad():
+        ref = fl.at_head(reference, lambda q: fl.token_stats(q, labels, shift=True).logps, **inputs).out
+        ref_logits = reference(**inputs).logits
+    out, _ = fl.at_head(model, lambda p: fl.dpo_loss(p, labels, fl.LogProbs(ref), shift=True), **inputs)
+    truth = fl.dpo_loss(model(**inputs).logits, labels, ref_logits, shift=True)
+    assert isinstance(out, fl.LossOutput) and out.metrics.keys() == truth.metrics.keys()
+    torch.testing.assert_close(out.loss, truth.loss)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(out.loss, parameters), torch.autograd.grad(truth.loss, parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_two_distributions_nest():
+    student, teacher = make("LlamaForCausalLM"), make("Qwen2ForCausalLM", hidden_size=48)
+    inputs, labels = batch()
+
+    def loss(q):
+        with torch.enable_grad():
+            return fl.at_head(student, lambda p: fl.distillation_loss(p, labels, q, shift=True).loss, **inputs).out
+
+    with torch.no_grad():
+        found = fl.at_head(teacher, loss, **inputs).out
+    with torch.no_grad():
+        logits = teacher(**inputs).logits
+    truth = fl.distillation_loss(student(**inputs).logits, labels, logits, shift=True).loss
+    torch.testing.assert_close(found, truth)
+    ours, theirs = (torch.autograd.grad(x, list(student.parameters())) for x in (found, truth))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_mixture_returns_its_auxiliary_loss():
+    model = moe()
+    inputs, labels = batch()
+    inputs["attention_mask"][0, 4:] = 0
+    out, aux = fl.at_head(model, lambda p: fl.cross_entropy_loss(p, labels, shift=True).loss, **inputs)
+    truth = model(**inputs, labels=labels)
+    torch.testing.assert_close(out + 0.1 * aux, truth.loss)
+    ours, theirs = (torch.autograd.grad(x, list(model.parameters())) for x in (out + 0.1 * aux, truth.loss))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_vision_model_sees_its_image():
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**SMALL),
+        image_token_index=90,
+        vision_feature_layer=-1,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).double().eval()
+    inputs, labels = batch(2, 8)
+    inputs["input_ids"][:, 1:5] = 90
+    pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    truth = model(**inputs, pixel_values=pixels).logits
+    fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs, pixel_values=pixels)
+    with pytest.raises(AssertionError):
+        fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs, pixel_values=-pixels)
+
+
+LORA = {
+    "lora": dict(target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+    "saved": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("options", LORA.values(), ids=LORA)
+def test_adapters_on_and_off(options):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make("LlamaForCausalLM"), peft.LoraConfig(r=4, **options)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    inputs, labels = batch()
+    for context in (torch.enable_grad, model.disable_adapter):
+        with context(), torch.no_grad():
+            truth = model(**inputs).logits
+            fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs)  # noqa: B023
+    fl.at_head(model, lambda p: p.hidden.sum(), **inputs).out.backward()
+
+
+def test_autocast_and_hooks_stay_around_the_forward():
+    model = make("LlamaForCausalLM").float()
+    inputs, labels = batch()
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda m, args: seen.append("head"))
+    model.register_forward_hook(lambda m, args, out: seen.append(type(out)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fl.at_head(model, lambda p: (fl.token_stats(p, labels).logps, p.hidden), **inputs).out
+        truth = fl.token_stats(model(**inputs).logits, labels).logps
+    assert seen[:2] == ["head", dict] and out[0].dtype == torch.float32
+    torch.testing.assert_close(out[0], truth, rtol=0, atol=0.3)  # logits of hundreds in bfloat16
+
+
+class Twice(nn.Module):
+    """Asks its head twice, or not at all."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.model, self.lm_head, self.times = nn.Embedding(V, H), nn.Linear(H, V), times
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, return_dict=True):
+        hidden = self.model(input_ids)
+        measuring = not isinstance(self.model, nn.Embedding)  # a stand-in is there
+        hidden = hidden[0] if measuring else hidden
+        logits = [self.lm_head(hidden) for _ in range(1 if measuring else self.times)]
+        return type("Output", (), {"logits": logits[0] if logits else None, "aux_loss": None})()
+
+
+def test_refusals():
+    inputs, labels = batch()
+    model = make("LlamaForCausalLM")
+    for kept, m, words, error, more in (
+        (1, model, "labels: go to the loss", ValueError, {"labels": labels}),
+        (2, torch.compile(model), "compiled as a whole", NotImplementedError, {}),
+        (3, nn.DataParallel(model), "DataParallel copies", NotImplementedError, {}),
+        (4, Twice(0), "did not call its head", ValueError, {}),
+        (5, Twice(2), "calls its head twice", ValueError, {}),
+    ):
+        given = {"input_ids": inputs["input_ids"]} if kept > 3 else inputs
+        with pytest.raises(error, match=words):
+            fl.at_head(m, lambda p: p.hidden.sum(), **given, **more)
+        assert all("forward" not in x.__dict__ for x in (*model.modules(), *getattr(m, "module", m).children()))
+    model.lm_head.weight.ds_id = 1
+    with pytest.raises(NotImplementedError, match="ZeRO-3"):
+        fl.at_head(model, lambda p: p.hidden.sum(), **inputs)
+
+
+def test_a_failing_loss_leaves_nothing():
+    model = make("LlamaForCausalLM")
+    with pytest.raises(ZeroDivisionError):
+        fl.at_head(model, lambda p: 1 / 0, **batch()[0])
+    assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+def test_another_head_is_measured_anew():
+    model = make("LlamaForCausalLM")
+    inputs, labels = batch()
+    fl.at_head(model, lambda p: p.hidden.sum(), **inputs)
+    model.resize_token_embeddings(V + 7, mean_resizing=False)
+    truth = model(**inputs).logits
+    fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs)
