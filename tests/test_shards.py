@@ -1,16 +1,18 @@
 """A vocabulary split over ranks gives what one process gives: every loss, even and uneven slices, two and four ranks (gloo)."""
 
 import os
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 
 import fused_losses as fl
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
+]
 VOCAB, H, R = 67, 8, 3
 SPLITS = {2: [(30, 37), (64, 3)], 4: [(17, 17, 17, 16), (1, 40, 6, 20)]}
 
@@ -60,11 +62,10 @@ def answer(name, policy, ref, labels, **options):
     return loss.detach(), torch.autograd.grad(loss, wanted)
 
 
-def check(rank, sizes):
+def check(rank, group, sizes):
     policy, ref, labels = tensors()
     first = sum(sizes[:rank])
     rows = slice(first, first + sizes[rank])
-    group = dist.group.WORLD
     for i, name in enumerate(CASES):
         loss, gradients = answer(name, policy, ref, labels)
         told = {"shard": (first, VOCAB)} if i % 2 else {}
@@ -89,13 +90,13 @@ def check(rank, sizes):
     torch.testing.assert_close(dz, dz_whole[..., rows], rtol=1e-9, atol=1e-12)
 
 
-def check_dtensor(rank, sizes):
+def check_dtensor(rank, group, sizes):
     """A head that tensor parallelism has split, with the gradient where it belongs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (len(sizes),))
-    policy, ref, labels = tensors()
+    policy, _, labels = tensors()
     x, w, bias = (t.requires_grad_() for t in policy[:3])
     loss = fl.dpo_loss(fl.Hidden(x, w, bias), labels).loss
     whole = torch.autograd.grad(loss, (x, w, bias))
@@ -110,24 +111,23 @@ def check_dtensor(rank, sizes):
         fl.Hidden(x, copies, process_group=mesh.get_group())
 
 
-def check_triton(rank, sizes):
+def check_triton(rank, group, sizes):
     """In Triton's interpreter: states merge, labels of other ranks are legal, slices have their place."""
-    os.environ["FUSED_LOSSES_BACKEND"] = "triton"
     policy, ref, labels = tensors(torch.float32)
     first = sum(sizes[:rank])
     rows = slice(first, first + sizes[rank])
     for name in ("dpo", "jsd", "entropy"):
         loss, gradients = answer(name, policy, ref, labels)
-        split, found = answer(name, policy, ref, labels, rows=rows, process_group=dist.group.WORLD)
+        split, found = answer(name, policy, ref, labels, rows=rows, process_group=group)
         torch.testing.assert_close(split, loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found[0], gradients[0], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found[1][rows], gradients[1][rows], rtol=1e-4, atol=1e-6)
 
 
-def refusals(rank, sizes):
+def refusals(rank, group, sizes):
     policy, ref, labels = tensors()
     first = sum(sizes[:rank])
-    rows, group = slice(first, first + sizes[rank]), dist.group.WORLD
+    rows = slice(first, first + sizes[rank])
     p, q = sources(policy, ref, rows, process_group=group)
     p.hidden.requires_grad_()
     whole = sources(policy, ref)[1]
@@ -144,47 +144,26 @@ def refusals(rank, sizes):
             call()
 
 
-def run(rank, world, path, task, sizes, errors):
-    torch.set_num_threads(1)
-    os.environ["FUSED_LOSSES_BACKEND"] = "torch"
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world)
-    try:
-        globals()[task](rank, sizes)
-    except BaseException:
-        errors.put(traceback.format_exc())
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(path, task, sizes):
-    context = mp.get_context("spawn")
-    errors = context.SimpleQueue()
-    ranks = [context.Process(target=run, args=(r, len(sizes), path, task, sizes, errors)) for r in range(len(sizes))]
-    for p in ranks:
-        p.start()
-    for p in ranks:
-        p.join(120)
-        p.kill()
-    assert errors.empty(), errors.get()
-    assert [p.exitcode for p in ranks] == [0] * len(sizes)
-
-
 @pytest.mark.parametrize("sizes", [s for split in SPLITS.values() for s in split], ids=str)
-def test_ranks_equal_one_process(tmp_path, sizes):
-    spawn(tmp_path, "check", sizes)
+def test_ranks_equal_one_process(monkeypatch, sizes):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    on_ranks(len(sizes), check, sizes)
 
 
-def test_a_dtensor_head(tmp_path):
-    spawn(tmp_path, "check_dtensor", (34, 33))
+def test_a_dtensor_head(monkeypatch):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    on_ranks(4, check_dtensor, (17, 17, 17, 16))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter")
-def test_ranks_of_the_triton_backend(tmp_path):
-    spawn(tmp_path, "check_triton", (20, 47))
+def test_ranks_of_the_triton_backend(monkeypatch):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
+    on_ranks(2, check_triton, (20, 47))
 
 
-def test_refusals(tmp_path):
-    spawn(tmp_path, "refusals", (30, 37))
+def test_refusals(monkeypatch):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    on_ranks(2, refusals, (30, 37))
 
 
 def test_without_a_group():
