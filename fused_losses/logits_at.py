@@ -36,6 +36,8 @@ def stats_at(
     keep [..., K]: the entries that matter; others are 0, and no gradient reaches them. Ids may repeat. One that is not a token
     is an error on a CPU, and NaN elsewhere. A second differentiation is an error.
     """
+    if policy.process_group is not None:
+        raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
     check_sources(policy, labels, None, ())
     if isinstance(policy, Logits) and How(**how) != How():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
@@ -46,8 +48,6 @@ def stats_at(
     ids = ids.long().masked_fill(~keep | wrong, 0)
     if shift:  # the last position predicts nothing
         ids, keep, wrong = (pad(x, (0, 0, 0, 1)) for x in (ids, keep, wrong))
-    if policy.process_group is not None:
-        raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
     if isinstance(policy, Hidden):
         given = {"entropy": entropy, "shift": shift, "ignore_index": ignore_index, "inplace_backward": inplace_backward}
         stats = token_stats(policy, labels, **given, **how)  # type: ignore[arg-type]

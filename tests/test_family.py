@@ -25,7 +25,7 @@ class Batch:
     def __init__(self, name, variant, packed=False, seed=0, device="cpu"):
         self.entry = FAMILY[name]
         self.options = dict(self.entry.variants[variant])
-        self.name = name
+        self.name, self.head = name, {}  # head: more of fl.Hidden's and fl.Logits' options
         g = torch.Generator().manual_seed(zlib.crc32(f"{name} {variant} {seed}".encode()))
         sequences = 6 if self.entry.batch == "pairs" else 4
         self.x, self.ref_x = (torch.randn(sequences, T, width, generator=g) for width in (H, REF_H))
@@ -65,9 +65,9 @@ class Batch:
         def build(kind, x, weight):
             x, weight = x.to(dtype), weight.to(dtype)
             if kind == "hidden":
-                return [x, weight], lambda a, b: fl.Hidden(a, b)
+                return [x, weight], lambda a, b: fl.Hidden(a, b, **self.head)
             if kind == "logits":
-                return [x @ weight.T], lambda a: a
+                return [x @ weight.T], lambda a: fl.Logits(a, **self.head) if self.head else a
             logps = fl.reference.token_stats(fl.Hidden(x, weight), self.y).logps
             return [logps], lambda a: fl.LogProbs(a)
 

@@ -1,4 +1,5 @@
-"""A vocabulary split over ranks gives what one process gives: every loss, even and uneven slices, two and four ranks (gloo)."""
+"""A vocabulary split over ranks gives what one process gives: every loss, every part of a head, even and uneven slices, two
+and four ranks (gloo)."""
 
 import os
 
@@ -6,15 +7,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from test_family import CASES as FAMILY_CASES
+from test_family import Batch, V
 
 import fused_losses as fl
+from fused_losses.losses import FAMILY
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
 ]
 VOCAB, H, R = 67, 8, 3
-SPLITS = {2: [(30, 37), (64, 3)], 4: [(17, 17, 17, 16), (1, 40, 6, 20)]}
+SPLITS = [(0.45, 0.55), (0.95, 0.05), (0.25, 0.25, 0.25, 0.25), (0.02, 0.6, 0.08, 0.3)]  # shares of the vocabulary
+
+
+def own(rank, split, vocab):
+    """This rank's rows of a head of so many tokens."""
+    ends = [round(vocab * sum(split[:i])) for i in range(len(split) + 1)]
+    return slice(ends[rank], ends[rank + 1])
 
 
 def tensors(dtype=torch.float64):
@@ -34,6 +44,7 @@ def sources(policy, ref, rows=slice(None), **shard):
     return p, fl.Hidden(ref[0], ref[1][rows], **head, **shard)
 
 
+# What the family below does not: softcap, temperature, bias and LoRA on every one, gradients of the reference, other options
 CASES = {
     "dpo": lambda p, y, q: fl.dpo_loss(p, y, q).loss,
     "wpo": lambda p, y, q: fl.dpo_loss(p, y, q, use_weighting=True).loss,
@@ -41,13 +52,7 @@ CASES = {
     "tdpo": lambda p, y, q: fl.tdpo_loss(p, y, q).loss,
     "jsd": lambda p, y, q: fl.distillation_loss(p, y, q).loss,
     "alpha": lambda p, y, q: fl.distillation_loss(p, y, q, divergence="alpha(a=0.3)", hard=0.5).loss,
-    "kto": lambda p, y, q: fl.kto_loss(p, y, q, torch.arange(4) % 2 == 0, baseline=0.1).loss,
-    "grpo": lambda p, y, q: (
-        fl.grpo_loss(p, y, torch.randn(4, dtype=torch.float64), ref=q, beta=0.1, kl="reverse_kl").loss
-    ),
-    "simpo": lambda p, y, q: fl.simpo_loss(p, y).loss,
-    "ce": lambda p, y, q: fl.cross_entropy_loss(p, y, z_loss=0.1).loss,
-    "smoothed": lambda p, y, q: fl.cross_entropy_loss(p, y, label_smoothing=0.2).loss,
+    "ce": lambda p, y, q: fl.cross_entropy_loss(p, y, z_loss=0.1, label_smoothing=0.2).loss,
     "entropy": lambda p, y, q: fl.token_stats(p, y, entropy=True, shift=True, workspace=1 << 14).entropy.sum(),
 }
 
@@ -62,10 +67,32 @@ def answer(name, policy, ref, labels, **options):
     return loss.detach(), torch.autograd.grad(loss, wanted)
 
 
-def check(rank, group, sizes):
+def check_family(rank, group, split):
+    """Every variant of every loss, padded and packed in turn."""
+    rows = own(rank, split, V)
+    for i, (name, variant) in enumerate(FAMILY_CASES):
+        whole, batch = (Batch(name, variant, packed=i % 2 > 0 and FAMILY[name].batch != "tokens") for _ in range(2))
+        ref = None if batch.entry.ref == "unused" else "hidden"
+        batch.weight, batch.ref_weight = batch.weight[rows], batch.ref_weight[rows]
+        batch.head = {"process_group": group} | ({"shard": (rows.start, V)} if i % 3 else {})
+        if name == "topk_distillation_loss":
+            with pytest.raises(ValueError, match="process_group: logits at given tokens"):
+                batch.call(fl, torch.float64, "hidden", ref)
+            continue
+        truth, (dx, dw) = whole.call(fl, torch.float64, "hidden", ref)
+        out, found = batch.call(fl, torch.float64, "hidden", ref)
+        for what, mine, exact in (("loss", out.loss, truth.loss), ("dx", found[0], dx), ("dw", found[1], dw[rows])):
+            words = f"{name} {variant}, {what}"
+            torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-11, msg=lambda m, w=words: f"{w}: {m}")
+        assert out.metrics.keys() == truth.metrics.keys()
+        for key, value in truth.metrics.items():
+            torch.testing.assert_close(out.metrics[key], value, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+def check(rank, group, split):
     policy, ref, labels = tensors()
-    first = sum(sizes[:rank])
-    rows = slice(first, first + sizes[rank])
+    rows = own(rank, split, VOCAB)
+    first = rows.start
     for i, name in enumerate(CASES):
         loss, gradients = answer(name, policy, ref, labels)
         told = {"shard": (first, VOCAB)} if i % 2 else {}
@@ -90,12 +117,12 @@ def check(rank, group, sizes):
     torch.testing.assert_close(dz, dz_whole[..., rows], rtol=1e-9, atol=1e-12)
 
 
-def check_dtensor(rank, group, sizes):
+def check_dtensor(rank, group):
     """A head that tensor parallelism has split, with the gradient where it belongs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (len(sizes),))
+    mesh = init_device_mesh("cpu", (4,))
     policy, _, labels = tensors()
     x, w, bias = (t.requires_grad_() for t in policy[:3])
     loss = fl.dpo_loss(fl.Hidden(x, w, bias), labels).loss
@@ -111,11 +138,10 @@ def check_dtensor(rank, group, sizes):
         fl.Hidden(x, copies, process_group=mesh.get_group())
 
 
-def check_triton(rank, group, sizes):
+def check_triton(rank, group, split):
     """In Triton's interpreter: states merge, labels of other ranks are legal, slices have their place."""
     policy, ref, labels = tensors(torch.float32)
-    first = sum(sizes[:rank])
-    rows = slice(first, first + sizes[rank])
+    rows = own(rank, split, VOCAB)
     for name in ("dpo", "jsd", "entropy"):
         loss, gradients = answer(name, policy, ref, labels)
         split, found = answer(name, policy, ref, labels, rows=rows, process_group=group)
@@ -124,10 +150,9 @@ def check_triton(rank, group, sizes):
         torch.testing.assert_close(found[1][rows], gradients[1][rows], rtol=1e-4, atol=1e-6)
 
 
-def refusals(rank, group, sizes):
+def refusals(rank, group, split):
     policy, ref, labels = tensors()
-    first = sum(sizes[:rank])
-    rows = slice(first, first + sizes[rank])
+    rows = own(rank, split, VOCAB)
     p, q = sources(policy, ref, rows, process_group=group)
     p.hidden.requires_grad_()
     whole = sources(policy, ref)[1]
@@ -144,26 +169,33 @@ def refusals(rank, group, sizes):
             call()
 
 
-@pytest.mark.parametrize("sizes", [s for split in SPLITS.values() for s in split], ids=str)
-def test_ranks_equal_one_process(monkeypatch, sizes):
+@pytest.fixture(autouse=True)
+def on_torch(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
-    on_ranks(len(sizes), check, sizes)
 
 
-def test_a_dtensor_head(monkeypatch):
-    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
-    on_ranks(4, check_dtensor, (17, 17, 17, 16))
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_every_loss(split):
+    on_ranks(len(split), check_family, split)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_every_part_of_a_head(split):
+    on_ranks(len(split), check, split)
+
+
+def test_a_dtensor_head():
+    on_ranks(4, check_dtensor)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter")
 def test_ranks_of_the_triton_backend(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
-    on_ranks(2, check_triton, (20, 47))
+    on_ranks(2, check_triton, (0.3, 0.7))
 
 
-def test_refusals(monkeypatch):
-    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
-    on_ranks(2, refusals, (30, 37))
+def test_refusals():
+    on_ranks(2, refusals, SPLITS[0])
 
 
 def test_without_a_group():
