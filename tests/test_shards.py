@@ -138,6 +138,41 @@ def check_dtensor(rank, group):
         fl.Hidden(x, copies, process_group=mesh.get_group())
 
 
+def take(batch, rows):
+    """Some sequences of a padded batch."""
+    for name in ("x", "ref_x", "y"):
+        setattr(batch, name, getattr(batch, name)[rows])
+    batch.extra = {n: t[rows] for n, t in batch.extra.items()}
+
+
+def check_data(rank, group):
+    """Data parallel beside it, 2 x 2: each pair of ranks has its sequences, and a head that is split within the pair. An
+    engine averages gradients over the data dimension, of a loss that was multiplied by that dimension's size."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "vocab"))
+    half, rows = mesh.get_local_rank("data"), own(mesh.get_local_rank("vocab"), (0.3, 0.7), V)
+    pairs, single = ([0, 1, 3, 4], [2, 5]), ([0, 1, 2], [3])
+    for name, variant, halves in (
+        ("preference_loss", "MPO", pairs), ("cross_entropy_loss", "both", single), ("distillation_loss", "with labels", single),
+    ):  # fmt: skip
+        whole, batch = Batch(name, variant), Batch(name, variant)
+        ref = None if batch.entry.ref == "unused" else "hidden"
+        truth, (dx, dw) = whole.call(fl, torch.float64, "hidden", ref)
+        take(batch, halves[half])
+        batch.weight, batch.ref_weight = batch.weight[rows], batch.ref_weight[rows]
+        batch.head = {"process_group": mesh.get_group("vocab")}
+        batch.options["num_items"] = 3 if name == "preference_loss" else int((whole.y != -100).sum())
+        if name == "preference_loss":
+            batch.options["num_nll_tokens"] = int((whole.y[:3] != -100).sum())
+        out, found = batch.call(fl, torch.float64, "hidden", ref)
+        torch.testing.assert_close(found[0], dx[halves[half]], rtol=1e-9, atol=1e-11)
+        loss, averaged = 2 * out.loss.detach(), 2 * found[1]
+        for mine, exact in ((loss, truth.loss), (averaged, dw[rows])):
+            dist.all_reduce(mine, group=mesh.get_group("data"))
+            torch.testing.assert_close(mine / 2, exact, rtol=1e-9, atol=1e-11)
+
+
 def check_triton(rank, group, split):
     """In Triton's interpreter: states merge, labels of other ranks are legal, slices have their place."""
     policy, ref, labels = tensors(torch.float32)
@@ -182,6 +217,10 @@ def test_every_loss(split):
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_every_part_of_a_head(split):
     on_ranks(len(split), check, split)
+
+
+def test_beside_data_parallel():
+    on_ranks(4, check_data)
 
 
 def test_a_dtensor_head():
