@@ -204,14 +204,8 @@ class _Collator:
         return {"columns": list(self.columns), "max_length": self.max_length, "truncation": self.truncation}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        if wrong := next((row for row in rows if not {"prompt_ids", *self.columns} <= row.keys()), None):
-            wanted = ["prompt_ids", *self.columns]
-            raise ValueError(f"rows: expected the columns {wanted} ({self.made_by} makes them), got {list(wrong)}")
-        if not rows:
-            raise ValueError("rows: expected at least one, got none")
-        pairs = [self._sequence(i, row, row[name], name) for name in self.columns for i, row in enumerate(rows)]
-        batch = self._batch(pairs)
-        names = list(self.columns.values())
+        pairs = self._pairs(rows)
+        batch, names = self._batch(pairs), list(self.columns.values())
         saved = [row[name] for name in names for row in rows if row.get(name) is not None]
         if saved and len(saved) < len(pairs):
             has = f"{len(saved)} of {len(pairs)} numbers"
@@ -219,6 +213,18 @@ class _Collator:
         if saved:
             batch["ref_logps"] = self._ref_logps(batch, [y for _, y in pairs], saved)
         return batch
+
+    def inputs(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch without what belongs to a loss: ref_logps, desirable, kl."""
+        return self._batch(self._pairs(rows))
+
+    def _pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+        if wrong := next((row for row in rows if not {"prompt_ids", *self.columns} <= row.keys()), None):
+            wanted = ["prompt_ids", *self.columns]
+            raise ValueError(f"rows: expected the columns {wanted} ({self.made_by} makes them), got {list(wrong)}")
+        if not rows:
+            raise ValueError("rows: expected at least one, got none")
+        return [self._sequence(i, row, row[name], name) for name in self.columns for i, row in enumerate(rows)]
 
     def _sequence(self, i: int, row: Mapping[str, Any], completion: Any, name: str) -> tuple[Tensor, Tensor]:
         """Token ids and labels [L]."""
