@@ -9,9 +9,11 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "fused_losses/__init__.py").read_text("utf-8"), re.M)[1]
 
 DEMO = ["transformers", "datasets", "tokenizers", "matplotlib", "tqdm"]
+TRAINER = ["transformers==5.23.*", "accelerate"]  # of integrations/trainer.py
+TRL = ["trl==1.16.*", "peft", *TRAINER]  # of integrations/trl_*.py, which override what is private there
 PEERS = ["trl==1.16.0", "liger-kernel==0.8.5"]  # exactly: tests/test_against_*.py call what is private there
 BENCH = [*PEERS, "cut-cross-entropy==25.1.1", "transformers", "datasets", "matplotlib", "pytest", "pytest-benchmark"]
-TEST = ["hypothesis", "setuptools>=77.0.3", "wheel", *DEMO, *BENCH]
+TEST = ["hypothesis", "setuptools>=77.0.3", "wheel", *TRL, *DEMO, *BENCH]
 LINT = ["ruff", "mypy"]
 
 setup(
@@ -24,7 +26,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
-    extras_require={"demo": DEMO, "peers": PEERS, "bench": BENCH, "test": TEST, "lint": LINT, "dev": TEST + LINT},
+    extras_require={
+        "transformers": TRAINER, "trl": TRL, "demo": DEMO, "peers": PEERS, "bench": BENCH, "test": TEST, "lint": LINT,
+        "dev": TEST + LINT,
+    },  # fmt: skip
     # kernels/ is a folder of its own in the repository and fused_losses.kernels everywhere else. The symlink
     # fused_losses/kernels makes that true in a checkout too; without an __init__.py in kernels/, `import kernels`
     # from the repository root still finds the unrelated package of that name.

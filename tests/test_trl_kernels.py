@@ -150,7 +150,7 @@ def test_mean_logits_in_many_tiles(monkeypatch):
     for softcap in (None, 2.0):
         source = trl_kernels._hidden(*leaves, 0.7, softcap, 0.4)
         exact = exact_logits(doubles(leaves), 0.7, softcap, 0.4).mean(-1)
-        assert relative(trl_kernels._mean_logits(source), exact) <= 1e-6
+        assert relative(trl_kernels.mean_logits(source), exact) <= 1e-6
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])

@@ -1,1 +1,1 @@
-"""Bridges to other libraries, each in a module of its own. Nothing else here imports them, and they import theirs late."""
+"""Bridges to other libraries, each in a module of its own, which nothing else in the package imports."""

@@ -141,7 +141,7 @@ def _chunked_log_probs(
     )  # fmt: skip
     entropy, collision = (None if x is None else x.float() for x in (stats.entropy, stats.collision))
     with torch.autocast(hidden.device.type, enabled=False):  # its one product is of float32 sums
-        mean = _mean_logits(source).float() if asked["mean_logits"] else None
+        mean = mean_logits(source).float() if asked["mean_logits"] else None
     return stats.logps.float(), entropy, collision, mean, stats.correct if asked["is_top1"] else None
 
 
@@ -189,14 +189,19 @@ def _hidden(
 
 
 @torch.no_grad()
-def _mean_logits(source: Hidden) -> Tensor:
+def mean_logits(source: Hidden) -> Tensor:
     """[N], over the vocabulary. Without a softcap it is the logit of the mean of the weight's rows."""
-    n, (v, _), wide = len(source.hidden), source.weight.shape, stats_dtype(source.hidden)
+    n, v, wide = len(source.hidden), source.vocab, stats_dtype(source.hidden)
+    weight, bias = source.weight[:v], None if source.bias is None else source.bias[:v]
+    a, b, scaling = source.lora or (None, None, 1.0)
+    b = None if b is None else b[:v]
     if source.softcap is None:
-        pieces = (piece.sum(0, dtype=wide) for piece in source.weight.split(COLUMNS))  # each is cast: V x H never is
-        offset = 0.0 if source.bias is None else source.bias.mean(dtype=wide)
-        return (source.hidden.to(wide) @ (sum(pieces) / v) + offset) * source.multiplier
-    side = HiddenSide(Inputs(source.hidden, source.weight, source.bias), None)
+        pieces = (piece.sum(0, dtype=wide) for piece in weight.split(COLUMNS))  # each is cast: V x H never is
+        row = sum(pieces) / v
+        if a is not None and b is not None:
+            row = row + scaling * b.mean(0, dtype=wide) @ a.to(wide)
+        return (source.hidden.to(wide) @ row + (0.0 if bias is None else bias.mean(dtype=wide))) * source.multiplier
+    side = HiddenSide(Inputs(source.hidden, weight, bias, a, b, scaling), None)
     total = source.hidden.new_zeros(n, dtype=wide)
     height = min(max(n, 1), ROWS)
     width = min(v, COLUMNS, max(1, workspace_bytes(None) // (height * total.element_size())))

@@ -1,0 +1,347 @@
+"""TRL's trainers on our losses: the same classes, arguments, batches, logged names and values; another _compute_loss.
+
+    from fused_losses.integrations.trl_trainers import DPOTrainer    # was: from trl import DPOTrainer
+
+DPOTrainer, KTOTrainer, DistillationTrainer, GKDTrainer. Loss and gradient come from the hidden states in one pass, inside the
+model's forward (fl.at_head); the reference's log-probs likewise, or from TRL's precomputed columns, or with the adapter off.
+sync_ref_model is fl.TrustRegion. Metrics of a step are gathered in one collective and read once.
+
+What TRL refuses is refused by TRL; beyond that: prompt learning (virtual tokens have no labels), ZeRO-3, a model that is
+compiled as a whole, and a label_smoothing that TRL's 'sigmoid' does not read.
+
+Made for TRL 1.16.x, whose private methods these override: another version is refused on import. `trl_kernels` serves the other
+trainers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor, nn
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import use_adapter
+
+from ..at_head import AtHead, at_head
+from ..divergences import get
+from ..losses import distillation_loss, kto_loss, preference_loss
+from ..sources import Hidden, LogProbs
+from ..stats import token_stats
+from .trainer import TrustRegionCallback
+from .trl_kernels import TESTED, mean_logits
+
+if trl.__version__.split(".")[:2] != TESTED.split(".")[:2]:
+    raise ImportError(f"trl: expected version 1.16.x, tested with {TESTED}, got {trl.__version__}")
+
+from trl.experimental.gkd import GKDTrainer as _GKDTrainer  # noqa: E402
+
+__all__ = ["DPOTrainer", "DistillationTrainer", "GKDTrainer", "KTOTrainer"]
+
+IGNORED = -100
+Sums = dict[str, tuple[Tensor, Tensor]]  # of a metric, and what to divide it by
+
+
+class _Trainer:
+    """What DPO and KTO share: models with a reference, metrics."""
+
+    NOT_THE_MODELS: frozenset[str] = frozenset({
+        "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "KL_input_ids", "KL_attention_mask", "KL_completion_mask",
+        "KL_token_type_ids", "KL_mm_token_type_ids", "label", "ref_logps", "ref_KL_logps",
+    })  # fmt: skip
+    args: Any
+    accelerator: Any
+    model: Any
+    ref_model: Any
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
+    _tp_size: int
+
+    def _logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """[S, T - 1], without a graph."""
+        own = {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
+        with torch.no_grad():
+            return at_head(model, lambda q: token_stats(q, labels, shift=True).logps, **own).out
+
+    def _reference_logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """The same, of the reference: its own model, or the policy's adapter off (or on "ref", where TRL keeps the copy that
+        training began with)."""
+        with self._as_reference():
+            return self._logps(model, inputs, labels)
+
+    def _as_reference(self) -> Any:
+        base = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is not None or not hasattr(base, "peft_config"):
+            return nullcontext()
+        return use_adapter(base, adapter_name="ref" if "ref" in base.peft_config else None)
+
+    def _reference_model(self) -> nn.Module:
+        return self.model if self.ref_model is None else self.ref_model
+
+    def _without_checkpoints(self) -> Any:
+        return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+
+    def _policy(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[[Hidden], dict[str, Any]]) -> AtHead:
+        own = {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
+        if self.aux_loss_enabled:
+            own["output_router_logits"] = True
+        return at_head(model, loss, **own)
+
+    def _add_aux(self, loss: Tensor, aux: Tensor | None, sums: Sums) -> Tensor:
+        if not self.aux_loss_enabled:
+            return loss
+        if aux is None:
+            raise ValueError("router_aux_loss_coef: the model returned no auxiliary loss; set it to 0.0")
+        sums["aux_loss"] = aux.detach(), torch.ones_like(aux)
+        return loss + self.router_aux_loss_coef * aux
+
+    def _record(self, inputs: dict[str, Any], sums: Sums, absent: float | None = 0.0) -> dict[str, float]:
+        """Means over all ranks, appended to the metrics: one collective, one synchronisation. absent: where there is nothing to
+        divide by; None leaves the metric out."""
+        mode = "train" if self.model.training else "eval"
+        tokens = inputs["attention_mask"].sum()
+        both = [torch.stack([x.detach().float(), n.float()]) for x, n in sums.values()]
+        both.append(torch.stack([tokens.float(), tokens.float()]))
+        *means, (tokens_seen, _) = self.accelerator.gather(torch.stack(both)[None]).sum(0).tolist()
+        found = {name: x / n if n else absent for name, (x, n) in zip(sums, means, strict=True)}
+        found = {name: x for name, x in found.items() if x is not None}
+        for name, x in found.items():
+            self._metrics[mode][name].append(x)
+        if mode == "train":
+            self._total_train_tokens += int(tokens_seen) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return found  # type: ignore[return-value]
+
+    def _with_outputs(self, loss: Tensor, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if not return_outputs:
+            return loss
+        warnings.warn(
+            "return_outputs=True: logits for compute_metrics come from one more forward, with a vocabulary-size tensor; TRL "
+            "removes them in 2.0.0",
+            FutureWarning,
+            stacklevel=3,
+        )
+        own = {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
+        with torch.no_grad():
+            return loss, model(**own)
+
+
+def _labels(inputs: dict[str, Any], prefix: str = "") -> Tensor:
+    return inputs[prefix + "input_ids"].masked_fill(inputs[prefix + "completion_mask"] == 0, IGNORED)
+
+
+def _mean_logits(source: Hidden, mask: Tensor) -> Tensor:
+    """[S, T - 1], zero where the mask is."""
+    with torch.no_grad():
+        found = mean_logits(replace(source, hidden=source.hidden[:, :-1][mask]))
+        return found.new_zeros(mask.shape).masked_scatter(mask, found)
+
+
+class DPOTrainer(_Trainer, trl.DPOTrainer):
+    """trl.DPOTrainer on fl.preference_loss: every loss type, f-divergence, LD-DPO, WPO and mixture that it has."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.label_smoothing and "sigmoid" in self.loss_types:
+            raise ValueError(
+                f"label_smoothing: TRL's loss_type 'sigmoid' does not read it, expected 0, got {self.label_smoothing}; "
+                "'robust' does"
+            )
+        if self.args.sync_ref_model:
+            self.remove_callback(SyncRefModelCallback)
+            options = {"alpha": self.args.ref_model_mixup_alpha, "every": self.args.ref_model_sync_steps}
+            self.add_callback(TrustRegionCallback(self.ref_model, **options))
+
+    @property
+    def fused_options(self) -> dict[str, Any]:
+        """preference_loss's, from the DPOConfig."""
+        coefficient = self.f_alpha_divergence_coef  # 1 - the alpha of f-DPO
+        alpha = "reverse_kl" if abs(coefficient - 1) < 1e-6 else get("alpha", a=1 - coefficient)
+        names = {
+            "reverse_kl": "reverse_kl",
+            "forward_kl": "forward_kl",
+            "js_divergence": "js",
+            "alpha_divergence": alpha,
+        }
+        return {
+            "loss": self.loss_types, "loss_weights": self.loss_weights, "divergence": names[self.f_divergence_type],
+            "beta": self.beta, "label_smoothing": self.label_smoothing or None, "discopop_tau": self.args.discopop_tau,
+            "ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting,
+        }  # fmt: skip
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """[B] twice: sums over chosen and rejected responses, weighed as LD-DPO has it, where it is on."""
+        labels = _labels(inputs)
+        with self._without_checkpoints(), self.accelerator.autocast():
+            logps = self._reference_logps(model, inputs, labels)
+        if self.ld_alpha is not None:
+            logps = preference_weights(labels, self.ld_alpha) * logps
+        return logps.sum(1).chunk(2)
+
+    def _reference(self, inputs: dict[str, Any], labels: Tensor) -> LogProbs:
+        if not self.precompute_ref_logps:
+            with self._without_checkpoints():
+                return LogProbs(self._reference_logps(self._reference_model(), inputs, labels))
+        sums = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        if self.ld_alpha is None:
+            return LogProbs(sums)
+        mask = labels[:, 1:] != IGNORED  # they are weighed already: at a first token, whose weight is 1
+        return LogProbs(sums[:, None] * (mask & (mask.cumsum(1) == 1)))
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        labels = _labels(inputs)
+        mask, pairs = labels[:, 1:] != IGNORED, len(labels) // 2
+        ref = self._reference(inputs, labels)
+
+        def loss(source: Hidden) -> dict[str, Any]:
+            out = preference_loss(source, labels, ref, entropy=True, shift=True, **self.fused_options)
+            count = torch.tensor(pairs, device=labels.device)
+            sums = {name: (x * pairs, count) for name, x in out.metrics.items()}
+            sums["entropy"] = out.metrics["entropy"] * mask.sum(), mask.sum()
+            chosen, chosen_mask = out.stats.correct[:pairs], mask[:pairs]  # type: ignore[index]
+            sums["mean_token_accuracy"] = (chosen & chosen_mask).sum(), chosen_mask.sum()
+            for name, x, m in zip(
+                ("chosen", "rejected"), _mean_logits(source, mask).chunk(2), mask.chunk(2), strict=True
+            ):
+                sums["logits/" + name] = x.sum(), m.sum()
+            return {"loss": out.loss, "sums": sums}
+
+        out, aux = self._policy(model, inputs, loss)
+        total = self._add_aux(out["loss"], aux, out["sums"])
+        self._record(inputs, out["sums"])
+        return self._with_outputs(total, model, inputs, return_outputs)
+
+
+def preference_weights(labels: Tensor, alpha: float) -> Tensor:
+    """LD-DPO's weights [2B, T - 1]: 1 up to the length of the pair's shorter response, alpha beyond."""
+    mask = labels[:, 1:] != IGNORED
+    shorter = mask.sum(1).view(2, -1).amin(0).repeat(2)
+    return torch.where(mask.cumsum(1) > shorter[:, None], alpha, 1.0)
+
+
+class KTOTrainer(_Trainer, trl.KTOTrainer):
+    """trl.KTOTrainer on fl.kto_loss: "kto" with its baseline from mismatched completions, and "apo_zero_unpaired"."""
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """[S], of the completions and of the mismatched ones."""
+        with self._without_checkpoints(), self.accelerator.autocast(), self._as_reference():
+            texts = {k: x for k, x in inputs.items() if k in ("input_ids", "attention_mask")}
+            return self._logps(model, texts, _labels(inputs)).sum(1), self._compute_kl_logps(model, inputs)
+
+    def _compute_kl_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
+        if not self.calculate_KL:
+            return None
+        other = {k: x for k, x in batch.items() if k not in ("input_ids", "attention_mask", "completion_mask")}
+        other |= {k.removeprefix("KL_"): x for k, x in batch.items() if k.startswith("KL_")}
+        return self._logps(model, other, _labels(batch, "KL_")).sum(1)
+
+    def _reference(self, batch: dict[str, Any], labels: Tensor) -> tuple[LogProbs, Tensor | None]:
+        if self.precompute_ref_logps:
+            return LogProbs(batch["ref_logps"]), batch["ref_KL_logps"] if self.calculate_KL else None
+        model = self._reference_model()
+        with self._without_checkpoints(), self._as_reference():
+            return LogProbs(self._logps(model, batch, labels)), self._compute_kl_logps(model, batch)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        device = self.accelerator.device
+        batch = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
+        good = torch.as_tensor(batch["label"], dtype=torch.bool, device=device)
+        mismatched, labels = self._compute_kl_logps(model, batch), _labels(batch)
+        ref, ref_mismatched = self._reference(batch, labels)
+        baseline = None
+        if mismatched is not None and ref_mismatched is not None:
+            baseline = self.accelerator.gather_for_metrics((mismatched - ref_mismatched).mean()).mean().clamp(min=0)
+        mask = labels[:, 1:] != IGNORED
+
+        def loss(source: Hidden) -> dict[str, Any]:
+            out = kto_loss(
+                source, labels, ref, good, loss=self.loss_type, baseline=baseline, beta=self.beta, entropy=True, shift=True,
+                desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight,
+            )  # fmt: skip
+            count, logits = mask.sum(), _mean_logits(source, mask).sum(1)
+            sums = {"kl": (out.metrics["kl"], count.new_ones(())), "entropy": (out.metrics["entropy"] * count, count)}
+            for name, which in (("chosen", good), ("rejected", ~good)):
+                sums["logits/" + name] = logits[which].sum(), mask[which].sum()
+                for metric in ("rewards/", "logps/"):
+                    sums[metric + name] = (out.metrics[metric + name] * which.sum()).nan_to_num(), which.sum()
+            return {"loss": out.loss, "sums": sums}
+
+        out, aux = self._policy(model, batch, loss)
+        total = self._add_aux(out["loss"], aux, out["sums"])
+        found = self._record(batch, out["sums"], absent=None)
+        if "rewards/chosen" in found and "rewards/rejected" in found:
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["rewards/margins"].append(found["rewards/chosen"] - found["rewards/rejected"])
+        return self._with_outputs(total, model, batch, return_outputs)
+
+
+def _jsd(student: nn.Module, teacher: nn.Module, inputs: dict[str, Any], loss: Callable[..., Any]) -> Any:
+    """loss(student source, teacher source), inside the forward of both; the teacher, in eval mode, learns nothing, and of a
+    wider vocabulary it is read as far as the student's goes, as TRL does."""
+    learns = torch.is_grad_enabled()
+    teacher.eval()
+
+    def inside(q: Hidden) -> Any:
+        def both(p: Hidden) -> Any:
+            return loss(p, replace(q, valid_vocab=p.vocab) if q.vocab > p.vocab else q)
+
+        with torch.set_grad_enabled(learns):
+            return at_head(student, both, **inputs).out
+
+    with torch.no_grad():
+        return at_head(teacher, inside, **inputs).out
+
+
+class DistillationTrainer(trl.DistillationTrainer):
+    """trl.DistillationTrainer on fl.distillation_loss: generalised JSD between student and teacher, of any hidden sizes."""
+
+    def _compute_loss(self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        kept = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        labels = ids.clone()
+        labels[:, : inputs["prompt_ids"].shape[1]] = IGNORED
+        labels[:, inputs["prompt_ids"].shape[1] :].masked_fill_(kept == 0, IGNORED)
+        own = {
+            "input_ids": ids, "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            "use_cache": False, **{k: inputs[k] for k in IMAGES if k in inputs},
+        }  # fmt: skip
+
+        def loss(p: Hidden, q: Hidden) -> tuple[Tensor, Tensor, Tensor]:
+            p, q = (replace(x, temperature=self.temperature) for x in (p, q))
+            out = distillation_loss(
+                p, labels, q, beta=self.beta, num_items=num_items_in_batch, entropy=True, shift=True
+            )
+            count = out.stats.mask.sum()
+            return out.loss, out.metrics["entropy"] * count, count
+
+        return _jsd(unwrapped_student, self.teacher_model, own, loss)
+
+
+IMAGES = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
+    "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+
+class GKDTrainer(_GKDTrainer):
+    """trl.experimental.gkd.GKDTrainer on fl.distillation_loss."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        own = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        options = {"beta": self.beta, "num_items": num_items_in_batch, "shift": True}
+        found = _jsd(
+            model, self.teacher_model, own, lambda p, q: distillation_loss(p, inputs["labels"], q, **options).loss
+        )
+        if not return_outputs:
+            return found
+        with torch.no_grad():
+            return found, model(**own)
