@@ -55,12 +55,16 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
     found: list[Any] = []
     known = _measure(inner)
 
-    def head(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def head(hidden: Tensor, *_: Any, **__: Any) -> dict[str, Any]:
+        source = head_source(known.head, known.path, hidden, temperature=temperature, **known.at_head)
+        return {"out": opened(function(source)), "logits": hidden.new_zeros(*hidden.shape[:-1], 1)}
+
+    def after_all_hooks(module: nn.Module, _: Any, answer: dict[str, Any]) -> Tensor:
+        """An engine that shards the head by itself has seen the output; the model goes on with what it takes for logits."""
         if found:
             raise ValueError(f"model: {type(inner).__name__}.forward calls its head twice, expected once")
-        source = head_source(known.head, known.path, hidden, temperature=temperature, **known.at_head)
-        found.append(opened(function(source)))
-        return hidden.new_zeros(*hidden.shape[:-1], 1)  # logits, as far as the model is concerned
+        found.append(answer["out"])
+        return answer["logits"]
 
     before = inner.forward
 
@@ -71,7 +75,11 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
         return {"out": found.pop(), "aux_loss": getattr(answer, "aux_loss", None)}
 
     with _replaced(known.head, head), _replaced(inner, forward):
-        answer = model(**inputs)
+        hook = known.head.register_forward_hook(after_all_hooks)
+        try:
+            answer = model(**inputs)
+        finally:
+            hook.remove()
     return AtHead(closed(answer["out"]), answer["aux_loss"])
 
 

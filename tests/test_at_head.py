@@ -172,6 +172,7 @@ def test_refusals():
         with pytest.raises(error, match=words):
             fl.at_head(m, lambda p: p.hidden.sum(), **given, **more)
         assert all("forward" not in x.__dict__ for x in (*model.modules(), *getattr(m, "module", m).children()))
+        assert not any(x._forward_hooks for x in m.modules())
     model.lm_head.weight.ds_id = 1
     with pytest.raises(NotImplementedError, match="ZeRO-3"):
         fl.at_head(model, lambda p: p.hidden.sum(), **inputs)

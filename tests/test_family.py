@@ -77,13 +77,16 @@ class Batch:
         if ref is not None:
             other, make_ref = build(ref, self.ref_x, self.ref_weight)
             other = make_ref(*other)
+        out = self.loss(library, dtype, make(*made), other, **(how or {}))
+        return out, torch.autograd.grad(out.loss.sum() * 1.5, made)
+
+    def loss(self, library, dtype, policy, other, **how):
+        """The output, of sources."""
         extra = {n: x.to(dtype) if x.is_floating_point() else x for n, x in self.extra.items()}
         given = () if self.entry.ref == "unused" else (other,)
         if "ref" in inspect.signature(self.entry.call).parameters:  # not always the third
             given, extra = (), extra | {"ref": other}
-        args = (make(*made), self.y, *given)
-        out = getattr(library, self.name)(*args, **extra, **self.options, **(how or {}))
-        return out, torch.autograd.grad(out.loss.sum() * 1.5, made)
+        return getattr(library, self.name)(policy, self.y, *given, **extra, **self.options, **how)
 
     def compare(self, source, ref, tolerance=1e-5, **how):
         mine, grads = self.call(fl, torch.float32, source, ref, how)
