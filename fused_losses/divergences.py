@@ -423,10 +423,12 @@ def linkable() -> tuple[str, ...]:
     return tuple(n for n in _FACTORIES if get(n).link is not None)
 
 
-@lru_cache(maxsize=1024)
 def _bind(name: str, values: tuple[tuple[str, float], ...], default: bool) -> Divergence:
     key = name if default else f"{name}({', '.join(f'{k}={v!r}' for k, v in values)})"
     return replace(_FACTORIES[name](**dict(values)), name=name, key=key)
+
+
+_bound = lru_cache(maxsize=1024)(_bind)
 
 
 def get(name: str, **params: float) -> Divergence:
@@ -437,7 +439,8 @@ def get(name: str, **params: float) -> Divergence:
     if unknown := params.keys() - defaults.keys():
         raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(unknown)}; it takes: {list(defaults)}")
     values = defaults | {k: float(v) for k, v in params.items()}
-    return _bind(name, tuple(values.items()), values == defaults)
+    # torch.compile traces past a cache, and warns of it
+    return (_bind if is_compiling() else _bound)(name, tuple(values.items()), values == defaults)
 
 
 def from_key(key: str | Divergence) -> Divergence:

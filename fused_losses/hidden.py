@@ -11,7 +11,7 @@ from torch import Tensor
 from . import hidden_ops
 from .backend import choose as choose_backend
 from .divergences import Divergence
-from .planner import Plan, choose, workspace_bytes
+from .planner import Facts, Plan, choose, choose_kind, workspace_bytes
 from .projection import Inputs
 from .shards import shard_of
 from .sources import Hidden, Logits, LogProbs
@@ -31,7 +31,13 @@ class Request(NamedTuple):
     tensors: tuple[Tensor | None, ...]  # labels, then five of each side
     options: hidden_ops.Options
     wanted: list[bool]
-    plan: Plan
+    facts: Facts
+    asked: str  # the plan asked for
+
+    @property
+    def plan(self) -> Plan:
+        """The one of options.plan, with its tiles."""
+        return choose(self.facts, self.asked, self.options.workspace)
 
     @property
     def asks(self) -> tuple[bool, bool]:
@@ -75,8 +81,8 @@ def request(
     if options.group and how.plan in ("rows", "frozen"):
         raise ValueError(f"plan: {how.plan!r} is not possible where the vocabulary is split over a process_group")
     facts = hidden_ops.facts_of(options.problem(), z, w, labels.numel(), backend, wanted, unit, how.static_shapes)
-    plan = choose(facts, "slices" if options.group and how.plan == "auto" else how.plan, budget)
-    return Request(tensors, options._replace(plan=plan.kind), wanted, plan)
+    kind = "slices" if options.group and how.plan == "auto" else how.plan
+    return Request(tensors, options._replace(plan=choose_kind(facts, kind, budget)[0]), wanted, facts, kind)
 
 
 def is_hidden(*sources: Logits | Hidden | LogProbs | None) -> bool:

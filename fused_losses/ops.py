@@ -166,7 +166,7 @@ once_differentiable(token_stats_backward, "token_stats")
 
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
-_PAIR = "str term, float[] term_params, str divergence, float beta, int sequences, bool ref_summed, str backend"
+_PAIR = "str term, float[] term_params, str divergence, float beta, SymInt sequences, bool ref_summed, str backend"
 
 
 def pair_problem(term, term_params, divergence, beta, sequences, ref_summed, backend):  # type: ignore[no-untyped-def]

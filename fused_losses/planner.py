@@ -158,23 +158,27 @@ def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
 def choose(facts: Facts, kind: str = "auto", workspace: int | None = None) -> Plan:
     """The plan of that kind, or the one with the fewest products that fits the workspace."""
     budget = workspace_bytes(workspace)
+    return _plan(facts, *choose_kind(facts, kind, budget), budget)
+
+
+def choose_kind(facts: Facts, kind: str, budget: int) -> tuple[str, str]:
+    """The kind of that plan, and why. Apart from its tiles, whose shape is another for every number of rows: this is all
+    that torch.compile traces, and guards."""
     if kind not in ("auto", *KINDS):
         raise ValueError(f"plan: expected one of auto, {', '.join(KINDS)}, got {kind!r}")
     if not facts.backward and kind in ("frozen", "rows", "whole"):  # what they are about is not there
-        return _plan(
-            facts, "slices", budget, f"nothing asks for a gradient, so plan {kind!r} is the forward of this one"
-        )
+        return "slices", f"nothing asks for a gradient, so plan {kind!r} is the forward of this one"
     if kind != "auto":
         reason = _refusal(facts, kind, budget, asked=True)
         if reason:
             raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
-        return _plan(facts, kind, budget, "asked for")
+        return kind, "asked for"
     fewest, least = "slices", 0
     for candidate in KINDS:  # the first of equals
         count = _count(_products(facts, candidate))
         if not _refusal(facts, candidate, budget, asked=False) and (count < least or not least):
             fewest, least = candidate, count
-    return _plan(facts, fewest, budget, _reasons(facts)[fewest])
+    return fewest, _reasons(facts)[fewest]
 
 
 def _reasons(facts: Facts) -> dict[str, str]:
@@ -218,8 +222,9 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
     if kind == "whole":
         if not facts.backward:
             return "nothing asks for a gradient"
-        if _whole_bytes(facts) > budget:
-            return f"logits and their gradient take {_whole_bytes(facts)} bytes of {budget}"
+        size = _whole_bytes(facts)
+        if size > budget:  # torch.compile would guard a number in words
+            return f"logits and their gradient take {size} bytes of {budget}" if asked else "not all logits fit"
     if kind == "rows":
         if facts.static:
             return "it lays out its blocks on the host, which static_shapes forbids"
@@ -303,7 +308,7 @@ def _kept_frozen(facts: Facts) -> int:
     return (1 + facts.bases) * facts.rows * facts.hidden[0] * facts.sums
 
 
-def _plan(facts: Facts, kind: str, budget: int, why: str) -> Plan:
+def _plan(facts: Facts, kind: str, why: str, budget: int) -> Plan:
     low = facts.itemsize < facts.sums
     kept = facts.rows * facts.hidden[0] * facts.sums if low and facts.to_hidden else 0  # dX before it is rounded
     room = budget
