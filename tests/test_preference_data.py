@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -148,6 +149,34 @@ def test_the_completion_starts_where_tokens_differ(texts, tokenizer):
     assert "".join(tokenizer.convert_ids_to_tokens(plain[0]["prompt_ids"])).endswith("<eos>Ċ<assistant>")
 
 
+@pytest.mark.filterwarnings("ignore:tokenizer")
+def test_the_completion_starts_with_the_sooner_difference(tokenizer):
+    """Of the two completions one alone merges with the end of the prompt."""
+    row = {"prompt": "I like th", "chosen": "e sea", "rejected": " mud"}
+    found = [
+        tokenize_preferences([row | dict.fromkeys(("chosen", "rejected"), row[k])], tokenizer) for k in list(row)[1:]
+    ]
+    merged, whole = (len(rows[0]["prompt_ids"]) for rows in found)
+    assert merged < whole
+    for swapped in (row, row | {"chosen": row["rejected"], "rejected": row["chosen"]}):
+        ours = tokenize_preferences([swapped], tokenizer)
+        assert columns(ours) == columns(trls(datasets.Dataset.from_list([swapped]), tokenizer))
+        assert len(ours[0]["prompt_ids"]) == merged
+
+
+def test_no_tools_are_none(tokenizer, texts):
+    """Where a template would render an empty list of them."""
+    renders = CHAT.replace("{% if tools %}", "{% if tools is not none %}")
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=renders
+    )
+    plain, *others = (
+        columns(tokenize_preferences([chat(texts[0], **more)], made)) for more in ({}, {"tools": []}, {"tools": "[]"})
+    )
+    assert others == [plain, plain]
+    assert columns(tokenize_preferences([chat(texts[0], tools=[{"name": "f"}])], made)) != plain
+
+
 def test_long_prompts(texts, tokenizer):
     full = tokenize_preferences(texts, tokenizer)
     limit = sorted(len(row["prompt_ids"]) for row in full)[-3]
@@ -211,7 +240,8 @@ def test_refused_tokenisation(tokenizer, texts):
 
 
 def test_padded_batch():
-    batch = PreferenceCollator(0, label_pad=-1)(ROWS)
+    collator = pickle.loads(pickle.dumps(PreferenceCollator(0, label_pad=-1)))  # as workers of a DataLoader get it
+    batch = collator(ROWS)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 12]]
     assert batch["labels"].tolist() == [
         [-1, -1, -1, 4, 5], [-1, -1, 9, -1, -1], [-1, -1, -1, 6, -1], [-1, -1, 10, 11, 12]

@@ -57,7 +57,8 @@ def make(seed=1, dtype=torch.float64, **options):
 
 def lora(model, **options):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, **options)
+    options = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False} | options
+    config = peft.LoraConfig(**options)
     return peft.get_peft_model(model, config).double()
 
 
@@ -115,6 +116,10 @@ def test_packed_and_padded_files_are_equal(tmp_path, rows):
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         np.testing.assert_allclose(found[0].values[name], found[1].values[name], rtol=1e-6)
     ref_logps.load(tmp_path / "0", collator=packed)  # which is none of what they depend on
+    other = PreferenceCollator(0, max_length=40, truncation="keep_end", label_pad=-1)
+    found += [ref_logps.precompute(make(), rows, other, tmp_path / "2", per_token=True, **QUIET)]
+    sums = [x.sum() for x in found[2].values["ref_chosen_logps"]]
+    np.testing.assert_allclose(found[0].values["ref_chosen_logps"], sums, rtol=1e-6)
 
 
 def test_unpaired(tmp_path, rows):
@@ -128,7 +133,11 @@ def test_unpaired(tmp_path, rows):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["embed_tokens"]}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}],
+    ids=str,
+)
 def test_the_reference_of_lora_is_its_base(tmp_path, rows, options):
     """Also after the adapter has been trained; it is on again afterwards, and trains."""
     base = make()
@@ -288,6 +297,14 @@ def test_a_tensor_is_hashed_in_pieces(monkeypatch):
         assert ref_logps._content(y) != whole, i
     assert ref_logps._content(torch.tensor(3.0)) != ref_logps._content(torch.tensor(4.0))
     assert ref_logps._content(torch.zeros(0)) != ref_logps._content(torch.zeros(0, 2))
+
+
+def test_tied_weights_are_read_once(monkeypatch):
+    model, seen = make(tie_word_embeddings=True), []
+    real = ref_logps._content
+    monkeypatch.setattr(ref_logps, "_content", lambda x: seen.append(x.shape) or real(x))
+    found = ref_logps._weights(model)
+    assert found["lm_head.weight"] == found["model.embed_tokens.weight"] and len(seen) == len(found) - 1
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def tokenize_preferences(
         prompt, chosen, rejected    strings, or all of them lists of messages {"role", "content"}
         chosen, rejected            the prompt is their longest common beginning (without a space at its end) that leaves
                                     something of both; of messages: the turns they share
-        tools, chat_template_kwargs optional: for the chat template; tools may be JSON
+        tools, chat_template_kwargs optional: for the chat template; tools may be JSON, and an empty list of them is none
 
     Text: the tokenizer's EOS is added to completions that do not end with it. Messages: the chat template ends them. Prompt
     and completion are tokenised together, and the completion starts where that differs from the prompt alone, for the
@@ -126,12 +126,9 @@ def _tokenize_row(
         prompt = tokenizer(text=texts["prompt"])["input_ids"]
         whole = [tokenizer(text=texts["prompt"] + texts[name])["input_ids"] for name in answers]
     else:
-        tools = row.get("tools") or None  # some templates would render an empty list
-        how = {
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
-        }
-        how |= {"tokenize": True, "return_dict": True}
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        how = {"tools": tools or None, **(row.get("chat_template_kwargs") or {}), "tokenize": True, "return_dict": True}
         prompt = tokenizer.apply_chat_template(texts["prompt"], add_generation_prompt=True, **how)["input_ids"]
         chats = [texts["prompt"] + texts[name] for name in answers]
         whole = [tokenizer.apply_chat_template(chat, **how)["input_ids"] for chat in chats]
