@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("trl")
 import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from ranks import Ranks  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 import fused_losses as fl  # noqa: E402
@@ -33,13 +34,15 @@ SIZES = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    pairs = demo.load_pairs(str(PATH), 64) if PATH.exists() else []
-    inner = demo.train_tokenizer(pairs, 300)
-    made = PreTrainedTokenizerFast(tokenizer_object=inner)
+def new_tokenizer():
+    made = PreTrainedTokenizerFast(tokenizer_object=demo.train_tokenizer(demo.load_pairs(str(PATH), 64), 300))
     made.eos_token = made.pad_token = made.convert_ids_to_tokens(0)
     return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return new_tokenizer()
 
 
 def rows(kind="pairs"):
@@ -307,6 +310,43 @@ def test_distillation_on_the_students_own_tokens(tokenizer, tmp_path, beta):
         made.append(cls(tiny(tokenizer), teacher, args=config, train_dataset=prompts, processing_class=tokenizer))
     found = compare(made, {k: x.clone() for k, x in made[0].model.state_dict().items()})
     assert {"entropy", "grad_norm"} <= found[0].keys()
+
+
+def check_ranks(rank, group, path):
+    """DDP, with everything that accelerate does about it. (FSDP2 it wants an accelerator for: tests/test_engines.py has that.)"""
+    import os
+    import warnings
+
+    from accelerate.state import AcceleratorState, PartialState
+
+    warnings.filterwarnings("ignore")
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
+    logs = []
+    for cls in (trl.DPOTrainer, ours.DPOTrainer):
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        options = dict(sync_ref_model=True, ref_model_sync_steps=1, gradient_checkpointing=False)
+        made = build(cls, trl.DPOConfig, new_tokenizer(), path / cls.__module__, **options)
+        made.train()
+        assert made.accelerator.num_processes == 2
+        assert isinstance(made.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        ignored = ("per_second", "runtime")
+        logs.append([{k: x for k, x in e.items() if not any(i in k for i in ignored)} for e in made.state.log_history])
+    same(*logs)
+
+
+def test_two_ranks(tmp_path):
+    two = Ranks(2)
+    try:
+        two.run(2, check_ranks, tmp_path)
+    finally:
+        two.kill()
 
 
 def test_refusals(tokenizer, tmp_path):
