@@ -313,7 +313,7 @@ def test_distillation_on_the_students_own_tokens(tokenizer, tmp_path, beta):
 
 
 def check_ranks(rank, group, path):
-    """DDP, with everything that accelerate does about it. (FSDP2 it wants an accelerator for: tests/test_engines.py has that.)"""
+    """DDP, with everything that accelerate does about it. (For FSDP2 it wants an accelerator: see tests/test_engines.py.)"""
     import os
     import warnings
 
