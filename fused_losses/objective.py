@@ -9,7 +9,7 @@ A formula sees all units or a few of them, and must not care which: units do not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,11 +23,13 @@ from .hidden import How, Request, request
 from .layout import shift_packed, shifted_labels
 from .plans import Grads, Outputs
 from .row_blocks import Block, Units, row_blocks
+from .shards import Span, span_of
 from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source
 from .stats import check_sources, given_logps, labels_mask, pack_stats, token_stats
 
 EACH = {"sequence": 1, "pair": 2}  # sequences a unit
 REF = "ref_logps"  # among the extras, where the reference comes as log-probs
+NUMBERS = ("logps", REF, "lse", "entropy", "collision")  # of a token, beside divergences and extras
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Tokens:
     """What a formula sees of some sequences: numbers of their n tokens, one sequence after another; where mask is False they
     are 0. For pairs, the chosen sequences come first and the rejected second.
 
-    logps, ref_logps, lse, entropy, collision [n] and divergence {name: [n]}: as in TokenStats. ref_logps is [S] where only the
-    sums over sequences are known (ref_summed). extra: the caller's per_token [n] and per_sequence [S] tensors, by name.
+    logps, ref_logps, lse, entropy, collision, correct [n] and divergence {name: [n]}: as in TokenStats. ref_logps is [S] where
+    only sums over sequences are known (ref_summed). extra: the caller's per_token [n] and per_sequence [S] tensors, by name.
     """
 
     logps: Tensor
@@ -50,6 +52,7 @@ class Tokens:
     ref_summed: bool = False
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     collision: Tensor | None = None
+    correct: Tensor | None = None
 
     def sums(self, x: Tensor) -> Tensor:
         """[n] -> [S], over the tokens that count."""
@@ -81,9 +84,23 @@ class Tokens:
         def bare(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.detach()
 
-        numbers = {n: bare(getattr(self, n)) for n in ("logps", "ref_logps", "lse", "entropy", "collision")}
+        numbers = {n: bare(getattr(self, n)) for n in NUMBERS}
         divergence = {n: x.detach() for n, x in self.divergence.items()}
         return replace(self, divergence=divergence, extra={n: x.detach() for n, x in self.extra.items()}, **numbers)  # type: ignore[arg-type]
+
+    def whole(self, span: Span, tokenwise: Sequence[str]) -> Tokens:
+        """Of all ranks' parts of the time axis. tokenwise: the extras that are per token."""
+        if span.group is None:
+            return self
+        own = {n: getattr(self, n) for n in (*NUMBERS, "mask", "correct") if n != REF or not self.ref_summed}
+        own = {n: x for n, x in own.items() if x is not None}
+        extra = {n: self.extra[n] for n in tokenwise}
+        found = iter(span.whole([*own.values(), *self.divergence.values(), *extra.values()]))
+        numbers: dict[str, Any] = dict(zip(own, found, strict=False))
+        divergence = dict(zip(self.divergence, found, strict=False))
+        return replace(
+            self, divergence=divergence, extra={**self.extra, **dict(zip(extra, found, strict=True))}, **numbers
+        )
 
     def pair_term(self, name: str, link: Divergence, beta: float, *params: float) -> Tensor:
         """A margin-shaped loss of pair_terms.py [B], in one kernel."""
@@ -116,6 +133,7 @@ def evaluate(
     shift: bool = False,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    sequence_group: object = None,
     per_token: Mapping[str, Tensor] | None = None,
     per_sequence: Mapping[str, Tensor] | None = None,
     reduced: bool = True,
@@ -127,19 +145,25 @@ def evaluate(
     unit: "token"; "sequence": row s of labels [S, T], or of packed labels from cu_seqlens[s] to [s + 1]; "pair": sequences
     s and B + s of 2B; or "batch", for a formula that cannot be split. per_token: tensors shaped as the mask; per_sequence:
     [S]. reduced: the caller sums or averages the losses, so that the gradient may be found in the forward.
+
+    sequence_group: the time axis is split over its ranks (shards.py). The formula sees all tokens. The stats are this rank's,
+    and so are losses of tokens that are not reduced; of what comes in, per_token is this rank's and per_sequence is all.
     """
     source = None if ref is None else as_source("ref", ref)
+    span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=how.static_shapes)
+    if span.group is not None and how.plan == "rows":
+        raise ValueError("plan: 'rows' is not possible here: sequences are split over the ranks of sequence_group")
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
     mask = labels_mask(labels, shift, ignore_index)
     sequences = 0 if unit == "token" else labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    summed = unit != "token" and isinstance(source, LogProbs) and source.logps.shape == (sequences,) != labels.shape
+    summed = unit != "token" and isinstance(source, LogProbs) and _summed(source, labels, sequences, span, how)
     if isinstance(source, LogProbs) and source.logps.device != labels.device:
         raise ValueError(f"ref: expected fl.LogProbs on {labels.device} as the labels are, got {source.logps.device}")
     options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy, "collision": collision}
     tokenwise, extra = dict(per_token or {}), dict(per_sequence or {})
     units, call = None, None
-    split = isinstance(policy, Hidden) and policy.process_group is not None  # over ranks, which go slice by slice
+    split = span.group is not None or (isinstance(policy, Hidden) and policy.process_group is not None)  # over ranks
     if isinstance(policy, Hidden) and not split and not inplace_backward and (reduced or how.plan == "rows"):
         units = _units(unit, labels, cu_seqlens, how)
     if units is not None and isinstance(policy, Hidden):
@@ -157,10 +181,11 @@ def evaluate(
         assert logps is not None
         extra |= {n: x.reshape(-1) for n, x in tokenwise.items()}
         tokens = Tokens(
-            logps, ref_logps, lse, ent, divergence, mask.reshape(-1), cu_seqlens, sequences, summed, extra, squares
-        )  # fmt: skip
+            logps, ref_logps, lse, ent, divergence, mask.reshape(-1), cu_seqlens, sequences, summed, extra, squares,
+            None if stats.correct is None else stats.correct.reshape(-1),
+        ).whole(span, tuple(tokenwise))  # fmt: skip
         losses = formula(tokens)
-        losses = losses.view(mask.shape) if unit == "token" and not reduced else losses
+        losses = span.own(losses).reshape(mask.shape) if unit == "token" and not reduced else losses
     else:
         if isinstance(source, LogProbs):
             (extra if summed else tokenwise)[REF] = source.logps if summed else given_logps("ref", source, mask)
@@ -176,6 +201,22 @@ def evaluate(
         if unit == "token" and not reduced:
             losses = losses.view(labels.shape)[..., : mask.shape[-1]] if mask.dim() else losses.view(())
     return Evaluated(losses, stats, tokens.detached())
+
+
+def _summed(source: LogProbs, labels: Tensor, sequences: int, span: Span, how: How) -> bool:
+    """Whether log-probs are one per sequence. A rank with as many tokens as there are sequences cannot tell, others can."""
+    one_each = source.logps.shape == (sequences,)
+    own = one_each and labels.shape != (sequences,)
+    if labels.dim() > 1 or how.static_shapes or span.group is None:
+        return own
+    if not span.any(own, labels.device):
+        return False
+    if span.any(not one_each, labels.device):
+        raise ValueError(
+            f"ref: expected fl.LogProbs [{sequences}] on all ranks of sequence_group, or per token on all, got "
+            f"{list(source.logps.shape)} on this one"
+        )
+    return True
 
 
 def _units(unit: str, labels: Tensor, cu_seqlens: Tensor | None, how: How) -> Units | None:
@@ -204,7 +245,7 @@ def _request(
     other = None if isinstance(source, LogProbs) else source
     rest = divergences, options["entropy"], options["collision"], options["ignore_index"], how, max(1, units.longest)
     call = request(policy, y, other, *rest)
-    return call if call.plan.kind == "rows" else None
+    return call if call.options.plan == "rows" else None
 
 
 class _Job(NamedTuple):
@@ -238,7 +279,7 @@ class _Job(NamedTuple):
         divergence = {d.key: x for d, x in zip(self.divergences, values, strict=True)}
         ref = extra.get(REF, out.ref_logps)
         return Tokens(
-            out.logps, ref, out.lse, out.entropy, divergence, mask, cu, sequences, self.summed, extra, out.collision
+            out.logps, ref, out.lse, out.entropy, divergence, mask, cu, sequences, self.summed, extra, out.collision, out.hit
         )  # fmt: skip
 
     def gradients(

@@ -13,6 +13,7 @@ from ..divergences import Divergence
 from ..hidden import How
 from ..layout import shift_packed
 from ..objective import Formula, Tokens, evaluate
+from ..shards import Span
 from ..sources import Source, TokenStats
 from ..stats import labels_mask
 
@@ -65,7 +66,7 @@ def check_weights(**weights: float) -> None:
 def counting_mask(
     labels: Tensor, *, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100, **_: Any
 ) -> Tensor:
-    """The mask of evaluate(), before it runs."""
+    """The mask of evaluate(), before it runs; of this rank's tokens."""
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
     return labels_mask(labels, shift, ignore_index)
@@ -94,27 +95,27 @@ def check_reduction(reduction: str, num_items: int | Tensor | None) -> None:
         raise ValueError(f"num_items: expected a number > 0, or a tensor of one, got {got}")
 
 
-def check_pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of sequences."""
+def check_pairs(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: object = None) -> int:
+    """The number of sequences. With sequence_group labels are this rank's, and offsets those of all."""
     if cu_seqlens is None:
         if labels.dim() != 2 or labels.shape[0] % 2:
             raise ValueError(
                 f"labels: expected [2B, T], chosen rows then rejected rows (or cu_seqlens for packed), got {list(labels.shape)}"
             )
         return labels.shape[0]
-    return _check_offsets(labels, cu_seqlens, "[2B + 1]", 2)
+    return _check_offsets(labels, cu_seqlens, sequence_group, "[2B + 1]", 2)
 
 
-def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of sequences."""
+def check_sequences(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: object = None) -> int:
+    """The number of sequences. As check_pairs."""
     if cu_seqlens is not None:
-        return _check_offsets(labels, cu_seqlens, "[S + 1]", 1)
+        return _check_offsets(labels, cu_seqlens, sequence_group, "[S + 1]", 1)
     if labels.dim() != 2:
         raise ValueError(f"labels: expected [S, T] (or cu_seqlens for packed), got {list(labels.shape)}")
     return labels.shape[0]
 
 
-def _check_offsets(labels: Tensor, cu_seqlens: Tensor, shape: str, each: int) -> int:
+def _check_offsets(labels: Tensor, cu_seqlens: Tensor, sequence_group: object, shape: str, each: int) -> int:
     if labels.dim() != 1:
         raise ValueError(f"labels: expected packed labels [total] with cu_seqlens, got {list(labels.shape)}")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -126,10 +127,9 @@ def _check_offsets(labels: Tensor, cu_seqlens: Tensor, shape: str, each: int) ->
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens: expected on {labels.device} as the labels are, got {cu_seqlens.device}")
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != labels.numel() or (cu_seqlens.diff() < 0).any():
-            raise ValueError(
-                f"cu_seqlens: expected offsets rising from 0 to {labels.numel()}, got {cu_seqlens.tolist()}"
-            )
+        end = labels.numel() if sequence_group is None else int(cu_seqlens[-1])  # which span_of looks at
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != end or (cu_seqlens.diff() < 0).any():
+            raise ValueError(f"cu_seqlens: expected offsets rising from 0 to {end}, got {cu_seqlens.tolist()}")
     return cu_seqlens.numel() - 1
 
 
@@ -158,7 +158,7 @@ def fused(
     options that all losses share are handled."""
     check_reduction(reduction, num_items)
     if needs.unit == "token" and batch.get("cu_seqlens") is not None:  # those of sequences have been looked at
-        check_sequences(labels, batch["cu_seqlens"])
+        check_sequences(labels, batch["cu_seqlens"], batch.get("sequence_group"))
     reduced = reduction != "none"
     losses, stats, tokens = evaluate(
         formula,
@@ -202,7 +202,8 @@ def reduced(losses: Tensor, reduction: str = "mean", num_items: int | Tensor | N
     return losses.sum() / count
 
 
-def sequences_of(stats: TokenStats, cu_seqlens: Tensor | None = None) -> Tokens:
+def sequences_of(stats: TokenStats, cu_seqlens: Tensor | None = None, span: Span = Span()) -> Tokens:  # noqa: B008
     """The log-probs of stats [S, T], or packed, with their graph: for sums over sequences."""
     count = stats.logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    return Tokens(stats.logps.reshape(-1), None, None, None, {}, stats.mask.reshape(-1), cu_seqlens, count)
+    tokens = Tokens(stats.logps.reshape(-1), None, None, None, {}, stats.mask.reshape(-1), cu_seqlens, count)
+    return tokens.whole(span, ())

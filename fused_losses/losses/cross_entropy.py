@@ -57,8 +57,8 @@ def cross_entropy_loss(
         return losses if not z_loss or tokens.lse is None else losses + z_loss * tokens.lse.square()
 
     loss, stats, tokens = fused(formula, source, labels, ref, needs, **batch)
-    more = {} if tokens.lse is None or stats.correct is None else {
-        "lse": tokens.lse, "mean_token_accuracy": stats.correct.to(tokens.logps.dtype)
+    more = {} if tokens.lse is None or tokens.correct is None else {
+        "lse": tokens.lse, "mean_token_accuracy": tokens.correct.to(tokens.logps.dtype)
     }  # fmt: skip
     return LossOutput(loss, token_means(tokens, **more), stats)
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from ..layout import stats_dtype
 from ..objective import Tokens
+from ..shards import span_of
 from ..sources import FLOATS, Source, check_labels
 from ..stats import token_stats
 from .common import Entry, LossOutput, Needs, check_positive, check_sequences, counting_mask, fused, reduced
@@ -99,14 +100,18 @@ def lta_thinker_loss(
         question, thoughts, steps, answers, thought_mask, step_mask, temperature: of the S sequences, as in the two losses.
         weights: of cross entropy, reasoning focus and semantic alignment; each >= 0.
 
+    With sequence_group, question, thoughts and steps are those of all sequences on every rank, and get all of their gradient on
+    every rank: where gradients are summed over the group, let them require grad on one alone.
+
     metrics: sft, reasoning_focus and semantic_alignment, before weights; entropy if asked for.
     """
     labels = check_labels(labels)
-    sequences = check_sequences(labels, cu_seqlens)
+    sequences = check_sequences(labels, cu_seqlens, batch.get("sequence_group"))
     check_weights(weights)
     if isinstance(question, Tensor) and question.dim() and question.shape[0] != sequences:
         raise ValueError(f"question: expected [{sequences}, H], one for each sequence, got {list(question.shape)}")
-    tokens_that_count = count_tokens(labels, cu_seqlens, batch.get("shift", False), batch.get("ignore_index", -100))
+    batch["sequence_group"] = span = span_of(labels, cu_seqlens=cu_seqlens, **batch)
+    tokens_that_count = span.summed(counting_mask(labels, cu_seqlens=cu_seqlens, **batch).sum()).clamp(min=1)
     share: float | Tensor = sequences / tokens_that_count
     if num_nll_tokens is not None:
         share = (sequences if num_items is None else num_items) / num_nll_tokens
@@ -127,12 +132,6 @@ def lta_thinker_loss(
     if found.tokens.entropy is not None:
         metrics["entropy"] = found.tokens.sums(found.tokens.entropy).sum() / tokens_that_count
     return LossOutput(loss, metrics, found.stats)
-
-
-def count_tokens(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
-    """Of the batch, those that count, at least 1: a 0-d tensor."""
-    given = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
-    return counting_mask(labels, **given).sum().clamp(min=1)  # type: ignore[arg-type]
 
 
 def check_weights(weights: tuple[float, float, float]) -> None:

@@ -44,6 +44,7 @@ def grpo_loss(
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
+    sequence_group: object = None,
     **batch: Any,
 ) -> LossOutput:
     """GRPO (2402.03300) and its relatives, under the names of TRL's GRPOTrainer. Of token t of sequence s, with advantage A,
@@ -85,7 +86,8 @@ def grpo_loss(
     o = options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
     check_reduction(reduction, num_items)
     shape = labels.shape if not shift or cu_seqlens is not None else (*labels.shape[:-1], labels.shape[-1] - 1)
-    own, each = inputs(check_sequences(labels, cu_seqlens), shape, labels.device, advantages, old_logps, ref, o)
+    sequences = check_sequences(labels, cu_seqlens, sequence_group)
+    own, each = inputs(sequences, shape, labels.device, advantages, old_logps, ref, o)
 
     def formula(tokens: Tokens) -> Tensor:
         x, a = _ratios(tokens, o)
@@ -106,7 +108,7 @@ def grpo_loss(
     found = fused(
         formula, policy, labels, ref, Needs("sequence", () if ref is None else o.divergences, each, own),
         reduction="sum" if mean_of_tokens else reduction, num_items=None if mean_of_tokens else num_items,
-        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **batch,
+        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, sequence_group=sequence_group, **batch,
     )  # fmt: skip
     total = found.loss
     if mean_of_tokens:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..objective import Tokens
+from ..shards import Span, span_of
 from ..sources import LogProbs, Source, as_source, check_labels
 from .common import Entry, LossOutput, Needs, check_pairs, counting_mask, fused, pair_metrics
 from .pair_losses import LOSSES, Pairs, desensitised, read_options, wpo_weights
@@ -36,6 +37,7 @@ def preference_loss(
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
+    sequence_group: object = None,
     entropy: bool = False,
     inplace_backward: bool = False,
     plan: str = "auto",
@@ -93,10 +95,18 @@ def preference_loss(
         num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate.
         num_nll_tokens: for sft, likewise the chosen tokens of the whole batch; else each micro-batch has a mean of its own.
         cu_seqlens: [2B + 1] int offsets of the packed sequences, chosen first. They are not read on the host on a GPU.
+        sequence_group: the time axis is split over the ranks of this torch.distributed.ProcessGroup (sequence or context
+            parallel), in their order: labels are [2B, T_rank], slices of any length; or packed, this rank's run of the
+            tokens, with the cu_seqlens of all. Labels are rolled before they are split (shift=True raises). What goes in per
+            token, fl.LogProbs too, is this rank's; what goes in per sequence is whole on every rank, and so are loss and
+            metrics. stats, and with reduction="none" losses of tokens, are this rank's. A rank gets the gradient at its own
+            hidden states; those of weights are partial, to be summed over the group: engines that average them (DDP, FSDP)
+            want the loss times the group's size. The ranks exchange a few numbers for each token. static_shapes=True takes
+            slices to be of equal length and does not check it; torch.compile(fullgraph=True) needs it.
         entropy: also report the policy's mean entropy per token.
         plan: for hidden states: as in token_stats, and "rows": blocks of pairs with the gradient computed in the forward
             (which reads cu_seqlens on the host, so "auto" takes it for packed sequences on a CPU only). aot* and weighted
-            sft need all pairs at once, and have none.
+            sft need all pairs at once, and have none; nor has sequence_group.
 
     metrics: rewards/chosen, rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected, and entropy if asked for.
@@ -105,11 +115,12 @@ def preference_loss(
     o = read_options(
         ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting
     )
-    pairs = check_pairs(labels, cu_seqlens) // 2
+    pairs = check_pairs(labels, cu_seqlens, sequence_group) // 2
+    span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=static_shapes)
     chosen = num_nll_tokens
     if "sft" in o.names and chosen is None:
         mask = counting_mask(labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index)
-        chosen = _chosen_tokens(mask, cu_seqlens)
+        chosen = _chosen_tokens(mask, cu_seqlens, span)
     batch = pairs if num_nll_tokens is None or num_items is None else num_items
     if o.weighting and isinstance(as_source("policy", policy), LogProbs):
         raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
@@ -123,7 +134,7 @@ def preference_loss(
 
     found = fused(
         formula, policy, labels, ref, Needs(o.unit, collision=o.weighting), reduction=reduction, num_items=num_items,
-        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, entropy=entropy,
+        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, sequence_group=span, entropy=entropy,
         inplace_backward=inplace_backward, plan=plan, workspace=workspace, static_shapes=static_shapes,
     )  # fmt: skip
     t = found.tokens if o.ld_alpha is None else desensitised(found.tokens, o.ld_alpha)
@@ -149,12 +160,12 @@ def _fixed(
     return preference_loss(policy, labels, ref, loss=loss, **options)
 
 
-def _chosen_tokens(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _chosen_tokens(mask: Tensor, cu_seqlens: Tensor | None, span: Span) -> Tensor:
     """How many tokens of chosen sequences count, at least 1."""
     if cu_seqlens is None:
-        return mask[: len(mask) // 2].sum().clamp(min=1)
-    end = cu_seqlens[len(cu_seqlens) // 2]
-    return (mask & (torch.arange(len(mask), device=mask.device) < end)).sum().clamp(min=1)
+        return span.summed(mask[: len(mask) // 2].sum()).clamp(min=1)
+    end = cu_seqlens[len(cu_seqlens) // 2] - span.first
+    return span.summed((mask & (torch.arange(len(mask), device=mask.device) < end)).sum()).clamp(min=1)
 
 
 ENTRIES = [

@@ -51,7 +51,7 @@ def preference_matching_loss(
     metrics: logps, the mean of log p(y); entropy, the mean of a token (for "sampled" if asked for).
     """
     labels = check_labels(labels)
-    extra = check_matching(labels, cu_seqlens, form, beta, baseline)
+    extra = check_matching(labels, cu_seqlens, form, beta, baseline, batch.get("sequence_group"))
 
     def exact(tokens: Tokens) -> Tensor:
         assert tokens.entropy is not None
@@ -88,7 +88,7 @@ def conditional_preference_matching_loss(
     metrics: logps; support, the share of tokens above the threshold; entropy if asked for.
     """
     labels = check_labels(labels)
-    extra = check_matching(labels, cu_seqlens, "sampled", beta, baseline)
+    extra = check_matching(labels, cu_seqlens, "sampled", beta, baseline, batch.get("sequence_group"))
     low = check_threshold(threshold)
     if ref is None:
         raise ValueError("ref: expected a reference, got None; without one it is preference_matching_loss")
@@ -107,13 +107,14 @@ def conditional_preference_matching_loss(
 
 
 def check_matching(
-    labels: Tensor, cu_seqlens: Tensor | None, form: str, beta: float, baseline: Tensor | None
-) -> dict[str, Tensor]:
+    labels: Tensor, cu_seqlens: Tensor | None, form: str, beta: float, baseline: Tensor | None,
+    sequence_group: object = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The per-sequence inputs."""
     if form not in FORMS:
         raise ValueError(f"form: expected 'entropy' or 'sampled', got {form!r}")
     check_positive(beta=beta)
-    count = check_sequences(labels, cu_seqlens)
+    count = check_sequences(labels, cu_seqlens, sequence_group)
     if baseline is None:
         return {}
     if form == "entropy":

@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from ..objective import Tokens
 from ..pointwise import cap
+from ..shards import span_of
 from ..sources import Source, check_labels
 from .common import (
     Entry,
@@ -160,16 +161,18 @@ def _pairs(
 ) -> tuple[Fused, Tensor, Tensor]:  # fmt: skip
     """term(chosen, rejected) + weight NLL; then the log-probs that the term took [2B], and the NLL. mean: over tokens."""
     labels = check_labels(labels)
-    pairs = check_pairs(labels, cu := batch.get("cu_seqlens")) // 2
+    pairs = check_pairs(labels, cu := batch.get("cu_seqlens"), batch.get("sequence_group")) // 2
     check_count(num_nll_tokens)
+    span = span_of(labels, **batch)
+    batch["sequence_group"] = span
     rows = torch.arange(len(labels), device=labels.device)
-    chosen = rows[:, None] < pairs if cu is None else rows < cu[pairs]
+    chosen = rows[:, None] < pairs if cu is None else rows + span.first < cu[pairs]
     extra = {}
     if nll_labels is not None:
         scored, ignore = counting_mask(labels, **batch), batch.get("ignore_index", -100)
         nll_labels = check_nll_labels(nll_labels, labels).where(chosen, ignore)
         labels, extra = labels.where(labels != ignore, nll_labels), {"scored": scored}
-    here = (counting_mask(labels, **batch) & chosen).sum().clamp(min=1)
+    here = span.summed((counting_mask(labels, **batch) & chosen).sum()).clamp(min=1)
     # The reduction divides by pairs, or by num_items; the mean over tokens is to be left.
     by = here if num_nll_tokens is None else num_nll_tokens
     times = pairs if num_items is None or num_nll_tokens is None else num_items

@@ -43,7 +43,7 @@ def tdpo_loss(
     """
     d = check_options(policy, ref, variant, alpha, beta, divergence)
     labels = check_labels(labels)
-    check_pairs(labels, batch.get("cu_seqlens"))
+    check_pairs(labels, batch.get("cu_seqlens"), batch.get("sequence_group"))
 
     def formula(tokens: Tokens) -> Tensor:
         h_w, h_l = tokens.log_ratios().tensor_split(2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..divergences import Divergence, from_key
 from ..layout import shift_packed
 from ..logits_at import stats_at
+from ..shards import span_of
 from ..sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
 from ..stats import labels_mask, token_stats
 from .common import Entry, LossOutput, check_reduction, check_sequences, check_weights
@@ -27,7 +28,7 @@ def topk_distillation_loss(
     student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, *, tail: str = "bucket",
     divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, reduction: str = "mean",
     num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
-    entropy: bool = False, **batch: Any,
+    sequence_group: object = None, entropy: bool = False, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """Distillation where only the teacher's log-probs of K tokens are known, p the student and q the teacher:
 
@@ -59,7 +60,8 @@ def topk_distillation_loss(
     if isinstance(source, LogProbs):
         raise ValueError("student: expected fl.Hidden or logits, got fl.LogProbs")
     if cu_seqlens is not None:
-        check_sequences(labels, cu_seqlens)
+        check_sequences(labels, cu_seqlens, sequence_group)
+    span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, **batch)
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
     mask = labels_mask(labels, shift, ignore_index)
@@ -71,12 +73,14 @@ def topk_distillation_loss(
     logq = topk_logps.detach().to(z.dtype).masked_fill(~keep, NOTHING)
     mass = z.masked_fill(~keep, NOTHING).logsumexp(-1) - stats.lse  # log sum_k p_k
     kl = _divergence(d, tail, z.masked_fill(~keep, NOTHING), logq, mass, stats, mask)
-    losses, count = soft * kl - hard * stats.logps, mask.sum().clamp(min=1)
+    losses = soft * kl - hard * stats.logps
     numbers = {"kl": kl, "topk_mass": mass.exp().masked_fill(~mask, 0), "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
-    metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
+    total, mask, *found = span.whole([losses, mask, *numbers.values()])
+    count = mask.sum().clamp(min=1)
+    metrics = {name: (x.sum() / count).detach() for name, x in zip(numbers, found, strict=True)}
     if reduction != "none":
-        losses = losses.sum() / (1 if reduction == "sum" else count if num_items is None else num_items)
+        losses = total.sum() / (1 if reduction == "sum" else count if num_items is None else num_items)
     return LossOutput(losses, metrics, replace(stats, divergence={d.key: kl}))
 
 

@@ -49,7 +49,8 @@ def kto_loss(
     asked for.
     """
     labels = check_labels(labels)
-    z0 = check_kto(labels, cu_seqlens, desirable, loss, baseline, beta, desirable_weight, undesirable_weight)
+    group = batch.get("sequence_group")
+    z0 = check_kto(labels, cu_seqlens, desirable, loss, baseline, beta, desirable_weight, undesirable_weight, group)
 
     def formula(tokens: Tokens) -> Tensor:
         good, x = tokens.extra["desirable"], beta * (tokens.log_ratios() - z0)
@@ -65,13 +66,14 @@ def kto_loss(
 
 def check_kto(
     labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, loss: str, baseline: Tensor | float | None, beta: float,
-    desirable_weight: float, undesirable_weight: float,
+    desirable_weight: float, undesirable_weight: float, sequence_group: object = None,
 ) -> Tensor | float:  # fmt: skip
     """z0."""
     if loss not in LOSSES:
         raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(LOSSES)}")
     check_positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-    check_per_sequence("desirable", desirable, check_sequences(labels, cu_seqlens), labels.device, (torch.bool,))
+    sequences = check_sequences(labels, cu_seqlens, sequence_group)
+    check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
     if baseline is not None and loss != "kto":
         raise ValueError(f"baseline: is for loss='kto', got loss={loss!r}")
     return check_constant("baseline", 0.0 if baseline is None else baseline)
@@ -102,7 +104,7 @@ def kto_baseline(
     ranks may hold different numbers of sequences. None: of this process alone.
     """
     labels = check_labels(labels)
-    check_sequences(labels, cu_seqlens)
+    check_sequences(labels, cu_seqlens, batch.get("sequence_group"))
     for option in ("reduction", "num_items", "inplace_backward", "entropy"):
         if option in batch:
             raise TypeError(f"{option}: kto_baseline has no such option")
@@ -186,7 +188,7 @@ def bco_loss(
     labels = check_labels(labels)
     running = isinstance(delta, RunningDelta)
     shift = delta if isinstance(delta, RunningDelta) else check_constant("delta", delta)
-    own = check_bco(labels, cu_seqlens, desirable, weights, beta)
+    own = check_bco(labels, cu_seqlens, desirable, weights, beta, batch.get("sequence_group"))
 
     def formula(tokens: Tokens) -> Tensor:
         rewards = beta * tokens.log_ratios()
@@ -202,11 +204,12 @@ def bco_loss(
 
 
 def check_bco(
-    labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, weights: Tensor | None, beta: float
-) -> dict[str, Tensor]:
+    labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, weights: Tensor | None, beta: float,
+    sequence_group: object = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """The numbers of the sequences."""
     check_positive(beta=beta)
-    sequences = check_sequences(labels, cu_seqlens)
+    sequences = check_sequences(labels, cu_seqlens, sequence_group)
     check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
     if weights is None:
         return {"desirable": desirable}

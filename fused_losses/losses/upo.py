@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import stats_dtype
+from ..shards import span_of
 from ..sources import FLOATS, Source, check_labels
 from .common import Entry, LossOutput, check_per_sequence, check_positive, check_sequences, reduced, sequences_of
 from .preference import preference_loss
@@ -59,12 +60,13 @@ def upo_loss(
     """
     labels = check_labels(labels)
     check_positive(tau=tau, weight=weight, **({} if clip is None else {"clip": clip}))
-    a = check_advantages(advantages, check_sequences(labels, cu_seqlens), labels.device)
+    sequences = check_sequences(labels, cu_seqlens, options.get("sequence_group"))
+    a = check_advantages(advantages, sequences, labels.device)
     if not callable(base) and "loss" in options:
         raise TypeError(f"loss: the base loss is `base`, here {base!r}")
     call = base if callable(base) else partial(preference_loss, loss=base)
     out = call(policy, labels, ref=ref, cu_seqlens=cu_seqlens, reduction="none", **options)
-    tokens = sequences_of(out.stats, cu_seqlens)
+    tokens = sequences_of(out.stats, cu_seqlens, span_of(labels, cu_seqlens=cu_seqlens, **options))
     nll = -tokens.sums(tokens.logps)
     w = (a / tau).clamp(max=LARGEST if clip is None else math.log(clip)).exp().to(nll.dtype)
     losses = out.loss + weight * _per_unit(w * nll, out.loss)
