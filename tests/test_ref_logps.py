@@ -33,19 +33,24 @@ QUIET = {"batch_size": 2, "progress": False}
 
 @pytest.fixture(scope="module")
 def text():
-    rows = [
-        dict(zip(demo.COLUMNS, pair, strict=True))
-        for pair in demo.load_pairs(str(demo.Path(demo.__file__).parent / "data" / "preferences.jsonl"), 7)
-    ]
-    bpe = demo.train_tokenizer([tuple(row.values()) for row in rows], VOCAB)
+    pairs = demo.load_pairs(str(demo.Path(demo.__file__).parent / "data" / "preferences.jsonl"), 7)
+    bpe = demo.train_tokenizer(pairs, VOCAB)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = "{{ messages }}"
-    return rows, tokenizer
+    short = [
+        (prompt[:30], chosen[: 20 + 5 * i], rejected[: 50 - 5 * i])
+        for i, (prompt, chosen, rejected) in enumerate(pairs)
+    ]
+    return [dict(zip(demo.COLUMNS, pair, strict=True)) for pair in short], tokenizer
 
 
 @pytest.fixture(scope="module")
 def rows(text):
-    return tokenize_preferences(datasets.Dataset.from_list(text[0]), text[1])
+    found = tokenize_preferences(datasets.Dataset.from_list(text[0]), text[1])
+    labels = COLLATOR(list(found))["labels"]
+    lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in found]
+    assert (labels[:, 0] == -100).all() and ((labels >= 0).sum(1) > 5).all() and min(lengths) < 40 < max(lengths)
+    return found
 
 
 def make(seed=1, dtype=torch.float64, **options):
