@@ -2,6 +2,7 @@
 
 python -m bench [--grid quick] [--workloads dpo ...] [--providers eager ...] [--save NAME]     measure, print, plot
 python -m bench list                     workloads, providers, grids, and who cannot run here
+python -m bench training                 a whole training step, by TRL's and transformers' trainers and by ours
 python -m bench static                   bytes, instructions, spills of every kernel, compiled without a GPU
 python -m bench compare A.json B.json    what got slower, larger or less exact
 python -m bench plot FILE.json           the pictures again
@@ -24,7 +25,7 @@ if __name__ == "__main__":
     if command in ("-h", "--help"):
         print(__doc__)
         sys.exit()
-    own = {"static", "compare", "plots", "tables", "targets", "tune"}
+    own = {"static", "training", "compare", "plots", "tables", "targets", "tune"}
     module = {"plot": "plots"}.get(command, command)
     if module in own:
         main = importlib.import_module(f"bench.{module}").main

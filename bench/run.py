@@ -205,12 +205,17 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=float, metavar="S", help="start no measurement after so many seconds")
     add("--threads", type=int, help="of torch on the CPU (default: as it chooses)")
     add("--process-memory", action="store_true", help="CPU: also by how much the process grows")
+    add_outputs(found)
+    return found
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--save", metavar="NAME", help="into bench/results/<device>/NAME.*, to be committed")
     add("--json", type=Path, metavar="FILE", help="the results there as well")
     add("--csv", type=Path, metavar="FILE", help="and as a table")
     add("--plot", type=Path, metavar="DIR", help="and the pictures")
     add("--out", metavar="DIR", help="or into DIR/<device>/<grid>.* (default: $OUT, else bench/out)")
-    return found
 
 
 def written(report: results.Report, args: argparse.Namespace, folder: Path, stem: str) -> list[Path]:

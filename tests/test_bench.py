@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from bench import measure, run, targets, workloads  # noqa: E402
+from bench import measure, results, run, targets, workloads  # noqa: E402
 from bench.providers import Provider, naive, ours, providers  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -193,3 +193,30 @@ def test_targets_without_a_gpu():
     assert len(lines) == 2 + len(targets.TARGETS)
     assert all("| not measured |" in line for line in lines[2:]) and "prediction" in lines[0]
     assert sum("at best" in line for line in lines) >= 5 and "wait for memory alone" in lines[2]
+
+
+def test_training_steps(tmp_path, capsys):
+    """Every trainer gives the step's loss and gradients in float64, or it is not timed."""
+    pytest.importorskip("trl")
+    from bench import training
+
+    assert training.main(["--tiny", "--rounds", "2", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/training.json")
+    report = results.load(path)
+    assert not report["left_out"]
+    assert {(b["group"], b["extra_info"]["provider"]) for b in report["benchmarks"]} == {
+        (s.workload, s.provider) for s in training.STEPS
+    }
+    assert "step: gkd" in capsys.readouterr().out
+
+
+def test_a_wrong_training_step_is_refused(monkeypatch):
+    pytest.importorskip("trl")
+    from bench import training
+    from bench.workloads import Shape
+
+    wrong = lambda logits, batch, ref: 1.01 * training.sft(logits, batch, ref)  # noqa: E731
+    step = training.Step("step: sft", "eager", False, training.partial(training.plain_trainer, wrong, None))
+    setting = training.Setting(Shape(64, 16, 32, 512), torch.device("cpu"))
+    found = dict(training.measure("step: sft", setting, [step], seconds=0, rounds=1, say=print))
+    assert found[step].startswith("WRONG: relative error 1.0e-02 of the value")
