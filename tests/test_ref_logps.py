@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,10 +122,11 @@ def test_packed_and_padded_files_are_equal(tmp_path, rows):
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         np.testing.assert_allclose(found[0].values[name], found[1].values[name], rtol=1e-6)
     ref_logps.load(tmp_path / "0", collator=packed)  # which is none of what they depend on
-    other = PreferenceCollator(0, max_length=40, truncation="keep_end", label_pad=-1)
-    found += [ref_logps.precompute(make(), rows, other, tmp_path / "2", per_token=True, **QUIET)]
-    sums = [x.sum() for x in found[2].values["ref_chosen_logps"]]
-    np.testing.assert_allclose(found[0].values["ref_chosen_logps"], sums, rtol=1e-6)
+    for each in (COLLATOR, packed):
+        other = replace(each, label_pad=-1)
+        tokens = ref_logps.precompute(make(), rows, other, tmp_path / f"{each.packed}", per_token=True, **QUIET)
+        sums = [x.sum() for x in tokens.values["ref_chosen_logps"]]
+        np.testing.assert_allclose(found[0].values["ref_chosen_logps"], sums, rtol=1e-6)
 
 
 def test_unpaired(tmp_path, rows):
