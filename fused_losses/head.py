@@ -35,10 +35,12 @@ class FusedHead(nn.Module):
         softcap, scale, temperature, valid_vocab: as in fl.Hidden. `find_head` measures them on a model.
         adapter: False leaves the adapter out, for the reference of a PEFT model. Otherwise LoRA counts whenever it does
             in the model: not under model.disable_adapter().
+        process_group, shard: as in fl.Hidden: `head` holds this rank's rows of a tensor-parallel head, or a DTensor that does.
         name: what errors call the head.
 
     Raises TypeError, ValueError or NotImplementedError, naming the head and its type, for a head that is quantised, a
-    DTensor, tensor-parallel, not linear, or under an adapter other than one plain LoRA or modules_to_save.
+    DTensor or tensor-parallel without its process_group, not linear, or under an adapter other than one plain LoRA or
+    modules_to_save.
     """
 
     layer: Any  # the adapter's, asked at each call what counts; no submodule
@@ -47,13 +49,18 @@ class FusedHead(nn.Module):
 
     def __init__(
         self, head: nn.Module, *, softcap: float | None = None, scale: float = 1.0, temperature: float = 1.0,
-        valid_vocab: int | None = None, adapter: bool = True, name: str = "head",
+        valid_vocab: int | None = None, adapter: bool = True, name: str = "head", process_group: object = None,
+        shard: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.options: dict[str, Any] = {"softcap": softcap, "scale": scale, "temperature": temperature}
         self.options["valid_vocab"] = valid_vocab
+        if process_group is not None:
+            self.options |= {"process_group": process_group, "shard": shard}
+        elif shard is not None:
+            raise ValueError(f"shard: is of a head split over a process_group, got {shard!r} without one")
         self.name = f"{name} ({type(head).__name__})"
-        linear = _linear(head, self.name, adapter)
+        linear = _linear(head, self.name, adapter, split=process_group is not None)
         self.weight, self.bias, self.lora_a, self.lora_b = linear.weight, linear.bias, None, None
         self.__dict__["layer"] = head if adapter and linear is not head else None
         self.adapter = _active(self.layer, self.name)
@@ -67,7 +74,8 @@ class FusedHead(nn.Module):
 
     def source(self, hidden: Tensor) -> Hidden:
         """fl.Hidden of these states and the weights as they are now; constants under torch.no_grad()."""
-        if self.weight.numel() == 0 or self.weight.dim() != 2 or hasattr(self.weight, "placements"):
+        sharded = hasattr(self.weight, "placements") and "process_group" not in self.options
+        if self.weight.numel() == 0 or self.weight.dim() != 2 or sharded:
             raise ValueError(
                 f"{self.name}: its weight is a {type(self.weight).__name__} {list(self.weight.shape)} of a sharding engine: "
                 "call the FusedHead as a module inside the engine's forward, or gather first "
@@ -120,30 +128,39 @@ def _call(loss: Callable[..., Any], policy: Hidden, labels: Tensor, ref: Source 
     return loss(policy, labels, **options)
 
 
-def find_head(model: nn.Module, *, temperature: float = 1.0, adapter: bool = True) -> FusedHead:
+def find_head(
+    model: nn.Module, *, temperature: float = 1.0, adapter: bool = True, process_group: object = None,
+    shard: tuple[int, int] | None = None,
+) -> FusedHead:  # fmt: skip
     """The output head of a transformers model as a FusedHead, with its softcap, scale and valid_vocab.
 
     These are measured, not read from config: the model's forward runs with stand-ins for backbone and head (no weight is
     read, nothing is gathered), and its logits must be  softcap tanh(z / softcap) * scale  of what the head gave it.
     DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers are looked through. A mixture's auxiliary loss is not included.
+    process_group, shard: as in FusedHead, for a head that tensor parallelism has split already.
 
     Raises as FusedHead does; TypeError where there is no head; NotImplementedError where the model does something else
     between backbone and logits (a projection, a norm, a bias on logits, masked tokens).
     """
-    found = measured(model)
+    found = measured(model, whole=process_group is None)
+    if process_group is not None and found.valid_vocab is not None:
+        raise NotImplementedError(
+            f"{found.path}: {found.valid_vocab} rows of the head are tokens, the rest is padding; where it is split, say how "
+            "many of this rank's are: fl.FusedHead(head, process_group=..., valid_vocab=...)"
+        )
     return FusedHead(
         found.head, softcap=found.softcap, scale=found.scale, temperature=temperature, valid_vocab=found.valid_vocab,
-        adapter=adapter, name=found.path,
+        adapter=adapter, name=found.path, process_group=process_group, shard=shard,
     )  # fmt: skip
 
 
 def backbone(model: nn.Module) -> nn.Module:
     """The submodule whose last_hidden_state the head reads, measured as in find_head; of a model that sees images, the
-    one that has the vision tower. Raises as find_head does.
+    one that has the vision tower. Raises as find_head does, but of how the head's weights lie it knows nothing.
 
         find_head(model).source(backbone(model)(**inputs).last_hidden_state)  has the logits  model(**inputs).logits
     """
-    return measured(model).backbone
+    return measured(model, whole=False).backbone
 
 
 def head_source(head: nn.Module, name: str, hidden: Tensor, **options: Any) -> Hidden:
@@ -169,8 +186,9 @@ def _hidden(hidden: Tensor, tensors: tuple[Any, ...], scaling: float | None, opt
     return Hidden(hidden, weight, bias, lora=None if scaling is None else Lora(a, b, scaling), **options)
 
 
-def _linear(head: nn.Module, name: str, adapter: bool, whole: bool = True) -> nn.Linear:
-    """The dense linear layer at the bottom of a head; raises where there is none. whole: so are its weights, here and now."""
+def _linear(head: nn.Module, name: str, adapter: bool, whole: bool = True, split: bool = False) -> nn.Linear:
+    """The dense linear layer at the bottom of a head; raises where there is none. whole: so are its weights, here and now.
+    split: but for the rows of a vocabulary, of which others may hold some."""
     layer: Any = head
     if hasattr(layer, "modules_to_save"):  # peft trains a copy
         layer = layer.modules_to_save[layer.active_adapters[0]] if adapter else layer.original_module
@@ -182,15 +200,15 @@ def _linear(head: nn.Module, name: str, adapter: bool, whole: bool = True) -> nn
             f"{name}: {kind} has {what}; expected a dense weight [V, H] of float32, float16, bfloat16 or float64. If it is "
             "quantised, leave the head out (bitsandbytes: llm_int8_skip_modules; GPTQ, AWQ: modules_to_not_convert)"
         )
-    if whole and hasattr(weight, "placements"):
+    sharded = hasattr(weight, "placements")
+    if whole and sharded and not split:
         raise TypeError(f"{name}: its weight is a DTensor; make the FusedHead before fully_shard or tensor parallelism")
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise TypeError(f"{name}: expected nn.Linear or LoRA on one, got {kind}, whose forward may do something else")
-    if whole and (type(weight) is not nn.Parameter or "weight" not in layer._parameters):
+    if whole and ((type(weight) is not nn.Parameter and not sharded) or "weight" not in layer._parameters):
         raise TypeError(f"{name}: expected a weight that is a plain nn.Parameter, got {type(weight).__name__}")
-    if (
-        whole and not hasattr(weight, "ds_id") and weight.shape != (layer.out_features, layer.in_features)
-    ):  # ZeRO-3 fills it
+    rows = weight.shape[:1] if split else (layer.out_features,)
+    if whole and not hasattr(weight, "ds_id") and weight.shape != (*rows, layer.in_features):  # ZeRO-3 fills it
         raise ValueError(
             f"{name}: expected weight {[layer.out_features, layer.in_features]}, got {list(weight.shape)}: it is sharded or "
             "tensor-parallel; make the FusedHead before the model is sharded"

@@ -219,7 +219,7 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
         (8, tensors[7]),
     ):  # x and a: the same on all ranks
         if wanted[i] and weight is not None and (gradient := found[i]) is not None:
-            found[i] = options.shard.summed(gradient)
+            found[i] = options.shard.summed(gradient).to(tensors[i + 1].dtype)  # after the sum, for parts cancel
     return [g for g, flag in zip(found, wanted, strict=True) if flag]
 
 

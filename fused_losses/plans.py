@@ -215,7 +215,8 @@ def backward(
     tiles = Tiles(call, pair or to_ref, kept, filled=kept is not None)
     for s, flags in ((call.policy, wanted), (call.ref, ref_wanted)):
         if s is not None and any(flags):
-            s.want(flags, tiles.blocks > 1, tiles.slices) if isinstance(s, HiddenSide) else s.want()
+            shared = bool(call.shard.group)
+            s.want(flags, tiles.blocks > 1, tiles.slices, shared=shared) if isinstance(s, HiddenSide) else s.want()
     spare = [
         spare_buffer(s, x, kept is not None) if flag else None
         for s, x, flag in ((call.policy, tiles.z, to_policy), (call.ref, tiles.w, to_ref))

@@ -103,10 +103,12 @@ class HiddenSide:
         """A piece of a weight in the dtype of the products."""
         return w.to(self.dtype)
 
-    def want(self, wanted: list[bool], several_blocks: bool, slices: int = 1, wide: bool = False) -> None:
+    def want(
+        self, wanted: list[bool], several_blocks: bool, slices: int = 1, wide: bool = False, shared: bool = False
+    ) -> None:
         """Prepares sums for gradients of x, weight, bias, a, b. several_blocks: a slice is pushed in more than one call.
-        wide: gradients() does not round them."""
-        self.wanted, self.wide, self.slices = wanted, wide, 0
+        wide: gradients() does not round them. shared: nor those of x and a, which other ranks add to."""
+        self.wanted, self.wide, self.shared, self.slices = wanted, wide, wide or shared, 0
         n, width = self.x.shape
         new = self.x.new_zeros
         self.dx = new((n, width), dtype=self.sums) if wanted[0] else None
@@ -121,9 +123,9 @@ class HiddenSide:
         self.several = several_blocks
         self.pending: list[Tensor | None] = [None, None]
 
-    def _final(self, x: Tensor) -> torch.dtype:
+    def _final(self, x: Tensor, shared: bool = False) -> torch.dtype:
         """Of the gradient of x."""
-        return self.sums if self.wide else x.dtype
+        return self.sums if self.wide or (shared and self.shared) else x.dtype
 
     def tile(self, r: slice, c: slice, out: Tensor) -> None:
         _, weight, bias, _, b, _ = self.inputs
@@ -199,7 +201,7 @@ class HiddenSide:
         self.run.zero_()
 
     def gradients(self) -> list[Tensor | None]:
-        """Of x, weight, bias, a, b, each rounded once to the dtype of its tensor. Contiguous."""
+        """Of x, weight, bias, a, b, each rounded once to the dtype of its tensor, unless want() says otherwise. Contiguous."""
         x, _, bias, a, _, _ = self.inputs
         if self.run is not None:
             self._add_run()
@@ -209,11 +211,11 @@ class HiddenSide:
             if self.wanted[3]:
                 da = torch.empty_like(a, dtype=self.sums, memory_format=torch.contiguous_format)
                 add_product(da, self.dxa.T, self.x.to(self.sums), fresh=True)
-                da = da.to(self._final(a))
+                da = da.to(self._final(a, True))
             if dx is not None:
                 add_product(dx, self.dxa, a.to(self.sums))
         if dx is not None:
-            dx = spread(dx, self.rows, len(self.flat), self._final(x)).view(x.shape)
+            dx = spread(dx, self.rows, len(self.flat), self._final(x, True)).view(x.shape)
         if dbias is not None and bias is not None:
             dbias = dbias.to(self._final(bias))
         return [dx, self.dw, dbias, da, self.db]

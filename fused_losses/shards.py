@@ -46,13 +46,10 @@ class Shard(NamedTuple):
         return parts[0]
 
     def summed(self, x: Tensor) -> Tensor:
-        """Over all ranks; half precision travels as float32."""
-        if not self.group:
-            return x
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-        wide = wide.clone() if wide is x else wide
-        dist.all_reduce(wide, group=_group(self.group))
-        return wide.to(x.dtype)
+        """Over all ranks, in place."""
+        if self.group:
+            dist.all_reduce(x, group=_group(self.group))
+        return x
 
 
 def _group(name: str) -> dist.ProcessGroup:

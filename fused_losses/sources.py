@@ -55,13 +55,16 @@ def _whole(name: str, x: object, dim: int | None) -> None:
         raise ValueError(f"{name}: expected {dim} dimensions, got shape {list(x.shape)}")
 
 
-def _own_rows(name: str, x: Tensor) -> Tensor:
-    """A DTensor's rows on this rank; their gradient is a DTensor again."""
+def _own_rows(name: str, x: Tensor, group: object) -> Tensor:
+    """A DTensor's rows on this rank of the group; their gradient is a DTensor again."""
     if type(x).__name__ != "DTensor":
         return x
     if len(x.placements) != 1 or not x.placements[0].is_shard(0):  # type: ignore[attr-defined]
         found = x.placements  # type: ignore[attr-defined]
         raise ValueError(f"{name}: beside process_group expected a DTensor sharded on dim 0 alone, got {found}")
+    ranks, mesh = torch.distributed.get_process_group_ranks(group), x.device_mesh.mesh.tolist()  # type: ignore
+    if ranks != mesh:
+        raise ValueError(f"{name}: expected a DTensor over the ranks of process_group, {ranks}, got one over {mesh}")
     return x.to_local()  # type: ignore[attr-defined]
 
 
@@ -88,10 +91,11 @@ class Logits:
     shard: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_shard(self)
+        _check_group(self)
         if _float_tensor("logits", self.logits).dim() < 1 or self.logits.shape[-1] < 1:
             raise ValueError(f"logits: expected shape [..., V] with V >= 1, got {tuple(self.logits.shape)}")
         _head_options(self, self.logits.shape[-1], "logits")
+        _check_shard(self)
 
     @property
     def vocab(self) -> int:
@@ -140,13 +144,13 @@ class Hidden:
     shard: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        _check_group(self)
         if self.process_group is not None:
-            object.__setattr__(self, "weight", _own_rows("weight", self.weight))
-            object.__setattr__(self, "bias", None if self.bias is None else _own_rows("bias", self.bias))
+            for name, x in (("weight", self.weight), ("bias", self.bias)):
+                object.__setattr__(self, name, x if x is None else _own_rows(name, x, self.process_group))
         for name, x, dim in (("hidden", self.hidden, None), ("weight", self.weight, 2), ("bias", self.bias, 1)):
             if name != "bias" or x is not None:
                 _whole(name, x, dim)
-        _check_shard(self)
         if self.lora is not None:
             object.__setattr__(self, "lora", Lora(*self.lora))
             _whole("lora a", self.lora.a, 2)
@@ -154,6 +158,7 @@ class Hidden:
             if not isinstance(self.lora.scaling, int | float):
                 raise TypeError(f"lora scaling: expected a number, got {self.lora.scaling!r}")
         _head_options(self, self.weight.shape[0], "a head weight")
+        _check_shard(self)
 
     @property
     def vocab(self) -> int:
@@ -164,7 +169,7 @@ class Hidden:
         return self.scale / self.temperature
 
 
-def _check_shard(x: Logits | Hidden) -> None:
+def _check_group(x: Logits | Hidden) -> None:
     if x.process_group is None:
         if x.shard is not None:
             raise ValueError(f"shard: is of a vocabulary split over a process_group, got {x.shard!r} without one")
@@ -175,6 +180,9 @@ def _check_shard(x: Logits | Hidden) -> None:
         raise TypeError(
             f"process_group: expected a torch.distributed.ProcessGroup, got {type(x.process_group).__name__}"
         )
+
+
+def _check_shard(x: Logits | Hidden) -> None:
     if x.shard is not None:
         first, total = x.shard
         if not (isinstance(first, int) and isinstance(total, int) and 0 <= first <= total - x.vocab):

@@ -6,9 +6,13 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import relative
 from ranks import on_ranks
 from test_family import CASES as FAMILY_CASES
 from test_family import Batch, V
+from test_head import H as TINY_H
+from test_head import Tiny
+from test_head import V as TINY_V
 
 import fused_losses as fl
 from fused_losses.losses import FAMILY
@@ -173,6 +177,66 @@ def check_data(rank, group):
             torch.testing.assert_close(mine / 2, exact, rtol=1e-9, atol=1e-11)
 
 
+def check_modules(rank, group):
+    """A FusedHead of a rank's rows: of a linear layer that holds them alone, and of a model whose head is a DTensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    policy, ref, labels = tensors()
+    x, w, bias = policy[:3]
+    exact = torch.autograd.grad(fl.dpo_loss(fl.Hidden(x, w.requires_grad_(), bias), labels).loss, w)[0]
+    rows = own(rank, SPLITS[3], VOCAB)
+    linear = torch.nn.Linear(H, rows.stop - rows.start, dtype=torch.float64)
+    linear.weight.data, linear.bias.data = w.detach()[rows], bias[rows]
+    for shard in (None, (rows.start, VOCAB)):
+        fl.FusedHead(linear, process_group=group, shard=shard)(x, labels, loss=fl.dpo_loss).loss.backward()
+        torch.testing.assert_close(linear.weight.grad, exact[rows], rtol=1e-9, atol=1e-11)
+        linear.zero_grad()
+
+    torch.manual_seed(1)
+    model = Tiny(torch.nn.Linear(TINY_H, TINY_V), after=lambda z: 20 * torch.tanh(z / 20)).double()
+    ids = torch.randint(3, TINY_V, (2, 5))
+    truth = model(ids).logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    mesh = init_device_mesh("cpu", (4,))
+    for name in ("weight", "bias"):
+        p = distribute_tensor(getattr(model.lm_head, name).detach(), mesh, [Shard(0)])
+        setattr(model.lm_head, name, torch.nn.Parameter(p))
+    head = fl.find_head(model, process_group=group)
+    assert head.weight is model.lm_head.weight and head.options["softcap"] == 20
+    found = fl.token_stats(head.source(fl.backbone(model)(ids).last_hidden_state), ids).logps
+    torch.testing.assert_close(found, truth)
+    found.sum().backward()
+    assert model.lm_head.weight.grad.placements == (Shard(0),)
+    with pytest.raises(TypeError, match="its weight is a DTensor; make the FusedHead before"):
+        fl.find_head(model)
+    model.after = lambda z: z[..., :90]
+    with pytest.raises(NotImplementedError, match="90 rows of the head are tokens"):
+        fl.find_head(model, process_group=group)
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        with pytest.raises(ValueError, match=r"over the ranks of process_group, \[0, 1\], got one over \[0, 1, 2, 3\]"):
+            fl.FusedHead(model.lm_head, process_group=pair).source(x)
+
+
+def check_rounding(rank, group, split):
+    """Gradients of what all ranks hold are rounded once, after the sum: parts are far larger than it and cancel."""
+    policy, _, labels = tensors()
+    rows = own(rank, split, VOCAB)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = [t.to(dtype) for t in policy]
+        truth = answer("dpo", [t.double() for t in half], tensors()[1], labels)[1]
+        leaves = [t.detach().clone().requires_grad_() for t in half]
+        ref = [t.to(dtype) for t in tensors()[1]]
+        errors = []
+        for at, options in ((slice(None), {}), (rows, {"process_group": group})):
+            p, q = sources(leaves, ref, at, **options)
+            found = torch.autograd.grad(fl.dpo_loss(p, labels, q).loss, [leaves[0], leaves[3]])
+            assert all(g.dtype == dtype for g in found)
+            errors.append([relative(g, t) for g, t in zip(found, (truth[0], truth[3]), strict=True)])
+        for alone, shared in zip(*errors, strict=True):
+            assert shared <= 1.1 * alone, (dtype, alone, shared)
+
+
 def check_triton(rank, group, split):
     """In Triton's interpreter: states merge, labels of other ranks are legal, slices have their place."""
     policy, ref, labels = tensors(torch.float32)
@@ -221,6 +285,14 @@ def test_every_part_of_a_head(split):
 
 def test_beside_data_parallel():
     on_ranks(4, check_data)
+
+
+def test_a_head_as_a_module():
+    on_ranks(4, check_modules)
+
+
+def test_gradients_are_rounded_once():
+    on_ranks(4, check_rounding, SPLITS[2])
 
 
 def test_a_dtensor_head():
