@@ -11,6 +11,7 @@ from torch import Tensor
 from . import hidden_ops
 from .backend import choose as choose_backend
 from .divergences import Divergence
+from .ops import check_plain
 from .planner import Facts, Plan, choose, choose_kind, workspace_bytes
 from .projection import Inputs
 from .shards import shard_of
@@ -68,6 +69,7 @@ def request(
     """labels are aligned with the rows already. unit: rows of the longest unit of a loss that is known."""
     z, w = _inputs(policy), None if ref is None else _inputs(ref)
     tensors = (labels, *z[:5], *((None,) * 5 if w is None else w[:5]))
+    check_plain("token_stats", *tensors)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[1:]]
     doubles = [x for x in (z.x, None if w is None else w.x) if x is not None and x.dtype == torch.float64]
     backend = choose_backend(labels.device, doubles[0].dtype if doubles else None)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from . import ops
@@ -75,6 +74,7 @@ def _from_logits(
     x = x if len(collapse(x, 1)) <= 2 else x.contiguous()
     head_options = policy.vocab, policy.softcap or 0.0, policy.multiplier
     problem = "", entropy, False, False, ignore_index, *head_options, 0.0, 1.0, choose(x.device, x.dtype)
+    ops.check_plain("token_stats", x)
     logps, lse, ent, hit, z = _LogitsAt.apply(x, y.contiguous(), ids, keep, problem, inplace)
     empty = lse.new_empty((0, lse.numel()))
     found = logps, empty, lse, ent, empty, hit, empty
@@ -99,7 +99,7 @@ class _LogitsAt(torch.autograd.Function):
         return logps, lse, entropy, hit, z.masked_fill(~keep[..., :-1], 0)
 
     @staticmethod
-    @once_differentiable
+    @ops.once("token_stats")
     def backward(ctx, g_logps, g_lse, g_entropy, _, g_z):  # type: ignore[no-untyped-def]
         """dz_v = g_lse p_v - g_entropy p_v (log p_v + H), and at an id what arrives there: that sum is rounded once."""
         x, labels, ids, keep, counts, raw, lse, entropy, saved = ctx.saved_tensors
@@ -177,7 +177,7 @@ class _HiddenAt(torch.autograd.Function):
         return z.view(ids.shape).masked_fill(~keep, 0)
 
     @staticmethod
-    @once_differentiable
+    @ops.once("token_stats")
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         ids, keep, slope, *tensors = ctx.saved_tensors
         to_x, to_weight, to_bias, to_a, to_b = wanted = ctx.needs_input_grad[5:]

@@ -104,6 +104,7 @@ class Tokens:
 
     def pair_term(self, name: str, link: Divergence, beta: float, *params: float) -> Tensor:
         """A margin-shaped loss of pair_terms.py [B], in one kernel."""
+        ops.check_plain("preference_loss", self.logps, self.ref_logps)
         dtype = self.logps.dtype if self.logps.dtype == torch.float64 else None
         return ops.pair_loss(
             self.logps, self.ref_logps, self.mask, self.cu_seqlens, name, list(params), link.key, beta, self.sequences,
@@ -336,6 +337,7 @@ class _Known(torch.autograd.Function):
         return losses, *out[:7]
 
     @staticmethod
+    @ops.once("token_stats")
     def backward(ctx, g_losses, *grads):  # type: ignore[no-untyped-def]
         """The gradients found in the forward hold for equal gradients of all losses, and are given away, scaled where they
         lie; anything else, and a second time, takes them anew."""
@@ -346,15 +348,12 @@ class _Known(torch.autograd.Function):
         uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
         if uniform and all(g is None for g in grads[:5]) and not any(flags[10:]) and ctx.found is not None:
             found, ctx.found = ctx.found, None
-            with torch.no_grad():
-                scaled = [
-                    torch.mul(x, g_losses[0], out=x if x.dtype == y.dtype else torch.empty_like(x, dtype=y.dtype))
-                    if flag
-                    else None
-                    for x, y, flag in zip(found, tensors[:5], flags[:5], strict=True)
-                ]
-            if torch.is_grad_enabled():
-                scaled = [x if x is None else _Once.apply(x, y) for x, y in zip(scaled, tensors[:5], strict=True)]
+            scaled = [
+                torch.mul(x, g_losses[0], out=x if x.dtype == y.dtype else torch.empty_like(x, dtype=y.dtype))
+                if flag
+                else None
+                for x, y, flag in zip(found, tensors[:5], flags[:5], strict=True)
+            ]
             return (None, None, None, *scaled, *[None] * (5 + len(extras)))
         total, to_extras = list(grads[:5]), iter(())
         if g_losses is not None:
@@ -372,15 +371,3 @@ class _Known(torch.autograd.Function):
             None, None, None, *(next(back) if f else None for f in flags[:10]),
             *(next(to_extras, None) if f else None for f in flags[10:]),
         )  # fmt: skip
-
-
-class _Once(torch.autograd.Function):
-    """A gradient of x whose own differentiation is an error in words."""
-
-    @staticmethod
-    def forward(ctx, gradient, x):  # type: ignore[no-untyped-def]
-        return gradient
-
-    @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        raise RuntimeError("a fused loss can be differentiated once; use fused_losses.reference for more")

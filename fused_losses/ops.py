@@ -3,21 +3,37 @@
     fused_losses::token_stats            -> token_stats_backward | token_stats_backward_ (gradient in place of the logits)
     fused_losses::pair_loss              -> pair_loss_backward
 
-Divergences and losses travel by name; a second differentiation raises.
+Divergences and losses travel by name. A second differentiation raises, and so does what torch would leave out in silence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.library import custom_op
 
 from . import divergences as registry
 from . import torch_backend
 from .layout import PairProblem, Problem, stats_dtype
 from .pair_terms import TERMS
+
+
+def check_plain(name: str, *tensors: Tensor | None) -> None:
+    """Refuses torch.func, and forward-mode derivatives of tensors: through the operators the latter would be zero."""
+    what = "those of torch.func (grad, vjp, jvp, vmap, ...)" if torch._C._are_functorch_transforms_active() else ""
+    if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+        what = what or "forward-mode derivatives"
+    if what:
+        raise RuntimeError(
+            f"fused_losses.{name}: expected plain tensors, got {what}: use backward() or torch.autograd.grad, or "
+            "fused_losses.reference, which goes with all of them"
+        )
 
 
 def backend_module(name: str) -> ModuleType:
@@ -153,13 +169,50 @@ def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
 token_stats.register_autograd(_backward, setup_context=_setup)
 
 
+def _again(name: str) -> RuntimeError:
+    return RuntimeError(f"fused_losses.{name} can be differentiated once; use fused_losses.reference for more")
+
+
 def once_differentiable(op, name: str) -> None:  # type: ignore[no-untyped-def]
     """A second derivative is an error in words, not a missing-formula message."""
 
     def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
-        raise RuntimeError(f"fused_losses.{name} can be differentiated once; use fused_losses.reference for more")
+        raise _again(name)
 
     op.register_autograd(refuse)
+
+
+class _Refuse(torch.autograd.Function):
+    """A gradient that depends on others, in a way that is an error to ask for."""
+
+    @staticmethod
+    def forward(ctx, name, gradient, *others):  # type: ignore[no-untyped-def]
+        ctx.name = name
+        return gradient
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        raise _again(ctx.name)
+
+
+def once(name: str) -> Callable[[Callable], Callable]:
+    """The same for the backward of an autograd.Function that saves its inputs. (torch's own once_differentiable joins no
+    graph: a second derivative with respect to given tensors is None, which torch.autograd.functional takes for zero.)"""
+
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def checked(ctx: Any, *grads: Tensor | None) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            others = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            found = found if isinstance(found, tuple) else (found,)
+            return tuple(x if x is None else _Refuse.apply(name, x, *others) for x in found)
+
+        return checked
+
+    return decorate
 
 
 once_differentiable(token_stats_backward, "token_stats")

@@ -120,6 +120,7 @@ def _from_logits(
         return _stack(policy, labels, ref, asked, entropy, collision, shift, ignore_index, inplace)
     if inplace and 0 in policy.logits.stride():
         raise ValueError("inplace_backward: expected logits that own their memory, got an expanded (stride 0) view")
+    ops.check_plain("token_stats", policy.logits, w.logits if w else None)
     *found, _ = ops.token_stats(
         policy.logits, labels, w.logits if w else None,
         ";".join(d.key for d in asked), entropy, collision, shift, ignore_index, policy.vocab,

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: opcheck, torch.compile, checkpointing, transforms, memory, and a bare import."""
+"""The operators as torch sees them: opcheck, torch.compile, checkpointing, memory, and a bare import."""
 
 import subprocess
 import sys
@@ -123,14 +123,6 @@ def test_second_derivative_is_refused_in_words(backend, device):
     (g,) = torch.autograd.grad(fl.token_stats(z, y).logps.sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.grad(g.sum(), z)
-
-
-def test_func_grad_is_refused(device):
-    """torch.library's autograd formulas do not work under functorch; torch says so."""
-    z, w = logits((4, 6, 45), device)
-    y = labels_for((4, 6), 45, device)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda z: fl.dpo_loss(z, y, w.detach()).loss)(z.detach())
 
 
 def test_nothing_of_vocabulary_size_but_the_gradient(device, monkeypatch, one_thread):

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, pad
 
 from ..divergences import Divergence, from_key
 from ..objective import Tokens
+from ..ops import check_plain, once
 from ..pair_terms import TERMS
 from .common import check_positive
 
@@ -82,7 +82,7 @@ class Pairs:
         if link.name == "reverse_kl":
             return self.h
         zero, _ = link.f_dpo_link()(self.h.new_zeros(()), *link.params)
-        return _Curve.apply(self.h, link.f_dpo_link(), link.params) - zero
+        return _curve(self.h, link.f_dpo_link(), link.params) - zero
 
     @_once
     def margin(self) -> Tensor:
@@ -100,7 +100,7 @@ class Pairs:
         o = self.o
         if len(o.names - {"sft"}) == 1:
             return self.tokens.pair_term(name, o.link, o.beta, *params)
-        return _Curve.apply(self.margin, TERMS[name], params)
+        return _curve(self.margin, TERMS[name], params)
 
     def smoothed(self, margin: Tensor) -> Tensor:
         """-(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin)."""
@@ -115,13 +115,18 @@ class _Curve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, f, params):  # type: ignore[no-untyped-def]
         y, slope = f(x, *params)
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(x, slope)
         return y
 
     @staticmethod
-    @once_differentiable
+    @once("preference_loss")
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return g * ctx.saved_tensors[0], None, None
+        return g * ctx.saved_tensors[1], None, None
+
+
+def _curve(x: Tensor, f: Callable, params: tuple[float, ...]) -> Tensor:
+    check_plain("preference_loss", x)
+    return _Curve.apply(x, f, params)
 
 
 def desensitised(tokens: Tokens, alpha: float) -> Tokens:
