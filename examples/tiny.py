@@ -1,0 +1,57 @@
+"""What stands in for from_pretrained and load_dataset in these examples: models with random weights, a tokenizer trained on
+the spot, and the preference pairs that come with the package. Nothing is downloaded."""
+
+import json
+import os
+import sys
+from importlib.resources import files
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fused_losses import demo
+
+TOKENS = 1000
+SIZES = {
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def rows(count: int = 16) -> list[dict]:
+    """prompt, chosen, rejected"""
+    lines = (files("fused_losses") / "data/preferences.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+def unpaired_rows(count: int = 16) -> list[dict]:
+    """prompt, completion, label: one answer of each pair, good and bad ones in turn."""
+    found = [(row["prompt"], row["rejected" if i % 2 else "chosen"], i % 2 == 0) for i, row in enumerate(rows(count))]
+    return [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in found]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    texts = [tuple(row.values()) for row in rows(64)]
+    made = PreTrainedTokenizerFast(tokenizer_object=demo.train_tokenizer(texts, TOKENS))
+    made.pad_token, made.eos_token = made.convert_ids_to_tokens([0, 1])
+    made.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    return made
+
+
+def model(seed: int = 0, vocab_size: int = TOKENS, hidden_size: int = 48, **options) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=vocab_size, hidden_size=hidden_size, **SIZES | options)
+    return LlamaForCausalLM(config)
+
+
+def leave() -> None:
+    """Ends a process of torchrun that has come to its end: gloo's threads may abort an interpreter that exits under load
+    ("terminate called without an active exception"), so this one does not take the usual way out."""
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
