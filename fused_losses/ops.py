@@ -130,20 +130,21 @@ def _(*args):  # type: ignore[no-untyped-def]
 
 @custom_op(
     "fused_losses::token_stats_backward_", mutates_args=("policy",),
-    schema=f"({_GRADS}, Tensor(a!) policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor[]",
+    schema=f"({_GRADS}, Tensor(a!) policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor",
 )  # fmt: skip
 def token_stats_backward_(*args):  # type: ignore[no-untyped-def]
-    """As token_stats_backward, the policy gradient written over the policy logits; returns [gradient to the reference]."""
+    """As token_stats_backward, the policy gradient written over the policy logits; returns that to the reference (empty:
+    none). Not a list, which torch.compile does not take from an operator that writes."""
     grads, (saved, policy, labels, ref), rest = args[:5], args[5:9], args[9:]
     (problem, backend), (_, to_ref) = _problem(*rest[:-2]), rest[-2:]
     dw = torch.empty_like(ref) if to_ref else None
     _run_backward(grads, saved, policy, labels, ref, problem, backend, policy, dw)
-    return [dw] if dw is not None else []
+    return policy.new_empty(0) if dw is None else dw
 
 
 @token_stats_backward_.register_fake
 def _(*args):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(args[8])] if args[-1] else []
+    return torch.empty_like(args[8]) if args[-1] else args[6].new_empty(0)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -157,12 +158,10 @@ def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
     policy, labels, ref, saved = ctx.saved_tensors
     to_policy, to_ref = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     inplace = ctx.inplace and to_policy
-    op = token_stats_backward_ if inplace else token_stats_backward
     policy = policy.detach() if inplace else policy
-    found = list(op(*grads[:5], saved, policy, labels, ref, *ctx.problem, to_policy, to_ref))
-    dz = None
-    if to_policy:
-        dz = policy if inplace else found.pop(0)
+    given = *grads[:5], saved, policy, labels, ref, *ctx.problem, to_policy, to_ref
+    found = [policy, token_stats_backward_(*given)] if inplace else list(token_stats_backward(*given))
+    dz = found.pop(0) if to_policy else None
     return dz, None, found.pop() if to_ref else None, *[None] * (len(ctx.problem) + 1)
 
 
