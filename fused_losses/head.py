@@ -294,7 +294,9 @@ def measured(model: nn.Module, whole: bool = True) -> Measured:
     if len(called) != 1 or len(top.asked) != 1:
         refuse(f"{kind}.forward calls {len(called)} known backbones and the head {len(top.asked)} times")
     owned = {id(p) for m in (called[0], head) for p in m.parameters()}
-    if beside := [k for k, p in model.named_parameters() if id(p) not in owned]:  # a vision tower beside the decoder
+    if whole and (
+        beside := [k for k, p in model.named_parameters() if id(p) not in owned]
+    ):  # a vision tower beside the decoder
         refuse(f"{beside[0]} belongs neither to the backbone {type(called[0]).__name__} nor to the head")
 
     seen, valid = top.asked[0].double(), logits.shape[-1]
@@ -383,8 +385,10 @@ def _replaced(model: nn.Module, stand_ins: list[_StandIn]) -> Iterator[None]:
 
 
 def opened(x: Any) -> Any:
-    """Dataclasses as dicts that keep their class."""
-    return {_CLASS: type(x), **{f.name: opened(getattr(x, f.name)) for f in fields(x)}} if is_dataclass(x) else x
+    """Dataclasses as dicts that keep their class, wrapped, for FSDP takes a class of dataclasses for one of them."""
+    return (
+        {_CLASS: partial(type(x)), **{f.name: opened(getattr(x, f.name)) for f in fields(x)}} if is_dataclass(x) else x
+    )
 
 
 def closed(x: Any) -> Any:

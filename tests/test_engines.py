@@ -1,4 +1,4 @@
-"""at_head under DDP and FSDP2 (gloo): every loss gives what one process gives, wherever the head's weight is sharded."""
+"""at_head under DDP, FSDP and FSDP2 (gloo): every loss gives what one process gives, wherever the head's weight is sharded."""
 
 from __future__ import annotations
 
@@ -138,6 +138,11 @@ def check_step(rank, group, engine, tied, loss):
     model = tiny(1, tie_word_embeddings=tied)
     if engine == "ddp":
         model = nn.parallel.DistributedDataParallel(model, process_group=group)
+    elif engine.startswith("fsdp1"):
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+        options = dict(process_group=group, device_id=torch.device("cpu"), use_orig_params=engine == "fsdp1")
+        model, ref = (FSDP(m, **options) for m in (model, ref))
     else:
         parts = lambda m: [*m.model.layers, *(m.lm_head,) * (engine == "head apart")]  # noqa: E731
         model, ref = sharded(model, group, *parts(model)), sharded(ref, group, *parts(ref))
@@ -145,14 +150,27 @@ def check_step(rank, group, engine, tied, loss):
     total = out.loss.detach().clone()
     dist.all_reduce(total, group=group)
     close(total / 2, truth.loss.detach())
-    for (name, p), q in zip(model.named_parameters(), base.parameters(), strict=True):
-        close(getattr(p.grad, "full_tensor", lambda p=p: p.grad)(), q.grad, name)
+    if engine == "fsdp1":
+        with FSDP.summon_full_params(model, with_grads=True):
+            for p, q in zip(model.parameters(), base.parameters(), strict=True):
+                close(p.grad, q.grad)
+    elif engine == "fsdp1, flat":  # each rank has its part of all gradients in one
+        (flat,) = model.parameters()
+        total = flat.grad.square().sum()
+        dist.all_reduce(total, group=group)
+        close(total, sum(q.grad.square().sum() for q in base.parameters()))
+    else:
+        for (name, p), q in zip(model.named_parameters(), base.parameters(), strict=True):
+            close(getattr(p.grad, "full_tensor", lambda p=p: p.grad)(), q.grad, name)
     inner = getattr(model, "module", model)
     assert all("forward" not in m.__dict__ for m in inner.modules())
 
 
 @pytest.mark.parametrize("loss", ["step", "distil"])
-@pytest.mark.parametrize(("engine", "tied"), [("ddp", False), ("fsdp", False), ("fsdp", True), ("head apart", False)])
+@pytest.mark.parametrize(
+    ("engine", "tied"),
+    [("ddp", False), ("fsdp", False), ("fsdp", True), ("head apart", False), ("fsdp1", True), ("fsdp1, flat", False)],
+)
 def test_parts_of_a_batch(engine, tied, loss):
     on_ranks(2, check_step, engine, tied, loss)
 
