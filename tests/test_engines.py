@@ -88,8 +88,9 @@ def check_family(rank, group):
         close(model.lm_head.weight.grad.full_tensor(), dw, f"{name} {variant}, dw")
 
 
-def test_every_loss_of_a_sharded_head():
-    on_ranks(2, check_family)
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_loss_of_a_sharded_head(world):
+    on_ranks(world, check_family)
 
 
 # ---- a transformers model, each rank with its part of the batch ----------------------------------------------------------
