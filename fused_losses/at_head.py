@@ -19,7 +19,8 @@ from .sources import Hidden
 
 __all__ = ["AtHead", "at_head"]
 
-_known: WeakKeyDictionary[nn.Module, Measured] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[list[Any], Measured]] = WeakKeyDictionary()
+_busy: dict[nn.Module, object] = {}  # heads that a loss runs in place of
 
 
 class AtHead(NamedTuple):
@@ -45,8 +46,9 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
     temperature: as in fl.Hidden.
     inputs: the model's own, without labels.
 
-    Raises as find_head does; ValueError for labels among inputs, or where forward does not call the head once;
-    NotImplementedError for ZeRO-3's sharded weights, a model compiled as a whole, DataParallel and prompt learning.
+    Raises as find_head does; ValueError for labels among inputs, where forward does not call the head once, or where the model
+    is in another at_head already, of this thread or another; NotImplementedError for encoder-decoders, ZeRO-3's sharded
+    weights, a model compiled as a whole, DataParallel and prompt learning.
     """
     if inputs.get("labels") is not None:
         raise ValueError("labels: go to the loss in `function`, not to the model, which would want logits for them")
@@ -69,12 +71,14 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
     before = inner.forward
 
     def forward(*args: Any, **options: Any) -> dict[str, Any]:
-        answer = before(*args, **options, return_dict=True)
+        answer = before(*args, **options | {"return_dict": True})
         if not found:
             raise ValueError(f"model: {type(inner).__name__}.forward did not call its head")
         return {"out": found.pop(), "aux_loss": getattr(answer, "aux_loss", None)}
 
-    with _replaced(known.head, head), _replaced(inner, forward):
+    # accelerate's own hook, which fetches weights from where they wait, stays around what it was put around
+    name = "_old_forward" if hasattr(known.head, "_hf_hook") else "forward"
+    with _alone(known), _replaced(known.head, head, name), _replaced(inner, forward):
         hook = known.head.register_forward_hook(after_all_hooks)
         try:
             answer = model(**inputs)
@@ -84,25 +88,49 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
 
 
 def _measure(model: nn.Module) -> Measured:
-    """Once for each head that a model has had."""
-    known = _known.get(model)
-    if known is None or known.head is not model.get_output_embeddings():  # type: ignore[operator]
-        known = _known[model] = measured(model, whole=False)
+    """Once for each head that a model has had, and again where a number has changed that its forward may read."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"model: {type(model).__name__} is an encoder-decoder, whose labels are not shifted and whose decoder wants inputs "
+            "made of them; run its decoder and pass fl.find_head(model).source(hidden)"
+        )
+    parts = [model, config, *(x for x in getattr(config, "__dict__", {}).values() if hasattr(x, "to_dict"))]
+    numbers = [(k, x) for p in parts for k, x in getattr(p, "__dict__", {}).items() if type(x) in (int, float)]
+    seen, known = _known.get(model, (None, None))
+    if known is None or seen != numbers or known.head is not model.get_output_embeddings():  # type: ignore[operator]
+        known = measured(model, whole=False)
+        _known[model] = numbers, known
     return known
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _alone(known: Measured) -> Iterator[None]:
+    """One at a time: the head's forward is replaced for all who call it."""
+    mine = object()
+    if _busy.setdefault(known.head, mine) is not mine:
+        raise ValueError(
+            f"model: {known.path} is in another at_head already, of a loss that calls the same model or of another thread; "
+            "what the loss needs of it is to be computed before: q = fl.at_head(model, lambda q: q, **inputs).out"
+        )
+    try:
+        yield
+    finally:
+        del _busy[known.head]
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any], name: str = "forward") -> Iterator[None]:
     """The module's forward, for a while; hooks around it stay."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+    before = module.__dict__.get(name)
+    module.__dict__[name] = forward
     try:
         yield
     finally:
         if before is None:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
         else:
-            module.__dict__["forward"] = before
+            module.__dict__[name] = before
 
 
 def _refuse(model: nn.Module) -> None:

@@ -105,6 +105,65 @@ def test_a_vision_model_sees_its_image():
         fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs, pixel_values=-pixels)
 
 
+def test_return_dict_is_the_models_own_affair():
+    model = make("LlamaForCausalLM")
+    inputs, labels = batch()
+    truth = model(**inputs).logits
+    for value in (True, False):
+        fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs, return_dict=value)
+
+
+@pytest.mark.parametrize("name,where", [("Gemma2ForCausalLM", "config"), ("CohereForCausalLM", "model")])
+def test_a_softcap_or_scale_that_changes_is_measured_anew(name, where):
+    model = make(name, **FAMILIES[name][0])
+    inputs, labels = batch()
+    number = {"config": "final_logit_softcapping", "model": "logit_scale"}[where]
+    for value in (None, 5.0, 0.5) if where == "config" else (0.25, 2.0):
+        setattr(model.config if where == "config" else model, number, value)
+        truth = model(**inputs).logits
+        fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs)  # noqa: B023
+
+
+def test_a_model_is_in_one_call_at_a_time():
+    model = make("LlamaForCausalLM")
+    inputs, labels = batch()
+
+    def again(q):
+        return fl.at_head(model, lambda p: fl.distillation_loss(p, labels, q, shift=True).loss, **inputs).out
+
+    with pytest.raises(ValueError, match="is in another at_head already, of a loss that calls the same model"):
+        fl.at_head(model, again, **inputs)
+    truth = model(**inputs).logits
+    fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs)
+    with torch.no_grad():
+        q = fl.at_head(model, lambda q: q, **inputs).out  # as the message says
+    torch.testing.assert_close(again(q), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_weights_that_wait_elsewhere():
+    """accelerate's offload: the head's weights come for its forward alone."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make("LlamaForCausalLM")
+    inputs, labels = batch()
+    truth = model(**inputs).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.is_meta
+    with torch.no_grad():
+        fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs)
+        torch.testing.assert_close(model(**inputs).logits, truth)
+    assert model.lm_head.weight.is_meta
+
+
+def test_an_encoder_decoder_is_refused():
+    config = transformers.BartConfig(
+        vocab_size=V, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config)
+    with pytest.raises(NotImplementedError, match="is an encoder-decoder, whose labels are not shifted"):
+        fl.at_head(model, lambda p: p.hidden.sum(), **batch()[0])
+
+
 LORA = {
     "lora": dict(target_modules=["q_proj", "lm_head"], init_lora_weights=False),
     "saved": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
