@@ -57,7 +57,11 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
     found: list[Any] = []
     known = _measure(inner)
 
-    def head(hidden: Tensor, *_: Any, **__: Any) -> dict[str, Any]:
+    def head(hidden: Tensor, *more: Any, **named: Any) -> dict[str, Any]:
+        if more or named:  # PEFT's adapter_names: an adapter for each row
+            raise ValueError(
+                f"{known.path}: was given {', '.join(named) or len(more)} beside hidden states, expected these alone"
+            )
         source = head_source(known.head, known.path, hidden, temperature=temperature, **known.at_head)
         return {"out": opened(function(source)), "logits": hidden.new_zeros(*hidden.shape[:-1], 1)}
 

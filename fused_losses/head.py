@@ -194,13 +194,15 @@ def _linear(head: nn.Module, name: str, adapter: bool, whole: bool = True, split
         layer = layer.modules_to_save[layer.active_adapters[0]] if adapter else layer.original_module
     layer = getattr(layer, "base_layer", layer)
     weight, kind = getattr(layer, "weight", None), type(layer).__name__
-    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or "4bit" in kind or "8bit" in kind:
-        what = f"a weight of {weight.dtype}" if isinstance(weight, Tensor) else "no weight"
+    sharded = hasattr(weight, "placements")
+    packed = hasattr(weight, "__tensor_flatten__") and not sharded  # a float tensor in name, whose bytes are elsewhere
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or packed or "4bit" in kind or "8bit" in kind:
+        which = type(weight).__name__ if packed else getattr(weight, "dtype", None)
+        what = f"a weight of {which}" if isinstance(weight, Tensor) else "no weight"
         raise TypeError(
             f"{name}: {kind} has {what}; expected a dense weight [V, H] of float32, float16, bfloat16 or float64. If it is "
             "quantised, leave the head out (bitsandbytes: llm_int8_skip_modules; GPTQ, AWQ: modules_to_not_convert)"
         )
-    sharded = hasattr(weight, "placements")
     if whole and sharded and not split:
         raise TypeError(f"{name}: its weight is a DTensor; make the FusedHead before fully_shard or tensor parallelism")
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
@@ -386,9 +388,10 @@ def _replaced(model: nn.Module, stand_ins: list[_StandIn]) -> Iterator[None]:
 
 def opened(x: Any) -> Any:
     """Dataclasses as dicts that keep their class, wrapped, for FSDP takes a class of dataclasses for one of them."""
-    return (
-        {_CLASS: partial(type(x)), **{f.name: opened(getattr(x, f.name)) for f in fields(x)}} if is_dataclass(x) else x
-    )
+    if not is_dataclass(x):
+        return x
+    kind: Any = type(x)
+    return {_CLASS: partial(kind), **{f.name: opened(getattr(x, f.name)) for f in fields(x)}}
 
 
 def closed(x: Any) -> Any:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Of gathering a DTensor that is no part of a head
+INSTEAD = {"logits": ", or pass this rank's columns, .to_local(), with their process_group", "logps": "", "labels": ""}
 
 
 def _positive(name: str, value: float | None, optional: bool = False) -> None:
@@ -21,9 +23,19 @@ def _positive(name: str, value: float | None, optional: bool = False) -> None:
 def _float_tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    _dense(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     return x
+
+
+def _dense(name: str, x: Tensor) -> None:
+    """That all its elements are here, at strides."""
+    if type(x).__name__ == "DTensor":
+        instead = INSTEAD.get(name, ", or call fl.FusedHead as a module, so that the sharding engine's hooks do")
+        raise TypeError(f"{name}: got a DTensor; gather it first (.full_tensor()){instead}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
 
 
 def _head_options(source: Logits | Hidden, v: int, what: str) -> None:
@@ -39,13 +51,6 @@ def _whole(name: str, x: object, dim: int | None) -> None:
     """A dense tensor of so many dimensions with all its elements here."""
     _float_tensor(name, x)
     assert isinstance(x, Tensor)
-    if type(x).__name__ == "DTensor":
-        raise TypeError(
-            f"{name}: got a DTensor; gather it first (.full_tensor()), or call fl.FusedHead as a module, so that the "
-            "sharding engine's hooks do"
-        )
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
     if name != "hidden" and x.numel() == 0:
         raise ValueError(
             f"{name}: has no elements, shape {list(x.shape)}: its sharding engine holds it elsewhere. Call fl.FusedHead as a "
@@ -239,6 +244,7 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
 def check_labels(labels: object) -> Tensor:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
+    _dense("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"labels: expected integer token ids, got {labels.dtype}")
     return labels if labels.dtype in (torch.int64, torch.int32) else labels.long()  # ignore_index must not wrap around

@@ -237,6 +237,97 @@ def test_refusals():
         fl.at_head(model, lambda p: p.hidden.sum(), **inputs)
 
 
+def test_an_adapter_for_each_row_is_refused():
+    """Where the head has one; without, the rows' states differ and the head does not."""
+    peft = pytest.importorskip("peft")
+    inputs, labels = batch()
+    for modules in (["q_proj"], ["q_proj", "lm_head"]):
+        config = peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
+        model = peft.get_peft_model(make("LlamaForCausalLM"), config).double()
+        model.add_adapter("other", config)
+        model.double().eval()
+        inputs["adapter_names"] = ["default", "other", "__base__", "default"]
+        truth = model(**inputs).logits
+        if "lm_head" not in modules:
+            fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs)  # noqa: B023
+            continue
+        with pytest.raises(
+            ValueError, match="lm_head: was given adapter_names beside hidden states, expected these alone"
+        ):
+            fl.at_head(model, lambda p: p.hidden.sum(), **inputs)
+
+
+HEAD_TOO = {  # of a tied head: what the adapter is on; what of it is trained
+    "embedding": (dict(target_modules=["embed_tokens"]), 2),
+    "embedding, tied": (dict(target_modules=["embed_tokens"], ensure_weight_tying=True), 4),
+    "both": (dict(target_modules=["embed_tokens", "lm_head"]), 4),
+    "embedding in full": (dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]), 5),
+    "head in full": (dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), 5),
+    "rsLoRA": (dict(target_modules=["lm_head"], use_rslora=True), 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", HEAD_TOO)
+def test_adapters_on_tied_embeddings(name):
+    """The logits are the model's own, and so are the gradients of all that is trained."""
+    peft = pytest.importorskip("peft")
+    options, count = HEAD_TOO[name]
+    model = peft.get_peft_model(make("LlamaForCausalLM", tie_word_embeddings=True), peft.LoraConfig(r=2, **options))
+    model.double()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.add_(0.1 * torch.randn_like(p))
+    inputs, labels = batch()
+    loss = lambda source: fl.token_stats(source, labels, shift=True).logps.sum()  # noqa: E731
+    truth = loss(model(**inputs).logits)
+    ours, theirs = (
+        torch.autograd.grad(x, trained, allow_unused=True) for x in (fl.at_head(model, loss, **inputs).out, truth)
+    )
+    assert sum(g is not None for g in theirs) == count
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_tokens_that_an_adapter_trains_are_refused(tied):
+    """As rows of the head: all others are the base model's."""
+    peft = pytest.importorskip("peft")
+    tokens = [3, 5] if tied else {"lm_head": [3, 5]}
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens)
+    model = peft.get_peft_model(make("LlamaForCausalLM", tie_word_embeddings=tied), config)
+    with pytest.raises(TypeError, match=r"lm_head \(TrainableTokensWrapper\): expected nn.Linear or LoRA on one"):
+        fl.at_head(model, lambda p: p.hidden.sum(), **batch()[0])
+
+
+@pytest.mark.parametrize("what", ["model", "head", "forward"])
+def test_compiled_in_place(what):
+    """Modules that say how to call them faster are still called with the loss in place of the head."""
+    torch._dynamo.reset()
+    model = make("LlamaForCausalLM")
+    inputs, labels = batch()
+    loss = lambda source: fl.token_stats(source, labels, shift=True).logps.sum()  # noqa: E731
+    truth = torch.autograd.grad(loss(model(**inputs).logits), list(model.parameters()))
+    if what == "forward":
+        model.forward = torch.compile(model.forward, backend="aot_eager")
+    else:
+        (model if what == "model" else model.lm_head).compile(backend="aot_eager")
+    before = dict(model.__dict__)
+    for _ in range(2):
+        found = torch.autograd.grad(fl.at_head(model, loss, **inputs).out, list(model.parameters()))
+        torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-10)
+    assert model.__dict__.keys() == before.keys() and model.__dict__.get("forward") is before.get("forward")
+    torch._dynamo.reset()
+
+
+def test_a_compiled_head_is_refused():
+    model = make("LlamaForCausalLM")
+    model.lm_head = torch.compile(model.lm_head)
+    with pytest.raises(TypeError, match=r"lm_head \(OptimizedModule\): expected nn.Linear or LoRA on one"):
+        fl.at_head(model, lambda p: p.hidden.sum(), **batch()[0])
+
+
 def test_a_failing_loss_leaves_nothing():
     model = make("LlamaForCausalLM")
     with pytest.raises(ZeroDivisionError):
