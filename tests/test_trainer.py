@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,50 @@ def test_a_mixtures_auxiliary_loss(tmp_path):
             train(Trainer if more else FusedTrainer, mixture(), tmp_path, more=more)
 
 
+def test_metrics_of_training_and_of_evaluation_are_kept_apart(tmp_path):
+    data = rows()
+    more = {"fused_loss": fl.dpo_loss, "reference": near(tiny())}
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, per_device_eval_batch_size=8, max_steps=4, logging_steps=4, eval_steps=2,
+        eval_strategy="steps", learning_rate=0.0, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    made = FusedTrainer(tiny(), args, data_collator=stacked, train_dataset=data, eval_dataset=data, **more)
+    made.train()
+    log = made.state.log_history
+    margins = [e["eval_rewards/margins"] for e in log if "eval_loss" in e]
+    assert len(margins) == 2 and margins[0] == pytest.approx(margins[1], rel=1e-6)  # the weights did not move
+    assert sum("rewards/margins" in e for e in log) == 1
+    made.predict(data.select(range(8)))
+    assert made.evaluate(metric_key_prefix="test")["test_rewards/margins"] == pytest.approx(margins[0], rel=1e-6)
+    found = made.evaluate({"a": data, "b": data.select(range(8, 16))})
+    assert found["eval_a_rewards/margins"] == pytest.approx(margins[0], rel=1e-6)
+    assert found["eval_b_rewards/margins"] != pytest.approx(margins[0], rel=1e-3)
+
+
+class NoKeywords(LlamaForCausalLM):
+    accepts_loss_kwargs = False  # as Gemma 3, Qwen2.5-VL and others say
+
+
+def test_tokens_are_counted_whatever_the_model_takes(tmp_path):
+    torch.manual_seed(1)
+    model = NoKeywords(LlamaConfig(**SIZES))
+    same(train(FusedTrainer, model, tmp_path), train(FusedTrainer, tiny(), tmp_path))
+
+
+def test_evaluation_beside_liger(tmp_path):
+    # whose forward would leave logits out for a loss of its own
+    liger = pytest.importorskip("liger_kernel.transformers")
+    parts = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy"), False)
+    model = tiny()
+    liger.apply_liger_kernel_to_llama(**parts, fused_linear_cross_entropy=True, model=model)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, prediction_loss_only=True)
+    options = {"args": args, "data_collator": stacked, "eval_dataset": rows()}
+    mine, theirs = FusedTrainer(model, **options), Trainer(tiny(), **options)
+    truth = theirs.evaluate()["eval_loss"]
+    args.use_liger_kernel = True
+    assert mine.evaluate()["eval_loss"] == pytest.approx(truth, rel=1e-5)
+
+
 class Plain(Trainer):
     """The loss written out, on logits of both models."""
 
@@ -172,6 +217,28 @@ def test_the_adapter_off_is_the_reference(head, tmp_path):
     same(train(FusedTrainer, adapted(), tmp_path, more=more), train(plain, adapted(), tmp_path))
 
 
+def test_the_adapter_off_has_no_dropout(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(attention_dropout=0.5), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    seen = []
+
+    def loss(p, labels, q, shift):
+        seen.append(fl.token_stats(q, labels, shift=True).logps.detach())
+        return fl.dpo_loss(p, labels, q, shift=shift)
+
+    more = {"fused_loss": loss, "reference": "adapter off", "per_token": False}
+    made = train(FusedTrainer, model, tmp_path, more=more, max_steps=1)
+    batch = stacked(list(rows()))
+    made.model.train()
+    for _ in range(2):
+        made.compute_loss(made.model, batch)
+        assert made.model.training
+    made.model.eval()
+    made.compute_loss(made.model, batch)
+    assert not made.model.training
+    assert torch.equal(seen[-3], seen[-2]) and torch.equal(seen[-2], seen[-1])
+
+
 def test_saved_log_probs_and_evaluation(tmp_path):
     reference, data = near(tiny()), rows()
     batch = stacked(list(data))
@@ -207,10 +274,34 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             call()
+    model = tiny()
+    with pytest.raises(ValueError, match="reference: is the model that is trained"):
+        train(FusedTrainer, model, tmp_path, more={"fused_loss": fl.dpo_loss, "reference": model})
+    assert all(p.requires_grad for p in model.parameters())
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(NotImplementedError, match="trains in full; give a model"):
         train(FusedTrainer, model, tmp_path, more={"fused_loss": fl.dpo_loss, "reference": "adapter off"})
+
+
+def test_what_splits_or_does_not_shift_labels_is_refused(tmp_path, monkeypatch):
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config)
+    for cls, more in ((FusedTrainer, {}), (Trainer, {"compute_loss_func": compute_loss_func()})):
+        with pytest.raises(NotImplementedError, match="is an encoder-decoder, whose labels are not shifted"):
+            train(cls, model, tmp_path, more=more)
+
+    class Split(Trainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            split = SimpleNamespace(cp_enabled=True, sp_enabled=False)
+            monkeypatch.setattr(type(self.accelerator), "parallelism_config", split)
+
+    with pytest.raises(NotImplementedError, match="splits sequences before labels are shifted"):
+        train(type("T", (FusedLossMixin, Split), {}), tiny(), tmp_path)
 
 
 # ---- TrustRegionCallback --------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ Tested with transformers 5.23.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..trust_region import TrustRegion
 
 __all__ = ["FusedLossMixin", "TrustRegionCallback", "compute_loss_func"]
 
-NOT_THE_MODELS = ("labels", "shift_labels", "completion_mask", "ref_logps", "num_items_in_batch")
+NOT_THE_MODELS = ("labels", "shift_labels", "completion_mask", "ref_logps", "num_items_in_batch", "skip_logits")
 CHECKPOINT = "trust_region"
 
 
@@ -47,6 +48,8 @@ def compute_loss_func(
     def compute(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if labels is None:
             raise ValueError("labels: expected them in the batch, got none")
+        if "encoder_last_hidden_state" in outputs:
+            raise NotImplementedError("model: is an encoder-decoder, whose labels are not shifted")
         found = loss(outputs["logits"], labels, shift=True, num_items=num_items_in_batch, **options).loss
         return _with_aux(found, outputs.get("aux_loss"), aux_loss_coef)
 
@@ -71,21 +74,35 @@ class FusedLossMixin:
 
     Batches hold the model's inputs and labels (not shifted, -100 where nothing counts), pairs as [2B, T] with the chosen rows
     first. The metrics of a LossOutput are averaged between logs and logged under their names. Evaluation returns per-token
-    log-probs and hits ("logps", "correct" [rows, T - 1]) where a Trainer returns logits.
+    log-probs and hits ("logps", "correct" [rows, T - 1]) where a Trainer returns logits; they are of the tokens whose
+    label_ids[:, 1:] is not -100, the rest is padding.
+
+    The reference is in eval mode, whichever it is. Context and sequence parallelism are refused, encoder-decoders too.
     """
 
     args: Any
     accelerator: Any
     loss_is_scaled_for_ga: bool | None
+    model: nn.Module
 
     def __init__(
         self, *args: Any, fused_loss: Callable[..., Any] = cross_entropy_loss, reference: nn.Module | str | None = None,
         per_token: bool | None = None, aux_loss_coef: float | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(*args, **options)
+        if reference is self.model:
+            raise ValueError(
+                "reference: is the model that is trained; expected one with weights of its own, such as a copy"
+            )
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise NotImplementedError(
+                "parallelism_config: the Trainer splits sequences before labels are shifted; in a loop of your own a loss "
+                "takes sequence_group"
+            )
         if isinstance(reference, str) and reference != "adapter off":
             raise ValueError(f'reference: expected a model, "adapter off" or None, got {reference!r}')
-        if reference == "adapter off" and not hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter"):  # type: ignore[attr-defined]
+        if reference == "adapter off" and not hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter"):
             raise ValueError('reference: "adapter off" is of PEFT models, got a model without adapters')
         self.fused_loss, self.per_token, self.aux_loss_coef = (
             fused_loss,
@@ -93,11 +110,13 @@ class FusedLossMixin:
             aux_loss_coef,
         )
         self.loss_is_scaled_for_ga = self.per_token
+        # whatever the model's own loss takes, the Trainer is to count label tokens, and those that are left when shifted
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = self.per_token, True
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
             reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.reference = reference
-        self.fused_metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self.fused_metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -118,7 +137,7 @@ class FusedLossMixin:
         found, aux = self._at_heads(model, own, loss)
         total = _with_aux(found.loss, aux, self.aux_loss_coef)
         for name, x in (found.metrics | ({} if aux is None else {"aux_loss": aux.detach()})).items():
-            self.fused_metrics[name].append(x)
+            self.fused_metrics["train" if self.model.training else "eval"][name].append(x)
         if self.per_token and num_items_in_batch is not None and self.args.average_tokens_across_devices:
             ranks = self.accelerator.num_processes // self.get_tp_size()  # type: ignore[attr-defined]
             total = total * ranks  # engines average over ranks what num_items has divided
@@ -135,7 +154,7 @@ class FusedLossMixin:
                 raise NotImplementedError(
                     'reference: "adapter off" with a head that the adapter trains in full; give a model'
                 )
-            with torch.no_grad(), base.disable_adapter():
+            with torch.no_grad(), base.disable_adapter(), _evaluating(base):
                 hidden = at_head(model, lambda q: q.hidden, **inputs).out
             return at_head(model, lambda p: loss(p, _without_adapter(p, hidden)), **inputs)
         learns = torch.is_grad_enabled()
@@ -148,12 +167,17 @@ class FusedLossMixin:
             return at_head(self.reference, inside, **inputs).out
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        evaluates = any(name.startswith("eval_") for name in logs)
-        for name, seen in self.fused_metrics.items():
+        own = self.fused_metrics["train" if self.model.training else "eval"]
+        runtime = "" if self.model.training else next((name for name in logs if name.endswith("_runtime")), "eval_")
+        for name, seen in own.items():
             mean = self.accelerator.gather(torch.stack(seen).mean().reshape(1)).mean()
-            logs["eval_" + name if evaluates else name] = mean.item()
-        self.fused_metrics.clear()
+            logs[runtime.removesuffix("runtime") + name] = mean.item()
+        own.clear()
         super().log(logs, *args, **options)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        self.fused_metrics["eval"].clear()  # predict() logs nothing
+        return super().evaluation_loop(*args, **options)  # type: ignore[misc]
 
 
 class TrustRegionCallback(TrainerCallback):
@@ -200,6 +224,16 @@ class TrustRegionCallback(TrainerCallback):
 
     def _folder(self, args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHECKPOINT
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    trains = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(trains)
 
 
 def _without_adapter(policy: Hidden, hidden: Tensor) -> Hidden:
