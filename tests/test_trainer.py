@@ -64,14 +64,14 @@ def stacked(examples):
     return {k: torch.tensor([e[k] for e in examples]) for k in examples[0]}
 
 
-def train(cls, model, path, *, more=None, **options):
+def train(cls, model, path, *, more=None, data=None, **options):
     """The log of three steps, and the weights after them."""
     arguments = dict(
         output_dir=str(path), per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2, logging_steps=1, report_to=[],
         save_strategy="no", use_cpu=True, lr_scheduler_type="constant", disable_tqdm=True, gradient_accumulation_steps=2,
     )  # fmt: skip
     args = TrainingArguments(**arguments | options)
-    trainer = cls(model, args, data_collator=stacked, train_dataset=rows(), **(more or {}))
+    trainer = cls(model, args, data_collator=stacked, train_dataset=rows() if data is None else data, **(more or {}))
     trainer.train()
     return trainer
 
@@ -107,6 +107,14 @@ def test_a_mixtures_auxiliary_loss(tmp_path):
     for more in ({"compute_loss_func": compute_loss_func()}, {}):
         with pytest.raises(ValueError, match="aux_loss_coef: the model returns an auxiliary loss"):
             train(Trainer if more else FusedTrainer, mixture(), tmp_path, more=more)
+    none = "aux_loss_coef: got 0.3, but the model returned no auxiliary loss; set model.config.output_router_logits"
+    both = (
+        (Trainer, {"compute_loss_func": compute_loss_func(aux_loss_coef=0.3)}),
+        (FusedTrainer, {"aux_loss_coef": 0.3}),
+    )
+    for cls, more in both:
+        with pytest.raises(ValueError, match=none):
+            train(cls, mixture(False), tmp_path, more=more)
 
 
 def test_metrics_of_training_and_of_evaluation_are_kept_apart(tmp_path):
@@ -246,7 +254,7 @@ def test_saved_log_probs_and_evaluation(tmp_path):
     saved = data.add_column("ref_logps", logps.tolist())
     online = train(FusedTrainer, tiny(), tmp_path, more={"fused_loss": fl.dpo_loss, "reference": near(tiny())})
     args = online.args
-    args.remove_unused_columns = False
+    assert args.remove_unused_columns  # which this is none of
     made = FusedTrainer(
         tiny(), args, data_collator=stacked, train_dataset=saved, eval_dataset=saved, fused_loss=fl.dpo_loss
     )
@@ -282,6 +290,86 @@ def test_refusals(tmp_path):
     model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with pytest.raises(NotImplementedError, match="trains in full; give a model"):
         train(FusedTrainer, model, tmp_path, more={"fused_loss": fl.dpo_loss, "reference": "adapter off"})
+
+
+def saved(**columns):
+    data = rows()
+    for name, x in ({"ref_logps": [[0.0] * (LENGTH - 1)] * len(data)} | columns).items():
+        data = data.add_column(name, x)
+    return data
+
+
+WRONG = [
+    (
+        {"fused_loss": fl.dpo_loss},
+        rows,
+        r'^reference: expected one for dpo_loss, or "ref_logps" in the batch, got .*ref=None',
+    ),
+    ({"fused_loss": partial(fl.ipo_loss, beta=0.3)}, rows, "^reference: expected one for ipo_loss"),
+    ({"fused_loss": fl.distillation_loss}, rows, "^reference: expected one for distillation_loss, or .*labels$"),
+    ({"fused_loss": fl.tdpo_loss}, saved, "ref: .*LogProbs"),  # which log-probs are not enough for
+    ({"fused_loss": fl.dpo_loss, "reference": "model"}, saved, '^reference: expected None beside "ref_logps"'),
+    ({"fused_loss": fl.dpo_loss, "callbacks": "follow"}, saved, "^ref_logps: go stale where TrustRegionCallback"),
+    ({"reference": "model"}, rows, "^reference: cross_entropy_loss has none, got LlamaForCausalLM"),
+    ({"fused_loss": fl.simpo_loss, "reference": "model"}, rows, "^reference: simpo_loss has none"),
+    ({"compute_loss_func": compute_loss_func()}, rows, "^compute_loss_func: is for a Trainer without FusedLossMixin"),
+    ({"label_smoothing_factor": 0.2}, rows, "^label_smoothing_factor: expected 0, got 0.2"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_references_and_losses_that_would_be_ignored(case, tmp_path):
+    more, data, words = WRONG[case]
+    reference, more = near(tiny()), dict(more)
+    given = {"reference": {"reference": reference}, "callbacks": {"callbacks": [TrustRegionCallback(reference)]}}
+    for name in given.keys() & more.keys():
+        more |= given[name]
+    options = {k: more.pop(k) for k in ("label_smoothing_factor",) if k in more}
+    with pytest.raises((TypeError, ValueError), match=words):
+        train(FusedTrainer, tiny(), tmp_path, more=more, data=data(), **options)
+
+
+def test_without_a_reference_on_purpose(tmp_path):
+    class Plain(Trainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return fl.reference.dpo_loss(model(inputs["input_ids"]).logits, inputs["labels"], shift=True).loss
+
+    same(
+        train(FusedTrainer, tiny(), tmp_path, more={"fused_loss": partial(fl.dpo_loss, ref=None)}),
+        train(Plain, tiny(), tmp_path),
+    )
+
+
+def test_a_model_compiled_as_a_whole_is_refused(tmp_path):
+    with pytest.raises(NotImplementedError, match="OptimizedModule is compiled as a whole"):
+        train(FusedTrainer, tiny(), tmp_path, torch_compile=True)
+
+
+def test_images_reach_the_model(tmp_path):
+    """And so does whatever else a processor makes."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    torch.manual_seed(1)
+    text = LlamaConfig(**SIZES)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63, vision_feature_layer=-1)
+    model = LlavaForConditionalGeneration(config)
+    pixels = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    with_images = []
+    for row, image in zip(rows(), pixels.tolist(), strict=True):
+        row["input_ids"] = [63] * 4 + [min(i, 62) for i in row["input_ids"][4:]]
+        row["labels"] = [-100] * 4 + row["input_ids"][4:]
+        with_images.append(row | {"pixel_values": image})
+    data = Dataset.from_list(with_images)
+    theirs = train(Trainer, copy.deepcopy(model), tmp_path, data=data, optim="sgd")
+    same(train(FusedTrainer, copy.deepcopy(model), tmp_path, data=data, optim="sgd"), theirs)
+    blank = data.map(lambda row: {"pixel_values": torch.zeros(3, 8, 8).tolist()})
+    with pytest.raises(AssertionError):
+        same(train(FusedTrainer, copy.deepcopy(model), tmp_path, data=blank, optim="sgd"), theirs)
 
 
 def test_what_splits_or_does_not_shift_labels_is_refused(tmp_path, monkeypatch):
@@ -348,3 +436,13 @@ def test_resuming_without_the_reference_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(FileNotFoundError, match="reference: training goes on at step 3"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_log_probs_that_go_stale_are_refused():
+    """TRL's columns, under a reference that moves."""
+    args = TrainingArguments(use_cpu=True, report_to=[])
+    args.precompute_ref_log_probs = True
+    with pytest.raises(
+        ValueError, match="^precompute_ref_log_probs: expected False, log-probs computed ahead go stale"
+    ):
+        TrustRegionCallback(near(tiny())).on_train_begin(args, transformers.TrainerState(), None, model=tiny())

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import fused_losses as fl  # noqa: E402
 from fused_losses import demo  # noqa: E402
 from fused_losses.integrations import trl_trainers as ours  # noqa: E402
+from fused_losses.integrations.trainer import TrustRegionCallback  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -221,6 +222,55 @@ def test_dpo_of_a_mixture_keeps_its_auxiliary_loss(tokenizer, tmp_path):
     assert found[0]["aux_loss"] > 0
 
 
+def test_kto_of_a_mixture_keeps_its_auxiliary_loss(tokenizer, tmp_path):
+    options = dict(num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
+    model = lambda: tiny(tokenizer, cls=MixtralForCausalLM, **options)  # noqa: E731
+    given = dict(model=model, data=rows("unpaired"))
+    found = compare(*pair(ours.KTOTrainer, trl.KTOTrainer, trl.KTOConfig, tokenizer, tmp_path, **given))
+    assert found[0]["aux_loss"] > 0
+
+
+def llava(tokenizer):
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    torch.manual_seed(1)
+    text = LlamaConfig(vocab_size=len(tokenizer), **SIZES)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1)
+    )
+
+
+IMAGE = 299
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_images_reach_the_policy_and_the_reference(kind, tokenizer, tmp_path):
+    """The losses of a batch as a processor makes it, and of the same with other images."""
+    ids = torch.randint(1, 200, (4, 10), generator=torch.Generator().manual_seed(0))
+    ids[:, :4] = IMAGE
+    mask = torch.ones_like(ids)
+    mask[:, :6] = 0
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+    if kind == "kto":
+        other = torch.cat([ids[:, :6], ids[:, 6:].roll(1, 0)], 1)
+        inputs |= {"label": torch.tensor([True, False, True, False]), "KL_input_ids": other,
+                   "KL_attention_mask": inputs["attention_mask"], "KL_completion_mask": mask}  # fmt: skip
+    names = {"dpo": "DPO", "kto": "KTO"}[kind]
+    config, data = getattr(trl, names + "Config"), rows("pairs" if kind == "dpo" else "unpaired")
+    classes = [getattr(m, names + "Trainer") for m in (ours, trl)]
+    (theirs, mine), _ = pair(*classes, config, tokenizer, tmp_path, model=lambda: llava(tokenizer), data=data)
+    found = []
+    for pixels in torch.randn(2, 4, 3, 8, 8):
+        batch = inputs | {"pixel_values": pixels}
+        a, b = (t.compute_loss(t.model, dict(batch)) for t in (mine, theirs))
+        assert a.item() == pytest.approx(b.item(), rel=1e-4)
+        found.append(a.item())
+    assert abs(found[0] - found[1]) > 1e-5
+
+
 def test_an_adapter_that_is_trained_further(tokenizer, tmp_path):
     """The reference is the adapter that training began with, as TRL keeps it under "ref"."""
     peft = pytest.importorskip("peft")
@@ -248,6 +298,16 @@ def test_a_reference_that_follows(tokenizer, tmp_path):
         assert not torch.equal(a, start[name])
     (region,) = (c.region for c in made[1].callback_handler.callbacks if hasattr(c, "region"))
     assert (region.steps, region.updates, region.alpha) == (3, 3, 0.6)
+
+
+def test_a_reference_that_follows_kto(tokenizer, tmp_path):
+    options = dict(sync_ref_model=True, ref_model_mixup_alpha=0.6, ref_model_sync_steps=1, data=rows("unpaired"))
+    made, state = pair(ours.KTOTrainer, trl.KTOTrainer, trl.KTOConfig, tokenizer, tmp_path, **options)
+    compare(made, state)
+    for a, b in zip(made[0].ref_model.parameters(), made[1].ref_model.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+    (region,) = (c.region for c in made[1].callback_handler.callbacks if hasattr(c, "region"))
+    assert region.updates == STEPS
 
 
 @pytest.fixture(scope="module", params=["full", "lora", "precomputed"])
@@ -347,6 +407,96 @@ def test_two_ranks(tmp_path):
         two.run(2, check_ranks, tmp_path)
     finally:
         two.kill()
+
+
+REFUSED = [  # when the trainer is made, where TRL finds out in the first step or never
+    (dict(loss_type=["sigmoid", "dpo"]), "loss: unknown name 'dpo'; known: sigmoid"),
+    (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "`loss_weights` must have the same length as `loss_type`"),
+    (dict(loss_type=["hinge"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss hinge"),
+    (dict(loss_type=["ipo"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss ipo"),
+    (dict(loss_type=["robust"], label_smoothing=0.5), r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),
+    (dict(f_divergence_type="kl"), "f_divergence_type: expected one of reverse_kl, .*, got 'kl'"),
+    (dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.0), "alpha"),
+    (dict(loss_type=["apo_zero"], f_divergence_type="js_divergence"), "f_divergence_type='js_divergence'` is only supported"),
+    (dict(ld_alpha=1.5), r"ld_alpha: expected a number in \[0, 1\] or None, got 1.5"),
+    (dict(beta=0.0), "beta: expected a finite number > 0, got 0.0"),
+    (dict(loss_type=["discopop"], discopop_tau=0.0), "discopop_tau: expected a finite number > 0, got 0.0"),
+    (dict(loss_type=["aot"], use_weighting=True), "WPO-style weighting is not implemented for 'aot'"),
+    (dict(sync_ref_model=True, mode="precomputed"), "any precomputed reference log-probs stale"),
+    (dict(ref_model_mixup_alpha=1.5, sync_ref_model=True), None),  # of the callback, when training begins
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)))
+def test_options_are_looked_at_when_a_trainer_is_made(case, tokenizer, tmp_path):
+    options, words = REFUSED[case]
+    if words is None:
+        made = build(ours.DPOTrainer, trl.DPOConfig, tokenizer, tmp_path, **options)
+        with pytest.raises(ValueError, match=r"alpha: expected a number in \(0, 1\], got 1.5"):
+            made.train()
+        return
+    with pytest.raises((ValueError, NotImplementedError), match=words):
+        build(ours.DPOTrainer, trl.DPOConfig, tokenizer, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(loss_type="bco"), "loss: unknown name 'bco'; known: kto, apo_zero_unpaired"),
+        (dict(beta=-1.0), "beta: expected a finite number > 0, got -1.0"),
+        (dict(undesirable_weight=float("nan")), "undesirable_weight: expected a finite number > 0, got nan"),
+        (dict(mode="lora", sync_ref_model=True), "sync_ref_model=True` while using a PEFT model"),
+    ],
+)
+def test_options_of_kto(options, words, tokenizer, tmp_path):
+    with pytest.raises((ValueError, NotImplementedError), match=words):
+        build(ours.KTOTrainer, trl.KTOConfig, tokenizer, tmp_path, data=rows("unpaired"), **options)
+
+
+@pytest.mark.parametrize("kind", ["gkd", "distillation"])
+def test_options_of_distillation(kind, tokenizer, tmp_path):
+    from trl.experimental.gkd import GKDConfig
+
+    cls, config = (ours.GKDTrainer, GKDConfig) if kind == "gkd" else (ours.DistillationTrainer, trl.DistillationConfig)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    data = messages() if kind == "gkd" else rows().select_columns(["prompt"])
+
+    def made(student, **options):
+        args = config(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, bf16=False, **options)
+        return cls(student, tiny(tokenizer, seed=7), args=args, train_dataset=data, processing_class=tokenizer)
+
+    experts = dict(num_local_experts=4, num_experts_per_tok=2)
+    mixture = tiny(tokenizer, cls=MixtralForCausalLM, **experts, output_router_logits=True)
+    with pytest.raises(ValueError, match="^output_router_logits: expected False in the student's config"):
+        made(mixture)
+    none = {"router_aux_loss_coef": 0.0} if kind == "gkd" else {}
+    made(tiny(tokenizer, cls=MixtralForCausalLM, **experts), **none)
+    with pytest.raises(ValueError, match="beta must be in"):
+        made(tiny(tokenizer), beta=1.5)
+
+
+def test_no_auxiliary_loss_where_one_is_weighted():
+    trainer = ours.DPOTrainer.__new__(ours.DPOTrainer)
+    trainer.aux_loss_enabled, trainer.router_aux_loss_coef = True, 0.1
+    with pytest.raises(ValueError, match="router_aux_loss_coef: the model returned no auxiliary loss; set it to 0.0"):
+        trainer._add_aux(torch.zeros(()), None, {})
+
+
+def test_a_callback_that_moves_a_precomputed_reference_is_refused(tokenizer, tmp_path):
+    made = build(ours.DPOTrainer, trl.DPOConfig, tokenizer, tmp_path, mode="precomputed")
+    made.add_callback(TrustRegionCallback(made.ref_model, every=1))
+    with pytest.raises(ValueError, match="^precompute_ref_log_probs: expected False"):
+        made.train()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_models_compiled_as_a_whole(kind, tokenizer, tmp_path):
+    cls, config, data = {
+        "dpo": (ours.DPOTrainer, trl.DPOConfig, rows()), "kto": (ours.KTOTrainer, trl.KTOConfig, rows("unpaired")),
+    }[kind]  # fmt: skip
+    made = build(cls, config, tokenizer, tmp_path, data=data, torch_compile=True)
+    with pytest.raises(NotImplementedError, match="compiled as a whole; compile its backbone alone"):
+        made.train()
 
 
 def test_refusals(tokenizer, tmp_path):

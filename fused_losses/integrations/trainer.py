@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..at_head import AtHead, at_head
-from ..losses import FAMILY, LossOutput, cross_entropy_loss
+from ..losses import FAMILY, Entry, LossOutput, cross_entropy_loss
 from ..sources import Hidden, LogProbs, Source
 from ..trust_region import TrustRegion
 
@@ -66,8 +66,9 @@ class FusedLossMixin:
 
     fused_loss: f(source, labels, ref, shift=True, ...) -> LossOutput, or f(source, labels, shift=True, ...) without a
         reference: any loss of this library that needs no more than that, or a function of your own.
-    reference: a model; or "adapter off" for the base model of a PEFT policy; or None, and then saved log-probs if batches hold
-        "ref_logps" ([rows, T - 1] per token, or [rows]).
+    reference: a model; or "adapter off" for the base model of a PEFT policy; or None, and then saved log-probs: batches hold
+        "ref_logps" ([rows, T - 1] per token, or [rows]). A loss of this library that can do without says so itself:
+        partial(fl.dpo_loss, ref=None).
     per_token: whether fused_loss takes the number of label tokens of the whole batch as num_items. Known for the losses of
         this library, needed for functions of your own. Where it does not, micro-batches are averaged.
     aux_loss_coef: what a mixture's auxiliary loss is weighted with; needed where the model returns one.
@@ -84,6 +85,8 @@ class FusedLossMixin:
     accelerator: Any
     loss_is_scaled_for_ga: bool | None
     model: nn.Module
+    callback_handler: Any
+    _signature_columns: list[str]
 
     def __init__(
         self, *args: Any, fused_loss: Callable[..., Any] = cross_entropy_loss, reference: nn.Module | str | None = None,
@@ -112,11 +115,31 @@ class FusedLossMixin:
         self.loss_is_scaled_for_ga = self.per_token
         # whatever the model's own loss takes, the Trainer is to count label tokens, and those that are left when shifted
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = self.per_token, True
+        self._refuse_other_losses(reference)
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
             reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.reference = reference
         self.fused_metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    def _refuse_other_losses(self, reference: object) -> None:
+        """What transformers' own compute_loss reads, and this one does not; and a reference that the loss has no use for."""
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}: fused_loss is the loss, such as "
+                "partial(fl.cross_entropy_loss, label_smoothing=...)"
+            )
+        if getattr(self, "compute_loss_func", None) is not None:
+            raise ValueError("compute_loss_func: is for a Trainer without FusedLossMixin, whose loss is fused_loss")
+        entry = _entry(self.fused_loss)
+        if reference is not None and entry is not None and entry.ref == "unused":
+            raise ValueError(f"reference: {_name(self.fused_loss)} has none, got {type(reference).__name__}")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Saved log-probs are no input of the model, but no unused column either."""
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if "ref_logps" not in self._signature_columns:
+            self._signature_columns.append("ref_logps")
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -125,7 +148,7 @@ class FusedLossMixin:
         if labels is None:
             raise ValueError(f"labels: expected them in the batch, got {', '.join(inputs)}")
         own = {k: x for k, x in inputs.items() if k not in NOT_THE_MODELS} | {"use_cache": False}
-        saved = None if inputs.get("ref_logps") is None else LogProbs(inputs["ref_logps"])
+        saved = self._saved(inputs)
         options: dict[str, Any] = {"shift": True}
         if self.per_token and num_items_in_batch is not None:
             options["num_items"] = num_items_in_batch
@@ -143,6 +166,26 @@ class FusedLossMixin:
             total = total * ranks  # engines average over ranks what num_items has divided
         outputs = {"loss": total, "logps": found.stats.logps, "correct": found.stats.correct}
         return (total, outputs) if return_outputs else total
+
+    def _saved(self, inputs: dict[str, Any]) -> LogProbs | None:
+        """Of a batch; raises where there is no reference at all, or two, or one that is stale."""
+        logps, entry = inputs.get("ref_logps"), _entry(self.fused_loss)
+        if logps is None:
+            given = {"ref", "teacher"} & getattr(self.fused_loss, "keywords", {}).keys()
+            if self.reference is None and entry is not None and entry.ref != "unused" and not given:
+                without = f"; to do without: partial(fl.{_name(self.fused_loss)}, ref=None)" * (entry.ref == "optional")
+                raise ValueError(
+                    f'reference: expected one for {_name(self.fused_loss)}, or "ref_logps" in the batch, got '
+                    f"{', '.join(inputs)}{without}"
+                )
+            return None
+        if self.reference is not None:
+            raise ValueError('reference: expected None beside "ref_logps" in the batch: which one is it?')
+        if any(isinstance(c, TrustRegionCallback) for c in self.callback_handler.callbacks):
+            raise ValueError(
+                "ref_logps: go stale where TrustRegionCallback moves the reference; give that as `reference`"
+            )
+        return LogProbs(logps)
 
     def _at_heads(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[..., Any]) -> AtHead:
         """loss(policy, reference or None) inside the forward of both."""
@@ -198,6 +241,10 @@ class TrustRegionCallback(TrainerCallback):
         self.region: TrustRegion | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if getattr(args, "precompute_ref_log_probs", False):  # TRL's
+            raise ValueError(
+                "precompute_ref_log_probs: expected False, log-probs computed ahead go stale as the reference moves"
+            )
         self.region = TrustRegion(self.reference, model, self.alpha, self.every)
         if state.global_step:
             folder = self._folder(args, state)
@@ -248,6 +295,11 @@ def _distributed() -> bool:
 
 def _with_aux(loss: Tensor, aux: Tensor | None, coefficient: float | None) -> Tensor:
     if aux is None:
+        if coefficient:
+            raise ValueError(
+                f"aux_loss_coef: got {coefficient}, but the model returned no auxiliary loss; set "
+                "model.config.output_router_logits = True, or aux_loss_coef=None"
+            )
         return loss
     if coefficient is None:
         raise ValueError(
@@ -263,9 +315,14 @@ def _name(loss: Callable[..., Any]) -> str:
     return getattr(loss, "__name__", repr(loss))
 
 
+def _entry(loss: Callable[..., Any]) -> Entry | None:
+    """What this library says of a loss of its own."""
+    return FAMILY.get("preference_loss" if _name(loss) == "dpo_loss" else _name(loss))
+
+
 def _counts_tokens(loss: Callable[..., Any], per_token: bool | None) -> bool:
     """Whether num_items of a loss counts tokens."""
-    entry = FAMILY.get("preference_loss" if _name(loss) == "dpo_loss" else _name(loss))
+    entry = _entry(loss)
     if per_token is None and entry is None:
         raise ValueError(
             f"per_token: expected True or False for {_name(loss)}, which is no loss of this library, got None"

@@ -7,7 +7,9 @@ model's forward (fl.at_head); the reference's log-probs likewise, or from TRL's 
 sync_ref_model is fl.TrustRegion. Metrics of a step are gathered in one collective and read once.
 
 What TRL refuses is refused by TRL; beyond that: prompt learning (virtual tokens have no labels), ZeRO-3, a model that is
-compiled as a whole, and a label_smoothing that TRL's 'sigmoid' does not read.
+compiled as a whole, a label_smoothing that no loss reads (TRL's 'sigmoid' does not), and for distillation a student whose
+auxiliary loss TRL leaves out (GKDTrainer wants router_aux_loss_coef=0.0 for mixtures). Options are looked at when a trainer
+is made.
 
 Made for TRL 1.16.x, whose private methods these override: another version is refused on import. `trl_kernels` serves the other
 trainers.
@@ -31,6 +33,8 @@ from trl.trainer.utils import use_adapter
 from ..at_head import AtHead, at_head
 from ..divergences import get
 from ..losses import distillation_loss, kto_loss, preference_loss
+from ..losses.pair_losses import read_options
+from ..losses.unpaired import check_kto_options
 from ..sources import Hidden, LogProbs
 from ..stats import token_stats
 from .trainer import TrustRegionCallback
@@ -63,6 +67,15 @@ class _Trainer:
     _metrics: dict[str, Any]
     _total_train_tokens: int
     _tp_size: int
+    add_callback: Callable[..., None]
+    remove_callback: Callable[..., Any]
+
+    def _follow(self) -> None:
+        """sync_ref_model: TRL's own callback gives way to ours."""
+        if self.args.sync_ref_model:
+            self.remove_callback(SyncRefModelCallback)
+            options = {"alpha": self.args.ref_model_mixup_alpha, "every": self.args.ref_model_sync_steps}
+            self.add_callback(TrustRegionCallback(self.ref_model, **options))
 
     def _logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """[S, T - 1], without a graph."""
@@ -154,10 +167,8 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
                 f"label_smoothing: TRL's loss_type 'sigmoid' does not read it, expected 0, got {self.label_smoothing}; "
                 "'robust' does"
             )
-        if self.args.sync_ref_model:
-            self.remove_callback(SyncRefModelCallback)
-            options = {"alpha": self.args.ref_model_mixup_alpha, "every": self.args.ref_model_sync_steps}
-            self.add_callback(TrustRegionCallback(self.ref_model, **options))
+        read_options(True, **self.fused_options)
+        self._follow()
 
     @property
     def fused_options(self) -> dict[str, Any]:
@@ -170,6 +181,8 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
             "js_divergence": "js",
             "alpha_divergence": alpha,
         }
+        if self.f_divergence_type not in names:
+            raise ValueError(f"f_divergence_type: expected one of {', '.join(names)}, got {self.f_divergence_type!r}")
         return {
             "loss": self.loss_types, "loss_weights": self.loss_weights, "divergence": names[self.f_divergence_type],
             "beta": self.beta, "label_smoothing": self.label_smoothing or None, "discopop_tau": self.args.discopop_tau,
@@ -229,6 +242,11 @@ def preference_weights(labels: Tensor, alpha: float) -> Tensor:
 class KTOTrainer(_Trainer, trl.KTOTrainer):
     """trl.KTOTrainer on fl.kto_loss: "kto" with its baseline from mismatched completions, and "apo_zero_unpaired"."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        check_kto_options(self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight)
+        self._follow()
+
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """[S], of the completions and of the mismatched ones."""
         with self._without_checkpoints(), self.accelerator.autocast(), self._as_reference():
@@ -282,6 +300,15 @@ class KTOTrainer(_Trainer, trl.KTOTrainer):
         return self._with_outputs(total, model, batch, return_outputs)
 
 
+def _check_student(trainer: Any) -> None:
+    config = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "output_router_logits: expected False in the student's config, got True, and its auxiliary loss has no place here "
+            "(TRL's own trainer leaves it out); for GKDTrainer set router_aux_loss_coef=0.0"
+        )
+
+
 def _jsd(student: nn.Module, teacher: nn.Module, inputs: dict[str, Any], loss: Callable[..., Any]) -> Any:
     """loss(student source, teacher source), inside the forward of both; the teacher, in eval mode, learns nothing, and of a
     wider vocabulary it is read as far as the student's goes, as TRL does."""
@@ -301,6 +328,10 @@ def _jsd(student: nn.Module, teacher: nn.Module, inputs: dict[str, Any], loss: C
 
 class DistillationTrainer(trl.DistillationTrainer):
     """trl.DistillationTrainer on fl.distillation_loss: generalised JSD between student and teacher, of any hidden sizes."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _check_student(self)
 
     def _compute_loss(self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         kept = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -332,6 +363,10 @@ IMAGES = (
 
 class GKDTrainer(_GKDTrainer):
     """trl.experimental.gkd.GKDTrainer on fl.distillation_loss."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        _check_student(self)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -69,14 +69,19 @@ def check_kto(
     desirable_weight: float, undesirable_weight: float, sequence_group: object = None,
 ) -> Tensor | float:  # fmt: skip
     """z0."""
-    if loss not in LOSSES:
-        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(LOSSES)}")
-    check_positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    check_kto_options(loss, beta, desirable_weight, undesirable_weight)
     sequences = check_sequences(labels, cu_seqlens, sequence_group)
     check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
     if baseline is not None and loss != "kto":
         raise ValueError(f"baseline: is for loss='kto', got loss={loss!r}")
     return check_constant("baseline", 0.0 if baseline is None else baseline)
+
+
+def check_kto_options(loss: str, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
+    """Those that no batch is needed for."""
+    if loss not in LOSSES:
+        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(LOSSES)}")
+    check_positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
 
 def check_constant(name: str, x: Tensor | float) -> Tensor | float:
