@@ -138,6 +138,7 @@ MORE = {
     "several": dict(loss_types=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
     "weights of WPO": dict(loss_types=["ipo"], use_weighting=True),
     "LD-DPO": dict(loss_types=["sigmoid"], ld_alpha=0.4),
+    "alpha at its end": dict(loss_types=["hinge"], f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.0),
 }
 
 
@@ -200,6 +201,18 @@ def test_dpo_trained_with(name, tokenizer, tmp_path):
         made.append(build(cls, trl.DPOConfig, tokenizer, tmp_path / n, evaluated=evaluated, **TRAINING[name]))
     found = compare(made, {k: x.clone() for k, x in made[0].model.state_dict().items()})
     assert name != "evaluation" or any("eval_rewards/margins" in entry for entry in found)
+
+
+def test_lengths_without_a_prompt(tokenizer, tmp_path):
+    # the loss is that of the tokens that have a log-prob, however many others there are
+    made = build(ours.DPOTrainer, trl.DPOConfig, tokenizer, tmp_path, loss_type=["ipo"])
+    ids = torch.randint(1, 200, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        p, q = (fl.token_stats(m(ids).logits, ids, shift=True).logps for m in (made.model, made.ref_model))
+        found = made.compute_loss(made.model, {"input_ids": ids, "attention_mask": mask, "completion_mask": mask})
+    chosen, rejected = (p - q).mean(1)
+    torch.testing.assert_close(found, (chosen - rejected - 1 / (2 * made.beta)) ** 2, rtol=1e-4, atol=1e-4)
 
 
 def test_dpo_in_bfloat16(tokenizer, tmp_path):
@@ -502,6 +515,10 @@ def test_models_compiled_as_a_whole(kind, tokenizer, tmp_path):
 def test_refusals(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="label_smoothing: TRL's loss_type 'sigmoid' does not read it"):
         build(ours.DPOTrainer, trl.DPOConfig, tokenizer, tmp_path, label_smoothing=0.1)
+    for coefficient in (2.0, -0.5):
+        alpha = dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=coefficient)
+        with pytest.raises(ValueError, match=r"f_alpha_divergence_coef: expected a number in \[0, 1\], got"):
+            _ = build(ours.DPOTrainer, trl.DPOConfig, tokenizer, tmp_path, **alpha).fused_options
     peft = pytest.importorskip("peft")
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     args = trl.DPOConfig(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, bf16=False)

@@ -31,7 +31,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 from ..at_head import AtHead, at_head
-from ..divergences import get
+from ..divergences import Divergence, get
 from ..losses import distillation_loss, kto_loss, preference_loss
 from ..losses.pair_losses import read_options
 from ..losses.unpaired import check_kto_options
@@ -158,7 +158,11 @@ def _mean_logits(source: Hidden, mask: Tensor) -> Tensor:
 
 
 class DPOTrainer(_Trainer, trl.DPOTrainer):
-    """trl.DPOTrainer on fl.preference_loss: every loss type, f-divergence, LD-DPO, WPO and mixture that it has."""
+    """trl.DPOTrainer on fl.preference_loss: every loss type, f-divergence, LD-DPO, WPO and mixture that it has.
+
+    One difference: 'ipo' and 'sigmoid_norm' divide by the number of tokens that have a log-prob. TRL counts one more where
+    truncation_mode="keep_end" has cut off the whole prompt. (And f_alpha_divergence_coef is to be in [0, 1].)
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -173,8 +177,7 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
     @property
     def fused_options(self) -> dict[str, Any]:
         """preference_loss's, from the DPOConfig."""
-        coefficient = self.f_alpha_divergence_coef  # 1 - the alpha of f-DPO
-        alpha = "reverse_kl" if abs(coefficient - 1) < 1e-6 else get("alpha", a=1 - coefficient)
+        alpha = _alpha(self.f_alpha_divergence_coef) if self.f_divergence_type == "alpha_divergence" else None
         names = {
             "reverse_kl": "reverse_kl",
             "forward_kl": "forward_kl",
@@ -230,6 +233,15 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
         total = self._add_aux(out["loss"], aux, out["sums"])
         self._record(inputs, out["sums"])
         return self._with_outputs(total, model, inputs, return_outputs)
+
+
+def _alpha(coefficient: float) -> str | Divergence:
+    """TRL's coefficient is 1 - the alpha of f-DPO, at whose ends are the two KLs."""
+    if abs(coefficient - 1) < 1e-6 or coefficient == 0:
+        return "reverse_kl" if coefficient else "forward_kl"
+    if not 0 < coefficient < 1:
+        raise ValueError(f"f_alpha_divergence_coef: expected a number in [0, 1], got {coefficient!r}")
+    return get("alpha", a=1 - coefficient)
 
 
 def preference_weights(labels: Tensor, alpha: float) -> Tensor:
