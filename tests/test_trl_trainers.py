@@ -429,7 +429,7 @@ REFUSED = [  # when the trainer is made, where TRL finds out in the first step o
     (dict(loss_type=["ipo"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss ipo"),
     (dict(loss_type=["robust"], label_smoothing=0.5), r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),
     (dict(f_divergence_type="kl"), "f_divergence_type: expected one of reverse_kl, .*, got 'kl'"),
-    (dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.0), "alpha"),
+    (dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=2.0), "^f_alpha_divergence_coef: expected a number"),
     (dict(loss_type=["apo_zero"], f_divergence_type="js_divergence"), "f_divergence_type='js_divergence'` is only supported"),
     (dict(ld_alpha=1.5), r"ld_alpha: expected a number in \[0, 1\] or None, got 1.5"),
     (dict(beta=0.0), "beta: expected a finite number > 0, got 0.0"),
