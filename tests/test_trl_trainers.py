@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -412,6 +413,17 @@ def check_ranks(rank, group, path):
         ignored = ("per_second", "runtime")
         logs.append([{k: x for k, x in e.items() if not any(i in k for i in ignored)} for e in made.state.log_history])
     same(*logs)
+
+
+@pytest.mark.parametrize("name", ours.__all__)
+def test_split_sequences_are_refused(name, monkeypatch):
+    def init(self):
+        self.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_enabled=False, sp_enabled=True))
+
+    cls = getattr(ours, name)
+    monkeypatch.setattr(next(c for c in cls.__mro__ if c.__module__.startswith("trl.")), "__init__", init)
+    with pytest.raises(NotImplementedError, match="parallelism_config: the Trainer splits sequences before labels"):
+        cls()
 
 
 def test_two_ranks(tmp_path):

@@ -97,12 +97,7 @@ class FusedLossMixin:
             raise ValueError(
                 "reference: is the model that is trained; expected one with weights of its own, such as a copy"
             )
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            raise NotImplementedError(
-                "parallelism_config: the Trainer splits sequences before labels are shifted; in a loop of your own a loss "
-                "takes sequence_group"
-            )
+        refuse_split_sequences(self.accelerator)
         if isinstance(reference, str) and reference != "adapter off":
             raise ValueError(f'reference: expected a model, "adapter off" or None, got {reference!r}')
         if reference == "adapter off" and not hasattr(self.accelerator.unwrap_model(self.model), "disable_adapter"):
@@ -251,7 +246,8 @@ class TrustRegionCallback(TrainerCallback):
             if not folder.exists():
                 raise FileNotFoundError(
                     f"reference: training goes on at step {state.global_step}, but {folder} does not hold the reference of "
-                    "that step, which is no longer the one that training began with"
+                    "that step, which is no longer the one that training began with; if the checkpoint lies elsewhere, copy "
+                    "it to there"
                 )
             saved = self._state()
             dcp.load(saved, checkpoint_id=folder, no_dist=not _distributed())
@@ -271,6 +267,16 @@ class TrustRegionCallback(TrainerCallback):
 
     def _folder(self, args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHECKPOINT
+
+
+def refuse_split_sequences(accelerator: Any) -> None:
+    """Context and sequence parallelism."""
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise NotImplementedError(
+            "parallelism_config: the Trainer splits sequences before labels are shifted; in a loop of your own a loss "
+            "takes sequence_group"
+        )
 
 
 @contextmanager

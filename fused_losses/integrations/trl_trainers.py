@@ -9,7 +9,7 @@ sync_ref_model is fl.TrustRegion. Metrics of a step are gathered in one collecti
 What TRL refuses is refused by TRL; beyond that: prompt learning (virtual tokens have no labels), ZeRO-3, a model that is
 compiled as a whole, a label_smoothing that no loss reads (TRL's 'sigmoid' does not), and for distillation a student whose
 auxiliary loss TRL leaves out (GKDTrainer wants router_aux_loss_coef=0.0 for mixtures). Options are looked at when a trainer
-is made.
+is made. Context and sequence parallelism are refused.
 
 Made for TRL 1.16.x, whose private methods these override: another version is refused on import. `trl_kernels` serves the other
 trainers.
@@ -37,7 +37,7 @@ from ..losses.pair_losses import read_options
 from ..losses.unpaired import check_kto_options
 from ..sources import Hidden, LogProbs
 from ..stats import token_stats
-from .trainer import TrustRegionCallback
+from .trainer import TrustRegionCallback, refuse_split_sequences
 from .trl_kernels import TESTED, mean_logits
 
 if trl.__version__.split(".")[:2] != TESTED.split(".")[:2]:
@@ -166,6 +166,7 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        refuse_split_sequences(self.accelerator)
         if self.label_smoothing and "sigmoid" in self.loss_types:
             raise ValueError(
                 f"label_smoothing: TRL's loss_type 'sigmoid' does not read it, expected 0, got {self.label_smoothing}; "
@@ -256,6 +257,7 @@ class KTOTrainer(_Trainer, trl.KTOTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        refuse_split_sequences(self.accelerator)
         check_kto_options(self.loss_type, self.beta, self.desirable_weight, self.undesirable_weight)
         self._follow()
 
@@ -313,6 +315,7 @@ class KTOTrainer(_Trainer, trl.KTOTrainer):
 
 
 def _check_student(trainer: Any) -> None:
+    refuse_split_sequences(trainer.accelerator)
     config = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise ValueError(
