@@ -470,4 +470,8 @@ def parse(divergence: str | Divergence | Sequence[str | Divergence] | None) -> t
         return ()
     if isinstance(divergence, str | Divergence):
         divergence = (divergence,)
+    if not isinstance(divergence, Sequence):  # of a dict, the values would be ignored
+        raise TypeError(
+            f"divergence: expected a name, a Divergence or a sequence of them, got {type(divergence).__name__}"
+        )
     return tuple(dict.fromkeys(from_key(d) for d in divergence))

@@ -158,6 +158,13 @@ def test_bad_names(key, error, words):
         divergences.from_key(key)
 
 
+@pytest.mark.parametrize(("asked", "kind"), [({"js": 0.1}, "dict"), ({"js"}, "set"), (3, "int")])
+def test_neither_weights_nor_sets_are_names(asked, kind):
+    z, y = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(TypeError, match=f"divergence: expected a name, a Divergence or a sequence of them, got {kind}"):
+        fl.token_stats(z, y, z, divergence=asked)
+
+
 def test_f_dpo_check_values():
     """h_chosen = 0.7, h_rejected = -0.4, beta = 0.1, and the gradients there."""
     expected = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from test_family import CASES, Batch
 import fused_losses as fl
 from fused_losses import losses
 from fused_losses.losses import FAMILY
-from fused_losses.losses.matrix import matrix
+from fused_losses.losses import matrix as table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,7 +69,7 @@ def test_no_loss_touches_a_vocabulary_axis(path):
 
 def test_the_table_of_the_readme_is_current():
     """python -m fused_losses.losses.matrix"""
-    assert matrix() in (ROOT / "README.md").read_text("utf-8")
+    assert table.matrix() in (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -87,9 +88,11 @@ def test_what_the_table_denies_is_an_error(name):
                 batch.call(fl, torch.float32, "hidden", "log-probs")
     if entry.ref == "needed":
         with pytest.raises((ValueError, TypeError), match="ref|teacher"):
-            out, _ = batch.call(fl, torch.float32, "hidden", None)
-            if name == "grpo_loss":  # which needs one for beta > 0 only
-                raise ValueError("ref")
+            batch.call(fl, torch.float32, "hidden", None)
+    batch.options["divergence"] = "js"
+    takes = dict(zip(table.COLUMNS, table.row(entry), strict=True))["f-divergence"] == "yes"
+    with nullcontext() if takes else pytest.raises(TypeError, match="divergence"):
+        batch.call(fl, torch.float32, "hidden", None if entry.ref == "unused" else "hidden")
 
 
 @pytest.mark.parametrize("name", FAMILY)
