@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -44,7 +45,7 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
         the call.
     function: returns a tensor, LossOutput, TokenStats, or a dict or tuple of tensors; engines find them there.
     temperature: as in fl.Hidden.
-    inputs: the model's own, without labels.
+    inputs: the model's own, without labels. use_cache is False unless given.
 
     Raises as find_head does; ValueError for labels among inputs, where forward does not call the head once, or where the model
     is in another at_head already, of this thread or another; NotImplementedError for encoder-decoders, ZeRO-3's sharded
@@ -56,6 +57,10 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
     inner = unwrapped(model)
     found: list[Any] = []
     known = _measure(inner)
+    if (
+        "use_cache" in signature(type(inner).forward).parameters
+    ):  # with a cache, packed sequences would go unnoticed, too
+        inputs.setdefault("use_cache", False)
 
     def head(hidden: Tensor, *more: Any, **named: Any) -> dict[str, Any]:
         if more or named:  # PEFT's adapter_names: an adapter for each row

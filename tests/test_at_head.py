@@ -342,3 +342,13 @@ def test_another_head_is_measured_anew():
     model.resize_token_embeddings(V + 7, mean_resizing=False)
     truth = model(**inputs).logits
     fl.at_head(model, lambda p: assert_same(p, truth, labels), **inputs)
+
+
+def test_packed_sequences_do_not_see_one_another():
+    """transformers finds them in position_ids where no cache is asked for."""
+    model = make("LlamaForCausalLM")
+    ids = torch.randint(3, V, (1, 11))
+    positions = torch.cat([torch.arange(5), torch.arange(6)])[None]
+    packed = fl.at_head(model, lambda p: p.hidden, input_ids=ids, position_ids=positions).out
+    alone = [fl.at_head(model, lambda p: p.hidden, input_ids=part).out for part in ids.split([5, 6], 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
