@@ -58,6 +58,12 @@ class Options(NamedTuple):
 
 
 def sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
+    for side, head in (("policy", tensors[2]), ("ref", tensors[7])):
+        if head is not None and head.dim() != 2:
+            raise RuntimeError(
+                f"{side}: the weight has shape {list(head.shape)} in backward: its sharding engine has scattered it after the "
+                "forward; call fl.FusedHead as a module inside the engine's forward, so that its hooks gather it again"
+            )
     x, weight, bias, a, b = tensors[1:6]
     policy = Inputs(x, weight, bias, a, b, options.scaling)
     x, weight, bias, a, b = tensors[6:11]

@@ -113,6 +113,21 @@ def test_packed_heads():
         fl.FusedHead(model.lm_head)
 
 
+@pytest.mark.parametrize("side", ["policy", "ref"])
+@pytest.mark.parametrize("plan", ["slices", "whole", "frozen"])
+def test_a_weight_scattered_before_backward(plan, side, backend):
+    """As ZeRO-3 does after a forward that it does not see, and does to the parameter itself."""
+    weights = {name: nn.Parameter(torch.randn(11, 5), requires_grad=plan != "frozen") for name in ("policy", "ref")}
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    policy, ref = (fl.Hidden(y, weights[name]) for name, y in (("policy", x), ("ref", x.detach())))
+    stats = fl.token_stats(policy, Y, ref, divergence="js", plan=plan)
+    weights[side].data = torch.empty(0)
+    with pytest.raises(
+        RuntimeError, match=rf"^{side}: the weight has shape \[0\] in backward: .* call fl.FusedHead as a module"
+    ):
+        stats.divergence["js"].sum().backward()
+
+
 # ---- parts of the vocabulary ----------------------------------------------------------------------------------------------
 
 
