@@ -5,6 +5,7 @@
     3. counters of our kernels, where Nsight Compute (ncu) is installed
     4. a summary: the targets, and what is measured
 
+With --training, instead of 2 and 3, whole training steps (bench/training.py; needs transformers and trl).
 With --tune, instead of 2 and 3, other launch configurations, for a person to copy into kernels/configs.py (bench/tune.py).
 Everything is written under $OUT if that is set, and under bench/results/<device>/ otherwise, the results as they come.
 Exit code: 0, 1 if a test or a comparison failed, 2 without a GPU. --dry-run goes through all of it on a CPU, tiny.
@@ -91,6 +92,7 @@ def main() -> int:
     add("--tests-seconds", type=float, default=240, metavar="S", help="limit of the tests (%(default)s)")
     add("--seconds", type=float, default=570, metavar="S", help="limit of everything (%(default)s)")
     add("--grid", default="gpu", help="of python -m bench (%(default)s)")
+    add("--training", action="store_true", help="whole training steps, in place of the grid")
     add("--tune", nargs="*", metavar="ENTRY", help="try other configurations, of these or all entries of configs.py")
     args = parser.parse_args()
     if importlib.util.find_spec("torch") is None:
@@ -125,6 +127,9 @@ def main() -> int:
     if args.tune is not None:
         tune = [python, "-m", "bench", "tune", *args.tune, "--seconds", str(max(0, steps.left() - 20))]
         steps.run("tune", [*tune, *(["--dry-run"] if args.dry_run else [])], steps.left())
+    elif args.training:
+        training = [python, "-m", "bench", "training", "--out", str(out)]
+        steps.run("training", [*training, *(["--tiny", "--rounds", "2"] if args.dry_run else [])], steps.left())
     else:
         counters = 45.0 if shutil.which("ncu") else 0.0
         run = [
