@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import os
 import sys
 import tempfile
 import time
@@ -363,7 +364,7 @@ def main(argv: list[str]) -> int:
     progress("")
     tables.print_tables(report)
     for path in written(report, args, folder, stem):
-        print(path)
+        print(os.path.relpath(path))
     return int(wrong > 0)
 
 
