@@ -3,8 +3,8 @@
     rows = data.tokenize_preferences(dataset, tokenizer, max_length=1024)
     collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=1024)
     for batch in DataLoader(rows, batch_size=8, collate_fn=collator):
-        hidden = body(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        out = head(hidden, batch["labels"], ref, loss=fl.dpo_loss, shift=True)
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        out, _ = fl.at_head(model, lambda p: fl.dpo_loss(p, batch["labels"], ref, shift=True), **inputs)
 
 Columns, tokens, truncation and masks are those of TRL 1.16, so datasets go from one to the other. Text alone: no images.
 """
