@@ -27,7 +27,13 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
-        "transformers": TRAINER, "trl": TRL, "demo": DEMO, "peers": PEERS, "bench": BENCH, "test": TEST, "lint": LINT,
+        "transformers": TRAINER,
+        "trl": TRL,
+        "demo": DEMO,
+        "peers": PEERS,
+        "bench": BENCH,
+        "test": TEST,
+        "lint": LINT,
         "dev": TEST + LINT,
     },  # fmt: skip
     # kernels/ is a folder of its own in the repository and fused_losses.kernels everywhere else. The symlink
