@@ -25,7 +25,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = "--ignore-glob=*/test_against_*"  # twins against packages that need not be here, on a CPU
+# Against packages that need not be here, or of processes and files: on a CPU.
+ON_A_CPU = (
+    "against_", "trl_", "trainer", "engines", "shards", "sequence_group", "ranks", "examples", "docs", "preference_data",
+    "ref_logps", "bench", "programs", "packaging",
+)  # fmt: skip
+LEFT_OUT = [f"--ignore-glob=*/test_{name}*" for name in ON_A_CPU]
 COUNTERS = (
     "gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__inst_issued.avg.pct_of_peak_sustained_active,"
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active,"
@@ -116,7 +121,7 @@ def main() -> int:
     steps = Steps(out / slug, args.seconds)
     python = sys.executable
     if not (args.skip_tests or (args.dry_run and not args.tests)):
-        tests = ["-m", "pytest", *shlex.split(args.tests or "tests"), "-q", "--maxfail=10", "--durations=5", LEFT_OUT]
+        tests = ["-m", "pytest", *shlex.split(args.tests or "tests"), "-q", "--maxfail=10", "--durations=5", *LEFT_OUT]
         quiet = [
             "-p",
             "no:cacheprovider",

@@ -140,8 +140,7 @@ def _chunked_log_probs(
         static_shapes=True,
     )  # fmt: skip
     entropy, collision = (None if x is None else x.float() for x in (stats.entropy, stats.collision))
-    with torch.autocast(hidden.device.type, enabled=False):  # its one product is of float32 sums
-        mean = mean_logits(source).float() if asked["mean_logits"] else None
+    mean = mean_logits(source).float() if asked["mean_logits"] else None
     return stats.logps.float(), entropy, collision, mean, stats.correct if asked["is_top1"] else None
 
 
@@ -189,30 +188,39 @@ def _hidden(
 
 
 @torch.no_grad()
-def mean_logits(source: Hidden) -> Tensor:
-    """[N], over the vocabulary. Without a softcap it is the logit of the mean of the weight's rows."""
-    n, v, wide = len(source.hidden), source.vocab, stats_dtype(source.hidden)
+def mean_logits(source: Hidden, rows: Tensor | None = None) -> Tensor:
+    """[N], over the vocabulary; of these rows of the states [..., H] alone. Without a softcap it is the logit of the mean of
+    the weight's rows. Whatever is as large as states or weight is cast a piece at a time."""
+    with torch.autocast(source.hidden.device.type, enabled=False):
+        return _mean_logits(source, rows)
+
+
+def _mean_logits(source: Hidden, rows: Tensor | None) -> Tensor:
+    states, v, wide = source.hidden.flatten(0, -2), source.vocab, stats_dtype(source.hidden)
+    n = len(states) if rows is None else len(rows)
+    pieces = states.split(ROWS) if rows is None else (states[piece] for piece in rows.split(ROWS))
     weight, bias = source.weight[:v], None if source.bias is None else source.bias[:v]
     a, b, scaling = source.lora or (None, None, 1.0)
     b = None if b is None else b[:v]
+    found = states.new_zeros(n, dtype=wide)
     if source.softcap is None:
-        pieces = (piece.sum(0, dtype=wide) for piece in weight.split(COLUMNS))  # each is cast: V x H never is
-        row = sum(pieces) / v
+        mean = torch.stack([piece.sum(0, dtype=wide) for piece in weight.split(COLUMNS)]).sum(0) / v
         if a is not None and b is not None:
-            row = row + scaling * b.mean(0, dtype=wide) @ a.to(wide)
-        return (source.hidden.to(wide) @ row + (0.0 if bias is None else bias.mean(dtype=wide))) * source.multiplier
-    side = HiddenSide(Inputs(source.hidden, weight, bias, a, b, scaling), None)
-    total = source.hidden.new_zeros(n, dtype=wide)
+            mean = mean + scaling * b.mean(0, dtype=wide) @ a.to(wide)
+        for piece, out in zip(pieces, found.split(ROWS), strict=True):
+            torch.mv(piece.to(wide), mean, out=out)
+        return (found + (0.0 if bias is None else bias.mean(dtype=wide))) * source.multiplier
     height = min(max(n, 1), ROWS)
-    width = min(v, COLUMNS, max(1, workspace_bytes(None) // (height * total.element_size())))
-    room = total.new_empty(height * width)
-    for r in range(0, n, height):
+    width = min(v, COLUMNS, max(1, workspace_bytes(None) // (height * found.element_size())))
+    room = found.new_empty(height * width)
+    for piece, out in zip(pieces, found.split(ROWS), strict=True):
+        side = HiddenSide(Inputs(piece, weight, bias, a, b, scaling), None)
         for c in range(0, v, width):
-            rows, columns = min(height, n - r), min(width, v - c)
-            tile = room[: rows * columns].view(rows, columns)
-            side.tile(slice(r, r + rows), slice(c, c + columns), tile)
-            total[r : r + rows] += tile.div_(source.softcap).tanh_().sum(1)
-    return total * (source.softcap * source.multiplier / v)
+            columns = min(width, v - c)
+            tile = room[: len(piece) * columns].view(len(piece), columns)
+            side.tile(slice(0, len(piece)), slice(c, c + columns), tile)
+            out += tile.div_(source.softcap).tanh_().sum(1)
+    return found * (source.softcap * source.multiplier / v)
 
 
 # ---- from logits ---------------------------------------------------------------------------------------------------------

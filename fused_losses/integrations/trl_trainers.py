@@ -152,9 +152,8 @@ def _labels(inputs: dict[str, Any], prefix: str = "") -> Tensor:
 
 def _mean_logits(source: Hidden, mask: Tensor) -> Tensor:
     """[S, T - 1], zero where the mask is."""
-    with torch.no_grad():
-        found = mean_logits(replace(source, hidden=source.hidden[:, :-1][mask]))
-        return found.new_zeros(mask.shape).masked_scatter(mask, found)
+    found = mean_logits(source, torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero().flatten())
+    return found.new_zeros(mask.shape).masked_scatter(mask, found)
 
 
 class DPOTrainer(_Trainer, trl.DPOTrainer):
