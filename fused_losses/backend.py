@@ -9,6 +9,7 @@ import torch
 
 BACKENDS = ("triton", "torch")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda by torch
+INSTALLED = importlib.util.find_spec("triton") is not None  # without importing it
 
 
 def choose(device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -23,17 +24,16 @@ def explain(device: torch.device, dtype: torch.dtype | None = None) -> tuple[str
         raise ValueError(f"FUSED_LOSSES_BACKEND: expected one of {', '.join(BACKENDS)}, got {asked!r}")
     interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true")
     able = device.type in TRITON_DEVICES or (device.type == "cpu" and interpreted)
-    installed = importlib.util.find_spec("triton") is not None
     if asked == "torch":
         return "torch", "FUSED_LOSSES_BACKEND=torch"
     if asked == "triton":
-        if not installed:
+        if not INSTALLED:
             raise RuntimeError("FUSED_LOSSES_BACKEND=triton, but the package triton is not installed")
         if not able:
             raise RuntimeError(f"FUSED_LOSSES_BACKEND=triton, but Triton cannot run on {device.type} tensors")
     elif device.type not in TRITON_DEVICES:
         return "torch", f"{device.type} tensors (the interpreter runs only with FUSED_LOSSES_BACKEND=triton)"
-    elif not installed:
+    elif not INSTALLED:
         raise RuntimeError(
             f"{device.type} tensors need the package triton; install it, or set FUSED_LOSSES_BACKEND=torch to run without"
         )

@@ -474,4 +474,5 @@ def parse(divergence: str | Divergence | Sequence[str | Divergence] | None) -> t
         raise TypeError(
             f"divergence: expected a name, a Divergence or a sequence of them, got {type(divergence).__name__}"
         )
-    return tuple(dict.fromkeys(from_key(d) for d in divergence))
+    found = [from_key(d) for d in divergence]
+    return tuple({d.key: d for d in found}.values())

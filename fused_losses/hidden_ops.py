@@ -96,7 +96,7 @@ def facts_of(
         rows=rows, vocab=problem.vocab, hidden=(policy.hidden, 0 if ref is None else ref.hidden),
         itemsize=min([s.x.dtype.itemsize for s, _, _ in _factors(policy, ref, 0)] or [sums]),
         sums=sums, ref=ref is not None, device=policy.x.device.type, backend=backend,
-        bases=problem.entropy + len(frozen.bases(problem)), pair=bool(problem.divergences),
+        bases=problem.entropy + len(frozen.bases(problem)), pair=len(problem.divergences) > 0,
         second=any(d.term is not None for d in problem.divergences),
         frozen_second=any(d.scaling is None for d in frozen.bases(problem)),
         to_hidden=wanted[0], to_head=any(wanted[1:5]), to_weight=wanted[1], to_ref=any(wanted[5:]), unit=unit,

@@ -112,7 +112,7 @@ def _bytes(facts: Facts, rows: int, columns: int) -> int:
         logit += facts.itemsize * (facts.to_hidden or facts.to_head) + facts.itemsize * facts.to_ref
     size = rows * columns * logit
     if facts.backend == "torch":
-        size += BLOCKS[facts.pair] * min(BLOCK_BYTES, rows * columns * facts.sums)
+        size += BLOCKS[int(facts.pair)] * min(BLOCK_BYTES, rows * columns * facts.sums)
     size += rows * facts.casts[0] + columns * facts.casts[1]
     if low and (rows < facts.rows or facts.device != "cuda"):  # a slice of dW before it is rounded
         size += columns * (facts.hidden[0] * facts.to_weight + facts.hidden[1] * facts.to_ref) * facts.sums
