@@ -77,9 +77,13 @@ class _Trainer:
             options = {"alpha": self.args.ref_model_mixup_alpha, "every": self.args.ref_model_sync_steps}
             self.add_callback(TrustRegionCallback(self.ref_model, **options))
 
+    def _own(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Of a batch, what the model takes."""
+        return {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
+
     def _logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """[S, T - 1], without a graph."""
-        own = {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
+        own = self._own(inputs)
         with torch.no_grad():
             return at_head(model, lambda q: token_stats(q, labels, shift=True).logps, **own).out
 
@@ -102,7 +106,7 @@ class _Trainer:
         return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
 
     def _policy(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[[Hidden], dict[str, Any]]) -> AtHead:
-        own = {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
+        own = self._own(inputs)
         if self.aux_loss_enabled:
             own["output_router_logits"] = True
         return at_head(model, loss, **own)
@@ -141,7 +145,7 @@ class _Trainer:
             FutureWarning,
             stacklevel=3,
         )
-        own = {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
+        own = self._own(inputs)
         with torch.no_grad():
             return loss, model(**own)
 
