@@ -7,12 +7,30 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis.core
 import pytest
 import torch
 
 GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of the numbers that tests draw (default 0)")
+
+
+def pytest_configure(config):
+    seed = config.getoption("--seed")
+    os.environ["FUSED_LOSSES_TEST_SEED"] = str(seed)  # where helpers.seed_of finds it, in other processes too
+    hypothesis.core.global_force_seed = seed
+    # what an earlier run found is no part of this one
+    hypothesis.settings.register_profile("suite", database=None)
+    hypothesis.settings.load_profile("suite")
+
+
+def pytest_report_header(config):
+    return f"seed: {config.getoption('--seed')}"
 
 
 @pytest.fixture
@@ -51,7 +69,9 @@ def static_report(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.manual_seed(0)
+    from helpers import seeded  # not above: it imports Triton
+
+    seeded()
 
 
 @pytest.fixture

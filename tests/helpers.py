@@ -1,6 +1,7 @@
-"""What the tests share: errors against a float64 truth, gradients of named outputs, and the inputs."""
+"""What the tests share: seeds, errors against a float64 truth, gradients of named outputs, and the inputs."""
 
 import math
+import os
 import re
 
 import torch
@@ -9,6 +10,20 @@ from torch.autograd.profiler import profile
 import fused_losses as fl
 
 EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
+
+
+def seed_of(k=0):
+    """The k-th seed of a run: k itself, or another one under `pytest --seed N`, which the environment hands to the
+    processes that a test starts. transformers' Trainer takes 32 bits."""
+    return (int(os.environ.get("FUSED_LOSSES_TEST_SEED", 0)) * 1000003 + k) % 2**32
+
+
+def seeded(k=0):
+    torch.manual_seed(seed_of(k))
+
+
+def generator_of(k):
+    return torch.Generator().manual_seed(seed_of(k))
 
 
 def relative(x, truth):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import seeded
 
 CONTEXT = mp.get_context("spawn")
 GRACE = 5.0  # seconds that the others get once one has failed: they may wait for it for ever
@@ -82,7 +83,7 @@ def serve(pipe: Connection, rank: int, size: int, store: str) -> None:
             function, world, args, backend = pipe.recv()
             os.environ.pop("FUSED_LOSSES_BACKEND", None)
             os.environ |= {} if backend is None else {"FUSED_LOSSES_BACKEND": backend}
-            torch.manual_seed(0)
+            seeded()
             function(rank, groups[world], *args)
             said = ""
         except EOFError:  # nobody is there to ask for more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import relative
+from helpers import generator_of, relative
 from liger_kernel.chunked_loss import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
@@ -26,7 +26,7 @@ class Batch:
     """Hidden states, weight and bias of both sides in float32; labels with ignored tokens, aligned; another set for an NLL."""
 
     def __init__(self, seed=0):
-        g = torch.Generator().manual_seed(seed)
+        g = generator_of(seed)
 
         def side(width):
             return [torch.randn(s, generator=g) * 0.6 for s in ((S, T, width), (V, width), (V,))]

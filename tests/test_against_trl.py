@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import relative
+from helpers import generator_of, relative, seeded
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -39,7 +39,7 @@ ONLY_TRL = {"num_tokens", "logits/chosen", "logits/rejected", "mean_token_accura
 
 
 def tiny(seed):
-    torch.manual_seed(seed)
+    seeded(seed)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.3, pad_token_id=PAD,
@@ -83,7 +83,7 @@ def logged(made):
 
 def tokens(sequences, seed=0, length=10):
     """Prompts of 2 to 4 tokens, completions of 1 to 6, padded: a batch as TRL's collators make it."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator_of(seed)
     ids = torch.randint(1, VOCAB, (sequences, length), generator=g)
     prompt = torch.randint(2, 5, (sequences, 1), generator=g)
     end = prompt + torch.randint(1, 7, (sequences, 1), generator=g)
@@ -292,7 +292,7 @@ GRPO = {
 
 def completions(sequences=5, prompt=4, length=6):
     """Prompts padded on the left and completions on the right, some of whose tokens a tool wrote."""
-    g = torch.Generator().manual_seed(5)
+    g = generator_of(5)
     ids = torch.randint(1, VOCAB, (sequences, prompt + length), generator=g)
     before, after = torch.arange(prompt), torch.arange(length)
     prompt_mask = (before >= torch.randint(0, 3, (sequences, 1), generator=g)).long()
@@ -328,7 +328,7 @@ def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, o
         for model in models
     )
     known = [fl.reference.token_stats(s, labels, shift=True).logps.detach() for s in (z, w)]
-    old = known[0] + torch.randn(known[0].shape, generator=torch.Generator().manual_seed(6)) * 0.3
+    old = known[0] + torch.randn(known[0].shape, generator=generator_of(6)) * 0.3
 
     def theirs(t):  # of the completion alone
         return t[:, x["prompt_ids"].shape[1] - 1 :].float()
@@ -368,7 +368,7 @@ def test_grpo_trainer_on_policy(models, name):
 
 @pytest.mark.parametrize("name", ["grpo", "delta", "cispo"])
 def test_grpo_trainer_with_advantages_per_token(models, name):
-    advantages = torch.randn(5, 6, generator=torch.Generator().manual_seed(7))
+    advantages = torch.randn(5, 6, generator=generator_of(7))
     compare_grpo(models, GRPO[name], advantages)
 
 
@@ -482,7 +482,7 @@ def test_drop_ins(monkeypatch, logits, name, library):
 
 def head(hidden, seed):
     """float32 hidden states [13, H], weight and bias, leaves."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator_of(seed)
     return [torch.randn(s, generator=g).requires_grad_() for s in ((13, hidden), (VOCAB, hidden), (VOCAB,))]
 
 

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import generator_of, seeded
 from ranks import on_ranks
 from test_family import CASES, Batch, H, V
 from torch import nn
@@ -97,7 +98,7 @@ def test_every_loss_of_a_sharded_head(world):
 
 
 def tiny(seed, **options):
-    torch.manual_seed(seed)
+    seeded(seed)
     sizes = dict(
         vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         initializer_range=0.3,
@@ -125,7 +126,7 @@ def distil(model, teacher, ids, labels):
 
 
 def batch():
-    ids = torch.randint(0, V, (8, 6), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, V, (8, 6), generator=generator_of(1))
     labels = ids.clone()
     labels[:, 0] = -100
     return ids, labels

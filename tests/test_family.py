@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 import torch
-from helpers import double, relative
+from helpers import double, generator_of, relative
 
 import fused_losses as fl
 from fused_losses.losses import FAMILY
@@ -26,7 +26,7 @@ class Batch:
         self.entry = FAMILY[name]
         self.options = dict(self.entry.variants[variant])
         self.name, self.head = name, {}  # head: more of fl.Hidden's and fl.Logits' options
-        g = torch.Generator().manual_seed(zlib.crc32(f"{name} {variant} {seed}".encode()))
+        g = generator_of(zlib.crc32(f"{name} {variant} {seed}".encode()))
         sequences = 6 if self.entry.batch == "pairs" else 4
         self.x, self.ref_x = (torch.randn(sequences, T, width, generator=g) for width in (H, REF_H))
         self.weight, self.ref_weight = (torch.randn(V, width, generator=g) * 0.5 for width in (H, REF_H))

@@ -10,6 +10,7 @@ from helpers import (
     asking,
     compare_sources,
     doubles,
+    generator_of,
     gradients_of,
     hidden_leaves,
     hidden_source,
@@ -18,6 +19,8 @@ from helpers import (
     outputs,
     products,
     relative,
+    seed_of,
+    seeded,
 )  # fmt: skip
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -123,17 +126,17 @@ def random_call(r, plan, small, device):
     return leaves, build, y, options, how
 
 
-def seeded(plans, seeds):
+def drawn(plans, seeds):
     return [(plan, seed) for plan in plans for seed in range(seeds)]
 
 
-@cases(seeded([p for p in PLANS if p != "tiles"], 10), seeded(PLANS, 3), name="drawn")
+@cases(drawn([p for p in PLANS if p != "tiles"], 10), drawn(PLANS, 3), name="drawn")
 def test_any_shape_and_option(backend, device, poison, drawn):
     """Sizes that nothing divides, no rows, one token, H and padding of each side its own, any leaves that ask for
     gradients, in the fewest bytes that do or in many."""
     plan, seed = drawn
-    torch.manual_seed(seed)
-    r = random.Random(f"{plan} {seed}")
+    seeded(seed)
+    r = random.Random(f"{plan} {seed_of(seed)}")
     leaves, build, y, options, how = random_call(r, plan, backend == "triton", device)
     tolerance = 3e-5 if plan == "tiles" else 1e-5  # its logits are not quite those of its backward
     compare_sources(build, leaves, y, tolerance, each=backend == "torch", how=how, **options)
@@ -823,7 +826,7 @@ def test_autocast(backend, device, plan):
 
 def sum_errors(monkeypatch, plan, tile):
     """Relative errors of the gradients at hidden states and weight with tiles of this shape, and those of eager code."""
-    generator = torch.Generator().manual_seed(7)
+    generator = generator_of(7)
     new = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     leaves = [new(64, 32).requires_grad_(), (new(16384, 32) * 0.3).requires_grad_(plan != "frozen"), None, None, None]
     y = torch.randint(0, 16384, (64,), generator=generator)
@@ -858,7 +861,7 @@ def test_errors_do_not_grow_with_the_number_of_tiles_in_a_column(monkeypatch):
 def test_errors_do_not_grow_with_the_number_of_row_blocks(monkeypatch):
     """Up to the 128 that the planner allows itself."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
-    generator = torch.Generator().manual_seed(7)
+    generator = generator_of(7)
     new = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     leaves = [new(4096, 16).requires_grad_(), (new(1024, 16) * 0.3).requires_grad_(), None, None, None]
     teacher = [new(4096, 16), new(1024, 16) * 0.3, None, None, None]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import asking, hidden_leaves, hidden_source, labels_for, products, relative
+from helpers import asking, hidden_leaves, hidden_source, labels_for, products, relative, seeded
 
 import fused_losses as fl
 from fused_losses import divergences, planner, torch_backend
@@ -470,7 +470,7 @@ def test_partial_stats_are_that_rule(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_the_forward_are_given_away_once(device, dtype):
     """In place of a copy; backward a second time takes them anew, and leaves the first ones alone."""
-    torch.manual_seed(3)
+    seeded(3)
     x, w = torch.randn(4, 5, 16, device=device), torch.randn(301, 16, device=device)
     x, w = (t.to(dtype).requires_grad_() for t in (x, w))
     y = torch.randint(0, 301, (4, 5), device=device)

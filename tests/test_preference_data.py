@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import seeded
 
 import fused_losses as fl
 from fused_losses import demo
@@ -268,7 +269,7 @@ def test_truncation_at_the_start():
 @pytest.mark.parametrize("per_token", [False, True])
 def test_packed_and_padded_have_one_loss(per_token):
     """Through a model, with saved log-probs of the reference; the sequences of a packed batch do not see each other."""
-    torch.manual_seed(0)
+    seeded(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **size)).double()
     head, body = fl.find_head(model), fl.backbone(model)

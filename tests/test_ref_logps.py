@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import relative
+from helpers import relative, seeded
 
 import fused_losses as fl
 from fused_losses import demo
@@ -55,7 +55,7 @@ def rows(text):
 
 
 def make(seed=1, dtype=torch.float64, **options):
-    torch.manual_seed(seed)
+    seeded(seed)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=VOCAB, attention_dropout=0.5, **size | options)
     return transformers.LlamaForCausalLM(config).to(dtype)

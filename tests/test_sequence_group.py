@@ -4,6 +4,7 @@ packed, slices of any length, on two and four ranks (gloo); beside a split vocab
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import seeded
 from ranks import on_ranks
 from test_family import CASES, Batch, V, sources_of
 
@@ -111,7 +112,7 @@ def check_both(rank, group):
 
 
 def tensors():
-    torch.manual_seed(3)
+    seeded(3)
     x, w = torch.randn(4, 6, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     y = torch.randint(0, 11, (4, 6))
     y[:, 0], y[1, 3:] = -100, -100

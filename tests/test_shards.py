@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import relative
+from helpers import relative, seeded
 from ranks import on_ranks
 from test_family import CASES as FAMILY_CASES
 from test_family import Batch, V
@@ -32,7 +32,7 @@ def own(rank, split, vocab):
 
 
 def tensors(dtype=torch.float64):
-    torch.manual_seed(5)
+    seeded(5)
     new = lambda *shape: torch.randn(shape, dtype=dtype)  # noqa: E731
     x, w, bias, a, b = new(4, 6, H), 2 * new(VOCAB, H), new(VOCAB), new(R, H), new(VOCAB, R)
     ref_x, ref_w = x + 0.3 * new(4, 6, H), w + 0.3 * new(VOCAB, H)
@@ -64,7 +64,7 @@ CASES = {
 def answer(name, policy, ref, labels, **options):
     leaves = [t.detach().clone().requires_grad_() for t in policy]
     others = [t.detach().clone().requires_grad_() for t in ref] if name in ("jsd", "tdpo") else ref
-    torch.manual_seed(9)
+    seeded(9)
     rows = options.pop("rows", slice(None))
     loss = CASES[name](*(lambda p, q: (p, labels, q))(*sources(leaves, others, rows, **options)))
     wanted = leaves + (others if others is not ref else [])
@@ -193,7 +193,7 @@ def check_modules(rank, group):
         torch.testing.assert_close(linear.weight.grad, exact[rows], rtol=1e-9, atol=1e-11)
         linear.zero_grad()
 
-    torch.manual_seed(1)
+    seeded(1)
     model = Tiny(torch.nn.Linear(TINY_H, TINY_V), after=lambda z: 20 * torch.tanh(z / 20)).double()
     ids = torch.randint(3, TINY_V, (2, 5))
     truth = model(ids).logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)

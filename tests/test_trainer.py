@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import generator_of, seeded
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -30,12 +31,12 @@ class FusedTrainer(FusedLossMixin, Trainer):
 
 
 def tiny(seed=1, **options):
-    torch.manual_seed(seed)
+    seeded(seed)
     return LlamaForCausalLM(LlamaConfig(**SIZES | options))
 
 
 def mixture(output_router_logits=True):
-    torch.manual_seed(1)
+    seeded(1)
     more = dict(
         num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.3, output_router_logits=output_router_logits
     )
@@ -51,7 +52,7 @@ def near(model):
 
 
 def rows(count=16):
-    ids = torch.randint(1, VOCAB, (count, LENGTH), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(1, VOCAB, (count, LENGTH), generator=generator_of(3))
     labels = ids.clone()
     for i in range(count):
         labels[i, : 1 + i % 4] = -100  # every row and micro-batch has another number of tokens
@@ -142,7 +143,7 @@ class NoKeywords(LlamaForCausalLM):
 
 
 def test_tokens_are_counted_whatever_the_model_takes(tmp_path):
-    torch.manual_seed(1)
+    seeded(1)
     model = NoKeywords(LlamaConfig(**SIZES))
     same(train(FusedTrainer, model, tmp_path), train(FusedTrainer, tiny(), tmp_path))
 
@@ -217,7 +218,7 @@ def test_the_adapter_off_is_the_reference(head, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"] + ["lm_head"] * head, init_lora_weights=False)
 
     def adapted():
-        torch.manual_seed(2)
+        seeded(2)
         return peft.get_peft_model(tiny(), config)
 
     plain = type("P", (Plain,), {"reference": tiny(), "loss": staticmethod(fl.reference.tdpo_loss)})
@@ -354,11 +355,11 @@ def test_images_reach_the_model(tmp_path):
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
-    torch.manual_seed(1)
+    seeded(1)
     text = LlamaConfig(**SIZES)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63, vision_feature_layer=-1)
     model = LlavaForConditionalGeneration(config)
-    pixels = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    pixels = torch.randn(16, 3, 8, 8, generator=generator_of(4))
     with_images = []
     for row, image in zip(rows(), pixels.tolist(), strict=True):
         row["input_ids"] = [63] * 4 + [min(i, 62) for i in row["input_ids"][4:]]

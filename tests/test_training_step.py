@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import seeded
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, hvp
@@ -460,7 +461,7 @@ def test_cuda_graph(device, plan):
 
 def first_order():
     """By the operator that a call ends in: the call, and what it is a function of."""
-    torch.manual_seed(0)
+    seeded(0)
     new = lambda *shape: torch.randn(shape, dtype=torch.float64)  # noqa: E731
     x, weight, z, other, logps = new(4, 3, 5), new(11, 5), new(4, 3, 11), new(4, 3, 11), new(4, 3)
     y, ids = torch.randint(0, 11, (4, 3)), torch.arange(2).expand(4, 3, 2)

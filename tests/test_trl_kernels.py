@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from helpers import relative
+from helpers import generator_of, relative, seed_of, seeded
 
 import fused_losses as fl
 from fused_losses.integrations import trl_kernels
@@ -71,7 +71,7 @@ def count(monkeypatch):
 
 def head(hidden, seed, bias=True, vocab=VOCAB, frozen=False, dtype=torch.float32):
     """hidden states [N, H], weight and bias; leaves, of which a frozen head asks for no gradient."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator_of(seed)
     made = [torch.randn(s, generator=g).to(dtype) for s in ((N, hidden), (vocab, hidden), (vocab,))]
     for x in made[: 1 if frozen else 3]:
         x.requires_grad_()
@@ -410,7 +410,7 @@ def test_what_cannot_be_done_is_refused(monkeypatch):
 def tiny(seed=1, **options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
+    seeded(seed)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=32, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
@@ -490,7 +490,7 @@ def trained(kind, tokenizer, path):
     """What a trainer of TRL logs in two steps, and the weights it ends with."""
     from datasets import Dataset
 
-    g = torch.Generator().manual_seed(5)
+    g = generator_of(5)
     rows = [
         {
             "prompt": text(3, g) + " ",
@@ -504,7 +504,7 @@ def trained(kind, tokenizer, path):
     data = Dataset.from_list([{k: r[k] for k in keep} for r in rows])
     config = getattr(trl, f"{kind}Config")(
         output_dir=str(path), per_device_train_batch_size=4, max_steps=2, logging_steps=1, report_to=[], use_cpu=True,
-        save_strategy="no", learning_rate=1e-2, bf16=False, seed=1, disable_tqdm=True, gradient_checkpointing=False,
+        save_strategy="no", learning_rate=1e-2, bf16=False, seed=seed_of(1), disable_tqdm=True, gradient_checkpointing=False,
         **({"use_weighting": True} if kind == "DPO" else {}),
     )  # fmt: skip
     model = tiny()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import generator_of, seed_of, seeded
 
 pytest.importorskip("trl")
 import trl  # noqa: E402
@@ -61,7 +62,7 @@ def rows(kind="pairs"):
 
 
 def tiny(tokenizer, seed=1, cls=LlamaForCausalLM, **options):
-    torch.manual_seed(seed)
+    seeded(seed)
     made = {LlamaForCausalLM: LlamaConfig, MixtralForCausalLM: MixtralConfig}[cls]
     return cls(made(vocab_size=len(tokenizer), **SIZES | options))
 
@@ -70,7 +71,8 @@ def build(cls, config, tokenizer, path, mode="full", data=None, model=None, eval
     """A trainer of TRL's or ours with the same everything."""
     arguments = dict(
         output_dir=str(path), per_device_train_batch_size=2, max_steps=STEPS, learning_rate=3e-3, logging_steps=1, report_to=[],
-        save_strategy="no", use_cpu=True, seed=3, max_length=48, disable_tqdm=True, lr_scheduler_type="constant", bf16=False,
+        save_strategy="no", use_cpu=True, seed=seed_of(3), max_length=48, disable_tqdm=True, lr_scheduler_type="constant",
+        bf16=False,
     )  # fmt: skip
     policy = tiny(tokenizer) if model is None else model()
     more = {} if evaluated is None else {"eval_dataset": evaluated}
@@ -94,7 +96,7 @@ def run(trainer, state, **settings):
     for name, value in settings.items():
         setattr(trainer, name, value)
     trainer.model.train()
-    torch.manual_seed(0)
+    seeded(0)
     trainer.state.log_history.clear()
     trainer._total_train_tokens = 0
     trainer.train()
@@ -207,7 +209,7 @@ def test_dpo_trained_with(name, tokenizer, tmp_path):
 def test_lengths_without_a_prompt(tokenizer, tmp_path):
     # the loss is that of the tokens that have a log-prob, however many others there are
     made = build(ours.DPOTrainer, trl.DPOConfig, tokenizer, tmp_path, loss_type=["ipo"])
-    ids = torch.randint(1, 200, (2, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 200, (2, 7), generator=generator_of(0))
     mask = torch.ones_like(ids)
     with torch.no_grad():
         p, q = (fl.token_stats(m(ids).logits, ids, shift=True).logps for m in (made.model, made.ref_model))
@@ -250,7 +252,7 @@ def llava(tokenizer):
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
-    torch.manual_seed(1)
+    seeded(1)
     text = LlamaConfig(vocab_size=len(tokenizer), **SIZES)
     return LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1)
@@ -263,7 +265,7 @@ IMAGE = 299
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_images_reach_the_policy_and_the_reference(kind, tokenizer, tmp_path):
     """The losses of a batch as a processor makes it, and of the same with other images."""
-    ids = torch.randint(1, 200, (4, 10), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 200, (4, 10), generator=generator_of(0))
     ids[:, :4] = IMAGE
     mask = torch.ones_like(ids)
     mask[:, :6] = 0
@@ -292,7 +294,7 @@ def test_an_adapter_that_is_trained_further(tokenizer, tmp_path):
     made = []
     for n, cls in (("theirs", trl.DPOTrainer), ("ours", ours.DPOTrainer)):
         policy = tiny(tokenizer)
-        torch.manual_seed(5)
+        seeded(5)
         model = peft.get_peft_model(policy, config)
         args = trl.DPOConfig(str(tmp_path / n), max_steps=STEPS, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
                              per_device_train_batch_size=2, learning_rate=3e-3, save_strategy="no")  # fmt: skip
