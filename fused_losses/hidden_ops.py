@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from . import divergences as registry
 from . import frozen, plans, torch_backend
-from .layout import Problem, stats_dtype
+from .layout import Problem, effective, stats_dtype
 from .ops import backend_module, once_differentiable
 from .planner import Facts, choose
 from .projection import Inputs, mixed, spread
@@ -211,6 +211,7 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
         return x if call.rows is None else x.index_select(-1, call.rows)
 
     grads = tuple(None if g is None or not g.numel() else compact(g) for g in grads)
+    grads = effective(grads, call.shard.whole(call.problem).vocab)
     saved = compact(saved)
     if options.plan == "frozen":
         dx = frozen.frozen_backward(call, keep[:, : len(call.labels)], compact(logps), saved, grads)

@@ -43,6 +43,15 @@ class PairProblem(NamedTuple):
     ref_summed: bool  # reference log-probs come one per sequence
 
 
+Grads = tuple[Tensor | None, ...]  # to logps, ref_logps, lse, entropy [n], divergences [n_div, n]; None: none
+
+
+def effective(grads: Grads, vocab: int) -> Grads:
+    """Those of the incoming gradients that reach a logit. A distribution over one token is a constant, of which only lse moves:
+    exactly so, while sums of terms that cancel would be rounded."""
+    return (None, None, grads[2], None, None) if vocab == 1 else grads
+
+
 def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
     """The label that each position predicts; none at the last."""
     if not shift or labels.shape[-1] == 0:

@@ -17,7 +17,8 @@ error that is small against d itself. Their interpolation, with J = E_p[d] - E_q
     G(s) = s E_q[d] + v s^2/2 + (J - v) s^3/3
 
 is therefore used wherever it agrees with the exponentials to within their noise: the more readily, the smaller v, since
-its own error grows as v^2. The power family is treated alike, by G(s) - s K.
+its own error grows as v^2. That noise includes the rounding of z - w, which d has and the exponentials have not: relative to
+|c|, for the models may lie a large constant apart. The power family is treated alike, by G(s) - s K.
 
 Differences of large sums (A - B, R - B) are carried beside them, so that neither merging nor closing has to cancel.
 """
@@ -92,10 +93,15 @@ def _agree(x, y, v, noise):
     return absolute(x - y) * (1.0 + 2000.0 * v) <= noise
 
 
+def log_totals(sums):
+    """log A/B, and K from the exponentials alone."""
+    log_ab = log_ratio(sums[9], sums[1], sums[6])
+    return log_ab, log_ab - frame(sums[8], sums[0], sums[5])
+
+
 def close_pair(sums, noise):
     """K, KL(p||q), KL(q||p), and for close_power log A/B, v, J."""
-    log_ab = log_ratio(sums[9], sums[1], sums[6])
-    k = log_ab - frame(sums[8], sums[0], sums[5])
+    log_ab, k = log_totals(sums)
     mean_p = sums[10] / sums[1]
     mean_q = sums[11] / sums[6]
     v = maximum(sums[12] / sums[6] - mean_q * mean_q, 0.0 * mean_q)

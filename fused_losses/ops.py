@@ -20,7 +20,7 @@ from torch.library import custom_op
 
 from . import divergences as registry
 from . import torch_backend
-from .layout import PairProblem, Problem, stats_dtype
+from .layout import PairProblem, Problem, effective, stats_dtype
 from .pair_terms import TERMS
 
 
@@ -104,6 +104,7 @@ _GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy
 
 def _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw):  # type: ignore[no-untyped-def]
     grads = tuple(None if g is None or g.numel() == 0 else g.contiguous() for g in grads)  # empty: not an output here
+    grads = effective(grads, problem.vocab)
     if saved.shape[1]:
         backend_module(backend).backward(problem, policy, labels, ref, saved, grads, dz, dw)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .divergences import Divergence
-from .layout import Problem
+from .layout import Grads, Problem
 from .moments import fields
 from .planner import Plan
 from .projection import HiddenSide, Inputs, Side, side
@@ -201,9 +201,6 @@ def _tile_arguments(call: Call) -> tuple:
         return x, inputs.weight, None if inputs.bias is None else inputs.bias.contiguous(), low_rank
 
     return one(call.policy), call.labels, one(call.ref)
-
-
-Grads = tuple[Tensor | None, ...]  # to logps, ref_logps, lse, entropy [n], divergences [n_div, n]; None: none
 
 
 def backward(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Problem
+from .layout import Problem, effective
 from .planner import Plan
 from .plans import Call, Grads, Outputs, Tiles, allocate, spare_buffer, spread_out
 from .projection import HiddenSide, Inputs, side
@@ -108,7 +108,7 @@ def row_blocks(
         found.append(losses)
         if r.stop > r.start and any(wanted) and any(g is not None for g in grads):
             dz = z if spare is None else spare[: z.shape[0]]
-            backend.backward(problem, z, y, w, part.saved, grads, dz, None)
+            backend.backward(problem, z, y, w, part.saved, effective(grads, problem.vocab), dz, None)
             call.policy.push(r, every, dz)
         for whole, piece in zip(out, part, strict=True):
             if whole is not None and piece is not None:

@@ -161,7 +161,9 @@ def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
     log_b = log_b.masked_fill(b == 0, 0)
     if not problem.divergences:
         return _Row(logp, lse, log_a, entropy, collision, logq, log_b, c, c, [], empty)
-    noise = 2 * torch.finfo(c.dtype).eps * (1 - 1 / b)  # the largest term is 1 without error
+    # Of a log-ratio of two sums whose largest term is 1 without error, and of z - w relative to its size.
+    eps = torch.finfo(c.dtype).eps
+    noise = 6 * eps * (1 - 1 / b) + eps / 2 * c.abs()
     k, reverse, forward, log_ab, curve, j = close_pair(pair, noise)
     by_power = dict(zip(_powers(problem), powers, strict=True))
     results: list[tuple[Tensor, Tensor] | None] = []

@@ -150,7 +150,7 @@ def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, 
         slices.close_states[(state.shape[1],)](
             state, state.stride(0), labels, problem.ignore_index, logps, ref_logps, lse, entropy, div, hit, collision,
             saved, problem.vocab, num_warps=1,
-            **_take(_formulas(problem.divergences), "numbers", "powers", "degrees", "ROWS", "POWER"),
+            **_take(_formulas(problem.divergences), "numbers", "powers", "degrees", "ROWS", "POWER", "MOMENTS"),
         )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def merge_states(State, stride, Other, other_stride, powers):
 @triton.jit
 def close_states(
     State, stride, Labels, ignore_index, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved, V, numbers, powers, degrees,
-    ROWS: tl.constexpr, POWER: tl.constexpr,
+    ROWS: tl.constexpr, POWER: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -128,5 +128,5 @@ def close_states(
     sums, P = load_state(State, stride, row, len(powers))
     close_row(
         row, rows, (label >= 0) & (label < V), sums, P, numbers, powers, degrees,
-        Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved, ROWS, POWER, REF,
+        Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved, ROWS, POWER, MOMENTS, REF,
     )  # fmt: skip

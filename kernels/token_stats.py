@@ -12,12 +12,15 @@ import triton.language as tl
 
 from ..moments import close_pair as _close_pair
 from ..moments import close_power as _close_power
+from ..moments import log_totals as _log_totals
 from .device import HUGE, LN2, LOG2E, in_bits, jit
 from .rows import INF, LOW, TIED, finite, head, pair, pointers, row_offset, slopes, sweep, terms, token_label
 
-close_pair, close_power = jit(_close_pair), jit(_close_power)
+close_pair, close_power, log_totals = jit(_close_pair), jit(_close_power), jit(_log_totals)
 
-NOISE = tl.constexpr(3e-7)  # error of a log-ratio of two fp32 sums of exponentials near 1
+# Errors in fp32: of a log-ratio of two sums of exponentials near 1, and of z - w relative to its size.
+NOISE = tl.constexpr(3e-7)
+HALF_ULP = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -128,15 +131,24 @@ def store_ignored(
 
 
 @triton.jit
+def log_total(total, y, shift):
+    """log2 of a row's total, and whether the label's term is all of it: the logarithm is then that term's exponent and the
+    label's probability 1, however exp2 and log2 round."""
+    exponent = in_bits(y, shift)
+    alone = (y > LOW) & (tl.exp2(exponent) == total)
+    return tl.where(alone, exponent, tl.log2(total)), alone
+
+
+@triton.jit
 def close_row(
     row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,
-    ROWS: tl.constexpr, POWER: tl.constexpr, REF: tl.constexpr,
+    ROWS: tl.constexpr, POWER: tl.constexpr, MOMENTS: tl.constexpr, REF: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a row from its sums, but for term divergences; returns its numbers for term_sums."""
     n: tl.constexpr = len(ROWS)
     mp, total_a, zmax, zy, E, mq, total_b, wy, c, excess, A1, B1, B2, S = sums
     bad = float("nan")
-    log_a = tl.log2(total_a)
+    log_a, alone = log_total(total_a, zy, mp)
     logp = (in_bits(zy, mp) - log_a) * LN2
     logp = tl.where(zy > LOW, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
     entropy = tl.maximum((log_a - E / total_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -149,14 +161,18 @@ def close_row(
         tl.store(Entropy + row, entropy)
     if Collision is not None:
         collision = tl.minimum((tl.log2(S) - 2.0 * log_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        collision = tl.where(alone, 0.0, collision)
         tl.store(Collision + row, tl.where(total_a == 0, bad, collision))
     tl.store(Saved + 6 * rows + row, finite(entropy) if Entropy is not None else 0.0)
     if REF:
-        log_b = tl.log2(total_b)
+        log_b, _ = log_total(total_b, wy, mq)
         logq = (in_bits(wy, mq) - log_b) * LN2
         logq = tl.where(wy > LOW, tl.minimum(logq, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
         tl.store(RefLogp + row, tl.where(valid & (total_b != 0), logq, bad))
-        k, reverse, forward, log_ab, curve, j = close_pair(sums, NOISE)
+        log_ab, k = log_totals(sums)
+        if MOMENTS:
+            noise = NOISE + HALF_ULP * tl.abs(c)
+            k, reverse, forward, log_ab, curve, j = close_pair(sums, noise)
         tl.store(Saved + 2 * rows + row, mq)
         tl.store(Saved + 3 * rows + row, tl.where(total_b == 0, 0.0, log_b))
         tl.store(Saved + 4 * rows + row, c)
@@ -166,7 +182,7 @@ def close_row(
             if ROWS[i] is not None:
                 power = 0.0
                 if POWER[i] >= 0:
-                    power = close_power(P[POWER[i]], total_b, log_ab, curve, j, powers[POWER[i]], NOISE)
+                    power = close_power(P[POWER[i]], total_b, log_ab, curve, j, powers[POWER[i]], noise)
                 value, slope = ROWS[i](reverse, forward, power, *numbers[i])
                 store_divergence(i, row, rows, value, slope, degrees[i], alive, Div, Saved)
         return (mp, log_a, mq, log_b, c, k), alive
@@ -214,7 +230,7 @@ def token_stats_forward(
     )  # fmt: skip
     saved, alive = close_row(
         row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,
-        ROWS, POWER, REF,
+        ROWS, POWER, MOMENTS, REF,
     )  # fmt: skip
     if SECOND:
         found = term_sums(

@@ -300,14 +300,34 @@ def test_no_rows(backend, device, shape):
     assert z.grad.shape == z.shape and w.grad.shape == w.shape
 
 
-def test_one_token_vocabulary(backend, device):
-    z, w = logits((3, 1), device)
+@pytest.mark.parametrize("size", [2.0, 1e4])
+def test_one_token_vocabulary(backend, device, size):
+    """Its probability is 1 and a constant, whatever was rounded: no gradient but that of lse, and none to the reference."""
+    z, w = ((torch.randn(3, 1, device=device) * size).requires_grad_() for _ in range(2))
     stats = fl.token_stats(z, torch.zeros(3, dtype=torch.long, device=device), w, **EVERYTHING)
     for key, value in outputs(stats).items():
         torch.testing.assert_close(value, z.detach()[:, 0] if key == "lse" else torch.zeros(3, device=device), msg=key)
-    assert torch.equal(stats.collision, torch.zeros(3, device=device))
-    (stats.logps + sum(stats.divergence.values()) + stats.entropy).sum().backward()
-    assert not z.grad.any()
+    for exact in (stats.logps, stats.ref_logps, stats.collision):
+        assert torch.equal(exact, torch.zeros(3, device=device))
+    given = {key: torch.randn(3, device=device) for key in outputs(stats)}
+    total = sum((value * given[key]).sum() for key, value in outputs(stats).items())
+    dz, dw = torch.autograd.grad(total, (z, w))
+    assert torch.equal(dz[:, 0], given["lse"]) and not dw.any()
+
+
+@pytest.mark.parametrize("plan", ["slices", "frozen", "whole"])
+def test_one_token_vocabulary_from_hidden_states(backend, device, plan):
+    """One row of the head is a token, the others are padding."""
+    x, v = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device)
+    weight, ref = v.clone().requires_grad_(plan != "frozen"), fl.Hidden(x.detach() + 1, v, valid_vocab=1)
+    y = torch.zeros(4, dtype=torch.long, device=device)
+    policy = fl.Hidden(x, weight, valid_vocab=1)
+    stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan)
+    assert torch.equal(stats.logps, torch.zeros(4, device=device))
+    values = {key: value for key, value in outputs(stats).items() if value.requires_grad and key != "lse"}
+    total = sum((value * torch.randn(4, device=device)).sum() for value in values.values())
+    for g in torch.autograd.grad(total, [t for t in (x, weight) if t.requires_grad]):
+        assert not g.any()
 
 
 def test_all_masked(backend, device, poison):
