@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from bench import machine_code as mc
+from bench.lifetime import end_with_parent
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 BASELINE = Path(__file__).with_suffix(".json")
@@ -299,7 +300,8 @@ def collect(todo: list[tuple[str, str]], with_bytes: bool = True, progress=sys.s
             continue
         more = {"TRITON_INTERPRET": "1", "FUSED_LOSSES_BACKEND": "triton"} if interpret else {}
         context = multiprocessing.get_context("spawn")
-        with mock.patch.dict(os.environ, clean | more, clear=True), ProcessPoolExecutor(jobs, context) as executor:
+        pool = ProcessPoolExecutor(jobs, context, end_with_parent)
+        with mock.patch.dict(os.environ, clean | more, clear=True), pool as executor:
             futures = {executor.submit(*call): call for call in mine}
             for done, future in enumerate(as_completed(futures), 1):
                 if future.exception():

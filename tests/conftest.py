@@ -2,12 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from importlib.util import find_spec
 from types import SimpleNamespace
 
-import hypothesis.core
 import pytest
 import torch
 
@@ -23,10 +20,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     seed = config.getoption("--seed")
     os.environ["FUSED_LOSSES_TEST_SEED"] = str(seed)  # where helpers.seed_of finds it, in other processes too
-    hypothesis.core.global_force_seed = seed
-    # what an earlier run found is no part of this one
-    hypothesis.settings.register_profile("suite", database=None)
-    hypothesis.settings.load_profile("suite")
+    if find_spec("hypothesis"):  # not on every machine with a GPU
+        import hypothesis.core
+
+        hypothesis.core.global_force_seed = seed
+        # what an earlier run found is no part of this one
+        hypothesis.settings.register_profile("suite", database=None)
+        hypothesis.settings.load_profile("suite")
 
 
 def pytest_report_header(config):
@@ -59,9 +59,10 @@ def one_thread():
 @pytest.fixture(scope="session")
 def static_report(tmp_path_factory):
     """Every kernel compiled for every target, once for all tests: exit code, output and rows of the check."""
+    from helpers import python
+
     path = tmp_path_factory.mktemp("static") / "rows.json"
-    command = [sys.executable, "-m", "bench.static", "--check", "--short", "--json", str(path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = python("-m", "bench.static", "--check", "--short", "--json", str(path))
     assert path.exists(), done.stderr[-3000:]
     rows = json.loads(path.read_text())["rows"]
     return SimpleNamespace(code=done.returncode, says=done.stdout, rows=rows)

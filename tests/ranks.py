@@ -1,10 +1,10 @@
 """Functions run on the processes of a gloo group. Starting one costs seconds, so they wait for the next; none is ever taken
-down but killed, for gloo's threads may abort while an interpreter leaves, which says nothing about us."""
+down but killed, for gloo's threads may abort while an interpreter leaves, which says nothing about us. They end with the
+process that started them, however that ends, and leave nothing on disk."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import seeded
+from lifetime import end_with_parent
 
 CONTEXT = mp.get_context("spawn")
 GRACE = 5.0  # seconds that the others get once one has failed: they may wait for it for ever
@@ -26,6 +27,7 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self.size = size
         self.alive: list[tuple[Any, Connection]] = []
+        self.store: dist.TCPStore | None = None  # where they find each other: on a port that is free
 
     def run(self, world: int, function: Callable, *args: Any, timeout: float = 120.0) -> None:
         """function(rank, group, *args) on ranks 0 .. world - 1, with this process's FUSED_LOSSES_BACKEND. Raises
@@ -58,10 +60,10 @@ class Ranks:
         if all(process.is_alive() for process, _ in self.alive) and self.alive:
             return
         self.kill()
-        store = tempfile.mkdtemp() + "/store"
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.size):
             here, there = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=serve, args=(there, rank, self.size, store), daemon=True)
+            process = CONTEXT.Process(target=serve, args=(there, rank, self.size, self.store.port), daemon=True)
             process.start()
             there.close()
             self.alive.append((process, here))
@@ -71,12 +73,14 @@ class Ranks:
             process.kill()
             process.join()
             pipe.close()
-        self.alive = []
+        self.alive, self.store = [], None
 
 
-def serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+def serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     groups = {world: dist.new_group(list(range(world))) for world in range(1, size)} | {size: dist.group.WORLD}
     while True:
         try:

@@ -1,12 +1,12 @@
 """The benchmark measures what it says: workloads, the gate, limits, the command."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import python
 
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
@@ -143,7 +143,7 @@ def test_random_problems():
 
 
 def command(*args):
-    done = subprocess.run([sys.executable, "-m", "bench", *args], cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "bench", *args)
     return done.returncode, done.stdout + done.stderr
 
 

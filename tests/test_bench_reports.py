@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from helpers import python
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -126,8 +126,7 @@ def test_statistics_are_pytest_benchmarks(seconds):
 def test_pytest_benchmark_reads_it(good, tmp_path):
     pytest.importorskip("pytest_benchmark")
     results.save(tmp_path / "r.json", good)
-    command = [sys.executable, "-m", "pytest_benchmark", "compare", "r.json", "--csv=out.csv"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = python("-m", "pytest_benchmark", "compare", "r.json", "--csv=out.csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("dpo[") == 4 and "iled to load" not in done.stdout + done.stderr
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 5

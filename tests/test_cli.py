@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import python
 
 import fused_losses as fl
 from fused_losses import check, divergences, env, memory, planner, torch_backend
@@ -32,18 +31,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_module_runs_and_imports_one_command():
     """A real process: the exit code gets out, and `env` does not pay for the imports of `demo`."""
-
-    def python(*argv):
-        env = {**os.environ, "FUSED_LOSSES_BACKEND": "torch"}
-        return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
-
+    env = {**os.environ, "FUSED_LOSSES_BACKEND": "torch"}
     code = "import sys; from fused_losses.__main__ import main; code = main(['env'])"
     code += "; print({'fused_losses.demo', 'fused_losses.check'} & {*sys.modules}); sys.exit(code)"
-    done = python("-c", code)
+    done = python("-c", code, env=env)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stderr
     assert "why: FUSED_LOSSES_BACKEND=torch" in done.stdout
 
-    done = python("-m", "fused_losses", "check", "--divergence", "nope")
+    done = python("-m", "fused_losses", "check", "--divergence", "nope", env=env)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: divergence: unknown name 'nope'") and "Traceback" not in done.stderr
 

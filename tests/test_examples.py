@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers import python
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,15 +74,14 @@ def names():
     return [name for name in CLAIMS if find_spec(PACKAGES.get(name, "torch"))]
 
 
-def python(*words):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+def run(*words):
+    return python(*words, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def said():
     """What each script has printed, by its name; and by "name:loss", with that loss spoilt."""
-    done = python("-c", RUNNER, *names(), *(f"{name}:{loss}" for name, loss in WRONG.items()))
+    done = run("-c", RUNNER, *names(), *(f"{name}:{loss}" for name, loss in WRONG.items()))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return dict(re.findall(r"^== (\S+)\n(.*?)(?=^== |\Z)", done.stdout, re.M | re.S))
 
@@ -103,7 +101,7 @@ def test_a_wrong_loss_is_noticed(name, said):
 
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes(name):
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"examples/{name}.py")
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"examples/{name}.py")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert re.search(TWO[name], done.stdout), done.stdout
 

@@ -1,12 +1,10 @@
 """The operators as torch sees them: opcheck, torch.compile, checkpointing, memory, and a bare import."""
 
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import labels_for, logits
+from helpers import labels_for, logits, python
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -165,7 +163,7 @@ def test_import_needs_torch_alone():
         "bad = {'triton', 'transformers', 'datasets', 'matplotlib', 'kernels'} & set(sys.modules)\n"
         "assert not bad, bad"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code, cwd=None, capture_output=False, check=True)
 
 
 def test_registry_reaches_the_operators():

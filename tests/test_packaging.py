@@ -3,13 +3,12 @@
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import python
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
@@ -23,18 +22,18 @@ for name in {KERNELS}:
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="kernels need Triton")
 
 
-def python(code, cwd, pythonpath=None):
+def run(code, cwd, pythonpath=None):
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     if pythonpath:
         env["PYTHONPATH"] = str(pythonpath)
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    done = python("-c", code, cwd=cwd, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
 
 def build(kind, tree, out):
     """Run the build backend itself: no isolated environment, hence no network."""
-    return out / python(f"from setuptools import build_meta as b; print(b.build_{kind}({str(out)!r}))", tree)[-1]
+    return out / run(f"from setuptools import build_meta as b; print(b.build_{kind}({str(out)!r}))", tree)[-1]
 
 
 def contents(wheel):
@@ -74,7 +73,7 @@ def test_wheel_has_one_top_level_name(wheel):
 
 
 def test_wheel_version(wheel):
-    version = python("import fused_losses; print(fused_losses.__version__)", ROOT)[-1]
+    version = run("import fused_losses; print(fused_losses.__version__)", ROOT)[-1]
     assert wheel.name == f"fused_losses-{version}-py3-none-any.whl"
 
 
@@ -93,23 +92,23 @@ def test_wheel_imports_outside_the_checkout(wheel, tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    for file in python(IMPORT_ALL, tmp_path, pythonpath=site):
+    for file in run(IMPORT_ALL, tmp_path, pythonpath=site):
         assert Path(file).is_relative_to(site)
 
 
 @needs_triton
 def test_imports_inside_the_checkout():
-    for file in python(IMPORT_ALL, ROOT):
+    for file in run(IMPORT_ALL, ROOT):
         assert Path(file).resolve().parent in (ROOT / "fused_losses", ROOT / "kernels")
 
 
 def test_import_needs_torch_alone():
     code = "import sys, fused_losses; print(*sorted({'triton', 'transformers'} & set(sys.modules)))"
-    assert python(code, ROOT)[-1] == ""
+    assert run(code, ROOT)[-1] == ""
 
 
 def test_import_kernels_is_not_ours():
     """From the root, `kernels` is the package of that name if there is one, else a bare namespace."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     code = "import kernels; print(getattr(kernels, '__file__', None) or '')"
-    assert Path(python(code, ROOT)[-1]).parent != ROOT / "kernels"
+    assert Path(run(code, ROOT)[-1]).parent != ROOT / "kernels"

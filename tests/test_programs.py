@@ -2,24 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import python
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(*command, env=None):
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 def test_demo(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("datasets")
     picture = tmp_path / "demo.png"
-    done = run(
+    done = python(
         "-m",
         "fused_losses",
         "demo",
@@ -46,7 +41,7 @@ def test_gpu_script_without_a_gpu(tmp_path):
     import torch
 
     env = os.environ | {"OUT": str(tmp_path)}
-    done = run("bench/gpu.py", "--dry-run", "--tests", "tests/test_readme.py -k tree", env=env)
+    done = python("bench/gpu.py", "--dry-run", "--tests", "tests/test_readme.py -k tree", env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "cpu" / "tiny.json").read_text())
     assert report["benchmarks"] and report["commit_info"]["id"]
@@ -55,8 +50,8 @@ def test_gpu_script_without_a_gpu(tmp_path):
     assert "tests: passed (1 passed)" in done.stdout and "FAILED" not in done.stdout
     assert "| not measured |" in (tmp_path / "cpu" / "targets.txt").read_text()
     if not torch.cuda.is_available():
-        assert run("bench/gpu.py").returncode == 2
-        assert run("-m", "bench", "tune").returncode == 2
+        assert python("bench/gpu.py").returncode == 2
+        assert python("-m", "bench", "tune").returncode == 2
 
 
 def test_a_test_that_fails_on_the_gpu_is_reported(tmp_path):
@@ -64,5 +59,5 @@ def test_a_test_that_fails_on_the_gpu_is_reported(tmp_path):
     wrong.write_text("def test_wrong():\n    assert 1 + 1 == 3\n")
     env = os.environ | {"OUT": str(tmp_path)}
     command = ("bench/gpu.py", "--dry-run", "--tests", str(wrong), "--seconds", "30", "--grid", "tiny")
-    done = run(*command, env=env)
+    done = python(*command, env=env)
     assert done.returncode == 1 and "tests: FAILED, exit code 1 (1 failed)" in done.stdout

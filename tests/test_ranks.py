@@ -1,6 +1,10 @@
-"""What tests of several processes rest on: that a rank which fails is heard of."""
+"""What tests of several processes rest on: a rank which fails is heard of, and none outlives the process that started it."""
 
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +34,31 @@ def test_failures_are_heard_of():
     assert "rank 0: Traceback" in str(failure.value) and "ValueError: on purpose" in str(failure.value)
     assert "rank 1: died without a word, exit code 3" in str(failure.value)
     assert not ranks.alive
+
+
+def stuck(rank, group):
+    """One waits for the other, which does not answer, and both say so before."""
+    dist.barrier(group)
+    os.write(1, b"stuck\n")
+    if rank == 0:
+        dist.all_reduce(torch.ones(1), group=group)
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(("how", "all_of_them"), [("SIGINT", True), ("SIGKILL", False)])
+def test_none_outlives_the_process_that_started_it(how, all_of_them):
+    """Ctrl-C, which a terminal sends to all processes; and what a process does not hear of, as os._exit or SIGTERM."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "bench"), os.environ.get("PYTHONPATH", "")]
+    code = "import ranks, test_ranks; ranks.Ranks(2).run(2, test_ranks.stuck)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert [parent.stdout.readline() for _ in range(2)] == [b"stuck\n"] * 2
+        (os.killpg if all_of_them else os.kill)(parent.pid, getattr(signal, how))
+        parent.communicate(timeout=20)  # until nobody is left who could write to the pipe
+    finally:
+        if parent.returncode is None:
+            os.killpg(parent.pid, signal.SIGKILL)

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import traffic
-from helpers import relative
+from helpers import python, relative
 
 import fused_losses as fl
 from fused_losses import divergences, moments
@@ -292,7 +290,7 @@ def test_machine_code():
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_LOSSES_BACKEND")}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")])
     code = "import json, test_tiles; print(json.dumps(test_tiles.compile_all()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True)
+    done = python("-c", code, cwd="/", env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert len(facts) == 4 * len(TARGETS) + 3

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
-import subprocess
 import sys
 import types
 
 import pytest
 import torch
-from helpers import generator_of, relative, seed_of, seeded
+from helpers import generator_of, python, relative, seed_of, seeded
 
 import fused_losses as fl
 from fused_losses.integrations import trl_kernels
@@ -374,7 +373,7 @@ def test_importing_it_does_not_import_trl():
     code = (
         "import sys, fused_losses.integrations.trl_kernels; print('trl' in sys.modules, 'transformers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code, cwd=None, check=True)
     assert done.stdout.split() == ["False", "False"]
 
 
