@@ -1,17 +1,21 @@
 """What the tests share: seeds, errors against a float64 truth, gradients of named outputs, and the inputs."""
 
+import contextlib
 import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from lifetime import ends_with
 from torch.autograd.profiler import profile
 
 import fused_losses as fl
+from fused_losses import hidden_ops, ops, torch_backend
+from fused_losses.layout import PairProblem, Problem
 
 EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
@@ -228,6 +232,53 @@ def products(fn):
         if event.name() in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
             a, b = event.shapes()["add" in event.name() :][:2]
             found.append((math.prod(a[:-1]), b[-1], a[-1]))
+    return found
+
+
+def _compiled_for(x):
+    """Of an argument of a backend's function: what chooses its kernel, without the numbers that this computes with."""
+    if isinstance(x, Problem):
+        heads = bool(x.softcap), bool(x.ref_softcap)
+        return *(d.name for d in x.divergences), x.entropy, x.collision, x.shift, *heads
+    if isinstance(x, PairProblem):
+        return x.divergence.name, x.term.__name__, x.ref_summed
+    if isinstance(x, (list, tuple)):
+        return tuple(map(_compiled_for, x))
+    return x if x is None or isinstance(x, bool) else type(x).__name__
+
+
+def kernels_of(call):
+    """What call() asks of a backend: its functions, each with the divergences, sums, links, terms, outputs and gradients that
+    the kernel behind it is compiled for. Calls that ask for the same run the same kernels; all else of them is torch."""
+    asked = set()
+
+    class Spy:
+        def __getattr__(self, name):
+            def run(*args):
+                asked.add((name, *map(_compiled_for, args)))
+                return getattr(torch_backend, name)(*args)
+
+            return run
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, FUSED_LOSSES_BACKEND="torch"))
+        for module in (ops, hidden_ops):
+            stack.enter_context(mock.patch.object(module, "backend_module", lambda name: Spy()))
+        call()
+    return frozenset(asked)
+
+
+def one_of_each(cases, kernels):
+    """Of the cases those that run kernels which no case before them does, kernels(case) being kernels_of its call: what is
+    left to Triton's interpreter, which takes seconds for each. All of them on a GPU."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return list(cases)
+    found, seen = [], set()
+    for case in cases:
+        asked = kernels(case)
+        if not asked <= seen:
+            found.append(case)
+        seen |= asked
     return found
 
 

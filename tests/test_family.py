@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 import torch
-from helpers import double, generator_of, relative
+from helpers import double, generator_of, kernels_of, one_of_each, relative
 
 import fused_losses as fl
 from fused_losses.losses import FAMILY
@@ -134,11 +134,27 @@ def test_plans_and_options(monkeypatch, name, variant):
         batch.compare("hidden", ref, shift=True)
 
 
-@pytest.mark.parametrize(("name", "variant"), CASES)
-def test_on_the_triton_backend(monkeypatch, device, name, variant):
-    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
+def logits_of(name, variant, device="cpu"):
+    """A batch, and what call() and compare() take for logits on both sides."""
     batch = Batch(name, variant, seed=2, device=device)
-    batch.compare("logits", None if batch.entry.ref == "unused" else "logits", 2e-5)
+    return batch, "logits", None if batch.entry.ref == "unused" else "logits"
+
+
+def kernels(case):
+    batch, *sources = logits_of(*case)
+    return kernels_of(lambda: batch.call(fl, torch.float32, *sources))
+
+
+def pytest_generate_tests(metafunc):
+    if "interpreted" in metafunc.fixturenames:
+        metafunc.parametrize("interpreted", one_of_each(CASES, kernels), ids="-".join)
+
+
+@pytest.mark.slow
+def test_on_the_triton_backend(monkeypatch, device, interpreted):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
+    batch, *sources = logits_of(*interpreted, device)
+    batch.compare(*sources, 2e-5)
 
 
 def test_twins_are_there():
