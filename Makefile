@@ -1,26 +1,33 @@
-# make test | demo | bench | gpu | lint | clean; `make help` explains.
+# make test | test-fast | demo | bench | gpu | lint | clean; `make help` explains.
 PYTHON ?= python3
 VENV ?= .venv
 GPU_PYTHON ?= python3
 ARGS ?=
 
 BIN := $(VENV)/bin
+# One process a processor. Tests that share something costly stay together, and what takes long comes first (tests/conftest.py).
+# Of ARGS, -n 0 is one process, in which a debugger works.
+pytest = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 install = $(BIN)/python -m pip install -c constraints.txt -e ".[$(1)]"
 
 .DELETE_ON_ERROR:
-.PHONY: help test lint demo bench gpu clean
+.PHONY: help test test-fast lint demo bench gpu clean
 
 help:
 	@echo "make test    ruff, mypy and pytest, in $(VENV) (made on first use; PYTHON=... chooses the interpreter)"
+	@echo "make test-fast    pytest without what is marked slow: something of every module, in a tenth of the time"
 	@echo "make lint    ruff and mypy only"
 	@echo "make demo    python -m fused_losses demo, in $(VENV); no GPU needed"
 	@echo "make bench   python -m bench: ours beside every peer that runs here, tables and pictures in bench/out; under ten minutes"
 	@echo "make gpu     bench/gpu.py with \$$(GPU_PYTHON), which has torch and triton already; installs nothing"
 	@echo "make clean   remove $(VENV), build products and caches"
-	@echo "ARGS=... is passed on: to pytest, the demo, the benchmark or bench/gpu.py"
+	@echo "ARGS=... is passed on: to pytest (--seed 3 draws other numbers), the demo, the benchmark or bench/gpu.py"
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(pytest) $(ARGS)
+
+test-fast: $(VENV)/.dev
+	$(pytest) -m "not slow" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

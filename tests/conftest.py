@@ -5,8 +5,13 @@ import os
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import pytest
-import torch
+# pytest-xdist runs as many processes as there are processors: each takes its share of them, and so does what it starts.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))  # which torch reads as it is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
 if not GPU:
@@ -58,14 +63,20 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def static_report(tmp_path_factory):
-    """Every kernel compiled for every target, once for all tests: exit code, output and rows of the check."""
+    """Every kernel compiled for every target, once for all tests of all processes: exit code, output and rows of the check."""
+    from filelock import FileLock
     from helpers import python
 
-    path = tmp_path_factory.mktemp("static") / "rows.json"
-    done = python("-m", "bench.static", "--check", "--short", "--json", str(path))
-    assert path.exists(), done.stderr[-3000:]
-    rows = json.loads(path.read_text())["rows"]
-    return SimpleNamespace(code=done.returncode, says=done.stdout, rows=rows)
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder  # of the whole run
+    rows, report = folder / "static_rows.json", folder / "static_report.json"
+    with FileLock(folder / "static.lock"):
+        if not report.exists():
+            done = python("-m", "bench.static", "--check", "--short", "--json", str(rows))
+            assert rows.exists(), done.stderr[-3000:]
+            made = {"code": done.returncode, "says": done.stdout, "rows": json.loads(rows.read_text())["rows"]}
+            report.write_text(json.dumps(made))
+    return SimpleNamespace(**json.loads(report.read_text()))
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +102,20 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
+def interpreted(item):
+    """Whether kernels run in Triton's interpreter, a thousand times slower than anything else here."""
+    return not GPU and hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist asks for groups
 def pytest_collection_modifyitems(items):
+    """What takes long comes first, so that no process waits for another's last test."""
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "static_report" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("static"))
+        if "static_report" in item.fixturenames or interpreted(item):
+            item.add_marker("slow")
+    wanted = ("static_report", "xdist_group", "slow")
+    items.sort(key=lambda item: [name not in {*item.fixturenames, *item.keywords} for name in wanted])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import python
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")]
 
 
 def adds(rank, group):
