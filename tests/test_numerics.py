@@ -2,38 +2,16 @@
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
-from helpers import double, gradients, logits, outputs, relative
+from helpers import double, gradient_errors, gradients, logits, outputs, relative
 
 import fused_losses as fl
 from fused_losses import divergences
 
 NAMES = divergences.names()
 INF = float("inf")
-
-
-def gradient_errors(device, ours, truth, leaves, exact, pick=lambda g: g):
-    """(what, error) of the gradient of each output's sum at each leaf, relative to the true one's norm. pick: what of ours the
-    true one stands for.
-
-    In the interpreter, where a backward takes seconds, of all outputs in one: their mean, each divided by its norm. Where
-    every error is within a bound, that of the mean is.
-    """
-    names = list(truth)
-    one = torch.ones_like(truth[names[0]])
-    wanted = {n: gradients(truth[n], exact, one) for n in names}
-    if device.type != "cpu" or os.environ["FUSED_LOSSES_BACKEND"] == "torch":
-        for n in names:
-            for g, t in zip(gradients(ours[n], leaves, one), wanted[n], strict=True):
-                yield n, relative(pick(g), t)
-        return
-    sizes = {n: len(names) * (max(t.norm().item() for t in wanted[n]) or 1.0) for n in names}
-    found = gradients(sum(ours[n] / sizes[n] for n in names), leaves, one)
-    for i, g in enumerate(found):
-        yield "the mean", (pick(g).double() - sum(wanted[n][i] / sizes[n] for n in names)).norm().item()
 
 
 # Relative error of the value, worst of 8 rows, at a true KL of about the first number: ten times what centred sums reach.
@@ -123,7 +101,7 @@ def test_gradients_near_the_reference(backend, device):
     z64, w64 = double(z), double(w)
     ours = fl.token_stats(z, y, w, divergence=NAMES).divergence
     truth = fl.reference.token_stats(z64, y, w64, divergence=NAMES).divergence
-    for what, error in gradient_errors(device, ours, truth, (z, w), (z64, w64)):
+    for what, error in gradient_errors(ours, truth, (z, w), (z64, w64)):
         assert error <= 1e-5, f"{what}: {error:.1e}"
 
 
@@ -159,7 +137,7 @@ def test_suppressed_tokens(backend, device, where, low):
         del true[name]
     for name, value in found.items():
         assert relative(value, true[name]) <= 1e-5, name
-    for what, error in gradient_errors(device, found, true, (z, w), (z64, w64), lambda g: g[:, keep]):
+    for what, error in gradient_errors(found, true, (z, w), (z64, w64), pick=lambda g: g[:, keep]):
         assert error <= 1e-5, f"{what}: {error:.1e}"
     everything = sum(value.sum() for value in outputs(ours).values())
     for g in torch.autograd.grad(everything, (z, w)):
@@ -249,7 +227,7 @@ def test_label_among_tokens_masked_by_a_large_number(backend, device, low):
         assert relative(ours[name], truth[name]) <= 1e-5, name
         if any(t.isnan().any() for t in gradients(truth[name], (z64, w64), one)):
             del ours[name], truth[name]
-    for what, error in gradient_errors(device, ours, truth, (z, w), (z64, w64)):
+    for what, error in gradient_errors(ours, truth, (z, w), (z64, w64)):
         assert error <= 1e-5, f"{what}: {error:.1e}"
 
 
