@@ -1,5 +1,8 @@
 """at_head: the model's own logits, auxiliary loss, images, adapters and engines; nothing is left behind."""
 
+import types
+from functools import partial
+
 import pytest
 import torch
 from test_head import FAMILIES, SMALL, H, V, assert_same, batch, make
@@ -302,6 +305,7 @@ def test_single_tokens_that_an_adapter_trains_are_refused(tied):
 
 
 @pytest.mark.parametrize("what", ["model", "head", "forward"])
+@pytest.mark.filterwarnings("error:Dynamo does not know")
 def test_compiled_in_place(what):
     """Modules that say how to call them faster are still called with the loss in place of the head."""
     torch._dynamo.reset()
@@ -352,3 +356,121 @@ def test_packed_sequences_do_not_see_one_another():
     packed = fl.at_head(model, lambda p: p.hidden, input_ids=ids, position_ids=positions).out
     alone = [fl.at_head(model, lambda p: p.hidden, input_ids=part).out for part in ids.split([5, 6], 1)]
     torch.testing.assert_close(packed, torch.cat(alone, 1))
+
+
+def test_a_loss_may_call_its_model():
+    """Not by at_head, but as ever: the logits of other inputs, say."""
+    model = make("LlamaForCausalLM")
+    (inputs, labels), (others, _) = batch(), batch(2, 5)
+    truth, other = model(**inputs).logits, model(**others).logits
+
+    def look(source):
+        torch.testing.assert_close(model(**others).logits, other)
+        assert_same(source, truth, labels)
+
+    fl.at_head(model, look, **inputs)
+
+
+def test_who_wants_logits():
+    """A hook on the model, and a model that goes around the hooks of its head: named, in words."""
+    model = make("LlamaForCausalLM")
+    inputs, _ = batch()
+    model.register_forward_hook(lambda m, args, out: halve_logits(out))
+    with pytest.raises(
+        ValueError, match="a hook or wrapper of LlamaForCausalLM failed on a dict of the loss.*'logits'"
+    ):
+        fl.at_head(model, lambda p: p.hidden.sum(), **inputs)
+    model._forward_hooks.clear()
+
+    def forward(input_ids, **_):
+        logits = model.lm_head.forward(model.model(input_ids).last_hidden_state)
+        return types.SimpleNamespace(logits=logits.double())
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="failed after it had called its head's forward.*'double'"):
+        fl.at_head(model, lambda p: p.hidden.sum(), **inputs)
+    with pytest.raises(ZeroDivisionError):
+        fl.at_head(model, lambda p: 1 / 0, **inputs)
+
+
+# ---- wrappers that have kept the model's own forward ---------------------------------------------------------------------
+
+
+class Keeps(nn.Module):
+    def __init__(self, module, call, after=lambda out: out):
+        super().__init__()
+        self.module, self.call, self.after = module, call, after
+
+    def forward(self, **inputs):
+        return self.after(self.call(**inputs))
+
+
+KEPT = {
+    "bound": lambda m: m.forward,
+    "partial": lambda m: partial(m.forward, output_hidden_states=False),
+    "of the class": lambda m: types.MethodType(type(m).forward, m),
+    "in a closure": lambda m: (lambda f: lambda **inputs: f(**inputs))(m.forward),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("cls", ["Llama", "Gemma2", "Mixtral"])
+def test_wrappers_that_keep_a_forward(cls, name):
+    model = {
+        "Llama": lambda: make("LlamaForCausalLM"),
+        "Gemma2": lambda: make("Gemma2ForCausalLM", final_logit_softcapping=0.5),
+        "Mixtral": moe,
+    }[cls]()
+    wrapper = Keeps(model, KEPT[name](model))
+    inputs, labels = batch()
+    loss = lambda source: fl.cross_entropy_loss(source, labels, shift=True)  # noqa: E731
+    (out, aux), (truth, true_aux) = fl.at_head(wrapper, loss, **inputs), fl.at_head(model, loss, **inputs)
+    assert isinstance(out, fl.LossOutput) and (aux is None) == (true_aux is None) == (cls != "Mixtral")
+    ours, theirs = (x.loss + (0 if a is None else a) for x, a in ((out, aux), (truth, true_aux)))
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters))
+    assert all("forward" not in m.__dict__ for m in wrapper.modules()) and not model.lm_head._forward_hooks
+
+
+def halve_logits(out):
+    out.logits = out.logits * 0.5
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_such_wrappers_may_not_do(dtype):
+    model = make("Gemma2ForCausalLM", final_logit_softcapping=20.0).to(dtype)
+    inputs, _ = batch()
+    look = lambda p: p.hidden.sum()  # noqa: E731
+    fl.at_head(Keeps(model, model.forward), look, **inputs)
+    for after, words in (
+        (halve_logits, "Keeps changes the logits that Gemma2ForCausalLM.forward returns"),
+        (lambda out: out.to_tuple(), "returned tuple, in which an auxiliary loss would not be found.*return_dict=True"),
+        (lambda out: out.logits, "returned Tensor, in which an auxiliary loss"),
+    ):
+        with pytest.raises(ValueError, match=f"model: Keeps .*{words.removeprefix('Keeps ')}"):
+            fl.at_head(Keeps(model, model.forward, after), look, **inputs)
+    with pytest.raises(ValueError, match="in which an auxiliary loss"):
+        fl.at_head(Keeps(model, model.forward), look, **inputs, return_dict=False)
+    with pytest.raises(
+        ValueError, match="Keeps returned tuple in place of what Gemma2ForCausalLM.forward had returned"
+    ):
+        fl.at_head(Keeps(model, lambda **own: model(**own), lambda out: (out["out"],)), look, **inputs)
+
+
+def test_adaption_prompts():
+    peft = pytest.importorskip("peft")
+    config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make("LlamaForCausalLM"), config).double()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.normal_()
+    inputs, labels = batch()
+    loss = lambda source: fl.token_stats(source, labels, shift=True).logps.sum()  # noqa: E731
+    found, truth = fl.at_head(model, loss, **inputs).out, loss(model(**inputs).logits)
+    torch.testing.assert_close(found, truth)
+    ours, theirs = (torch.autograd.grad(x, trained) for x in (found, truth))
+    assert ours and all(g.any() for g in ours)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)

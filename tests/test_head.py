@@ -292,6 +292,7 @@ def shard(module, log):
         for t in found:
             t.register_hook(lambda g: gather() if module.weight.numel() == 0 else None)
 
+    gather.__module__ = release.__module__ = "deepspeed.runtime.zero"  # by which they are known for an engine's
     module.register_forward_pre_hook(gather)
     module.register_forward_hook(release)
     module.weight.data = empty

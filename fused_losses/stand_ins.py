@@ -1,0 +1,123 @@
+"""Copies of a model's modules, with stand-ins for some of them: to run a model's forward without the model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class StandIn(nn.Module):
+    """Gives `answer` in place of a module whose attributes it still shows, and keeps what it was asked."""
+
+    def __init__(self, original: nn.Module, answer: Any, copies: Copies) -> None:
+        super().__init__()
+        self.__dict__.update(original=original, answer=answer, copies=copies, asked=[], training=original.training)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        self.asked.append(next(iter((*args, *options.values())), None))
+        return self.answer
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__
+        if "shown" not in own:
+            own["shown"] = own["copies"].of(own["original"])
+        return getattr(own["shown"], name)
+
+
+class Output(tuple):
+    """A model output that has a last hidden state and nothing else."""
+
+    last_hidden_state = property(lambda self: self[0])
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class Copies:
+    """Modules with attributes of their own, which hold the same values, but for stand-ins, and swap(x) for each tensor x.
+
+    What is bound to a module (a forward on the instance, a hook, a closure) is bound to its copy.
+    """
+
+    def __init__(self, swap: Callable[[Tensor], Tensor]) -> None:
+        self.swap = swap
+        self.made: dict[int, Any] = {}
+
+    def stand_in(self, original: nn.Module, answer: Any) -> StandIn:
+        return self.made.setdefault(id(original), StandIn(original, answer, self))
+
+    def of(self, module: nn.Module, at: int | None = None) -> nn.Module:
+        new = object.__new__(type(module))
+        if at is not None:
+            self.made[at] = new
+        new.__dict__.update({k: self(x) for k, x in list(module.__dict__.items())})  # other threads may add to it
+        return new
+
+    def __call__(self, x: Any) -> Any:
+        """x, or what is in its place."""
+        if id(x) in self.made:
+            return self.made[id(x)]
+        if isinstance(x, nn.Module):
+            return self.of(x, id(x))
+        if isinstance(x, Tensor):
+            return self.swap(x)
+        if type(x) in (dict, OrderedDict):
+            return type(x)((k, self(y)) for k, y in list(x.items()))
+        if type(x) in (list, tuple):
+            return type(x)(self(y) for y in x)
+        if isinstance(x, MethodType | partial | FunctionType) or _holds(x):
+            self.made[id(x)] = x  # where it refers to itself
+            self.made[id(x)] = self._function(x)
+            return self.made[id(x)]
+        return x
+
+    def _function(self, f: Any) -> Any:
+        if (compiled := getattr(f, "_torchdynamo_orig_callable", None)) is not None:
+            return self(compiled)
+        if isinstance(f, partial):
+            return partial(self(f.func), *self(f.args), **self(f.keywords))
+        if isinstance(f, MethodType):
+            owner = self(f.__self__)
+            if isinstance(owner, StandIn):
+                return getattr(owner, f.__name__)
+            return MethodType(self(f.__func__), owner)
+        if not isinstance(f, FunctionType):
+            return self._callable(f)
+        cells = [self._cell(c) for c in f.__closure__ or ()]
+        if all(new is old for new, old in zip(cells, f.__closure__ or (), strict=True)):
+            return f
+        new = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, tuple(cells))
+        new.__kwdefaults__ = f.__kwdefaults__
+        return new
+
+    def _callable(self, f: Any) -> Any:
+        held = {k: self(x) for k, x in vars(f).items()}
+        if all(x is held[k] for k, x in vars(f).items()):
+            return f
+        new = object.__new__(type(f))
+        new.__dict__.update(held)
+        return new
+
+    def _cell(self, cell: CellType) -> CellType:
+        old = cell_contents(cell)
+        new = self(old)
+        return cell if new is old else CellType(new)
+
+
+def _holds(x: Any) -> bool:
+    """An object that is called in place of what it holds, as accelerate's for mixed precision."""
+    new: Any = getattr(type(x), "__new__")  # noqa: B009
+    return callable(x) and not isinstance(x, type) and hasattr(x, "__dict__") and new is object.__new__
+
+
+def cell_contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
