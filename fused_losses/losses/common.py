@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,14 +18,52 @@ from ..sources import Source, TokenStats
 from ..stats import labels_mask
 
 
+class Part(NamedTuple):
+    """What a metric is made of, unit by unit: a unit is a pair, a sequence, or a row of tokens.
+
+    Metrics of several batches (micro-batches, ranks, an evaluation) cannot be averaged, for batches hold different numbers of
+    pairs and tokens. Amounts and counts can be added up, and units that count twice can be left out.
+    """
+
+    amounts: Tensor  # [units, ...], no graph, 0 where nothing counts
+    counts: Tensor | None = (
+        None  # [units, ...]: what the sum of the amounts is divided by the sum of; None: 1 for each unit
+    )
+    kind: str = "mean"  # 0 where the counts are 0; "mean or nan": NaN there; "sum": it is not divided
+
+    def value(self) -> Tensor:
+        total = self.amounts.sum()
+        if self.kind == "sum":
+            return total
+        if self.counts is None:
+            return total / max(len(self.amounts), 1)
+        count = self.counts.sum()
+        return total / (count if self.kind == "mean or nan" else count.clamp(min=1))
+
+    def sums(self, dtype: torch.dtype) -> Tensor:
+        """[2]: of the amounts and of the counts."""
+        total = self.amounts.sum()
+        count = torch.full_like(total, len(self.amounts)) if self.counts is None else self.counts.sum()
+        return torch.stack([total.to(dtype), count.to(dtype)])
+
+    def first(self, kept: int, of: int) -> Part:
+        """Without the units of the last rows of a batch, of which the first `kept` of `of` rows remain."""
+        units = len(self.amounts) * kept // of
+        return self._replace(amounts=self.amounts[:units], counts=None if self.counts is None else self.counts[:units])
+
+
+Parts = dict[str, tuple[Part, ...]]
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """loss: scalar ([B] with reduction="none"). metrics: detached 0-d tensors under TRL's keys, means over the batch.
-    stats: the TokenStats behind it."""
+    stats: the TokenStats behind it. parts: of each metric, and of "loss", the terms whose values it is the sum of."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(repr=False)
     stats: TokenStats = field(repr=False)
+    parts: Parts = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -39,6 +77,7 @@ class Entry:
     ref: str = "needed"  # or "optional", or "unused"
     distribution: bool = False  # of both sides: log-probs of labels are not enough
     inputs: Mapping[str, str] = field(default_factory=dict)  # more tensors: name -> a kind of INPUTS
+    tokens_for: Mapping[str, Sequence[str]] = field(default_factory=dict)  # options with which num_items counts tokens
 
 
 # A number, and what is true or false; hidden states [S, H] and several of them [S, J, H].
@@ -137,6 +176,8 @@ class Fused(NamedTuple):
     loss: Tensor  # reduced as asked
     stats: TokenStats
     tokens: Tokens  # without a graph, for metrics
+    losses: Tensor | None  # of the units, without a graph, where they are reduced
+    unit: str
 
 
 class Needs(NamedTuple):
@@ -170,26 +211,73 @@ def fused(
         how=How(plan, workspace, static_shapes),
         **batch,
     )
+    each = losses.detach() if reduced else None
     if reduction == "mean":
         count = tokens.mask.sum().clamp(min=1) if needs.unit == "token" else max(losses.numel(), 1)
         losses = losses.sum() / (count if num_items is None else num_items)
-    return Fused(losses.sum() if reduction == "sum" else losses, stats, tokens)
+    return Fused(losses.sum() if reduction == "sum" else losses, stats, tokens, each, needs.unit)
 
 
-def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Tensor]:
+def output(found: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
+    """The result of a loss, whose metrics are the sums of the values of their parts. "loss" is among these where its mean is
+    not over the units, or over tokens where those are the units."""
+    if "loss" not in parts and found.losses is not None:
+        loss = token_part(found, found.losses) if found.unit == "token" else Part(found.losses)
+        parts = {"loss": loss, **parts}
+    return with_parts(found.loss, found.stats, parts)
+
+
+def loss_and_nll(found: Fused, nll: Part, weight: float, share: float | Tensor) -> dict[str, tuple[Part, ...]]:
+    """The parts of losses to which each unit's share of a negative log-likelihood has been added: its mean is over tokens."""
+    if found.losses is None or not weight:
+        return {}
+    rest = Part(found.losses - weight * share * nll.amounts)
+    return {"loss": (rest, Part(weight * nll.amounts, nll.counts))}
+
+
+def with_parts(loss: Tensor, stats: TokenStats, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
+    every: Parts = {name: (x,) if isinstance(x, Part) else x for name, x in parts.items()}
+    metrics = {name: sum_of([x.value() for x in terms]) for name, terms in every.items() if name != "loss"}
+    return LossOutput(loss, metrics, stats, every)
+
+
+def sum_of(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
+
+
+def token_part(found: Fused, x: Tensor) -> Part:
+    """Of a number of each token, 0 where the mask is False; rows of tokens are the units, or packed sequences."""
+    tokens, mask = found.tokens, found.tokens.mask
+    if tokens.cu_seqlens is not None:
+        return Part(tokens.sums(x.reshape(-1)), tokens.lengths)
+    rows = found.stats.mask.shape[0] if found.stats.mask.dim() else 1
+    x, mask = (y.reshape(rows, y.numel() // max(rows, 1)) for y in (x, mask))
+    return Part(x, mask)
+
+
+def sequence_part(tokens: Tokens, x: Tensor, pairs: bool = False) -> Part:
+    """Of a number of each token, where sequences are the units, or pairs of them."""
+    count, mask = tokens.sequences, tokens.mask
+    counts = tokens.lengths if tokens.cu_seqlens is not None else mask.view(count, len(mask) // max(count, 1))
+    amounts = tokens.sums(x)
+    if pairs:
+        amounts, counts = (y.view(2, count // 2, *y.shape[1:]).transpose(0, 1) for y in (amounts, counts))
+    return Part(amounts, counts)
+
+
+def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Part]:
     """TRL's, from a reward and a log-prob of each of the 2B sequences: means over the pairs; and the entropy, if asked for."""
-    count = max(tokens.sequences // 2, 1)
     chosen, rejected = rewards.tensor_split(2)
     found = {
-        "rewards/chosen": chosen.sum() / count,
-        "rewards/rejected": rejected.sum() / count,
-        "rewards/margins": (chosen - rejected).sum() / count,
-        "rewards/accuracies": (chosen > rejected).to(rewards.dtype).sum() / count,
-        "logps/chosen": logps.tensor_split(2)[0].sum() / count,
-        "logps/rejected": logps.tensor_split(2)[1].sum() / count,
+        "rewards/chosen": Part(chosen),
+        "rewards/rejected": Part(rejected),
+        "rewards/margins": Part(chosen - rejected),
+        "rewards/accuracies": Part((chosen > rejected).to(rewards.dtype)),
+        "logps/chosen": Part(logps.tensor_split(2)[0]),
+        "logps/rejected": Part(logps.tensor_split(2)[1]),
     }
     if tokens.entropy is not None:
-        found["entropy"] = tokens.sums(tokens.entropy).sum() / tokens.mask.sum().clamp(min=1)
+        found["entropy"] = sequence_part(tokens, tokens.entropy, pairs=True)
     return found
 
 

@@ -12,7 +12,7 @@ from ..divergences import get
 from ..objective import Tokens
 from ..shards import shard_of
 from ..sources import Logits, LogProbs, Source, as_source, check_labels
-from .common import Entry, LossOutput, Needs, check_weights, fused
+from .common import Entry, LossOutput, Needs, check_weights, fused, output
 from .distillation import token_means
 
 __all__ = ["cross_entropy_loss"]
@@ -56,11 +56,12 @@ def cross_entropy_loss(
             losses = losses + eps * (tokens.divergence["forward_kl"] + math.log(vocab)) * tokens.mask
         return losses if not z_loss or tokens.lse is None else losses + z_loss * tokens.lse.square()
 
-    loss, stats, tokens = fused(formula, source, labels, ref, needs, **batch)
+    found = fused(formula, source, labels, ref, needs, **batch)
+    tokens = found.tokens
     more = {} if tokens.lse is None or tokens.correct is None else {
         "lse": tokens.lse, "mean_token_accuracy": tokens.correct.to(tokens.logps.dtype)
     }  # fmt: skip
-    return LossOutput(loss, token_means(tokens, **more), stats)
+    return output(found, token_means(found, **more))
 
 
 ENTRIES = [

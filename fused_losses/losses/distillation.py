@@ -9,7 +9,7 @@ from torch import Tensor
 from ..divergences import Divergence, from_key, get
 from ..objective import Tokens
 from ..sources import Source, as_source, check_labels
-from .common import Entry, LossOutput, Needs, check_weights, fused
+from .common import Entry, Fused, LossOutput, Needs, Part, check_weights, fused, output, token_part
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
 
@@ -44,7 +44,7 @@ def distillation_loss(
         return soft * tokens.divergence[d.key] - hard * tokens.logps
 
     found = fused(formula, student, check_labels(labels), teacher, Needs("token", (d,)), **batch)
-    return LossOutput(found.loss, token_means(found.tokens, kl=found.tokens.divergence[d.key]), found.stats)
+    return output(found, token_means(found, kl=found.tokens.divergence[d.key]))
 
 
 def sampled_distillation_loss(student: Source, labels: Tensor, teacher: Source, **batch: Any) -> LossOutput:
@@ -66,7 +66,7 @@ def sampled_distillation_loss(student: Source, labels: Tensor, teacher: Source, 
         return _ratio(tokens).detach() * tokens.logps
 
     found = fused(formula, student, check_labels(labels), teacher, Needs("token"), **batch)
-    return LossOutput(found.loss, token_means(found.tokens, kl=_ratio(found.tokens)), found.stats)
+    return output(found, token_means(found, kl=_ratio(found.tokens)))
 
 
 def _ratio(tokens: Tokens) -> Tensor:
@@ -80,11 +80,11 @@ def _gkd(beta: float) -> Divergence:
     return get("forward_kl") if beta == 0 else get("reverse_kl") if beta == 1 else get("js", beta=beta)
 
 
-def token_means(tokens: Tokens, **numbers: Tensor) -> dict[str, Tensor]:
+def token_means(found: Fused, **numbers: Tensor) -> dict[str, Part]:
     """Of the log-probs, the entropy if there is one, and more, over the tokens that count."""
-    count = tokens.mask.sum().clamp(min=1)
+    tokens = found.tokens
     numbers |= {"logps": tokens.logps} | ({} if tokens.entropy is None else {"entropy": tokens.entropy})
-    return {name: x.sum() / count for name, x in numbers.items()}
+    return {name: token_part(found, x) for name, x in numbers.items()}
 
 
 ENTRIES = [

@@ -13,7 +13,20 @@ from ..objective import Tokens
 from ..shards import span_of
 from ..sources import FLOATS, Source, check_labels
 from ..stats import token_stats
-from .common import Entry, LossOutput, Needs, check_positive, check_sequences, counting_mask, fused, reduced
+from .common import (
+    Entry,
+    LossOutput,
+    Needs,
+    Part,
+    check_positive,
+    check_sequences,
+    counting_mask,
+    fused,
+    loss_and_nll,
+    output,
+    reduced,
+    sequence_part,
+)
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
@@ -125,13 +138,14 @@ def lta_thinker_loss(
         formula, policy, labels, None, Needs("sequence"), cu_seqlens=cu_seqlens, reduction=reduction, num_items=num_items,
         **batch,
     )  # fmt: skip
-    loss = found.loss + reduced(weights[1] * focus + weights[2] * alignment, reduction, num_items)
-    parts = {"reasoning_focus": focus, "semantic_alignment": alignment}
-    metrics = {name: x.detach().sum() / max(sequences, 1) for name, x in parts.items()}
-    metrics["sft"] = -found.tokens.sums(found.tokens.logps).sum() / tokens_that_count
-    if found.tokens.entropy is not None:
-        metrics["entropy"] = found.tokens.sums(found.tokens.entropy).sum() / tokens_that_count
-    return LossOutput(loss, metrics, found.stats)
+    more, tokens = weights[1] * focus + weights[2] * alignment, found.tokens
+    parts: dict[str, Any] = {"reasoning_focus": Part(focus.detach()), "semantic_alignment": Part(alignment.detach())}
+    parts["sft"] = sequence_part(tokens, -tokens.logps)
+    if tokens.entropy is not None:
+        parts["entropy"] = sequence_part(tokens, tokens.entropy)
+    losses = None if found.losses is None else found.losses + more.detach()
+    found = found._replace(loss=found.loss + reduced(more, reduction, num_items), losses=losses)
+    return output(found, parts | loss_and_nll(found, parts["sft"], weights[0], share))
 
 
 def check_weights(weights: tuple[float, float, float]) -> None:

@@ -13,7 +13,18 @@ from ..divergences import Divergence, from_key
 from ..objective import Tokens
 from ..pointwise import cap
 from ..sources import FLOATS, LogProbs, Source, check_labels
-from .common import Entry, LossOutput, Needs, check_positive, check_reduction, check_sequences, fused
+from .common import (
+    Entry,
+    LossOutput,
+    Needs,
+    Part,
+    check_positive,
+    check_reduction,
+    check_sequences,
+    fused,
+    output,
+    sequence_part,
+)
 
 __all__ = ["group_advantages", "grpo_loss"]
 
@@ -113,7 +124,10 @@ def grpo_loss(
     total = found.loss
     if mean_of_tokens:
         total = total / (found.tokens.mask.sum().clamp(min=1) if num_items is None else num_items)
-    return LossOutput(total, _metrics(found.tokens, o, ref is not None), found.stats)
+    parts = _parts(found.tokens, o, ref is not None)
+    if found.losses is not None and mean_of_tokens:
+        parts["loss"] = Part(found.losses, found.tokens.lengths)
+    return output(found._replace(loss=total), parts)
 
 
 @dataclass(frozen=True)
@@ -246,23 +260,21 @@ def _kl(tokens: Tokens, o: Options) -> Tensor:
     return d.expm1() - d if o.kl == "k3" else d.square() / 2
 
 
-def _metrics(tokens: Tokens, o: Options, ref: bool) -> dict[str, Tensor]:
-    count = tokens.mask.sum().clamp(min=1)
+def _parts(tokens: Tokens, o: Options, ref: bool) -> dict[str, Part]:
     x, a = _ratios(tokens, o)
 
-    def share(which: Tensor) -> Tensor:
-        if _by_sequence(tokens, o):
-            return which.to(x.dtype).sum() / max(tokens.sequences, 1)
-        return (which & tokens.mask).to(x.dtype).sum() / count
+    def share(which: Tensor) -> Part:
+        which = which.to(x.dtype)
+        return Part(which) if _by_sequence(tokens, o) else sequence_part(tokens, which)
 
-    found = {"kl": _kl(tokens, o).sum() / count} if ref else {}
+    found = {"kl": sequence_part(tokens, _kl(tokens, o))} if ref else {}
     if o.loss == "cispo":
         found["cispo_clip_ratio"] = share((x > o.highest) & (a > 0))
     else:
         low, high = (x < o.lowest) & (a < 0), (x > o.highest) & (a > 0)
         found |= {f"clip_ratio/{n}_mean": share(y) for n, y in (("low", low), ("high", high), ("region", low | high))}
     if tokens.entropy is not None:
-        found["entropy"] = tokens.entropy.sum() / count
+        found["entropy"] = sequence_part(tokens, tokens.entropy)
     return found
 
 
@@ -301,7 +313,8 @@ def _centred(r: Tensor, counts: Tensor) -> Tensor:
 _OLD = {"advantages": "per sequence", "old_logps": "per token"}
 ENTRIES = [
     Entry(
-        grpo_loss, "sequences", "2402.03300, 2503.20783, 2503.14476, 2506.13585, 2507.18071", inputs=_OLD, variants={
+        grpo_loss, "sequences", "2402.03300, 2503.20783, 2503.14476, 2506.13585, 2507.18071", inputs=_OLD,
+        tokens_for={"loss": BY_TOKENS}, variants={
             "grpo": {"beta": 0.3}, "dr_grpo": {"loss": "dr_grpo", "max_completion_length": 9, "beta": 0.3, "kl": "k1"},
             "bnpo": {"loss": "bnpo", "epsilon_high": 0.28, "delta": 4.0}, "dapo": {"loss": "dapo", "beta": 0.3, "kl": "k2"},
             "cispo": {"loss": "cispo", "epsilon_high": 2.0, "beta": 0.1}, "GSPO": {"importance": "sequence", "beta": 0.3},

@@ -12,7 +12,18 @@ from ..divergences import Divergence
 from ..objective import Tokens
 from ..shards import Span, span_of
 from ..sources import LogProbs, Source, as_source, check_labels
-from .common import Entry, LossOutput, Needs, check_pairs, counting_mask, fused, pair_metrics
+from .common import (
+    Entry,
+    LossOutput,
+    Needs,
+    Part,
+    check_pairs,
+    counting_mask,
+    fused,
+    loss_and_nll,
+    output,
+    pair_metrics,
+)
 from .pair_losses import LOSSES, Pairs, desensitised, read_options, wpo_weights
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
@@ -138,7 +149,12 @@ def preference_loss(
         inplace_backward=inplace_backward, plan=plan, workspace=workspace, static_shapes=static_shapes,
     )  # fmt: skip
     t = found.tokens if o.ld_alpha is None else desensitised(found.tokens, o.ld_alpha)
-    return LossOutput(found.loss, pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps)), found.stats)
+    parts: dict[str, Any] = {**pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps))}
+    if "sft" in o.names and not o.weighting:
+        own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
+        nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
+        parts |= loss_and_nll(found, nll, sum(weight for name, weight in o.losses if name == "sft"), batch / chosen)  # type: ignore[operator]
+    return output(found, parts)
 
 
 def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:

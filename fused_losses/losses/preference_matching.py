@@ -16,7 +16,19 @@ from torch.nn.functional import softplus
 from ..layout import stats_dtype
 from ..objective import Tokens
 from ..sources import FLOATS, Source, check_labels
-from .common import Entry, LossOutput, Needs, check_per_sequence, check_positive, check_sequences, fused, reduced
+from .common import (
+    Entry,
+    LossOutput,
+    Needs,
+    Part,
+    check_per_sequence,
+    check_positive,
+    check_sequences,
+    fused,
+    output,
+    reduced,
+    sequence_part,
+)
 
 __all__ = [
     "bradley_terry_loss", "conditional_preference_matching_loss", "plackett_luce_loss", "preference_matching_gap",
@@ -66,7 +78,7 @@ def preference_matching_loss(
         exact if form == "entropy" else sampled, policy, labels, None, Needs("sequence", per_sequence=extra),
         cu_seqlens=cu_seqlens, **batch,
     )  # fmt: skip
-    return LossOutput(found.loss, _metrics(found.tokens), found.stats)
+    return output(found, _parts(found.tokens))
 
 
 def conditional_preference_matching_loss(
@@ -99,11 +111,10 @@ def conditional_preference_matching_loss(
         return beta * _score_function(tokens, _penalty(tokens.logps, tokens.ref_logps, low))
 
     found = fused(formula, policy, labels, ref, Needs("sequence", per_sequence=extra), cu_seqlens=cu_seqlens, **batch)
-    metrics, tokens = _metrics(found.tokens), found.tokens
+    tokens = found.tokens
     assert tokens.ref_logps is not None
-    inside = tokens.sums((tokens.ref_logps > low).to(tokens.logps.dtype)).sum()
-    metrics["support"] = inside / tokens.mask.sum().clamp(min=1)
-    return LossOutput(found.loss, metrics, found.stats)
+    inside = (tokens.ref_logps > low).to(tokens.logps.dtype)
+    return output(found, _parts(tokens) | {"support": sequence_part(tokens, inside)})
 
 
 def check_matching(
@@ -141,10 +152,10 @@ def _score_function(tokens: Tokens, penalty: Tensor) -> Tensor:
     return value + weight * (logps - logps.detach())
 
 
-def _metrics(tokens: Tokens) -> dict[str, Tensor]:
-    found = {"logps": tokens.sums(tokens.logps).sum() / max(tokens.sequences, 1)}
+def _parts(tokens: Tokens) -> dict[str, Part]:
+    found = {"logps": Part(tokens.sums(tokens.logps))}
     if tokens.entropy is not None:
-        found["entropy"] = tokens.sums(tokens.entropy).sum() / tokens.mask.sum().clamp(min=1)
+        found["entropy"] = sequence_part(tokens, tokens.entropy)
     return found
 
 

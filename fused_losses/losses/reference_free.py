@@ -24,11 +24,14 @@ from .common import (
     Fused,
     LossOutput,
     Needs,
+    Part,
     check_pairs,
     check_positive,
     check_weights,
     counting_mask,
     fused,
+    loss_and_nll,
+    output,
     pair_metrics,
 )  # fmt: skip
 
@@ -70,7 +73,7 @@ def simpo_loss(
         return _smoothed(beta * (reward(w) - reward(l)) - gamma, label_smoothing)
 
     found, x, nll = _pairs(term, policy, labels, True, cpo_alpha, num_nll_tokens=num_nll_tokens, **batch)
-    return LossOutput(found.loss, pair_metrics(found.tokens, beta * reward(x), x) | {"nll_loss": nll}, found.stats)
+    return output(found, pair_metrics(found.tokens, beta * reward(x), x) | nll)
 
 
 def cpo_loss(
@@ -105,7 +108,7 @@ def cpo_loss(
         return torch.relu(1 - beta * (w - l)) if loss == "hinge" else (w - l - 0.5 / beta).square()
 
     found, x, nll = _pairs(term, policy, labels, loss == "ipo", cpo_alpha, num_nll_tokens=num_nll_tokens, **batch)
-    return LossOutput(found.loss, pair_metrics(found.tokens, beta * x, x) | {"nll_loss": nll}, found.stats)
+    return output(found, pair_metrics(found.tokens, beta * x, x) | nll)
 
 
 def orpo_loss(
@@ -138,9 +141,9 @@ def orpo_loss(
         return -beta * logsigmoid(log_odds(w, l))
 
     found, x, nll = _pairs(term, policy, labels, True, 1.0, nll_labels, num_nll_tokens, **batch)
-    odds, count = log_odds(*x.tensor_split(2)), max(len(x) // 2, 1)
-    more = {"log_odds_chosen": odds.sum() / count, "log_odds_ratio": logsigmoid(odds).sum() / count, "nll_loss": nll}
-    return LossOutput(found.loss, pair_metrics(_scored(found.tokens), beta * x, x) | more, found.stats)
+    odds = log_odds(*x.tensor_split(2))
+    more = {"log_odds_chosen": Part(odds), "log_odds_ratio": Part(logsigmoid(odds))}
+    return output(found, pair_metrics(_scored(found.tokens), beta * x, x) | more | nll)
 
 
 def _smoothed(margin: Tensor, eps: float) -> Tensor:
@@ -158,8 +161,9 @@ def _pairs(
     term: Callable[[Tensor, Tensor], Tensor], policy: Source, labels: Tensor, mean: bool, weight: float,
     nll_labels: Tensor | None = None, num_nll_tokens: int | Tensor | None = None, num_items: int | Tensor | None = None,
     **batch: Any,
-) -> tuple[Fused, Tensor, Tensor]:  # fmt: skip
-    """term(chosen, rejected) + weight NLL; then the log-probs that the term took [2B], and the NLL. mean: over tokens."""
+) -> tuple[Fused, Tensor, dict[str, Any]]:  # fmt: skip
+    """term(chosen, rejected) + weight NLL; then the log-probs that the term took [2B], and the parts of the NLL and
+    the loss. mean: over tokens."""
     labels = check_labels(labels)
     pairs = check_pairs(labels, cu := batch.get("cu_seqlens"), batch.get("sequence_group")) // 2
     check_count(num_nll_tokens)
@@ -187,8 +191,9 @@ def _pairs(
         return losses - weight * tokens.sums(tokens.logps).tensor_split(2)[0] * times / by if weight else losses
 
     found = fused(formula, policy, labels, None, Needs("pair", per_token=extra), num_items=num_items, **batch)
-    nll = -found.tokens.sums(found.tokens.logps).tensor_split(2)[0].sum() / here
-    return found, logps(found.tokens), nll
+    own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
+    nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
+    return found, logps(found.tokens), {"nll_loss": nll, **loss_and_nll(found, nll, weight, times / by)}
 
 
 def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float, cpo_alpha: float) -> None:

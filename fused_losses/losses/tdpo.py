@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 from ..divergences import Divergence, from_key
 from ..objective import Tokens
 from ..sources import LogProbs, Source, check_labels
-from .common import Entry, LossOutput, Needs, check_pairs, check_positive, fused, pair_metrics
+from .common import Entry, LossOutput, Needs, Part, check_pairs, check_positive, fused, output, pair_metrics
 
 __all__ = ["tdpo_loss"]
 
@@ -52,11 +52,11 @@ def tdpo_loss(
         return -logsigmoid(beta * (h_w - h_l + apart))
 
     found = fused(formula, policy, labels, ref, Needs("pair", (d,)), **batch)
-    tokens, count = found.tokens, max(found.tokens.sequences // 2, 1)
+    tokens = found.tokens
     kl = tokens.sums(tokens.divergence[d.key])
-    metrics = pair_metrics(tokens, beta * (tokens.log_ratios() + kl), tokens.sums(tokens.logps))
+    parts = pair_metrics(tokens, beta * (tokens.log_ratios() + kl), tokens.sums(tokens.logps))
     w, l = kl.tensor_split(2)
-    return LossOutput(found.loss, metrics | {"kl/chosen": w.sum() / count, "kl/rejected": l.sum() / count}, found.stats)
+    return output(found, parts | {"kl/chosen": Part(w), "kl/rejected": Part(l)})
 
 
 def check_options(

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..divergences import Divergence, from_key
 from ..layout import shift_packed
 from ..logits_at import stats_at
+from ..objective import Tokens
 from ..shards import span_of
 from ..sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
 from ..stats import labels_mask, token_stats
-from .common import Entry, LossOutput, check_reduction, check_sequences, check_weights
+from .common import Entry, Fused, LossOutput, check_reduction, check_sequences, check_weights, output
+from .distillation import token_means
 
 __all__ = ["topk_distillation_loss"]
 
@@ -76,12 +78,15 @@ def topk_distillation_loss(
     losses = soft * kl - hard * stats.logps
     numbers = {"kl": kl, "topk_mass": mass.exp().masked_fill(~mask, 0), "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
-    total, mask, *found = span.whole([losses, mask, *numbers.values()])
+    total, mask, *others = span.whole([losses, mask, *numbers.values()])
     count = mask.sum().clamp(min=1)
-    metrics = {name: (x.sum() / count).detach() for name, x in zip(numbers, found, strict=True)}
     if reduction != "none":
         losses = total.sum() / (1 if reduction == "sum" else count if num_items is None else num_items)
-    return LossOutput(losses, metrics, replace(stats, divergence={d.key: kl}))
+    whole = dict(zip(numbers, (x.detach().reshape(-1) for x in others), strict=True))
+    own = Tokens(whole.pop("logps"), None, None, whole.pop("entropy", None), {}, mask.reshape(-1), cu_seqlens, 0)
+    stats = replace(stats, divergence={d.key: kl})
+    found = Fused(losses, stats, own, None if reduction == "none" else total.detach(), "token")
+    return output(found, token_means(found, **whole))
 
 
 def _divergence(

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..objective import Tokens
 from ..sources import FLOATS, Source, check_labels
-from .common import Entry, LossOutput, Needs, check_per_sequence, check_positive, check_sequences, fused
+from .common import (
+    Entry,
+    LossOutput,
+    Needs,
+    Part,
+    check_per_sequence,
+    check_positive,
+    check_sequences,
+    fused,
+    output,
+    sequence_part,
+)
 
 __all__ = ["RunningDelta", "bco_loss", "kto_baseline", "kto_loss"]
 
@@ -59,9 +70,7 @@ def kto_loss(
 
     own = {"desirable": desirable}
     found = fused(formula, policy, labels, ref, Needs("sequence", per_sequence=own), cu_seqlens=cu_seqlens, **batch)
-    metrics = _metrics(found.tokens, beta)
-    metrics["kl"] = found.tokens.logps.new_zeros(()) + z0
-    return LossOutput(found.loss, metrics, found.stats)
+    return output(found, _parts(found.tokens, beta, kl=z0))
 
 
 def check_kto(
@@ -203,9 +212,7 @@ def bco_loss(
 
     unit = "batch" if running else "sequence"
     found = fused(formula, policy, labels, ref, Needs(unit, per_sequence=own), cu_seqlens=cu_seqlens, **batch)
-    metrics = _metrics(found.tokens, beta)
-    metrics["delta"] = found.tokens.logps.new_zeros(()) + (shift.mean if isinstance(shift, RunningDelta) else shift)
-    return LossOutput(found.loss, metrics, found.stats)
+    return output(found, _parts(found.tokens, beta, delta=shift.mean if isinstance(shift, RunningDelta) else shift))
 
 
 def check_bco(
@@ -222,17 +229,20 @@ def check_bco(
     return {"desirable": desirable, "weights": weights.detach()}
 
 
-def _metrics(tokens: Tokens, beta: float) -> dict[str, Tensor]:
+def _parts(tokens: Tokens, beta: float, **constants: Tensor | float) -> dict[str, Part | tuple[Part, ...]]:
+    """constants: numbers of the whole batch, so of each of its sequences."""
     good, logps, rewards = tokens.extra["desirable"], tokens.sums(tokens.logps), beta * tokens.log_ratios()
-    found = {}
+    found: dict[str, Part | tuple[Part, ...]] = {}
     for name, which in (("chosen", good), ("rejected", ~good)):
-        count = which.sum().to(logps.dtype)
-        found[f"rewards/{name}"] = rewards.masked_fill(~which, 0).sum() / count
-        found[f"logps/{name}"] = logps.masked_fill(~which, 0).sum() / count
-        found[f"count/{name}"] = count
-    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        count = which.to(logps.dtype)
+        found[f"rewards/{name}"] = Part(rewards.masked_fill(~which, 0), count, "mean or nan")
+        found[f"logps/{name}"] = Part(logps.masked_fill(~which, 0), count, "mean or nan")
+        found[f"count/{name}"] = Part(count, kind="sum")
+    minus = -rewards.masked_fill(good, 0)
+    found["rewards/margins"] = (found["rewards/chosen"], Part(minus, (~good).to(logps.dtype), "mean or nan"))  # type: ignore[assignment]
+    found |= {name: Part(torch.zeros_like(logps) + x) for name, x in constants.items()}
     if tokens.entropy is not None:
-        found["entropy"] = tokens.entropy.sum() / tokens.mask.sum().clamp(min=1)
+        found["entropy"] = sequence_part(tokens, tokens.entropy)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,17 @@ from torch import Tensor
 from ..layout import stats_dtype
 from ..shards import span_of
 from ..sources import FLOATS, Source, check_labels
-from .common import Entry, LossOutput, check_per_sequence, check_positive, check_sequences, reduced, sequences_of
+from .common import (
+    Entry,
+    LossOutput,
+    Part,
+    check_per_sequence,
+    check_positive,
+    check_sequences,
+    reduced,
+    sequences_of,
+    with_parts,
+)
 from .preference import preference_loss
 
 __all__ = ["expectile_loss", "upo_loss"]
@@ -70,8 +81,12 @@ def upo_loss(
     nll = -tokens.sums(tokens.logps)
     w = (a / tau).clamp(max=LARGEST if clip is None else math.log(clip)).exp().to(nll.dtype)
     losses = out.loss + weight * _per_unit(w * nll, out.loss)
-    means = {name: x.detach().sum() / max(len(x), 1) for name, x in (("advantages", a), ("weights", w), ("nll", nll))}
-    return LossOutput(reduced(losses, reduction, num_items), out.metrics | means, out.stats)
+    parts: dict[str, Part | tuple[Part, ...]] = {**out.parts, "loss": Part(losses.detach())}
+    for name, x in (("advantages", a), ("weights", w), ("nll", nll)):
+        each = x.detach().view(len(x) // max(len(losses), 1), len(losses)).t()  # of a unit: one, or chosen and rejected
+        parts[name] = Part(each, torch.ones_like(each))
+    made = with_parts(reduced(losses, reduction, num_items), out.stats, parts)
+    return replace(made, metrics=out.metrics | made.metrics)  # those of a base of somebody's own, without parts
 
 
 def _per_unit(x: Tensor, losses: Tensor) -> Tensor:
