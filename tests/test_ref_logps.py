@@ -422,3 +422,59 @@ def test_refused_arguments(tmp_path, saved, rows):
         ref_logps.precompute(model, [], COLLATOR, tmp_path, **QUIET)
     with pytest.raises(TypeError, match="^collator: expected a PreferenceCollator or UnpairedCollator .* got function"):
         ref_logps.precompute(model, rows, lambda rows: rows, tmp_path, **QUIET)
+
+
+# ---- another adapter as the reference ------------------------------------------------------------------------------------
+
+
+def two_adapters(**options):
+    made = lora(make(1))
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, **options)
+    made.add_adapter("ref", config)
+    return made.double()
+
+
+def test_an_adapter_is_the_reference(tmp_path, rows):
+    model = two_adapters()
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    saved = ref_logps.precompute(model, rows, COLLATOR, tmp_path / "ref", adapter="ref", **QUIET)
+    assert model.active_adapters == ["default"]
+    assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in model.named_parameters())
+    whole = copy.deepcopy(model)
+    whole.set_adapter("ref")
+    merged = whole.merge_and_unload()
+    wanted = ref_logps.precompute(merged, rows, COLLATOR, tmp_path / "merged", **QUIET)
+    base = ref_logps.precompute(model, rows, COLLATOR, tmp_path / "base", **QUIET)
+    for name, values in saved.values.items():
+        np.testing.assert_allclose(values, wanted.values[name], rtol=1e-6)
+        assert np.abs(values - base.values[name]).max() > 1e-3
+
+
+def test_the_fingerprint_is_that_of_the_adapter(tmp_path, rows):
+    model = two_adapters()
+    ref_logps.precompute(model, rows, COLLATOR, tmp_path, adapter="ref", **QUIET)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, p in trained.named_parameters():
+            if ".default." in n:
+                p.add_(1)
+    ref_logps.load(tmp_path, model=trained)  # which is none of the reference
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        next(p for n, p in moved.named_parameters() if "lora_B.ref" in n).add_(1e-3)
+    for other, options, words in (
+        (moved, {}, r"stale.*model: 1 weights are others, such as .*lora_B"),
+        (model, {"adapter": "default"}, "stale.*model: .* weights are others"),
+        (two_adapters(lora_alpha=3), {}, "config: adapter's lora_alpha was 8, is 3"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            ref_logps.load(tmp_path, model=other, **options)
+    with pytest.raises(RuntimeError, match="stale"):
+        ref_logps.precompute(model, rows, COLLATOR, tmp_path, **QUIET)  # with no adapter
+    for other, words in (
+        (model, r"adapter: expected the name of an adapter, got 'old'; the model has 'default', 'ref'"),
+        (make(1), r"adapter: expected the name of an adapter, got 'old'; the model has no adapters"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ref_logps.precompute(other, rows, COLLATOR, tmp_path / "new", adapter="old", **QUIET)

@@ -17,7 +17,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..head import backbone, find_head, unwrapped
+from ..head import FusedHead, backbone, find_head, unwrapped
 from ..layout import shift_packed
 from ..stats import token_stats
 from ..trust_region import WRAPPERS
+from .adapters import adapter_owner, adapter_tensors, as_adapter, check_adapter
 
 __all__ = ["RefLogps", "load", "precompute"]
 
@@ -40,6 +41,13 @@ ADAPTED = ("base_layer", "original_module")  # what peft's layers keep the base 
 # What a config says about tokens, outputs and versions, none of which changes a log-prob.
 IRRELEVANT = ("architectures", "dtype", "return_dict", "torch_dtype", "transformers_version", "use_cache")
 PREFIXES, SUFFIXES = ("_", "output_"), ("_token_id",)
+OF_FILES = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+)  # of an adapter's config
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,15 @@ class RefLogps:
 def precompute(
     reference_model: nn.Module, dataset: Any, collator: Any, path: str | os.PathLike[str], *, batch_size: int,
     per_token: bool = False, tokenizer: Any = None, progress: bool = True, part_rows: int = 4096,
+    adapter: str | None = None,
 ) -> RefLogps:  # fmt: skip
     """Log-probs of all completions under a transformers model, computed from hidden states and written to the folder `path`.
 
         sum_t log q(y_t)  per sequence,  or  log q(y_t)  per predicted token with per_token=True; float32, nats
 
     The model runs in eval mode and without gradients, and is left as it was. Of a PEFT model this is the base, with the
-    adapter off (the implicit reference), and the adapter may be trained meanwhile.
+    adapter off (the implicit reference), and the adapter may be trained meanwhile; or, with adapter=, the model under the
+    adapter of this name, whichever is active.
 
     dataset: rows of token ids (data.tokenize_preferences, data.tokenize_unpaired) that can be counted and read again.
     collator: data.PreferenceCollator or data.UnpairedCollator; its truncation counts, packed or padded does not.
@@ -92,7 +102,7 @@ def precompute(
             raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
     folder, settings = Path(path), _settings(collator)
     now: dict[str, Any] = {
-        "model": _weights(reference_model), "config": _config(reference_model),
+        "model": _weights(reference_model, adapter), "config": _config(reference_model, adapter),
         "data": _data(dataset, settings["columns"]), "collator": settings,
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
     }  # fmt: skip
@@ -106,28 +116,34 @@ def precompute(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {"format": FORMAT, "per_token": per_token, "part_rows": part_rows, "versions": _versions()}
-        manifest |= {"names": list(collator.columns.values()), "fingerprint": now}
+        manifest |= {"names": list(collator.columns.values()), "adapter": adapter, "fingerprint": now}
         _write(folder / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
     missing = [(first, last) for first, last in _parts(manifest) if not _part(folder, first).exists()]
     if missing:
-        _fill(reference_model, dataset, collator, folder, manifest, missing, batch_size, progress)
+        with _as_reference(reference_model, adapter):
+            head = find_head(reference_model, adapter=adapter is not None)
+            _fill(head, backbone(reference_model), dataset, collator, folder, manifest, missing, batch_size, progress)
     return load(folder)
 
 
 def load(
     path: str | os.PathLike[str], *, model: nn.Module | None = None, dataset: Any = None, tokenizer: Any = None,
-    collator: Any = None,
+    collator: Any = None, adapter: str | None = None,
 ) -> RefLogps:  # fmt: skip
     """What precompute has written, compared with all that is given; attach(dataset) compares the dataset in any case.
 
-    RuntimeError that says what differs: weights or config of the model (of a PEFT model the base's), rows or their order, the
-    tokenizer's vocabulary, special tokens or chat template, the collator's truncation. Also where rows are missing.
+    RuntimeError that says what differs: weights or config of the model (of a PEFT model the base's, and those of the adapter
+    that precompute was given), rows or their order, the tokenizer's vocabulary, special tokens or chat template, the
+    collator's truncation. Also where rows are missing.
+
+    adapter: the reference's name in this model, where it is another than precompute was given.
     """
     folder = Path(path)
     manifest = _manifest(folder)
     now: dict[str, Any] = {}
     if model is not None:
-        now |= {"model": _weights(model), "config": _config(model)}
+        adapter = manifest.get("adapter") if adapter is None else adapter
+        now |= {"model": _weights(model, adapter), "config": _config(model, adapter)}
     if tokenizer is not None:
         now["tokenizer"] = _tokenizer(tokenizer)
     if collator is not None:
@@ -154,15 +170,14 @@ def load(
 
 
 def _fill(
-    model: nn.Module, dataset: Any, collator: Any, folder: Path, manifest: dict[str, Any],
+    head: FusedHead, body: nn.Module, dataset: Any, collator: Any, folder: Path, manifest: dict[str, Any],
     missing: list[tuple[int, int]], batch_size: int, progress: bool,
 ) -> None:  # fmt: skip
     from tqdm.auto import tqdm
 
     total = sum(last - first for first, last in missing)
     names, each = manifest["names"], manifest["per_token"]
-    with _as_reference(model), tqdm(total=total, disable=not progress, desc="Reference", unit="rows") as bar:
-        head, body = find_head(model, adapter=False), backbone(model)
+    with tqdm(total=total, disable=not progress, desc="Reference", unit="rows") as bar:
         for first, last in missing:
             found: dict[str, list[Tensor]] = {name: [] for name in names}
             for start in range(first, last, batch_size):
@@ -199,18 +214,18 @@ def _logps(head: Any, body: nn.Module, batch: dict[str, Any], ignore: int) -> li
 
 
 @contextmanager
-def _as_reference(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients, an adapter off; left as it was."""
+def _as_reference(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """In eval mode, without gradients, on this adapter or on none; left as it was."""
     training = [m for m in model.modules() if m.training]
     adapters = any(name in m._modules for m in model.modules() for name in ADAPTED)
-    owner: Any = next((m for m in model.modules() if callable(getattr(m, "disable_adapter", None))), None)
+    owner = adapter_owner(model)
     if adapters and owner is None:
         raise TypeError(
             f"reference_model: {type(model).__name__} has adapters, but no disable_adapter(), as a peft.PeftModel has"
         )
     model.eval()
     try:
-        with torch.no_grad(), owner.disable_adapter() if adapters else nullcontext():
+        with torch.no_grad(), as_adapter(owner if adapters else None, adapter):
             yield
     finally:
         for m in training:
@@ -347,8 +362,8 @@ def _tokenizer(tokenizer: Any) -> dict[str, str]:
     return {name: digest(x) for name, x in (parts | {"chat template": tokenizer.chat_template}).items()}
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
-    """What weights do not say: rope, softcap, window, experts per token."""
+def _config(model: nn.Module, adapter: str | None) -> dict[str, Any]:
+    """What weights do not say: rope, softcap, window, experts per token; alpha and kind of an adapter."""
 
     def relevant(x: Any) -> Any:
         if not isinstance(x, dict):
@@ -357,14 +372,22 @@ def _config(model: nn.Module) -> dict[str, Any]:
         return {k: relevant(v) for k, v in x.items() if not skip(k)}
 
     config: Any = getattr(unwrapped(model), "config", None)
-    return relevant(json.loads(config.to_json_string(use_diff=False))) if hasattr(config, "to_json_string") else {}
+    found = relevant(json.loads(config.to_json_string(use_diff=False))) if hasattr(config, "to_json_string") else {}
+    if adapter is not None:
+        own = check_adapter("adapter", model, adapter).peft_config[adapter]
+        plain = {k: sorted(x) if isinstance(x, set) else x for k, x in own.to_dict().items() if k not in OF_FILES}
+        found |= {f"adapter's {k}": x for k, x in json.loads(json.dumps(plain, default=str)).items()}
+    return found
 
 
-def _weights(model: nn.Module) -> dict[str, str]:
+def _weights(model: nn.Module, adapter: str | None) -> dict[str, str]:
     """A hash of dtype, shape and content of each parameter and persistent buffer, by name; tied ones are read once."""
     read: dict[int, str] = {}
     found = {}
-    for name, x in _base(unwrapped(model), ""):
+    tensors = list(_base(unwrapped(model), ""))
+    if adapter is not None:
+        tensors += adapter_tensors(check_adapter("adapter", model, adapter), adapter)
+    for name, x in tensors:
         if id(x) not in read:
             _refuse(name, x)
             read[id(x)] = _content(x.detach())
