@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import generator_of, seeded
+from ranks import Ranks
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -16,7 +19,9 @@ from datasets import Dataset  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
 import fused_losses as fl  # noqa: E402
+from fused_losses.integrations.data import PreferenceCollator, UnpairedCollator  # noqa: E402
 from fused_losses.integrations.trainer import FusedLossMixin, TrustRegionCallback, compute_loss_func  # noqa: E402
+from fused_losses.losses import FAMILY  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 VOCAB, LENGTH = 64, 8
@@ -391,6 +396,408 @@ def test_what_splits_or_does_not_shift_labels_is_refused(tmp_path, monkeypatch):
 
     with pytest.raises(NotImplementedError, match="splits sequences before labels are shifted"):
         train(type("T", (FusedLossMixin, Split), {}), tiny(), tmp_path)
+
+
+# ---- sums, not means of means: micro-batches, ranks, evaluation; and what a loss reads of a batch --------------------------
+
+
+# Every loss of the family, and special cases whose units or numbers are counted otherwise.
+CALLS = {name: partial(entry.call) for name, entry in FAMILY.items()} | {
+    "dpo_loss": partial(fl.dpo_loss), "MPO": partial(fl.preference_loss, loss=("sigmoid", "sft"), loss_weights=(1, 0.5)),
+    "dapo": partial(fl.grpo_loss, loss="dapo", beta=0.1), "CPO-SimPO": partial(fl.simpo_loss, cpo_alpha=0.5),
+    "UPO on KTO": partial(fl.upo_loss, base=fl.kto_loss), "sampled": partial(fl.preference_matching_loss, form="sampled"),
+}  # fmt: skip
+MADE = {
+    "per sequence": lambda k: torch.randn(k), "per token": lambda k: -torch.rand(k, LENGTH - 1),
+    "bool per sequence": lambda k: torch.rand(k) > 0.4, "vector per sequence": lambda k: torch.randn(k, 4),
+    "vectors per sequence": lambda k: torch.randn(k, 3, 4),
+    "top-k log-probs per token": lambda k: torch.randn(k, LENGTH - 1, 5).log_softmax(-1) - 0.1,
+    "top-k ids per token": lambda k: torch.rand(k, LENGTH - 1, VOCAB).argsort(-1)[..., :5],
+}  # fmt: skip
+
+
+def entry_of(loss):
+    return FAMILY.get(getattr(loss, "__name__", ""), FAMILY["preference_loss"])
+
+
+def units(name, count):
+    """Rows that are pairs or sequences, with all that the loss reads; each has another number of tokens. The same in every
+    process and for every trainer."""
+    loss, base = CALLS[name].func, CALLS[name].keywords.get("base")
+    torch.manual_seed(5)
+    kind = entry_of(base if callable(base) else loss)
+    extra = entry_of(loss).inputs | kind.inputs
+    k = 2 if kind.batch == "pairs" else 1
+    found = []
+    for i in range(count):
+        ids = torch.randint(1, VOCAB, (k, LENGTH))
+        labels = ids.clone()
+        for j in range(k):
+            labels[j, : 1 + (2 * i + j) % 5] = -100
+        found.append({"input_ids": ids, "labels": labels} | {n: MADE[what](k) for n, what in extra.items()})
+    return found
+
+
+def collate(batch):
+    """Chosen rows first."""
+    return {k: torch.stack([row[k] for row in batch]).transpose(0, 1).flatten(0, 1) for k in batch[0]}
+
+
+def arguments(path, **options):
+    fixed = dict(
+        output_dir=str(path), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
+        optim="sgd", learning_rate=0.5, max_grad_norm=1e9, logging_steps=1, max_steps=1, remove_unused_columns=False,
+    )  # fmt: skip
+    return TrainingArguments(**fixed | options)
+
+
+def trainer_of(name, path, model=None, count=6, **options):
+    more = {"fused_loss": CALLS[name]}
+    if entry_of(CALLS[name].func).ref != "unused":
+        more["reference"] = near(tiny())
+    data = units(name, count)
+    model = tiny() if model is None else model
+    return FusedTrainer(
+        model, arguments(path, **options), data_collator=collate, train_dataset=data, eval_dataset=data, **more
+    )
+
+
+def numbers(log, prefix=""):
+    """Of a log, without times."""
+    words = ("runtime", "per_second", "epoch", "step", "_time", "flos", "learning_rate")
+    return {k.removeprefix(prefix): x for k, x in log.items() if not any(w in k for w in words)}
+
+
+def assert_near(mine, theirs, what=""):
+    assert mine.keys() == theirs.keys(), what
+    for k, x in theirs.items():
+        assert mine[k] == pytest.approx(x, rel=2e-4, abs=2e-5), f"{what} {k}"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_micro_batches_are_one_batch(name, tmp_path):
+    """The step and all that is logged, in micro-batches of 6, and of 4 and 2; and all that an evaluation says."""
+    options = dict(per_device_train_batch_size=6, per_device_eval_batch_size=6)
+    whole = trainer_of(name, tmp_path, **options)
+    evaluated = numbers(whole.evaluate(), "eval_")
+    whole.train()
+    start = dict(tiny().named_parameters())
+    assert any((p - start[n]).abs().max() > 1e-6 for n, p in whole.model.named_parameters())  # there was a step
+    options = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, per_device_eval_batch_size=4)
+    made = trainer_of(name, tmp_path, **options)
+    assert_near(numbers(made.evaluate(), "eval_"), evaluated, "evaluation")
+    made.train()
+    assert_near(*(numbers(t.state.log_history[-2]) for t in (made, whole)), "training")
+    for (n, p), q in zip(made.model.named_parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def test_the_loss_of_an_evaluation_is_that_of_its_tokens(tmp_path):
+    """Where transformers has the mean of batch means."""
+    made = trainer_of("cross_entropy_loss", tmp_path, per_device_eval_batch_size=4)
+    found = made.evaluate()
+    batch = collate(units("cross_entropy_loss", 6))
+    truth = fl.reference.cross_entropy_loss(made.model(batch["input_ids"]).logits.double(), batch["labels"], shift=True)
+    assert found["eval_loss"] == pytest.approx(truth.loss.item(), rel=1e-5)
+    assert found["eval_logps"] == pytest.approx(-found["eval_loss"], rel=1e-5)
+
+
+def test_counts_add_up_and_absent_classes_are_left_out(tmp_path):
+    data = units("kto_loss", 5)
+    for row, good in zip(data, (True, True, True, True, False), strict=True):
+        row["desirable"] = torch.tensor([good])
+    options = dict(data_collator=collate, eval_dataset=data, fused_loss=fl.kto_loss, reference=near(tiny()))
+    found = FusedTrainer(tiny(), arguments(tmp_path, per_device_eval_batch_size=2), **options).evaluate()
+    assert (found["eval_count/chosen"], found["eval_count/rejected"]) == (4, 1)
+    assert found["eval_rewards/margins"] == pytest.approx(found["eval_rewards/chosen"] - found["eval_rewards/rejected"])
+    options["eval_dataset"] = data[:4]
+    alone = FusedTrainer(tiny(), arguments(tmp_path, per_device_eval_batch_size=2), **options).evaluate()
+    assert "eval_rewards/chosen" in alone and not {"eval_rewards/rejected", "eval_rewards/margins"} & alone.keys()
+
+
+def test_metrics_that_nobody_logs_take_no_memory(tmp_path):
+    held, pairs = [], []
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, *args, **options):
+            terms = made.fused_metrics["train"].terms
+            held.append(sum(x.numel() for each in terms.values() for x in each))
+            pairs.append(terms["rewards/margins"][0][1].item())
+
+    made = trainer_of("dpo_loss", tmp_path, logging_strategy="no", max_steps=5, per_device_train_batch_size=2)
+    made.add_callback(Watch())
+    made.train()
+    assert pairs == [2, 4, 6, 8, 10] and len(set(held)) == 1
+
+
+def own_loss(p, labels, ref, shift):
+    """A user's, whose metrics are means alone."""
+    out = fl.dpo_loss(p, labels, ref, shift=shift)
+    return type(out)(out.loss, {"margin": out.metrics["rewards/margins"]}, out.stats)
+
+
+def test_metrics_of_a_loss_without_parts_are_weighed_by_rows(tmp_path):
+    made = trainer_of("dpo_loss", tmp_path, per_device_eval_batch_size=4)
+    wanted = made.evaluate()["eval_rewards/margins"]
+    options = dict(data_collator=collate, eval_dataset=units("dpo_loss", 6), reference=near(tiny()))
+    args = arguments(tmp_path, per_device_eval_batch_size=4)
+    made = FusedTrainer(tiny(), args, fused_loss=own_loss, per_token=False, **options)
+    assert made.evaluate()["eval_margin"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_predictions_of_pairs_have_all_rows(tmp_path):
+    made = trainer_of("dpo_loss", tmp_path, count=7, per_device_eval_batch_size=3)
+    found = made.predict(made.eval_dataset)
+    batches = [collate(made.eval_dataset[i : i + 3]) for i in (0, 3, 6)]
+    assert found.predictions[0].shape == (14, LENGTH - 1)
+    assert (found.label_ids == torch.cat([b["labels"] for b in batches]).numpy()).all()
+    assert "test_rewards/margins" in found.metrics
+
+
+COPIES = Dataset.from_list([rows()[0]] * 4)
+
+
+def aux_alone(cls, path, size, steps, data=COPIES, **options):
+    """What the auxiliary loss alone does to the weights: with it less without it."""
+    found = []
+    for coefficient in (0.1, 0.0):
+        more = {k: f(coefficient) for k, f in options.items()}
+        args = arguments(path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        made = cls(mixture(), args, data_collator=stacked, train_dataset=data, **more)
+        made.train()
+        found.append([p.detach() for p in made.model.parameters()])
+    return torch.cat([(a - b).flatten() for a, b in zip(*found, strict=True)])
+
+
+KINDS = {
+    "tokens": (FusedTrainer, {"aux_loss_coef": lambda c: c}),
+    "logits": (Trainer, {"compute_loss_func": lambda c: compute_loss_func(aux_loss_coef=c)}),
+    "pairs": (FusedTrainer, {"aux_loss_coef": lambda c: c, "fused_loss": lambda c: partial(fl.dpo_loss, ref=None)}),
+    "own": (
+        FusedTrainer,
+        {
+            "aux_loss_coef": lambda c: c, "per_token": lambda c: False,
+            "fused_loss": lambda c: lambda p, y, shift: fl.dpo_loss(p, y, shift=shift),
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_auxiliary_loss_counts_once_in_micro_batches(kind, tmp_path):
+    """Four copies of a row have the same auxiliary loss in one batch, in two and in four."""
+    cls, options = KINDS[kind]
+    one = aux_alone(cls, tmp_path, 4, 1, **options)
+    assert one.norm() > 1e-3
+    for size, steps in ((2, 2), (1, 4)) if kind in ("tokens", "logits") else ((2, 2),):
+        torch.testing.assert_close(aux_alone(cls, tmp_path, size, steps, **options), one, rtol=1e-3, atol=2e-6)
+
+
+def check_two_ranks(rank, group, path, truth):
+    """Against one process: the share of the auxiliary loss, steps of uneven micro-batches, evaluation of 7 rows by 2."""
+    import warnings
+
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    warnings.filterwarnings("ignore")
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }
+
+    def fresh():
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+
+    for kind in ("tokens", "logits", "pairs"):
+        cls, options = KINDS[kind]
+        for size, steps in ((2, 1), (1, 2)) if kind != "pairs" else ((2, 1),):
+            fresh()
+            found = aux_alone(cls, path, size, steps, **options)
+            torch.testing.assert_close(found, truth[kind], rtol=1e-3, atol=2e-6, msg=lambda m, k=kind: f"{k}: {m}")
+    for name in RANKED:
+        fresh()
+        made = trainer_of(name, path, count=7, per_device_eval_batch_size=2)
+        assert made.accelerator.num_processes == 2
+        assert_near(numbers(made.evaluate(), "eval_"), truth[name], name)
+        found = made.predict(made.eval_dataset).predictions[0]
+        assert len(found) == truth[name, "rows"], (name, len(found))
+    for name in ("cpo_loss", "cross_entropy_loss"):
+        fresh()
+        made = trainer_of(name, path, count=4, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        made.train()
+        for p, q in zip(made.model.parameters(), truth[name, "weights"], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+RANKED = ("dpo_loss", "kto_loss", "cross_entropy_loss")
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_two_ranks_are_one_batch(tmp_path):
+    truth = {
+        kind: aux_alone(KINDS[kind][0], tmp_path, 4, 1, **KINDS[kind][1]) for kind in ("tokens", "logits", "pairs")
+    }
+    for name in RANKED:
+        made = trainer_of(name, tmp_path, count=7, per_device_eval_batch_size=7)
+        truth[name] = numbers(made.evaluate(), "eval_")
+        truth[name, "rows"] = len(made.predict(made.eval_dataset).predictions[0])
+    for name in ("cpo_loss", "cross_entropy_loss"):
+        made = trainer_of(name, tmp_path, count=4, per_device_train_batch_size=4)
+        made.train()
+        truth[name, "weights"] = [p.detach() for p in made.model.parameters()]
+    two = Ranks(2)
+    try:
+        two.run(2, check_two_ranks, tmp_path, truth, timeout=500.0)
+    finally:
+        two.kill()
+
+
+def tokenised(paired, count=6):
+    torch.manual_seed(8)
+    ids = lambda n: torch.randint(1, VOCAB, (n,)).tolist()  # noqa: E731
+    names = ("chosen_ids", "rejected_ids") if paired else ("completion_ids",)
+    made = [
+        {"prompt_ids": ids(2 + i % 3), **{n: ids(2 + (i + j) % 4) for j, n in enumerate(names)}} for i in range(count)
+    ]
+    return [row if paired else row | {"label": i % 3 > 0} for i, row in enumerate(made)]
+
+
+COLLATED = {
+    "dpo": (True, {}, fl.dpo_loss), "dpo, saved": (True, {}, fl.dpo_loss), "orpo": (True, {}, fl.orpo_loss),
+    "tdpo": (True, {}, fl.tdpo_loss), "kto": (False, {}, fl.kto_loss), "kto, baseline": (False, {"kl": True}, fl.kto_loss),
+    "bco": (False, {}, fl.bco_loss), "sft": (True, {}, fl.cross_entropy_loss),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COLLATED)
+def test_collators_of_this_library_padded_and_packed(name, tmp_path):
+    """Their columns are kept, in micro-batches too; and packed batches give the loss of padded ones."""
+    paired, options, loss = COLLATED[name]
+    collator_of, data, found = PreferenceCollator if paired else UnpairedCollator, tokenised(paired), []
+    if "saved" in name:
+        data = [row | {"ref_chosen_logps": -3.0 - i, "ref_rejected_logps": -4.0} for i, row in enumerate(data)]
+    more = {} if "saved" in name or loss in (fl.orpo_loss, fl.cross_entropy_loss) else {"reference": near(tiny())}
+    for packed in (False, True):
+        args = arguments(
+            tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=2, remove_unused_columns=True
+        )
+        collator = collator_of(0, packed=packed, **options)
+        given = {"data_collator": collator, "train_dataset": Dataset.from_list(data), "eval_dataset": data, **more}
+        made = FusedTrainer(tiny(), args, fused_loss=loss, **given)
+        made.train()
+        found.append((numbers(made.state.log_history[-2]), numbers(made.evaluate())))
+    assert_near(found[1][0], found[0][0], "training")
+    assert_near(found[1][1], found[0][1], "evaluation")
+    if name == "kto, baseline":
+        assert found[0][0]["kl"] >= 0
+        batch = collator_of(0, **options)(data[:3])
+        mixed, model, reference = batch["kl"], tiny(), more["reference"]
+        both = [m(mixed["input_ids"], attention_mask=mixed["attention_mask"]).logits for m in (model, reference)]
+        truth = fl.reference.kto_baseline(both[0].detach(), mixed["labels"], both[1].detach(), shift=True)
+        made = FusedTrainer(model, args, fused_loss=loss, **given)
+        made.model.train()
+        made.compute_loss(made.model, batch)
+        assert made.fused_metrics["train"].values(made.accelerator, 1)["kl"] == pytest.approx(
+            truth.item(), rel=1e-4, abs=1e-6
+        )
+
+
+def sequences(**columns):
+    """rows() with more columns, tensors [16, ...]."""
+    data = rows()
+    for name, x in columns.items():
+        data = data.add_column(name, x.tolist())
+    return data
+
+
+UNREAD = [  # what is given, columns, the batch comes from a collator of the user's, and words
+    ({"fused_loss": fl.kto_loss, "reference": "model"}, {}, False, r"train_dataset: kto_loss needs desirable in the batches"),
+    ({"fused_loss": fl.grpo_loss, "reference": "model"}, {}, False, "train_dataset: grpo_loss needs advantages"),
+    ({"fused_loss": partial(fl.upo_loss, base=fl.kto_loss), "reference": "model"}, {}, False, "needs advantages, desirable"),
+    ({"fused_loss": fl.topk_distillation_loss}, {}, False, "needs topk_ids, topk_logps"),
+    ({"fused_loss": fl.kto_loss, "reference": "model"}, {}, True, "desirable: kto_loss needs it in the batch"),
+    ({"fused_loss": fl.cross_entropy_loss}, {"weight": torch.ones(16)}, True, "weight: in the batch, but neither the model"),
+    ({"fused_loss": fl.cross_entropy_loss}, {"ref_logps": torch.ones(16)}, True, "ref_logps: in the batch, but cross_entropy"),
+    ({"fused_loss": partial(fl.dpo_loss, betta=0.1), "reference": "model"}, {}, True, "dpo_loss has no option 'betta'"),
+    ({"fused_loss": partial(fl.kto_loss, deserable=1), "reference": "model"}, {}, True, "kto_loss has no option 'deserable'"),
+    ({"fused_loss": partial(fl.dpo_loss, reduction="sum")}, {}, True, "reduction: expected 'mean'"),
+    ({"fused_loss": partial(fl.dpo_loss, num_items=3)}, {}, True, "num_items: expected it unbound"),
+    ({"fused_loss": partial(fl.dpo_loss, ref=None), "reference": "model"}, {}, True, "ref is bound in fused_loss"),
+    (
+        {"fused_loss": partial(fl.kto_loss, desirable=torch.ones(4, dtype=torch.bool)), "reference": "model"},
+        {"desirable": torch.ones(16, dtype=torch.bool)}, True, "desirable: is bound in fused_loss, and in the batch",
+    ),
+    ({"fused_loss": fl.grpo_loss}, {"advantages": torch.ones(16)}, True, r"reference: expected one for grpo_loss.*ref=None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(UNREAD)))
+def test_what_nobody_reads_and_what_is_missing(case, tmp_path):
+    more, columns, own, words = UNREAD[case]
+    more = more | ({"reference": near(tiny())} if "reference" in more else {})
+    given = {"data_collator": stacked} if own else {}
+    with pytest.raises(ValueError, match=words):
+        FusedTrainer(tiny(), arguments(tmp_path), train_dataset=sequences(**columns), **given, **more).train()
+
+
+def test_columns_of_the_loss_are_kept(tmp_path):
+    """With transformers' own collator, and its removal of columns that the model does not take."""
+    data = sequences(desirable=torch.arange(16) % 3 > 0, nobodys=torch.ones(16))
+    args = arguments(tmp_path, remove_unused_columns=True)
+    made = FusedTrainer(tiny(), args, train_dataset=data, fused_loss=fl.kto_loss, reference=near(tiny()))
+    made.train()
+    assert made.state.log_history[0]["count/chosen"] > 0
+
+
+def test_labels_that_are_shifted_already(tmp_path):
+    """As collators for packed rows make them: labels alone would cross from one sequence to the next."""
+    data = rows()
+    shifted = [[*row[1:4], -100, *row[5:], -100] for row in data["labels"]]
+    own = data.add_column("shift_labels", shifted)
+    labels = [[*row[:4], -100, *row[5:]] for row in data["labels"]]
+    plain = data.remove_columns("labels").add_column("labels", labels)
+    same(train(FusedTrainer, tiny(), tmp_path, data=own), train(FusedTrainer, tiny(), tmp_path, data=plain))
+
+
+def test_another_adapter_is_the_reference(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        torch.manual_seed(2)
+        made = peft.get_peft_model(tiny(attention_dropout=0.0), config)
+        torch.manual_seed(9)
+        made.add_adapter("ref", config)
+        return made
+
+    def whole():
+        """The same distribution, in a model of its own."""
+        made = adapted()
+        made.set_adapter("ref")
+        return made.merge_and_unload()
+
+    for head in (False, True):
+        targets = ["q_proj"] + ["lm_head"] * head
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        for loss in (fl.dpo_loss, fl.tdpo_loss):
+            mine = train(FusedTrainer, adapted(), tmp_path, more={"fused_loss": loss, "reference": "ref"})
+            theirs = train(FusedTrainer, adapted(), tmp_path, more={"fused_loss": loss, "reference": whole()})
+            same(mine, theirs)
+        model = mine.accelerator.unwrap_model(mine.model)
+        assert model.active_adapters == ["default"]
+        learns = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert learns and all(".default." in n for n in learns)
+        before = dict(adapted().named_parameters())
+        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if ".ref." in n)
+    for name, words in (
+        ("other", r"reference: expected the name of an adapter, got 'other'; the model has 'default', 'ref'"),
+        ("default", "reference: 'default' is the adapter that is trained"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(FusedTrainer, adapted(), tmp_path, more={"fused_loss": fl.dpo_loss, "reference": name})
 
 
 # ---- TrustRegionCallback --------------------------------------------------------------------------------------------------

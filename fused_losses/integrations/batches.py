@@ -1,0 +1,232 @@
+"""What of a Trainer's batch goes to the loss, and what to the model; and how many units of a loss a batch has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..head import unwrapped
+from ..losses import FAMILY, Entry, dpo_loss, ipo_loss, kto_loss, preference_loss
+from ..losses.common import counting_mask
+
+__all__ = ["Counts", "Loss", "check_columns", "model_inputs"]
+
+# What the mixin itself reads, or what says once more what labels and cu_seqlens say (the collators of integrations.data).
+READ = ("labels", "shift_labels", "num_items_in_batch", "skip_logits", "completion_mask", "max_length")
+# Options that every loss takes; which of them a batch may hold.
+OPTIONS = frozenset({
+    "shift", "ignore_index", "cu_seqlens", "sequence_group", "entropy", "inplace_backward", "plan", "workspace",
+    "static_shapes", "reduction", "num_items",
+})  # fmt: skip
+FROM_BATCHES, EMPTY = "cu_seqlens", inspect.Parameter.empty
+OURS = {
+    "shift": "labels are not shifted yet",
+    "num_items": "the Trainer counts",
+    "num_nll_tokens": "the Trainer counts",
+}
+
+
+class Counts(NamedTuple):
+    """Of a batch, or of all micro-batches of a step."""
+
+    items: int | Tensor  # units, as num_items of the loss counts them
+    nll_tokens: int | Tensor | None  # num_nll_tokens, where the loss takes it
+
+
+class Loss:
+    """A loss, and what its signature says of it: of this library's through functools.partial, or a function of the user's."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call, self.function = call, call
+        bound: dict[str, Any] = {}
+        while isinstance(self.function, partial):
+            bound = {**self.function.keywords, **bound}
+            self.function = self.function.func
+        self.bound = bound
+        self.name = getattr(self.function, "__name__", repr(self.function))
+        known = "preference_loss" if self.function is dpo_loss else self.name
+        own = known in FAMILY and self.function in (FAMILY[known].call, dpo_loss)
+        self.entry: Entry | None = FAMILY[known] if own else None
+        signature = inspect.signature(call.forward if isinstance(call, nn.Module) else call)
+        parameters = [p for p in signature.parameters.values() if p.name not in bound]
+        self.open = not own and any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        places = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
+        self.reference = next((n for n in ("ref", "teacher") if n in {p.name for p in named}), None)
+        if own and self.entry is not None and self.entry.ref == "unused":
+            self.reference = None
+        # a function of the user's may call its reference what it likes: it is the third, if that has no value yet
+        thirds = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+        thirds = [
+            n for n in places[2:3] if n not in OURS and signature.parameters[n].default in (EMPTY, None)
+        ] or thirds
+        self.third = thirds[0] if thirds and not own and self.reference is None else None
+        self.optional_reference = own and (
+            FAMILY[known].ref == "optional" or any(p.name == self.reference and p.default is None for p in named)
+        )
+        rest = [p for p in named if p.name not in (*places[:2], self.reference, *OURS)]
+        self.takes = {p.name for p in rest if not own or "Tensor" in str(p.annotation)} - OPTIONS
+        self.needs = {p.name for p in rest if p.default is p.empty and p.name != self.third}
+        self.names = {p.name for p in inspect.signature(self.function).parameters.values()}
+        self.base: Loss | None = None
+        if own:
+            self.takes.add(FROM_BATCHES)
+            self.names |= OPTIONS
+            if self.function in (dpo_loss, ipo_loss):
+                self.names |= inspect.signature(preference_loss).parameters.keys()
+            if "base" in self.names:  # of upo_loss: its options are those of the base
+                base = bound.get("base")
+                self.base = Loss(base if callable(base) else preference_loss)
+                self.names |= self.base.names
+                self.takes |= self.base.takes - bound.keys()
+                self.needs |= self.base.needs - bound.keys()
+            self._check_bound()
+
+    def _check_bound(self) -> None:
+        for name, x in self.bound.items():
+            if name not in self.names:
+                raise ValueError(f"fused_loss: {self.name} has no option {name!r}")
+            if name in OURS and not (name == "shift" and x is True):
+                raise ValueError(f"{name}: expected it unbound in fused_loss, for {OURS[name]}; got {x!r}")
+        if self.bound.get("reduction", "mean") != "mean":
+            raise ValueError(
+                f"reduction: expected 'mean' in fused_loss, for the Trainer adds up micro-batches and ranks; got "
+                f"{self.bound['reduction']!r}"
+            )
+        if self.bound.get("sequence_group") is not None:
+            raise ValueError("sequence_group: expected None in fused_loss: the Trainer's batches are whole")
+
+    @property
+    def unit(self) -> str:
+        """ "tokens", "sequences" or "pairs": what num_items counts."""
+        assert self.entry is not None
+        if self.base is not None and self.base.entry is not None:
+            return self.base.unit
+        variants = self.entry.tokens_for
+        return (
+            "tokens" if any(self.bound.get(name) in values for name, values in variants.items()) else self.entry.batch
+        )
+
+    @property
+    def baseline(self) -> bool:
+        """Whether mismatched completions in a batch make the baseline of KTO."""
+        return self.function is kto_loss and "baseline" not in self.bound
+
+    def counts(self, batch: Mapping[str, Any]) -> Counts:
+        labels, shift = labels_of(batch)
+        cu, ignore = batch.get("cu_seqlens"), self.bound.get("ignore_index", -100)
+        sequences = labels.shape[0] if cu is None else cu.numel() - 1
+        options = {"cu_seqlens": cu, "shift": shift, "ignore_index": ignore}
+        items: int | Tensor = sequences // 2 if self.unit == "pairs" else sequences
+        if self.unit == "tokens":
+            items = counting_mask(labels, **options).sum()
+        if not self._counts_nll:
+            return Counts(items, None)
+        if batch.get("nll_labels") is not None:
+            labels = labels.where(labels != ignore, batch["nll_labels"])
+        mask = counting_mask(labels, **options)
+        if self.unit == "pairs":  # those of the chosen, which come first
+            place = torch.arange(len(mask), device=mask.device)
+            mask = mask[: len(mask) // 2] if cu is None else mask & (place < cu[len(cu) // 2])
+        return Counts(items, mask.sum())
+
+    @property
+    def _counts_nll(self) -> bool:
+        if self.function in (preference_loss, dpo_loss, ipo_loss):
+            names = self.bound.get("loss", ())
+            return "sft" in ((names,) if isinstance(names, str) else names)
+        return self.entry is not None and "num_nll_tokens" in inspect.signature(self.function).parameters
+
+    def split(self, batch: Mapping[str, Any], model: ModelInputs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the model takes, and what the loss takes; raises for what neither reads."""
+        to_model, to_loss, nobody = {}, {}, []
+        for name, x in batch.items():
+            if name in self.takes:
+                to_loss[name] = x
+            elif name in self.bound and name not in READ:
+                raise ValueError(f"{name}: is bound in fused_loss, and in the batch: which one is it?")
+            if name in READ:
+                continue
+            if name in model.own or (name not in self.takes and (name in model.below or model.any)):
+                to_model[name] = x
+            elif name in self.takes:
+                continue
+            elif self.open:
+                to_loss[name] = x
+            else:
+                nobody.append(name)
+        if nobody:
+            raise ValueError(
+                f"{', '.join(nobody)}: in the batch, but neither the model nor {self.name} reads it; leave it out"
+            )
+        if missing := self.needs - to_loss.keys():
+            raise ValueError(
+                f"{', '.join(sorted(missing))}: {self.name} needs it in the batch, or bound by functools.partial, got "
+                f"{', '.join(batch)}"
+            )
+        return to_model, to_loss
+
+
+def labels_of(batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """Labels, and whether the loss is to shift them. Some collators have done that."""
+    if batch.get("labels") is None:
+        raise ValueError(f"labels: expected them in the batch, got {', '.join(batch)}")
+    shifted = batch.get("shift_labels")
+    labels, shift = (batch["labels"], True) if shifted is None else (shifted, False)
+    return (labels.flatten() if batch.get("cu_seqlens") is not None else labels), shift
+
+
+class ModelInputs(NamedTuple):
+    own: set[str]  # what the forward has a parameter for
+    below: set[str]  # what it may hand on
+    any: bool  # whether nobody knows what else it takes
+
+
+def model_inputs(model: nn.Module) -> ModelInputs:
+    """What a model's forward takes. Its other keywords may have types, as those of transformers' models have; then it takes
+    these, and what the modules in it have a parameter for."""
+    inner = unwrapped(model)
+    parameters = inspect.signature(type(inner).forward).parameters
+    more = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    names = {p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD} - {"self"}
+    if more is None:
+        return ModelInputs(names, set(), False)
+    typed = [x for x in get_args(more.annotation) if hasattr(x, "__total__")]
+    for kind in typed:
+        names |= set(kind.__annotations__)
+    modules = {type(c) for x in inner.children() for c in (x, *x.children())}
+    below = {name for kind in modules for name in inspect.signature(kind.forward).parameters}
+    return ModelInputs(names, below - {"self", "args", "kwargs", "input"}, not typed)
+
+
+def check_columns(loss: Loss, dataset: Any, collator: Any, argument: str) -> None:
+    """That what a loss needs is in a dataset, where its columns are known and the collator passes them on as they are."""
+    columns = getattr(dataset, "column_names", None)
+    made = made_by(collator)
+    if not isinstance(columns, list) or made is None:
+        return
+    if missing := loss.needs - {*columns, *made}:
+        raise ValueError(
+            f"{argument}: {loss.name} needs {', '.join(sorted(missing))} in the batches, or bound by functools.partial; the "
+            f"columns are {', '.join(columns)}"
+        )
+
+
+def made_by(collator: Any) -> Collection[str] | None:
+    """The names that a collator adds to a batch; None of one that may do anything."""
+    if hasattr(collator, "columns") and hasattr(collator, "settings"):
+        return ("desirable", "kl") if "completion_ids" in collator.columns else ()
+    kind = collator if inspect.isfunction(collator) else type(collator)
+    return () if (kind.__module__ or "").startswith("transformers.") else None
+
+
+def collator_columns(collator: Any) -> Iterable[str]:
+    """The columns that the collators of integrations.data read."""
+    if not (hasattr(collator, "columns") and hasattr(collator, "settings")):
+        return ()
+    return ("prompt_ids", "label", *collator.columns, *collator.columns.values())
