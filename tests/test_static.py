@@ -42,19 +42,47 @@ def test_nothing_is_worse_than_the_baseline(static_report):
 
 def test_every_kernel_of_every_workload_is_there(static_report):
     found = {tuple(row[k] for k in ("target", "kernel", "workload", "direction")) for row in static_report.rows}
+    compiled = set(static.parts(list(static.mc.TARGETS), short=True))
     for target, name in itertools.product(static.mc.TARGETS, static.cases()):
-        wanted = [("token_stats", "forward")]
         divergence = divergences.get(name) if name in divergences.names() else None
-        if divergence:
-            wanted.append(("token_stats", "backward, both"))
-        if target != "gfx942":
-            wanted.append(("tile_sums", "states"))
+        wanted = []
+        if (target, name) in compiled:
+            wanted.append(("token_stats", "forward"))
+            if divergence:
+                wanted.append(("token_stats", "backward, both"))
         if target == "sm_90":
+            assert wanted
             wanted += [("fold_slice", "fresh"), ("fold_slice", "onto"), ("merge_states", ""), ("close_states", "")]
+            wanted.append(("tile_sums", "states"))
             if divergence and divergence.term is not None:
                 wanted += [("add_terms", ""), ("tile_sums", "terms")]
         for kernel, direction in wanted:
             assert (target, kernel, name, direction) in found
+
+
+def part_of(name):
+    kernel, workload, _, target = name.split("|")
+    return target, static.compiled_by(kernel, workload)
+
+
+def test_what_is_left_out_of_the_short_report():
+    """Nothing of one target; of the others no kind of kernel, and no formula of all three."""
+    every, short = (set(static.parts(list(static.mc.TARGETS), short=short)) for short in (False, True))
+    left_out = every - short
+    assert not any(target == static.H200 for target, _ in left_out)
+    assert not any(part in (*static.KINDS, "pairs", "strided") for _, part in left_out)
+    others = len(static.mc.TARGETS) - 1
+    assert all(sum(part == name for _, part in left_out) < others for name in static.cases())
+    kinds = [static.cases()[name] for name in static.KINDS]
+    assert {bool(names) for names, _, _ in kinds} == {True, False}
+    bound = [divergences.get(name) for names, _, _ in kinds for name in names]
+    assert any(d.term for d in bound) and any(d.power is not None for d in bound)
+
+    old = json.loads(static.BASELINE.read_text())
+    rows = {name: row for name, row in old["kernels"].items() if part_of(name) in short}
+    assert len(rows) < len(old["kernels"]) and static.compare(old, old | {"kernels": rows}, list(short)) == ([], [])
+    lost = rows.popitem()[0]
+    assert static.compare(old, old | {"kernels": rows}, list(short))[0] == [f"{lost}: no longer there"]
 
 
 def test_figures_are_those_of_a_loop(static_report):
