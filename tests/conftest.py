@@ -52,6 +52,13 @@ def backend(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def own_backend(device, monkeypatch):
+    """The backend that tensors on this machine's device take: for what is plain torch around kernels that other tests run on
+    both, of which Triton's interpreter would say the same once more."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Tensors are small, and threads that wait for a busy processor slow."""

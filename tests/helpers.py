@@ -1,6 +1,7 @@
 """What the tests share: seeds, errors against a float64 truth, gradients of named outputs, and the inputs."""
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -252,6 +253,17 @@ def products(fn):
         if event.name() in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
             a, b = event.shapes()["add" in event.name() :][:2]
             found.append((math.prod(a[:-1]), b[-1], a[-1]))
+    return found
+
+
+def in_pairs(*options, allowed=lambda *case: True):
+    """Cases in which every two values of two of the options meet, in place of all combinations: greedily, always the same."""
+    meets = lambda case: {(i, j, case[i], case[j]) for i, j in itertools.combinations(range(len(case)), 2)}  # noqa: E731
+    product = [case for case in itertools.product(*options) if allowed(*case)]
+    left, found = set().union(*map(meets, product)), []
+    while left:
+        found.append(max(product, key=lambda case: len(meets(case) & left)))  # the first of the best
+        left -= meets(found[-1])
     return found
 
 

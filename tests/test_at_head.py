@@ -304,6 +304,7 @@ def test_single_tokens_that_an_adapter_trains_are_refused(tied):
         fl.at_head(model, lambda p: p.hidden.sum(), **batch()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "head", "forward"])
 @pytest.mark.filterwarnings("error:Dynamo does not know")
 def test_compiled_in_place(what):

@@ -147,6 +147,7 @@ def command(*args):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     code, text = command("--grid", "tiny", "--providers", "eager", "fused_losses", "QuACK*", "--rounds", "2", "--seconds", "0",
                          "--out", str(tmp_path))  # fmt: skip
@@ -168,6 +169,7 @@ def test_the_command(tmp_path):
     assert command("--workloads", "no-such-work")[0] == 2
 
 
+@pytest.mark.slow
 def test_listing():
     code, text = command("list")
     assert code == 0
@@ -195,6 +197,7 @@ def test_targets_without_a_gpu():
     assert sum("at best" in line for line in lines) >= 5 and "wait for memory alone" in lines[2]
 
 
+@pytest.mark.slow
 def test_training_steps(tmp_path, capsys):
     """Every trainer gives the step's loss and gradients in float64, or it is not timed."""
     pytest.importorskip("trl")

@@ -26,6 +26,7 @@ def failed(out):
     return {(line[-6], line[-5]) for line in lines}
 
 
+@pytest.mark.slow
 def test_every_plan_and_leaf_on_both_backends(backend, device):
     """The registries on torch, a divergence that takes two sweeps in the interpreter."""
     few = {"divergences": ["js"], "dtypes": [torch.bfloat16]} if backend == "triton" else {}
@@ -176,6 +177,7 @@ def test_measure_takes_sources_of_ones_own():
         check.Inputs(own().policy, own().ref, torch.full((2, 4), 31), torch.ones(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 2])
 def test_allowance_for_products_of_rounded_factors(lora, monkeypatch):
     """On a GPU dz, X A^T and p of a frozen head are rounded before products: here they are on the CPU."""

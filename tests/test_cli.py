@@ -29,6 +29,7 @@ def environment(monkeypatch):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_module_runs_and_imports_one_command():
     """A real process: the exit code gets out, and `env` does not pay for the imports of `demo`."""
     env = {**os.environ, "FUSED_LOSSES_BACKEND": "torch"}
@@ -184,6 +185,7 @@ def gradients(loss, z, w):
 ALONE = [[name] for name in divergences.names()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [False, True], ids=["policy", "both"])
 @pytest.mark.parametrize(
     "names", [None, [], *ALONE, ["reverse_kl", "forward_kl"], ["total_variation", "js", "alpha"]], ids=str
@@ -207,6 +209,7 @@ def ours(model, z, w, labels, inplace=False):
     return peak_bytes(lambda: gradients(loss(), logits, w))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [False, True], ids=["policy", "both"])
 @pytest.mark.parametrize("names", [[], ["forward_kl"], ["alpha", "js"]], ids=str)
 def test_memory_of_the_torch_backend(names, both, monkeypatch):
@@ -292,6 +295,7 @@ HEADS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype", "options", "workspace"), HEADS, ids=str)
 def test_memory_from_hidden_states(kind, dtype, options, workspace, monkeypatch):
     """The plan that the call takes, and its memory: a little over what is used, never under. Small blocks, as above."""

@@ -128,7 +128,7 @@ def test_the_uniform_distribution_takes_one_element(monkeypatch):
         assert ref.logits.untyped_storage().nbytes() == z.element_size()
 
 
-def test_metrics(backend, device):
+def test_metrics(own_backend, device):
     z, _ = logits((2, 4, V), device)
     y = Y.to(device)
     out = fl.cross_entropy_loss(z, y, entropy=True, label_smoothing=0.1)
@@ -144,7 +144,7 @@ def test_metrics(backend, device):
         torch.testing.assert_close(out.metrics[name], x, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_micro_batches_packed_rows_and_shift(backend, device):
+def test_micro_batches_packed_rows_and_shift(own_backend, device):
     z, _ = logits((2, 4, V), device)
     y = Y.to(device)
     whole = torch.autograd.grad(fl.cross_entropy_loss(z, y, label_smoothing=0.1).loss, z)[0]

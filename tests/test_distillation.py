@@ -65,7 +65,7 @@ SLOPES = {  # w_v = dD/dp_v with p the student, q the teacher: then dD/dz = p (w
 
 
 @pytest.mark.parametrize("kind", SLOPES)
-def test_gradient_in_closed_form(backend, device, kind):
+def test_gradient_in_closed_form(own_backend, device, kind):
     z, w = logits((3, 4, 29), device)
     y = torch.zeros(3, 4, dtype=torch.long, device=device)
     y[0, 1:] = -100
@@ -86,7 +86,7 @@ def test_forward_kl_pulls_by_the_difference(backend, device):
     torch.testing.assert_close(torch.autograd.grad(out.loss, z)[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_identities(backend, device):
+def test_identities(own_backend, device):
     z, w = logits((2, 3, 11), device)
     y = torch.randint(0, 11, (2, 3), device=device)
     for beta in (0.1, 0.5, 0.8):  # gJSD(beta) of (p, q) is gJSD(1 - beta) of (q, p)
@@ -99,7 +99,7 @@ def test_identities(backend, device):
     torch.testing.assert_close(plain, torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten()))
 
 
-def test_ends_of_gkd_are_no_limits(backend, device):
+def test_ends_of_gkd_are_no_limits(own_backend, device):
     """TRL's beta = 0 and 1 are the plain divergences; what lies between tends to 0 there."""
     z, w = logits((3, 4, 29), device)
     y = torch.zeros(3, 4, dtype=torch.long, device=device)

@@ -27,6 +27,7 @@ def run_page(rank, group):
         exec(compile("\n" * line + block[1], str(PAGE), "exec"), namespace)
 
 
+@pytest.mark.slow
 def test_blocks_run():
     one = Ranks(1)
     try:

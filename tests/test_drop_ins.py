@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import double, logits, relative
+from helpers import double, in_pairs, logits, relative
 
 import fused_losses as fl
 
@@ -23,10 +23,11 @@ def inputs(device, shape=ONE, dtype=torch.float32):
     return z, w, index, torch.rand(shape, device=device) < 0.7
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize("shape", [ONE, SEVERAL], ids=["one", "several"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "shape", "kind", "temperature", "masked"),
+    in_pairs(["torch", "triton"], [ONE, SEVERAL], [torch.int64, torch.int32], [1.0, 0.7], [False, True]),
+    indirect=["backend"],
+)
 def test_selective_log_softmax(backend, device, shape, kind, temperature, masked):
     z, _, index, mask = inputs(device, shape)
     mask = mask.to(kind) if masked else None

@@ -95,6 +95,7 @@ def test_what_the_table_denies_is_an_error(name):
         batch.call(fl, torch.float32, "hidden", None if entry.ref == "unused" else "hidden")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
 def test_compiles_without_graph_breaks(monkeypatch, name):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")

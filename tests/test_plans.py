@@ -234,6 +234,7 @@ def test_a_step_holds_what_its_plan_says(device, monkeypatch, case):
     assert above is None or step.plan.tiles <= above * tiles, f"{tiles / MIB:.2f} MiB of {step.plan.tiles / MIB:.2f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "ref", "divergence", "grads"),
     [("slices", None, None, XW), ("slices", "hidden", "forward_kl", XW), ("frozen", None, None, X), ("rows", None, None, X)],

@@ -28,9 +28,18 @@ def both(call, z, w, y):
     return ours, truth, torch.autograd.grad(ours.loss.sum(), (z, w)), torch.autograd.grad(truth.loss.sum(), (z64, w64))
 
 
-@pytest.mark.parametrize("key", [*LINKS, "js(beta=0.2)", "alpha(a=0.9)"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("shift", [False, True])
+KEYS = [*LINKS, "js(beta=0.2)", "alpha(a=0.9)"]
+OPTIONS = [(smoothing, shift) for smoothing in (0.0, 0.1) for shift in (False, True)]
+
+
+# The pair kernel is compiled for a link. Smoothing is a number in it and the shift lies before it, so that in the interpreter
+# the links take turns with these.
+@pytest.mark.parametrize(
+    ("backend", "key", "smoothing", "shift"),
+    [("torch", key, *options) for key in KEYS for options in OPTIONS]
+    + [("triton", key, *OPTIONS[i % len(OPTIONS)]) for i, key in enumerate(KEYS)],
+    indirect=["backend"],
+)
 def test_every_link_matches_the_twin(backend, device, key, smoothing, shift):
     z, w, y = batch(device)
     call = lambda f, z, w, y: f.dpo_loss(z, y, w, divergence=key, label_smoothing=smoothing, shift=shift, beta=0.3)  # noqa: E731
@@ -56,7 +65,7 @@ def test_low_precision_is_never_worse_than_eager(device, key, dtype, monkeypatch
         assert relative(g, t) <= max(relative(e, t), torch.finfo(dtype).eps / 2) * 1.0001
 
 
-def test_reductions_and_micro_batches(backend, device):
+def test_reductions_and_micro_batches(own_backend, device):
     z, w, y = batch(device, pairs=4)
     none = fl.dpo_loss(z, y, w, reduction="none").loss
     assert none.shape == (4,)
@@ -100,7 +109,7 @@ def test_packed_equals_padded(backend, device, shift, kind):
         torch.testing.assert_close(g, t)
 
 
-def test_reference_given_four_ways(backend, device):
+def test_reference_given_four_ways(own_backend, device):
     z, w, y = batch(device)
     logits_ref = fl.dpo_loss(z, y, w.detach(), shift=True)
     tokens = fl.token_stats(w.detach(), y, shift=True).logps
@@ -139,7 +148,7 @@ def test_policy_as_log_probs(backend, device):
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5])
-def test_golden_dpo(backend, device, beta):
+def test_golden_dpo(own_backend, device, beta):
     """Against the formula itself, written out once more, with a reference that matters."""
     z, w, y = batch(device)
     mask = y != -100

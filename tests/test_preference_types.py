@@ -390,6 +390,7 @@ def test_empty_sequences_and_batches(monkeypatch, options):
     assert none.loss.isfinite() and not torch.autograd.grad(none.loss, z)[0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

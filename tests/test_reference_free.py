@@ -184,7 +184,7 @@ def naive_orpo(z, labels, ids, beta):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_orpo_nll_over_the_prompt_too(backend, device, shift):
+def test_orpo_nll_over_the_prompt_too(own_backend, device, shift):
     z, y = batch(device)
     ids = torch.randint(0, 23, y.shape, device=device).where(y == -100, y)
     ids[1, 5:] = -100
@@ -238,6 +238,7 @@ def test_nothing_counts(backend, device, poison, name):
     assert out.loss == 0 and all(v.isfinite() for v in out.metrics.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_compiles_in_one_graph(device, monkeypatch, packed):
     """So nothing is read on the host."""

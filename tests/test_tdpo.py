@@ -47,7 +47,7 @@ def test_published_values():
 
 
 @pytest.mark.parametrize("variant", ["tdpo1", "tdpo2"])
-def test_gradients_in_closed_form(backend, device, variant):
+def test_gradients_in_closed_form(own_backend, device, variant):
     """With g = sigmoid(-margin): TDPO1's softmax of the policy cancels; TDPO2's divergence acts on the rejected alone."""
     z, w, y = batch(device)
     beta, alpha = 0.3, 0.7
@@ -70,7 +70,7 @@ def test_gradients_in_closed_form(backend, device, variant):
     assert relative(found, expected * counts[..., None]) <= 1e-5
 
 
-def test_ends_of_alpha(backend, device):
+def test_ends_of_alpha(own_backend, device):
     z, w, y = batch(device)
     w = w.detach()
 

@@ -85,6 +85,7 @@ def same(found, expected, **tolerance):
 # ---- torch.compile -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "packed"),
     [
@@ -107,6 +108,7 @@ def test_one_graph_for_all_sizes(fresh, name, kind, packed):
         same(torch.autograd.grad(loss, parameters), torch.autograd.grad(eager, parameters))
 
 
+@pytest.mark.slow
 def test_tiles_are_no_business_of_the_compiler(fresh):
     """Tiles have another shape for every number of rows; the graph is the same."""
     weight, ref_weight = torch.randn(2000, 16, requires_grad=True), torch.randn(2000, 16)
@@ -131,6 +133,7 @@ def test_compiles_without_a_warning(fresh, recwarn):
     assert not [str(w.message) for w in recwarn]
 
 
+@pytest.mark.slow
 def test_compiled_llama(fresh):
     """Backbones, heads and loss of policy and reference in one graph, the loss inside the head's module."""
     model, ref = llama(), llama().requires_grad_(False)
@@ -166,6 +169,7 @@ def inside(model, what, ids, labels, options):
     return fl.dpo_loss(model.source(ids, "logits"), labels, inplace_backward=True, **options).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["checkpoint", "autocast", "in place"])
 def test_compiles_around_other_machinery(fresh, what):
     model = Model()
@@ -583,6 +587,7 @@ class Statistics(nn.Module):
         return stats.logps, stats.ref_logps, stats.divergence["js"], stats.entropy, stats.correct, stats.mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "how", "strict"),
     [("hidden", {"static_shapes": True}, False), ("hidden", {}, True), ("logits", {}, False)], ids=str,

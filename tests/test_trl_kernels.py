@@ -155,6 +155,7 @@ def test_mean_logits_in_many_tiles(monkeypatch):
             assert relative(trl_kernels.mean_logits(source, rows), exact[rows]) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("beta", [0, 0.0, 0.3, 0.5, 1, 1.0])
 @pytest.mark.parametrize("name", HEADS)
@@ -369,6 +370,7 @@ def test_without_trl(monkeypatch):
         trl_kernels.patch()
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_import_trl():
     code = (
         "import sys, fused_losses.integrations.trl_kernels; print('trl' in sys.modules, 'transformers' in sys.modules)"

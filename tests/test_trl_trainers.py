@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import generator_of, seed_of, seeded
+from helpers import generator_of, in_pairs, seed_of, seeded
 
 pytest.importorskip("trl")
 import trl  # noqa: E402
@@ -29,6 +29,7 @@ LINKED = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "disc
 OTHERS = ["nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"]
 LINKS = {"reverse_kl": 0.5, "forward_kl": 0.5, "js_divergence": 0.5, "alpha_divergence": 0.7}
 COMBINATIONS = [(t, k) for t in LINKED for k in LINKS] + [(t, "reverse_kl") for t in OTHERS]
+MODES = ["full", "lora", "precomputed"]
 SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
 PATH = Path(fl.__file__).parent / "data/preferences.jsonl"
 SIZES = dict(
@@ -112,7 +113,7 @@ def same(mine, theirs, tolerance=2e-4):
             assert a[name] == pytest.approx(x, rel=tolerance, abs=tolerance), name
 
 
-@pytest.fixture(scope="module", params=["full", "lora", "precomputed"])
+@pytest.fixture(scope="module", params=MODES)
 def dpo(request, tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("dpo")
     made = [
@@ -123,7 +124,12 @@ def dpo(request, tokenizer, tmp_path_factory):
     return made, state
 
 
-@pytest.mark.parametrize("loss,link", COMBINATIONS)
+# How a model is trained and where its reference comes from has no part in a formula: every two of the three meet.
+DPO = in_pairs(MODES, [*LINKED, *OTHERS], LINKS, allowed=lambda mode, loss, link: (loss, link) in COMBINATIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dpo,loss,link", DPO, indirect=["dpo"])
 def test_dpo(dpo, loss, link):
     made, state = dpo
     settings = dict(
@@ -145,6 +151,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_dpo_with(name, dpo):
     made, state = dpo
@@ -196,6 +203,7 @@ TRAINING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINING)
 def test_dpo_trained_with(name, tokenizer, tmp_path):
     made = []
@@ -334,6 +342,7 @@ def kto(request, tokenizer, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, dict(desirable_weight=1.3, undesirable_weight=0.7)], ids=str)
 def test_kto(kto, options):
     found = compare(*kto, beta=0.4, loss_type="kto", **options)
@@ -355,6 +364,7 @@ def messages():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_gkd(tokenizer, tmp_path, beta):
     from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -372,6 +382,7 @@ def test_gkd(tokenizer, tmp_path, beta):
     compare(made, {k: x.clone() for k, x in made[0].model.state_dict().items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_distillation_on_the_students_own_tokens(tokenizer, tmp_path, beta):
     """Of a wider teacher; completions are sampled, so all steps are on the first weights."""
@@ -428,6 +439,7 @@ def test_split_sequences_are_refused(name, monkeypatch):
         cls()
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     two = Ranks(2)
     try:
