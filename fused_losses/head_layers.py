@@ -95,7 +95,7 @@ def refuse_what_is_not_called(head: nn.Module, linear: nn.Module, active: str | 
     for where, layer in _called_by(head, linear, active, name):
         if changed := _forward_of_its_own(layer):
             raise NotImplementedError(
-                f"{where}: {changed} is called in place of {type(layer).__name__}.forward, and by a loss it is not, so the "
+                f"{where}: {changed} is called in place of {type(layer).__name__}.forward, but not by a loss, so the "
                 "logits would be others; take it off, or make the logits and pass those"
             )
         for kind, (own, of_all) in HOOKS.items():
@@ -105,7 +105,7 @@ def refuse_what_is_not_called(head: nn.Module, linear: nn.Module, active: str | 
             for hook in (h for h in hooks if not _is_engines(h)):
                 instead = "fl.at_head runs it; or " if layer is head and kind == "forward pre-hook" else ""
                 raise NotImplementedError(
-                    f"{where}: has the {kind} {_named(hook)}, for which there are no logits, so what it does would be lost; "
+                    f"{where}: has the {kind} {_named(hook)}, which a loss does not run, so what it does would be lost; "
                     f"{instead}remove it, or make the logits and pass those"
                 )
 

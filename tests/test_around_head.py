@@ -286,3 +286,13 @@ def test_accelerates_wrapped_forwards():
         model.factor = factor
         fl.at_head(model, lambda p: assert_same(p, truth * factor / 2, labels), **inputs)  # noqa: B023
     assert isinstance(fl.find_head(model), fl.FusedHead)
+
+
+def test_a_head_that_was_found_compiles():
+    """Where softcap and scale are those that were measured last."""
+    model = new(lambda self, z: z * self.factor, factor=2.0)
+    head, (_, labels) = fl.find_head(model), batch()
+    states = torch.randn(*labels.shape, SMALL["hidden_size"], dtype=torch.float64)
+    logps = lambda x: fl.token_stats(head.source(x), labels, shift=True).logps  # noqa: E731
+    compiled = torch.compile(logps, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(states), logps(states))
