@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .logits_at import stats_at
+from .losses.common import divided, read_count
 from .losses.distillation import distillation_loss
 from .sources import Logits, TokenStats
 from .stats import token_stats
@@ -53,7 +54,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
 
 def generalized_jsd_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, beta: float = 0.5,
-    temperature: float = 1.0, reduction: str = "batchmean", num_items_in_batch: int | Tensor | None = None,
+    temperature: float = 1.0, reduction: str = "batchmean", num_items_in_batch: int | float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """GKD's divergence of logits [B, T, V], both divided by temperature (trl.experimental.gkd.GKDTrainer): 2306.13649 eq. 1.
 
@@ -67,15 +68,14 @@ def generalized_jsd_loss(
     """
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         _check_logits(name, x)
+    num_items_in_batch = read_count("num_items_in_batch", num_items_in_batch)
     if reduction not in REDUCTIONS and num_items_in_batch is None:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     y = _none(student_logits) if labels is None else torch.where(labels == -100, SKIPPED, 0)
     student, teacher = (Logits(x, temperature=temperature) for x in (student_logits, teacher_logits))
     total = distillation_loss(student, y, teacher, beta=beta, reduction="sum", ignore_index=SKIPPED).loss
     if num_items_in_batch is not None:
-        return total / (
-            num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-        )
+        return divided(total, num_items_in_batch)
     if reduction == "sum":
         return total
     count = y.numel() if labels is None else (y != SKIPPED).sum()

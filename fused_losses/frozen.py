@@ -121,7 +121,8 @@ def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grad
     """The gradient at the policy's hidden states: kept rows, scaled."""
     problem, policy = call.problem, call.policy
     assert isinstance(policy, HiddenSide)
-    n, g = len(call.labels), grads
+    n, here = len(call.labels), call.labels != problem.ignore_index
+    g = [None if x is None else x.masked_fill(~here, 0) for x in grads]  # with static shapes some rows do not count
     coef = torch.zeros(n, dtype=call.dtype, device=call.labels.device)
     for x, sign in ((g[0], -1), (g[2], 1)):
         if x is not None:
@@ -146,8 +147,7 @@ def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grad
         if problem.softcap:
             y = logps + call.backend.in_nats(saved[0] + saved[1])  # the label's logit as the loss sees it
             slope *= 1 - (y / (problem.multiplier * problem.softcap)).clamp(-1, 1).square()
-        here = call.labels != problem.ignore_index
-        slope = (slope * g[0]).masked_fill(~here, 0)
+        slope *= g[0]
         ids = call.labels.long().clamp(0, problem.vocab - 1)
         for r in range(0, n, max(1, call.plan.tile[0] // 8)):
             block = slice(r, r + max(1, call.plan.tile[0] // 8))

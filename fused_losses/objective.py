@@ -302,6 +302,36 @@ class _Job(NamedTuple):
         return losses.detach(), grads, list(found[len(leaves) :])
 
 
+class _Scale(NamedTuple):
+    """By what gradients that were found for 1 are multiplied, so that those of another g are finite, or not, where
+    hidden_stats_backward leaves them so: zeros of what does not count stay zeros."""
+
+    rows: Tensor  # [rows], for what has one row for each
+    head: Tensor  # 0-d, for what all rows are summed up in
+    vocab: int
+
+    @classmethod
+    def of(cls, g: Tensor, to_rows: list[Tensor | None], counts: Tensor, vocab: int) -> _Scale:
+        """to_rows: what the formula makes of g, gradients [..., rows]."""
+        known = [x.isfinite().view(-1, len(counts)).all(0) for x in to_rows if x is not None and x.numel()]
+        lost = counts & ~torch.stack(known).all(0) if known else torch.zeros_like(counts)
+        g = g.masked_fill(~g.isfinite(), 0)  # what such a g reaches is lost
+        return cls(g.masked_fill(lost, float("nan")), g.masked_fill(lost.any(), float("nan")), vocab)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype, over: str) -> Tensor:
+        """x scaled, in its place where it has this dtype. over: what its first dimension is, "tokens" of the vocabulary with
+        padding at the end, or "rows" with what follows it."""
+        out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+        if over == "rows":
+            n, width = len(self.rows), x.shape[-1]
+            torch.mul(x.view(n, width), self.rows[:, None], out=out.view(n, width))
+            return out
+        end = self.vocab if over == "tokens" else len(x)
+        torch.mul(x[:end], self.head, out=out[:end])
+        out[end:] = 0
+        return out
+
+
 class _Known(torch.autograd.Function):
     """The losses of the units and the outputs of hidden_stats, with the gradient of the sum of the losses on the way."""
 
@@ -340,21 +370,12 @@ class _Known(torch.autograd.Function):
     @ops.once("token_stats")
     def backward(ctx, g_losses, *grads):  # type: ignore[no-untyped-def]
         """The gradients found in the forward hold for equal gradients of all losses, and are given away, scaled where they
-        lie; anything else, and a second time, takes them anew."""
+        lie; anything else, and a second time, takes them anew. The formula is differentiated in either case: it is small, and
+        says which rows a gradient that is not finite reaches."""
         job, saved, flags = ctx.job, ctx.saved_tensors, ctx.needs_input_grad[3:]
         end = 12 + len(job.names)
         cu_seqlens, labels, tensors, extras = saved[0], saved[1], saved[2:12], saved[12:end]
         out = saved[end:]
-        uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
-        if uniform and all(g is None for g in grads[:5]) and not any(flags[10:]) and ctx.found is not None:
-            found, ctx.found = ctx.found, None
-            scaled = [
-                torch.mul(x, g_losses[0], out=x if x.dtype == y.dtype else torch.empty_like(x, dtype=y.dtype))
-                if flag
-                else None
-                for x, y, flag in zip(found, tensors[:5], flags[:5], strict=True)
-            ]
-            return (None, None, None, *scaled, *[None] * (5 + len(extras)))
         total, to_extras = list(grads[:5]), iter(())
         if g_losses is not None:
             own = {n: x.detach().requires_grad_(f) for n, x, f in zip(job.names, extras, flags[10:], strict=True)}
@@ -364,9 +385,17 @@ class _Known(torch.autograd.Function):
             )
             total = [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
             to_extras = iter(learned)
-        keep = out[0].new_zeros((0, 0, 0))
-        given = (*total, out[0], out[7], keep, labels, *tensors, *job.call.options, list(flags[:10]))
-        back = iter(hidden_ops.hidden_stats_backward(*given))
+        uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
+        if uniform and all(g is None for g in grads[:5]) and ctx.found is not None:
+            found, ctx.found = ctx.found, None
+            scale = _Scale.of(g_losses[0], total, job.mask(labels), job.call.options.vocab)
+            kept = zip(found, tensors[:5], ("rows", "tokens", "tokens", "all", "tokens"), strict=True)
+            every = [scale(x, t.dtype, over) if f else None for f, (x, t, over) in zip(flags, kept, strict=False)]
+            back = iter([x for x, f in zip([*every, *[None] * 5], flags, strict=False) if f])
+        else:
+            keep = out[0].new_zeros((0, 0, 0))
+            given = (*total, out[0], out[7], keep, labels, *tensors, *job.call.options, list(flags[:10]))
+            back = iter(hidden_ops.hidden_stats_backward(*given))
         return (
             None, None, None, *(next(back) if f else None for f in flags[:10]),
             *(next(to_extras, None) if f else None for f in flags[10:]),

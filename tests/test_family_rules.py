@@ -267,10 +267,10 @@ Z, Y = torch.zeros(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
 BAD = [
     (
         lambda: fl.dpo_loss(Z, Y, num_items=torch.ones(2)),
-        r"num_items: expected a number > 0, or a tensor of one, got \[2\]",
+        r"num_items: expected a finite number >= 0 or a tensor of one element, got \[2\]",
     ),
-    (lambda: fl.dpo_loss(Z, Y, num_items="3"), "num_items: expected a number > 0.*got '3'"),
-    (lambda: fl.dpo_loss(Z, Y, num_items=float("nan")), "num_items: expected a number > 0.*got nan"),
+    (lambda: fl.dpo_loss(Z, Y, num_items="3"), "num_items: expected a finite number >= 0.*got '3'"),
+    (lambda: fl.dpo_loss(Z, Y, num_items=float("nan")), "num_items: expected a finite number >= 0.*got nan"),
     (lambda: fl.distillation_loss(Z, Y, Z, divergence="js", beta=0.3), "beta: is of GKD's divergence"),
     (lambda: fl.upo_loss(Z, Y, Z, torch.zeros(4), base="sigmoid", loss="hinge"), "loss: the base loss is `base`"),
     (lambda: fl.dpo_loss(Z, Y, per_token={}), "per_token"),

@@ -387,7 +387,7 @@ BAD = [
     (lambda: fl.grpo_loss(Z, Y, A, max_completion_length=9), ValueError, "max_completion_length: is for loss='dr_grpo'"),
     (lambda: fl.grpo_loss(Z, Y, A, reduction="avg"), ValueError, "reduction: expected 'mean', 'sum' or 'none'"),
     (lambda: fl.grpo_loss(Z, Y, A, loss="dapo", reduction="sum", num_items=3), ValueError, "num_items: only goes with"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss="dapo", num_items=0), ValueError, "num_items: expected a number > 0"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss="dapo", num_items=-1), ValueError, "num_items: expected a finite number >= 0"),
     (lambda: fl.grpo_loss(Z, Y, A, loss_type="dapo"), TypeError, "loss_type"),
     (lambda: fl.group_advantages(A, 2), ValueError, r"rewards: expected \[groups \* group_size\] for group_size=2, got \[3\]"),
     (lambda: fl.group_advantages(A, 0), ValueError, "rewards: expected"),

@@ -264,7 +264,7 @@ BAD = [
     (lambda: fl.dpo_loss(Z, Y, label_smoothing=0.5), ValueError, r"label_smoothing: expected a number in \[0, 0.5\)"),
     (lambda: fl.dpo_loss(Z, Y, reduction="avg"), ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
     (lambda: fl.dpo_loss(Z, Y, reduction="sum", num_items=3), ValueError, "num_items: only goes with reduction='mean'"),
-    (lambda: fl.dpo_loss(Z, Y, num_items=0), ValueError, "num_items"),
+    (lambda: fl.dpo_loss(Z, Y, num_items=-1), ValueError, "num_items"),
     (lambda: fl.dpo_loss(Z, Y, fl.LogProbs(torch.zeros(2))), ValueError, r"ref: expected fl.LogProbs \[4, 3\]"),
     (lambda: fl.dpo_loss(Z, Y, cu_seqlens=CU), ValueError, "labels: expected packed labels"),
     (lambda: fl.dpo_loss(Z.flatten(0, 1), Y.flatten(), cu_seqlens=CU[:4]), ValueError, r"cu_seqlens: expected \[2B \+ 1\]"),

@@ -264,7 +264,7 @@ BAD = [
     (lambda f: f.cpo_loss(Z, Y, loss="simpo"), ValueError, "known: sigmoid, hinge, ipo; for 'simpo' call fl.simpo"),
     (lambda f: f.cpo_loss(Z, Y, loss="ipo", label_smoothing=0.1), ValueError, "label_smoothing: only goes with loss='sigmoid'"),
     (lambda f: f.cpo_loss(Z, Y, cpo_alpha=-0.1), ValueError, "cpo_alpha: expected a finite number >= 0"),
-    (lambda f: f.cpo_loss(Z, Y, num_nll_tokens=0), ValueError, "num_nll_tokens: expected a number > 0, got 0"),
+    (lambda f: f.cpo_loss(Z, Y, num_nll_tokens=-1), ValueError, "num_nll_tokens: expected a finite number >= 0.*got -1"),
     (lambda f: f.cpo_loss(Z[:3], Y[:3]), ValueError, r"labels: expected \[2B, T\]"),
     (lambda f: f.cpo_loss(Z, Y, reduction="avg"), ValueError, "reduction"),
     (lambda f: f.cpo_loss(Z, Y, reduction="sum", num_items=3), ValueError, "num_items"),

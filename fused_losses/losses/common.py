@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,7 @@ INPUTS = (
 
 
 REDUCTIONS = ("mean", "sum", "none")
+Count = int | float | Tensor  # num_items, num_nll_tokens: of the whole batch
 
 
 def check_positive(**numbers: float) -> None:
@@ -122,16 +124,41 @@ def check_per_sequence(name: str, x: object, count: int, device: torch.device, d
         )
 
 
-def check_reduction(reduction: str, num_items: int | Tensor | None) -> None:
+def check_reduction(reduction: str, num_items: Count | None) -> Count | None:
+    """num_items, as read_count() gives it."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: only goes with reduction='mean', got reduction={reduction!r}")
-    if num_items is None or (isinstance(num_items, Tensor) and num_items.numel() == 1):
-        return
-    if not isinstance(num_items, int | float) or not 0 < num_items < float("inf"):
-        got = list(num_items.shape) if isinstance(num_items, Tensor) else repr(num_items)
-        raise ValueError(f"num_items: expected a number > 0, or a tensor of one, got {got}")
+    return read_count("num_items", num_items)
+
+
+def read_count(name: str, x: Any) -> Count | None:
+    """A number, or a tensor of one element made 0-d. The value of a tensor is not looked at."""
+    if x is None or isinstance(x, int | float | Tensor):
+        count = x
+    elif isinstance(x, Real):
+        count = float(x)  # of numpy
+    else:
+        count = torch.as_tensor(x) if hasattr(x, "__array__") else x
+    if isinstance(count, Tensor) and count.numel() == 1:
+        return count.reshape(())
+    if count is not None and (not isinstance(count, int | float) or not 0 <= count < float("inf")):
+        got = list(count.shape) if isinstance(count, Tensor) else repr(x)
+        raise ValueError(f"{name}: expected a finite number >= 0 or a tensor of one element, got {got}")
+    return count
+
+
+def divided(x: Tensor, count: Count) -> Tensor:
+    """x / count. Where count is 0, an empty window of gradient accumulation, both this and the gradient of x are 0, whatever
+    x is and whatever gradient comes in. A tensor on another device is read by the host."""
+    if isinstance(count, Tensor) and count.device != x.device and not torch.compiler.is_compiling():
+        count = count.item()
+    if isinstance(count, Tensor):
+        count = count.to(x.device, x.dtype)
+        empty = count == 0
+        return x.masked_fill(empty, 0) / count.masked_fill(empty, 1)
+    return x / count if count else x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
 
 
 def check_pairs(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: object = None) -> int:
@@ -192,12 +219,12 @@ class Needs(NamedTuple):
 
 def fused(
     formula: Formula, policy: Source, labels: Tensor, ref: Source | None, needs: Needs, *, reduction: str = "mean",
-    num_items: int | Tensor | None = None, plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
+    num_items: Count | None = None, plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
     **batch: Any,
 ) -> Fused:  # fmt: skip
     """evaluate(), reduced: the mean is over units, or over tokens that count where those are the units. This is where the
     options that all losses share are handled."""
-    check_reduction(reduction, num_items)
+    num_items = check_reduction(reduction, num_items)
     if needs.unit == "token" and batch.get("cu_seqlens") is not None:  # those of sequences have been looked at
         check_sequences(labels, batch["cu_seqlens"], batch.get("sequence_group"))
     reduced = reduction != "none"
@@ -214,7 +241,7 @@ def fused(
     each = losses.detach() if reduced else None
     if reduction == "mean":
         count = tokens.mask.sum().clamp(min=1) if needs.unit == "token" else max(losses.numel(), 1)
-        losses = losses.sum() / (count if num_items is None else num_items)
+        losses = losses.sum() / count if num_items is None else divided(losses.sum(), num_items)
     return Fused(losses.sum() if reduction == "sum" else losses, stats, tokens, each, needs.unit)
 
 
@@ -227,11 +254,12 @@ def output(found: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOu
     return with_parts(found.loss, found.stats, parts)
 
 
-def loss_and_nll(found: Fused, nll: Part, weight: float, share: float | Tensor) -> dict[str, tuple[Part, ...]]:
-    """The parts of losses to which each unit's share of a negative log-likelihood has been added: its mean is over tokens."""
+def loss_and_nll(found: Fused, nll: Part, weight: float, times: Count, by: Count) -> dict[str, tuple[Part, ...]]:
+    """The parts of losses to which each unit's share of a negative log-likelihood, times / by, has been added: its mean is over
+    tokens."""
     if found.losses is None or not weight:
         return {}
-    rest = Part(found.losses - weight * share * nll.amounts)
+    rest = Part(found.losses - weight * divided(nll.amounts * times, by))
     return {"loss": (rest, Part(weight * nll.amounts, nll.counts))}
 
 
@@ -281,13 +309,13 @@ def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Pa
     return found
 
 
-def reduced(losses: Tensor, reduction: str = "mean", num_items: int | Tensor | None = None) -> Tensor:
+def reduced(losses: Tensor, reduction: str = "mean", num_items: Count | None = None) -> Tensor:
     """Losses of units that did not come from fused(), reduced as it does."""
-    check_reduction(reduction, num_items)
+    num_items = check_reduction(reduction, num_items)
     if reduction == "none":
         return losses
     count = 1 if reduction == "sum" else max(losses.numel(), 1) if num_items is None else num_items
-    return losses.sum() / count
+    return divided(losses.sum(), count)
 
 
 def sequences_of(stats: TokenStats, cu_seqlens: Tensor | None = None, span: Span = Span()) -> Tokens:  # noqa: B008

@@ -14,16 +14,20 @@ from ..shards import span_of
 from ..sources import FLOATS, Source, check_labels
 from ..stats import token_stats
 from .common import (
+    Count,
     Entry,
     LossOutput,
     Needs,
     Part,
     check_positive,
+    check_reduction,
     check_sequences,
     counting_mask,
+    divided,
     fused,
     loss_and_nll,
     output,
+    read_count,
     reduced,
     sequence_part,
 )
@@ -35,7 +39,7 @@ NEVER = -1e30  # the logit of a step that is not there: finite, so that rows wit
 
 def semantic_alignment_loss(
     question: Tensor, thoughts: Tensor, *, mask: Tensor | None = None, reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
     """Latent thoughts that mean what the question means (LTA-Thinker, 2509.12875): for each example the mean over thoughts of
 
@@ -61,7 +65,7 @@ def semantic_alignment_loss(
 
 def reasoning_focus_loss(
     question: Tensor, steps: Tensor, answers: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1,
-    reduction: str = "mean", num_items: int | Tensor | None = None,
+    reduction: str = "mean", num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
     """A question close to the reasoning step that is closest to its answer (LTA-Thinker, 2509.12875), for each example
 
@@ -96,7 +100,7 @@ def lta_thinker_loss(
     policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
     weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
     step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
-    num_items: int | Tensor | None = None, num_nll_tokens: int | Tensor | None = None, **batch: Any,
+    num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """LTA-Thinker (2509.12875): with the released code's weights
 
@@ -125,12 +129,11 @@ def lta_thinker_loss(
         raise ValueError(f"question: expected [{sequences}, H], one for each sequence, got {list(question.shape)}")
     batch["sequence_group"] = span = span_of(labels, cu_seqlens=cu_seqlens, **batch)
     tokens_that_count = span.summed(counting_mask(labels, cu_seqlens=cu_seqlens, **batch).sum()).clamp(min=1)
-    share: float | Tensor = sequences / tokens_that_count
-    if num_nll_tokens is not None:
-        share = (sequences if num_items is None else num_items) / num_nll_tokens
+    by, times = read_count("num_nll_tokens", num_nll_tokens), check_reduction(reduction, num_items)
+    by, times = (tokens_that_count, sequences) if by is None else (by, sequences if times is None else times)
 
     def formula(tokens: Tokens) -> Tensor:
-        return -weights[0] * share * tokens.sums(tokens.logps)
+        return -weights[0] * divided(tokens.sums(tokens.logps) * times, by)
 
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
     alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
@@ -145,7 +148,7 @@ def lta_thinker_loss(
         parts["entropy"] = sequence_part(tokens, tokens.entropy)
     losses = None if found.losses is None else found.losses + more.detach()
     found = found._replace(loss=found.loss + reduced(more, reduction, num_items), losses=losses)
-    return output(found, parts | loss_and_nll(found, parts["sft"], weights[0], share))
+    return output(found, parts | loss_and_nll(found, parts["sft"], weights[0], times, by))
 
 
 def check_weights(weights: tuple[float, float, float]) -> None:

@@ -19,7 +19,7 @@ from ..divergences import Divergence, from_key
 from ..objective import Tokens
 from ..ops import check_plain, once
 from ..pair_terms import TERMS
-from .common import check_positive
+from .common import Count, check_positive, divided
 
 EXO_EPSILON = 1e-3  # what its paper recommends
 
@@ -64,7 +64,7 @@ class Pairs:
     """Tokens of some pairs, and their sums: each is taken once, however many losses read it. [2B] are the B chosen
     sequences, then the B rejected."""
 
-    def __init__(self, tokens: Tokens, o: Options, chosen: int | Tensor | None, batch: int | Tensor) -> None:
+    def __init__(self, tokens: Tokens, o: Options, chosen: Count | None, batch: Count) -> None:
         self.all, self.o = tokens, o
         self.tokens = tokens if o.ld_alpha is None else desensitised(tokens, o.ld_alpha)
         self.chosen, self.batch = chosen, batch  # tokens of all chosen sequences that count, pairs: of the whole batch
@@ -213,7 +213,7 @@ def _apo_down(p: Pairs) -> Tensor:
 def _sft(p: Pairs) -> Tensor:
     """A pair's share of the mean over the chosen tokens of the batch. TRL weighs the mean itself, in WPO."""
     assert p.chosen is not None
-    shares = -p.all.sums(p.all.logps).tensor_split(2)[0] * p.batch / p.chosen
+    shares = divided(-p.all.sums(p.all.logps).tensor_split(2)[0] * p.batch, p.chosen)
     return (shares.sum() / max(1, len(shares))).expand_as(shares) if p.o.weighting else shares
 
 

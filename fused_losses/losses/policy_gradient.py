@@ -14,6 +14,7 @@ from ..objective import Tokens
 from ..pointwise import cap
 from ..sources import FLOATS, LogProbs, Source, check_labels
 from .common import (
+    Count,
     Entry,
     LossOutput,
     Needs,
@@ -21,6 +22,7 @@ from .common import (
     check_positive,
     check_reduction,
     check_sequences,
+    divided,
     fused,
     output,
     sequence_part,
@@ -51,7 +53,7 @@ def grpo_loss(
     use_bias_correction_kl: bool = False,
     max_completion_length: int | None = None,
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: Count | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
@@ -95,7 +97,7 @@ def grpo_loss(
     """
     labels = check_labels(labels)
     o = options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
-    check_reduction(reduction, num_items)
+    num_items = check_reduction(reduction, num_items)
     shape = labels.shape if not shift or cu_seqlens is not None else (*labels.shape[:-1], labels.shape[-1] - 1)
     sequences = check_sequences(labels, cu_seqlens, sequence_group)
     own, each = inputs(sequences, shape, labels.device, advantages, old_logps, ref, o)
@@ -123,7 +125,7 @@ def grpo_loss(
     )  # fmt: skip
     total = found.loss
     if mean_of_tokens:
-        total = total / (found.tokens.mask.sum().clamp(min=1) if num_items is None else num_items)
+        total = divided(total, found.tokens.mask.sum().clamp(min=1) if num_items is None else num_items)
     parts = _parts(found.tokens, o, ref is not None)
     if found.losses is not None and mean_of_tokens:
         parts["loss"] = Part(found.losses, found.tokens.lengths)

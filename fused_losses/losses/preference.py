@@ -13,16 +13,19 @@ from ..objective import Tokens
 from ..shards import Span, span_of
 from ..sources import LogProbs, Source, as_source, check_labels
 from .common import (
+    Count,
     Entry,
     LossOutput,
     Needs,
     Part,
     check_pairs,
+    check_reduction,
     counting_mask,
     fused,
     loss_and_nll,
     output,
     pair_metrics,
+    read_count,
 )
 from .pair_losses import LOSSES, Pairs, desensitised, read_options, wpo_weights
 
@@ -43,8 +46,8 @@ def preference_loss(
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
-    num_nll_tokens: int | Tensor | None = None,
+    num_items: Count | None = None,
+    num_nll_tokens: Count | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
@@ -103,7 +106,9 @@ def preference_loss(
             exp(mean_t(log p(y_t) - log sum_v p_v^2)), without a gradient and, as TRL has it, unbounded. Not for aot*; sft
             is weighted after its mean.
         reduction: "mean" over pairs, "sum", or "none" ([B]).
-        num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate.
+        num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate. A
+            number >= 0, or a tensor of one element on the CPU or where the loss is, whose value is not checked. 0 means that
+            nothing counts in the whole batch: the loss is 0 and so is every gradient, whatever the sum is.
         num_nll_tokens: for sft, likewise the chosen tokens of the whole batch; else each micro-batch has a mean of its own.
         cu_seqlens: [2B + 1] int offsets of the packed sequences, chosen first. They are not read on the host on a GPU.
         sequence_group: the time axis is split over the ranks of this torch.distributed.ProcessGroup (sequence or context
@@ -128,7 +133,7 @@ def preference_loss(
     )
     pairs = check_pairs(labels, cu_seqlens, sequence_group) // 2
     span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=static_shapes)
-    chosen = num_nll_tokens
+    num_items, chosen = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     if "sft" in o.names and chosen is None:
         mask = counting_mask(labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index)
         chosen = _chosen_tokens(mask, cu_seqlens, span)
@@ -153,7 +158,8 @@ def preference_loss(
     if "sft" in o.names and not o.weighting:
         own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
         nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
-        parts |= loss_and_nll(found, nll, sum(weight for name, weight in o.losses if name == "sft"), batch / chosen)  # type: ignore[operator]
+        weight = sum(weight for name, weight in o.losses if name == "sft")
+        parts |= loss_and_nll(found, nll, weight, batch, chosen)  # type: ignore[arg-type]
     return output(found, parts)
 
 

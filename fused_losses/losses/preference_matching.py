@@ -17,6 +17,7 @@ from ..layout import stats_dtype
 from ..objective import Tokens
 from ..sources import FLOATS, Source, check_labels
 from .common import (
+    Count,
     Entry,
     LossOutput,
     Needs,
@@ -227,7 +228,7 @@ def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0
 
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss of reward models: -log sigmoid(chosen - rejected - margin), P(chosen > rejected) = sigmoid(difference).
 
@@ -244,7 +245,11 @@ def bradley_terry_loss(
 
 
 def plackett_luce_loss(
-    rewards: Tensor, *, mask: Tensor | None = None, reduction: str = "mean", num_items: int | Tensor | None = None
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: Count | None = None,
 ) -> Tensor:
     """Of a ranking, -log of its probability under Plackett-Luce: the best is drawn by softmax(rewards), then the next best
     from the rest, and so on.

@@ -20,6 +20,7 @@ from ..pointwise import cap
 from ..shards import span_of
 from ..sources import Source, check_labels
 from .common import (
+    Count,
     Entry,
     Fused,
     LossOutput,
@@ -29,10 +30,12 @@ from .common import (
     check_positive,
     check_weights,
     counting_mask,
+    divided,
     fused,
     loss_and_nll,
     output,
     pair_metrics,
+    read_count,
 )  # fmt: skip
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
@@ -43,7 +46,7 @@ SURE = -1e-12  # the largest mean log-prob whose odds ORPO tells from infinite o
 
 def simpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
-    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, num_nll_tokens: int | Tensor | None = None, **batch: Any,
+    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, num_nll_tokens: Count | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """SimPO (2405.14734 eq. 6): the reward is the mean log-prob of a response's tokens, and no reference is needed,
 
@@ -78,7 +81,7 @@ def simpo_loss(
 
 def cpo_loss(
     policy: Source, labels: Tensor, *, loss: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
-    label_smoothing: float = 0.0, num_nll_tokens: int | Tensor | None = None, **batch: Any,
+    label_smoothing: float = 0.0, num_nll_tokens: Count | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """CPO (2401.08417): DPO with a uniform reference, and the negative log-likelihood of the chosen responses,
 
@@ -113,7 +116,7 @@ def cpo_loss(
 
 def orpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None,
-    num_nll_tokens: int | Tensor | None = None, **batch: Any,
+    num_nll_tokens: Count | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """ORPO (2403.07691 eq. 6): the negative log-likelihood of the chosen responses, and their odds against the rejected,
 
@@ -159,14 +162,14 @@ def _scored(tokens: Tokens) -> Tokens:
 
 def _pairs(
     term: Callable[[Tensor, Tensor], Tensor], policy: Source, labels: Tensor, mean: bool, weight: float,
-    nll_labels: Tensor | None = None, num_nll_tokens: int | Tensor | None = None, num_items: int | Tensor | None = None,
+    nll_labels: Tensor | None = None, num_nll_tokens: Count | None = None, num_items: Count | None = None,
     **batch: Any,
 ) -> tuple[Fused, Tensor, dict[str, Any]]:  # fmt: skip
     """term(chosen, rejected) + weight NLL; then the log-probs that the term took [2B], and the parts of the NLL and
     the loss. mean: over tokens."""
     labels = check_labels(labels)
     pairs = check_pairs(labels, cu := batch.get("cu_seqlens"), batch.get("sequence_group")) // 2
-    check_count(num_nll_tokens)
+    num_nll_tokens, num_items = read_count("num_nll_tokens", num_nll_tokens), read_count("num_items", num_items)
     span = span_of(labels, **batch)
     batch["sequence_group"] = span
     rows = torch.arange(len(labels), device=labels.device)
@@ -188,12 +191,13 @@ def _pairs(
 
     def formula(tokens: Tokens) -> Tensor:
         losses = term(*logps(tokens).tensor_split(2))
-        return losses - weight * tokens.sums(tokens.logps).tensor_split(2)[0] * times / by if weight else losses
+        nll = -tokens.sums(tokens.logps).tensor_split(2)[0]
+        return losses + weight * divided(nll * times, by) if weight else losses
 
     found = fused(formula, policy, labels, None, Needs("pair", per_token=extra), num_items=num_items, **batch)
     own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
     nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
-    return found, logps(found.tokens), {"nll_loss": nll, **loss_and_nll(found, nll, weight, times / by)}
+    return found, logps(found.tokens), {"nll_loss": nll, **loss_and_nll(found, nll, weight, times, by)}
 
 
 def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float, cpo_alpha: float) -> None:
@@ -213,11 +217,6 @@ def check_cpo(loss: str, beta: float, cpo_alpha: float, label_smoothing: float) 
     _check_smoothing(label_smoothing)
     if label_smoothing and loss != "sigmoid":
         raise ValueError(f"label_smoothing: only goes with loss='sigmoid', got {label_smoothing!r} with {loss!r}")
-
-
-def check_count(num_nll_tokens: int | Tensor | None) -> None:
-    if isinstance(num_nll_tokens, int | float) and num_nll_tokens <= 0:
-        raise ValueError(f"num_nll_tokens: expected a number > 0, got {num_nll_tokens!r}")
 
 
 def _check_smoothing(label_smoothing: float) -> None:

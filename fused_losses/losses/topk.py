@@ -16,7 +16,7 @@ from ..objective import Tokens
 from ..shards import span_of
 from ..sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
 from ..stats import labels_mask, token_stats
-from .common import Entry, Fused, LossOutput, check_reduction, check_sequences, check_weights, output
+from .common import Count, Entry, Fused, LossOutput, check_reduction, check_sequences, check_weights, divided, output
 from .distillation import token_means
 
 __all__ = ["topk_distillation_loss"]
@@ -29,7 +29,7 @@ NOTHING = -1e30  # log-prob of an entry that is not there: finite, so that diffe
 def topk_distillation_loss(
     student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, *, tail: str = "bucket",
     divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, reduction: str = "mean",
-    num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
+    num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
     sequence_group: object = None, entropy: bool = False, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """Distillation where only the teacher's log-probs of K tokens are known, p the student and q the teacher:
@@ -58,7 +58,7 @@ def topk_distillation_loss(
     source, labels, d = as_source("student", student), check_labels(labels), from_key(divergence)
     check_topk(tail, d)
     check_weights(soft=soft, hard=hard)
-    check_reduction(reduction, num_items)
+    num_items = check_reduction(reduction, num_items)
     if isinstance(source, LogProbs):
         raise ValueError("student: expected fl.Hidden or logits, got fl.LogProbs")
     if cu_seqlens is not None:
@@ -81,7 +81,7 @@ def topk_distillation_loss(
     total, mask, *others = span.whole([losses, mask, *numbers.values()])
     count = mask.sum().clamp(min=1)
     if reduction != "none":
-        losses = total.sum() / (1 if reduction == "sum" else count if num_items is None else num_items)
+        losses = divided(total.sum(), 1 if reduction == "sum" else count if num_items is None else num_items)
     whole = dict(zip(numbers, (x.detach().reshape(-1) for x in others), strict=True))
     own = Tokens(whole.pop("logps"), None, None, whole.pop("entropy", None), {}, mask.reshape(-1), cu_seqlens, 0)
     stats = replace(stats, divergence={d.key: kl})

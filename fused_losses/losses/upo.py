@@ -15,6 +15,7 @@ from ..layout import stats_dtype
 from ..shards import span_of
 from ..sources import FLOATS, Source, check_labels
 from .common import (
+    Count,
     Entry,
     LossOutput,
     Part,
@@ -43,7 +44,7 @@ def upo_loss(
     weight: float = 1.0,
     clip: float | None = None,
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: Count | None = None,
     cu_seqlens: Tensor | None = None,
     **options: Any,
 ) -> LossOutput:
@@ -114,7 +115,12 @@ def check_advantages(advantages: Tensor | tuple[Tensor, Tensor], count: int, dev
 
 
 def expectile_loss(
-    rewards: Tensor, values: Tensor, q: float = 0.7, *, reduction: str = "mean", num_items: int | Tensor | None = None
+    rewards: Tensor,
+    values: Tensor,
+    q: float = 0.7,
+    *,
+    reduction: str = "mean",
+    num_items: Count | None = None,
 ) -> Tensor:
     """Regression of values to the q-expectile of rewards, as implicit Q-learning does (2110.06169 eq. 5, q = 0.7 there):
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layout import shift_packed
+from ..losses.common import Count, read_count
 from ..sources import LogProbs, Source, TokenStats, as_source, check_labels
 from ..stats import Asked
 from .stats import token_stats
@@ -78,14 +79,17 @@ def joined(losses: list[Tensor], stats: TokenStats) -> Tensor:
     return torch.stack(losses) if losses else stats.logps.reshape(-1)[:0]
 
 
-def reduced(losses: Tensor, reduction: str = "mean", num_items: int | Tensor | None = None) -> Tensor:
+def part(x: Tensor, count: Count) -> Tensor:
+    """x / count, and 0 where that is the 0 of an empty window."""
+    count = float(read_count("num_items", count))  # type: ignore[arg-type]
+    return x / count if count else x * 0
+
+
+def reduced(losses: Tensor, reduction: str = "mean", num_items: Count | None = None) -> Tensor:
     if reduction == "none":
         return losses
-    return (
-        losses.sum()
-        if reduction == "sum"
-        else losses.sum() / (max(losses.numel(), 1) if num_items is None else num_items)
-    )
+    count = 1 if reduction == "sum" else max(losses.numel(), 1) if num_items is None else num_items
+    return part(losses.sum(), count)
 
 
 def pair_metrics(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..layout import shift_packed
-from ..losses.common import LossOutput
+from ..losses.common import Count, LossOutput
 from ..sources import LogProbs, Source, as_source, check_labels
 from .distillation import token_mean
 from .stats import token_stats, transformed
@@ -19,7 +19,7 @@ __all__ = ["cross_entropy_loss"]
 
 def cross_entropy_loss(
     policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, reduction: str = "mean",
-    num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, shift: bool = False,
+    num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False,
     ignore_index: int = -100, entropy: bool = False, **_: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.cross_entropy_loss: torch's, and lse^2."""

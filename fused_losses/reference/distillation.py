@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from ..losses.common import LossOutput
+from ..losses.common import Count, LossOutput
 from ..sources import Source, check_labels
+from .common import part
 from .stats import token_stats
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
@@ -17,7 +18,7 @@ __all__ = ["distillation_loss", "sampled_distillation_loss"]
 
 def distillation_loss(
     student: Source, labels: Tensor, teacher: Source, *, divergence: str | Divergence | None = None, beta: float = 0.5,
-    soft: float = 1.0, hard: float = 0.0, reduction: str = "mean", num_items: int | Tensor | None = None, shift: bool = False,
+    soft: float = 1.0, hard: float = 0.0, reduction: str = "mean", num_items: Count | None = None, shift: bool = False,
     ignore_index: int = -100, entropy: bool = False, **_: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.distillation_loss."""
@@ -33,7 +34,7 @@ def distillation_loss(
 
 
 def sampled_distillation_loss(
-    student: Source, labels: Tensor, teacher: Source, *, reduction: str = "mean", num_items: int | Tensor | None = None,
+    student: Source, labels: Tensor, teacher: Source, *, reduction: str = "mean", num_items: Count | None = None,
     shift: bool = False, ignore_index: int = -100, entropy: bool = False, **_: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.sampled_distillation_loss."""
@@ -45,7 +46,7 @@ def sampled_distillation_loss(
     return LossOutput(token_mean(kl * stats.logps, count, reduction, num_items), metrics, stats)
 
 
-def token_mean(losses: Tensor, count: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:
+def token_mean(losses: Tensor, count: Tensor, reduction: str, num_items: Count | None) -> Tensor:
     if reduction == "none":
         return losses
-    return torch.sum(losses) / (1 if reduction == "sum" else count if num_items is None else num_items)
+    return part(torch.sum(losses), 1 if reduction == "sum" else count if num_items is None else num_items)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .common import part
+
 __all__ = ["entropy_from_logits", "generalized_jsd_loss", "selective_log_softmax", "selective_log_softmax_and_entropy"]
 
 
@@ -51,7 +53,7 @@ def generalized_jsd_loss(
         each = beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
     each = each if labels is None else each[labels != -100]
     if num_items_in_batch is not None:
-        return each.sum() / num_items_in_batch
+        return part(each.sum(), num_items_in_batch)
     if reduction == "batchmean":
         return each.sum() / max(student_logits.shape[0] if labels is None else each.numel(), 1)
     if reduction == "mean":

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..losses.common import LossOutput, check_reduction
+from ..losses.common import Count, LossOutput, check_reduction, read_count
 from ..losses.lta_thinker import check_weights
 from ..sources import Source
-from .common import cut, joined, reduced
+from .common import cut, joined, part, reduced
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
 
 def semantic_alignment_loss(
     question: Tensor, thoughts: Tensor, *, mask: Tensor | None = None, reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
     """mean_j sum_d P_d (log P_d - log Q_jd), one example after another."""
     losses = []
@@ -32,7 +32,7 @@ def semantic_alignment_loss(
 
 def reasoning_focus_loss(
     question: Tensor, steps: Tensor, answers: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1,
-    reduction: str = "mean", num_items: int | Tensor | None = None,
+    reduction: str = "mean", num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
     """InfoNCE with the step closest to the answer as the positive, one example after another."""
     losses = []
@@ -51,19 +51,19 @@ def lta_thinker_loss(
     policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
     weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
     step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
-    num_items: int | Tensor | None = None, num_nll_tokens: int | Tensor | None = None, **batch: Any,
+    num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.lta_thinker_loss, one sequence after another."""
     check_weights(weights)
-    check_reduction(reduction, num_items)
+    num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, **batch)
     total = max(sum(len(s) for s in every), 1)
     nll = joined([-s.log_p for s in every], stats)
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
     alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
     batch_size = len(every) if num_nll_tokens is None or num_items is None else num_items
-    of_nll = batch_size / (total if num_nll_tokens is None else num_nll_tokens)
-    losses = weights[0] * nll * of_nll + weights[1] * focus + weights[2] * alignment
+    of_nll = part(nll * float(batch_size), total if num_nll_tokens is None else num_nll_tokens)
+    losses = weights[0] * of_nll + weights[1] * focus + weights[2] * alignment
     parts = {"reasoning_focus": focus, "semantic_alignment": alignment}
     metrics = {name: x.detach().sum() / max(len(every), 1) for name, x in parts.items()}
     metrics["sft"] = nll.detach().sum() / total

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from ..losses.common import LossOutput, check_reduction, check_sequences
+from ..losses.common import Count, LossOutput, check_reduction, check_sequences
 from ..losses.policy_gradient import options
 from ..sources import Source, check_labels
-from .common import Sequence, cut, joined
+from .common import Sequence, cut, joined, part
 
 __all__ = ["group_advantages", "grpo_loss"]
 
@@ -21,7 +21,7 @@ def grpo_loss(
     loss: str = "grpo", importance: str = "token", epsilon: float = 0.2, epsilon_high: float | None = None,
     delta: float | None = None, beta: float = 0.0, kl: str | Divergence = "k3",
     use_bias_correction_kl: bool = False, max_completion_length: int | None = None,
-    reduction: str = "mean", num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+    reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.grpo_loss, one sequence after another."""
     options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
@@ -71,12 +71,9 @@ def grpo_loss(
 
     total = joined(totals, stats)
     if reduction != "none":
-        count = sequences if loss in ("grpo", "dr_grpo") else stats.mask.sum()
-        total = (
-            total.sum()
-            if reduction == "sum"
-            else total.sum() / (max(int(count), 1) if num_items is None else num_items)
-        )
+        count: Count = sequences if loss in ("grpo", "dr_grpo") else stats.mask.sum()
+        count = 1 if reduction == "sum" else max(int(count), 1) if num_items is None else num_items
+        total = part(total.sum(), count)
     metrics = {} if ref is None else {"kl": mean([kl_of(s) for s in every], stats.logps)}
     low, above = (mean([x.to(stats.logps.dtype) for x in found], stats.logps) for found in (lows, highs))
     if loss == "cispo":

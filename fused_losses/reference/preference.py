@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..divergences import Divergence
-from ..losses.common import LossOutput, check_pairs, check_reduction
+from ..losses.common import Count, LossOutput, check_pairs, check_reduction, read_count
 from ..losses.pair_losses import Options, read_options
 from ..sources import LogProbs, Source, as_source, check_labels
-from .common import Sequence, cut, joined, pair_metrics, reduced
+from .common import Sequence, cut, joined, pair_metrics, part, reduced
 from .stats import transformed
 
 __all__ = ["dpo_loss", "ipo_loss", "preference_loss"]
@@ -115,7 +115,7 @@ def _aot_unpaired(pairs: list[Pair], o: Options) -> list[Tensor]:
 
 def _sft(pairs: list[Pair], weights: list[Tensor] | None, batch: Any, tokens: Any) -> list[Tensor]:
     """Shares of the mean over tokens. Weights are of that mean."""
-    shares = [-w.log_p * batch / tokens for w, _ in pairs]
+    shares = [part(-w.log_p * float(batch), tokens) for w, _ in pairs]
     return shares if weights is None else [sum(shares, torch.zeros(())) / len(pairs) * weight for weight in weights]
 
 
@@ -131,14 +131,14 @@ def preference_loss(
     policy: Source, labels: Tensor, ref: Source | None = None, *, loss: str | Several[str] = "sigmoid",
     loss_weights: Several[float] | None = None, divergence: str | Divergence = "reverse_kl", beta: float = 0.1,
     label_smoothing: float | None = None, discopop_tau: float = 0.05, ld_alpha: float | None = None,
-    use_weighting: bool = False, reduction: str = "mean", num_items: int | Tensor | None = None,
-    num_nll_tokens: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **options: Any,
+    use_weighting: bool = False, reduction: str = "mean", num_items: Count | None = None,
+    num_nll_tokens: Count | None = None, cu_seqlens: Tensor | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.preference_loss, one pair after another."""
     o = read_options(
         ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting
     )
-    check_reduction(reduction, num_items)
+    num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     check_pairs(check_labels(labels), cu_seqlens)
     squares = (
         {"squares": _log_sum_of_squares(policy, options.get("shift", False), cu_seqlens)} if use_weighting else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses.common import LossOutput, check_reduction
+from ..losses.common import Count, LossOutput, check_reduction
 from ..losses.preference_matching import check_matching, check_threshold
 from ..sources import Source, TokenStats, check_labels
 from .common import Sequence, cut, joined, reduced
@@ -22,7 +22,7 @@ __all__ = [
 
 def preference_matching_loss(
     policy: Source, labels: Tensor, *, form: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
-    reduction: str = "mean", num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+    reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.preference_matching_loss, one sequence after another."""
     extra = check_matching(check_labels(labels), cu_seqlens, form, beta, baseline)
@@ -39,7 +39,7 @@ def preference_matching_loss(
 
 def conditional_preference_matching_loss(
     policy: Source, labels: Tensor, ref: Source, *, threshold: float = 0.01, beta: float = 1.0,
-    baseline: Tensor | None = None, reduction: str = "mean", num_items: int | Tensor | None = None,
+    baseline: Tensor | None = None, reduction: str = "mean", num_items: Count | None = None,
     cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.conditional_preference_matching_loss, one sequence after another."""
@@ -102,14 +102,18 @@ def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0
 
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
     """-log P(chosen > rejected)."""
     return reduced(-torch.nn.functional.logsigmoid(chosen - rejected - margin), reduction, num_items)
 
 
 def plackett_luce_loss(
-    rewards: Tensor, *, mask: Tensor | None = None, reduction: str = "mean", num_items: int | Tensor | None = None
+    rewards: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: Count | None = None,
 ) -> Tensor:
     """-log of the product over places of e^r_i / sum_{j >= i} e^r_j, one ranking after another."""
     losses = []

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from ..losses.common import LossOutput, check_pairs, check_positive, check_reduction
-from ..losses.reference_free import SURE, check_count, check_cpo, check_nll_labels, check_simpo
+from ..losses.common import Count, LossOutput, check_pairs, check_positive, check_reduction, read_count
+from ..losses.reference_free import SURE, check_cpo, check_nll_labels, check_simpo
 from ..sources import Source, check_labels
-from .common import Sequence, cut, joined, pair_metrics, reduced
+from .common import Sequence, cut, joined, pair_metrics, part, reduced
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
 
@@ -86,12 +86,11 @@ def orpo_loss(
 def _reference_free(
     policy: Source, labels: Tensor, loss: Callable[[Sequence, Sequence], Tensor], reward: Callable[[Sequence], Tensor],
     logps: Callable[[Sequence], Tensor], weight: float, nll_labels: Tensor | None = None,
-    num_nll_tokens: int | Tensor | None = None, reduction: str = "mean", num_items: int | Tensor | None = None,
+    num_nll_tokens: Count | None = None, reduction: str = "mean", num_items: Count | None = None,
     **batch: Any,
 ) -> tuple[LossOutput, list[Pair]]:  # fmt: skip
     """loss(chosen, rejected) + weight NLL: the loss of the batch, and the pairs."""
-    check_reduction(reduction, num_items)
-    check_count(num_nll_tokens)
+    num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     labels = check_labels(labels)
     count = check_pairs(labels, batch.get("cu_seqlens")) // 2
     stats, every = cut(policy, labels, **batch)
@@ -101,11 +100,9 @@ def _reference_free(
         ignored = labels == batch.get("ignore_index", -100)
         texts = cut(policy, check_nll_labels(nll_labels, labels).where(ignored, labels), **batch)[1][:count]
     tokens = max(sum(len(y) for y in texts), 1)
-    if num_nll_tokens is None:
-        share = count / tokens
-    else:
-        share = (count if num_items is None else num_items) / num_nll_tokens  # type: ignore[assignment]
-    losses = [loss(w, l) - weight * share * y.log_p for (w, l), y in zip(pairs, texts, strict=True)]
+    by = tokens if num_nll_tokens is None else num_nll_tokens
+    times = float(count if num_items is None or num_nll_tokens is None else num_items)
+    losses = [loss(w, l) - weight * part(times * y.log_p, by) for (w, l), y in zip(pairs, texts, strict=True)]
     metrics = pair_metrics(
         [(reward(w), reward(l)) for w, l in pairs], [(logps(w), logps(l)) for w, l in pairs], stats
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..divergences import Divergence
-from ..losses.common import LossOutput, check_pairs, check_reduction
+from ..losses.common import Count, LossOutput, check_pairs, check_reduction
 from ..losses.tdpo import check_options
 from ..sources import Source, check_labels
 from .common import Sequence, cut, joined, pair_metrics, reduced
@@ -18,7 +18,7 @@ __all__ = ["tdpo_loss"]
 
 def tdpo_loss(
     policy: Source, labels: Tensor, ref: Source, *, variant: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
-    divergence: str | Divergence = "forward_kl", reduction: str = "mean", num_items: int | Tensor | None = None,
+    divergence: str | Divergence = "forward_kl", reduction: str = "mean", num_items: Count | None = None,
     cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.tdpo_loss, one pair after another: u - delta, and u - alpha delta_2, in the paper's words."""

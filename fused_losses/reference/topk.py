@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..divergences import Divergence, from_key
 from ..layout import shift_packed
-from ..losses.common import LossOutput
+from ..losses.common import Count, LossOutput
 from ..losses.topk import check_teacher, check_topk
 from ..sources import Source, as_source, check_labels
 from .distillation import token_mean
@@ -21,7 +21,7 @@ __all__ = ["topk_distillation_loss"]
 def topk_distillation_loss(
     student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, *, tail: str = "bucket",
     divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, reduction: str = "mean",
-    num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
+    num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
     entropy: bool = False, **_: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.topk_distillation_loss, from all probabilities of the student."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses.common import LossOutput, check_reduction
+from ..losses.common import Count, LossOutput, check_reduction
 from ..losses.unpaired import RunningDelta, check_bco, check_kto
 from ..sources import Source, TokenStats, check_labels
 from .common import Sequence, cut, joined, reduced
@@ -18,7 +18,7 @@ __all__ = ["bco_loss", "kto_baseline", "kto_loss"]
 def kto_loss(
     policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, loss: str = "kto",
     baseline: Tensor | float | None = None, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
-    reduction: str = "mean", num_items: int | Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+    reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.kto_loss, as 2402.01306 has it: lambda_y - v(x, y), with the value v of eq. 7."""
     check_reduction(reduction, num_items)
@@ -46,7 +46,7 @@ def kto_baseline(policy: Source, labels: Tensor, ref: Source | None, **batch: An
 
 def bco_loss(
     policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, delta: RunningDelta | Tensor | float = 0.0,
-    weights: Tensor | None = None, beta: float = 0.1, reduction: str = "mean", num_items: int | Tensor | None = None,
+    weights: Tensor | None = None, beta: float = 0.1, reduction: str = "mean", num_items: Count | None = None,
     cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.bco_loss."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses.common import LossOutput, check_reduction
+from ..losses.common import Count, LossOutput, check_reduction
 from ..losses.upo import check_advantages
 from ..sources import Source, check_labels
 from .common import cut, joined, reduced
@@ -22,7 +22,7 @@ __all__ = ["expectile_loss", "upo_loss"]
 def upo_loss(
     policy: Source, labels: Tensor, ref: Source | None, advantages: Tensor | tuple[Tensor, Tensor], *,
     base: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid", tau: float = 1.0, weight: float = 1.0,
-    clip: float | None = None, reduction: str = "mean", num_items: int | Tensor | None = None,
+    clip: float | None = None, reduction: str = "mean", num_items: Count | None = None,
     cu_seqlens: Tensor | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.upo_loss, one sequence after another. base: a name, or another twin."""
@@ -44,7 +44,12 @@ def upo_loss(
 
 
 def expectile_loss(
-    rewards: Tensor, values: Tensor, q: float = 0.7, *, reduction: str = "mean", num_items: int | Tensor | None = None
+    rewards: Tensor,
+    values: Tensor,
+    q: float = 0.7,
+    *,
+    reduction: str = "mean",
+    num_items: Count | None = None,
 ) -> Tensor:
     """|q - 1(R - V < 0)| (R - V)^2."""
     off = rewards.detach() - values
