@@ -9,7 +9,8 @@ A formula sees all units or a few of them, and must not care which: units do not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -249,6 +250,18 @@ def _request(
     return call if call.options.plan == "rows" else None
 
 
+@contextmanager
+def _graph_of_our_own() -> Iterator[None]:
+    """Autograd, inside a forward too, whose saved tensors do not meet the caller's hooks. A checkpoint around model and loss
+    would run the model again when such a tensor is read; offloading would copy it to and fro."""
+    with torch.enable_grad():
+        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:  # then there are none
+            yield
+            return
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            yield
+
+
 class _Job(NamedTuple):
     """A call in the plan "rows", without its tensors."""
 
@@ -288,7 +301,7 @@ class _Job(NamedTuple):
         g: Tensor | None = None,
     ) -> tuple[Tensor, Grads, list[Tensor | None]]:  # fmt: skip
         """The losses; and of g . losses, or their sum, the gradients at the statistics and at the extras that want one."""
-        with torch.enable_grad():
+        with _graph_of_our_own():
             own = {name: getattr(out, name) for name in ("logps", "lse", "entropy", "div")}
             leaves = {name: x.detach().requires_grad_() for name, x in own.items() if x is not None}
             losses = self.formula(self.tokens(out._replace(**leaves), extra, mask, cu, sequences))
