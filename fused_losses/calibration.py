@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .losses.common import check_pairs, sequences_of
-from .sources import TokenStats
+from .sources import TokenStats, kind_of
 
 __all__ = ["Calibration", "calibration"]
 
@@ -43,7 +43,7 @@ def calibration(stats: TokenStats, *, cu_seqlens: Tensor | None = None, bins: in
     results of the batches, then read .error: errors themselves do not average.
     """
     if not isinstance(stats, TokenStats):
-        raise TypeError(f"stats: expected TokenStats, as in LossOutput.stats, got {type(stats).__name__}")
+        raise TypeError(f"stats: expected TokenStats, as in LossOutput.stats, got {kind_of(stats, TokenStats)}")
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
         raise ValueError(f"bins: expected an int >= 1, got {bins!r}")
     check_pairs(stats.mask, cu_seqlens)

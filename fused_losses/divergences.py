@@ -38,6 +38,7 @@ from .pointwise import (
     sign,
     where,
 )  # fmt: skip
+from .sources import kind_of
 
 Formula = Callable[..., Tensor]
 
@@ -451,7 +452,7 @@ def from_key(key: str | Divergence) -> Divergence:
             raise ValueError(f"divergence: expected one made by fl.divergences.get(), got {key.key or key!r}")
         return key
     if not isinstance(key, str):
-        raise TypeError(f"divergence: expected a name or a Divergence, got {type(key).__name__}")
+        raise TypeError(f"divergence: expected a name or a Divergence, got {kind_of(key, Divergence)}")
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", key)
     if match is None:
         raise ValueError(f"divergence: expected a name such as 'js' or 'js(beta=0.3)', got {key!r}")
@@ -472,7 +473,7 @@ def parse(divergence: str | Divergence | Sequence[str | Divergence] | None) -> t
         divergence = (divergence,)
     if not isinstance(divergence, Sequence):  # of a dict, the values would be ignored
         raise TypeError(
-            f"divergence: expected a name, a Divergence or a sequence of them, got {type(divergence).__name__}"
+            f"divergence: expected a name, a Divergence or a sequence of them, got {kind_of(divergence, Divergence)}"
         )
     found = [from_key(d) for d in divergence]
     return tuple({d.key: d for d in found}.values())

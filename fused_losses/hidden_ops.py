@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from . import divergences as registry
 from . import frozen, plans, torch_backend
 from .layout import Problem, effective, stats_dtype
-from .ops import backend_module, once_differentiable
+from .ops import backend_module, once_differentiable, operator
 from .planner import Facts, choose
 from .projection import Inputs, mixed, spread
 from .shards import Shard
@@ -155,9 +154,9 @@ def _allocate(tensors: tuple, options: Options, wanted: list[bool]) -> list[Tens
     ]  # fmt: skip
 
 
-@custom_op(
-    "fused_losses::hidden_stats", mutates_args=(),
-    schema=f"({_TENSORS}, {_OPTIONS}, bool[] wanted) -> "
+@operator(
+    "hidden_stats",
+    f"({_TENSORS}, {_OPTIONS}, bool[] wanted) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def hidden_stats(*args):  # type: ignore[no-untyped-def]
@@ -193,9 +192,9 @@ def _like(tensors: tuple, wanted: list[bool]) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=f) for x, f, flag in given if flag]
 
 
-@custom_op(
-    "fused_losses::hidden_stats_backward", mutates_args=(),
-    schema=f"({_GRADS}, Tensor logps, Tensor saved, Tensor keep, {_TENSORS}, {_OPTIONS}, bool[] wanted) -> Tensor[]",
+@operator(
+    "hidden_stats_backward",
+    f"({_GRADS}, Tensor logps, Tensor saved, Tensor keep, {_TENSORS}, {_OPTIONS}, bool[] wanted) -> Tensor[]",
 )  # fmt: skip
 def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
     """Gradients of the wanted ones of the ten tensors, in their order."""

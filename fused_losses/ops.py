@@ -9,7 +9,8 @@ Divergences and losses travel by name. A second differentiation raises, and so d
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from itertools import chain, count
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,17 @@ from .layout import PairProblem, Problem, effective, stats_dtype
 from .pair_terms import TERMS
 
 
+def operator(name: str, schema: str, mutates_args: tuple[str, ...] = ()) -> Callable:
+    """torch.library.custom_op, in the first of the namespaces fused_losses, fused_losses_2, ... that has no such name.
+
+    The name is taken where this package was loaded before in the process: from another folder, in another version, after
+    sys.modules lost it, or where a module is reloaded. custom_op would destroy that operator, which graphs and callers hold.
+    """
+    namespaces = chain(["fused_losses"], (f"fused_losses_{i}" for i in count(2)))
+    free = next(space for space in namespaces if not hasattr(getattr(torch.ops, space), name))
+    return custom_op(f"{free}::{name}", mutates_args=mutates_args, schema=schema)
+
+
 def check_plain(name: str, *tensors: Tensor | None) -> None:
     """Refuses torch.func, and forward-mode derivatives of tensors: through the operators the latter would be zero."""
     what = "those of torch.func (grad, vjp, jvp, vmap, ...)" if torch._C._are_functorch_transforms_active() else ""
@@ -36,11 +48,17 @@ def check_plain(name: str, *tensors: Tensor | None) -> None:
         )
 
 
+@cache
 def backend_module(name: str) -> ModuleType:
     if name == "torch":
         return torch_backend
     from .kernels import launch
 
+    if launch.row_layout.__globals__ is not stats_dtype.__globals__:
+        raise RuntimeError(
+            f"{__package__}: another copy of the package has taken this one's place in sys.modules, and kernels, which come "
+            "with the first call, can no longer be loaded: call the copy that `import` gives now"
+        )
     return launch
 
 
@@ -75,9 +93,9 @@ def _allocate(policy: Tensor, ref: Tensor | None, problem: Problem) -> list[Tens
     ]
 
 
-@custom_op(
-    "fused_losses::token_stats", mutates_args=(),
-    schema=f"(Tensor policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool inplace_backward) "
+@operator(
+    "token_stats",
+    f"(Tensor policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool inplace_backward) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def token_stats(policy, labels, ref, *rest):  # type: ignore[no-untyped-def]
@@ -109,9 +127,9 @@ def _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw): 
         backend_module(backend).backward(problem, policy, labels, ref, saved, grads, dz, dw)
 
 
-@custom_op(
-    "fused_losses::token_stats_backward", mutates_args=(),
-    schema=f"({_GRADS}, Tensor policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor[]",
+@operator(
+    "token_stats_backward",
+    f"({_GRADS}, Tensor policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor[]",
 )  # fmt: skip
 def token_stats_backward(*args):  # type: ignore[no-untyped-def]
     """[gradient to the policy logits] and [gradient to the reference logits], each where wanted."""
@@ -129,9 +147,10 @@ def _(*args):  # type: ignore[no-untyped-def]
     return [torch.empty_like(x) for x, wanted in ((policy, to_policy), (ref, to_ref)) if wanted]
 
 
-@custom_op(
-    "fused_losses::token_stats_backward_", mutates_args=("policy",),
-    schema=f"({_GRADS}, Tensor(a!) policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor",
+@operator(
+    "token_stats_backward_",
+    f"({_GRADS}, Tensor(a!) policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor",
+    mutates_args=("policy",),
 )  # fmt: skip
 def token_stats_backward_(*args):  # type: ignore[no-untyped-def]
     """As token_stats_backward, the policy gradient written over the policy logits; returns that to the reference (empty:
@@ -238,9 +257,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-@custom_op(
-    "fused_losses::pair_loss", mutates_args=(),
-    schema=f"(Tensor logps, Tensor? ref_logps, Tensor mask, Tensor? cu_seqlens, {_PAIR}) -> (Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    "pair_loss",
+    f"(Tensor logps, Tensor? ref_logps, Tensor mask, Tensor? cu_seqlens, {_PAIR}) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def pair_loss(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
     """losses [B], sequence log-probs of policy and reference [2B], dloss/dh [2B] for backward."""
@@ -256,9 +275,9 @@ def _(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def
     return _allocate_pairs(logps, rest[4])
 
 
-@custom_op(
-    "fused_losses::pair_loss_backward", mutates_args=(),
-    schema="(Tensor? g_losses, Tensor? g_logps, Tensor? g_ref, Tensor coef, Tensor logps, Tensor? ref_logps, Tensor mask, "
+@operator(
+    "pair_loss_backward",
+    "(Tensor? g_losses, Tensor? g_logps, Tensor? g_ref, Tensor coef, Tensor logps, Tensor? ref_logps, Tensor mask, "
     f"Tensor? cu_seqlens, {_PAIR}, bool to_policy, bool to_ref) -> Tensor[]",
 )  # fmt: skip
 def pair_loss_backward(*args):  # type: ignore[no-untyped-def]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -238,10 +240,38 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
         return x
     if isinstance(x, Tensor):
         return Logits(x)
-    raise TypeError(f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {type(x).__name__}")
+    got = kind_of(x, Logits, Hidden, LogProbs)
+    raise TypeError(f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {got}")
+
+
+def kind_of(x: object, *expected: type) -> str:
+    """The class of an x that is none of the expected, in words: it may be one of them from another copy of this package."""
+
+    def names(kind: type) -> tuple[str, str]:
+        return kind.__module__.rpartition(".")[2], kind.__name__
+
+    kind = type(x)
+    if names(kind) not in map(names, expected):
+        return kind.__name__
+    return f"{kind.__name__} of another copy of {__package__}, which was loaded twice: pass objects of the copy that is called"
+
+
+@torch.compiler.assume_constant_result
+def _check_compiled() -> None:
+    """That torch.compile, which looks functions up by the names of their modules, finds those of this copy of the package."""
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    load = getattr(dynamo, "_import_module", import_module)  # it remembers what it found once
+    if vars(load(__name__)) is not globals():
+        raise RuntimeError(
+            f"{__package__}: torch.compile looks functions up by the names of their modules, and finds those of another copy "
+            "of the package, which was loaded under the same name: compile calls of that copy alone, or start a new process; "
+            "without torch.compile all copies work"
+        )
 
 
 def check_labels(labels: object) -> Tensor:
+    if torch.compiler.is_compiling():
+        _check_compiled()
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
     _dense("labels", labels)

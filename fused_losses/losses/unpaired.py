@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..objective import Tokens
-from ..sources import FLOATS, Source, check_labels
+from ..sources import FLOATS, Source, check_labels, kind_of
 from .common import (
     Entry,
     LossOutput,
@@ -100,7 +100,8 @@ def check_constant(name: str, x: Tensor | float) -> Tensor | float:
             raise ValueError(f"{name}: expected a number or a 0-d float tensor, got {x.dtype} {list(x.shape)}")
         return x.detach()
     if not isinstance(x, int | float) or x != x or abs(x) == float("inf"):
-        raise ValueError(f"{name}: expected a finite number or a 0-d tensor, got {x!r}")
+        got = repr(x) if isinstance(x, int | float) else kind_of(x, RunningDelta)
+        raise ValueError(f"{name}: expected a finite number or a 0-d tensor, got {got}")
     return x
 
 
