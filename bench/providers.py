@@ -108,7 +108,7 @@ def naive(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
             log_m = torch.logaddexp(log_q + half, log_p + half)
             found[name] = JSD * kl_div(log_m, log_q).sum(-1) + (1 - JSD) * kl_div(log_m, log_p).sum(-1)
         else:
-            found[name] = divergences.get(name).define(log_p.exp(), log_q.exp())
+            found[name] = divergences.get(name).define(log_p, log_q)
     return found
 
 

@@ -16,12 +16,14 @@ textbook f, f' and definition. Both backends, the reference twin, `check`, the d
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from torch import Tensor, log, sqrt, xlogy
+import torch
+from torch import Tensor, log, logaddexp
 from torch.compiler import is_compiling
 
 from .pointwise import (
@@ -47,7 +49,7 @@ Formula = Callable[..., Tensor]
 class Divergence:
     """One divergence with its parameters bound. Formulas take (p, q, t, log p, log q, *params) unless noted."""
 
-    define: Callable[[Tensor, Tensor], Tensor]  # textbook value from p, q [..., V] -> [...]
+    define: Callable[[Tensor, Tensor], Tensor]  # textbook value from log p, log q [..., V] -> [...]
     grad_p: Formula  # h = dD/dlog p
     grad_q: Formula  # k = dD/dlog q
     row: Callable | None = None  # (KL(p||q), KL(q||p), log sum p^s q^(1-s), *params) -> D, sum_v h
@@ -264,8 +266,19 @@ def _between(name: str, value: float, low: float, high: float, hint: str = "") -
         raise ValueError(f"{name}: expected a number in ({low:g}, {high:g}), got {value!r}{hint}")
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    return (xlogy(p, p) - xlogy(p, q)).sum(-1)
+# Definitions take log-probs: of probabilities, small ones are 0 in float32 where their logarithms, and ratios, are not.
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    """sum e^a (a - b)"""
+    p = a.exp()
+    return (p * (a - b).where(p > 0, 0)).sum(-1)
+
+
+def _mix(a: Tensor, b: Tensor, w: float) -> Tensor:
+    """log(w e^a + (1 - w) e^b)"""
+    absent = (a == -math.inf) & (b == -math.inf)  # where logaddexp has no slope
+    return logaddexp(a.masked_fill(absent, 0) + math.log(w), b + math.log1p(-w)).masked_fill(absent, -math.inf)
 
 
 @_divergence
@@ -281,8 +294,8 @@ def reverse_kl() -> Divergence:
 def forward_kl() -> Divergence:
     """KL(ref || policy) = sum q log(q/p). f = -log u. TDPO's sequential KL, and the usual distillation loss."""
     return Divergence(
-        lambda p, q: _kl(q, p), _forward_grad_p, _forward_grad_q, _forward_row, scaling=_forward_scaling,
-        f=lambda u: -log(u), f_prime=lambda u: -1 / u, link=_forward_link, score=lambda h: -(-h).exp(),
+        lambda lp, lq: _kl(lq, lp), _forward_grad_p, _forward_grad_q, _forward_row, scaling=_forward_scaling,
+        f=lambda u: -log(u), f_prime=lambda u: -1 / u, link=_forward_link, score=lambda h: -cap(-h).exp(),
     )  # fmt: skip
 
 
@@ -290,9 +303,9 @@ def forward_kl() -> Divergence:
 def jeffreys() -> Divergence:
     """KL(policy || ref) + KL(ref || policy). f = (u - 1) log u."""
     return Divergence(
-        lambda p, q: _kl(p, q) + _kl(q, p), _jeffreys_grad_p, _jeffreys_grad_q, _jeffreys_row,
+        lambda lp, lq: _kl(lp, lq) + _kl(lq, lp), _jeffreys_grad_p, _jeffreys_grad_q, _jeffreys_row,
         f=lambda u: (u - 1) * log(u), f_prime=lambda u: log(u) + 1 - 1 / u, link=_jeffreys_link,
-        score=lambda h: h - (-h).exp(), parts=("reverse_kl", "forward_kl"),
+        score=lambda h: h - cap(-h).exp(), parts=("reverse_kl", "forward_kl"),
     )  # fmt: skip
 
 
@@ -306,21 +319,22 @@ def js(beta: float = 0.5) -> Divergence:
     """
     _between("js beta", beta, 0, 1, " (0 and 1 are forward_kl and reverse_kl in TRL: ask for those)")
 
-    def define(p: Tensor, q: Tensor) -> Tensor:
-        m = beta * q + (1 - beta) * p
-        return beta * _kl(q, m) + (1 - beta) * _kl(p, m)
+    def define(lp: Tensor, lq: Tensor) -> Tensor:
+        m = _mix(lq, lp, beta)
+        return beta * _kl(lq, m) + (1 - beta) * _kl(lp, m)
 
     return Divergence(
         define, _js_grad_p, _js_grad_q, term=_js_term, params=(beta,), link=_js_link,
         f=lambda u: (1 - beta) * u * log(u) - (beta + (1 - beta) * u) * log(beta + (1 - beta) * u),
         f_prime=lambda u: (1 - beta) * log(u / (beta + (1 - beta) * u)),
-        score=lambda h: -log(1 - beta + beta * (-h).exp()),
+        score=lambda h: -logaddexp(torch.full_like(h, math.log1p(-beta)), math.log(beta) - h),
     )  # fmt: skip
 
 
 def _power(s: float, weight: float) -> Divergence:
-    def define(p: Tensor, q: Tensor) -> Tensor:
-        return weight * ((p**s * q ** (1 - s)).where((p > 0) | (q > 0), 0).sum(-1) - 1) / (s * (s - 1))
+    def define(lp: Tensor, lq: Tensor) -> Tensor:
+        terms = lq + s * (lp - lq).where((lp > -math.inf) | (lq > -math.inf), 0)  # log p^s q^(1-s)
+        return weight * expm1(terms.logsumexp(-1)) / (s * (s - 1))
 
     return Divergence(
         define, _power_grad_p, _power_grad_q, _power_row, power=s, params=(s, weight),
@@ -328,7 +342,7 @@ def _power(s: float, weight: float) -> Divergence:
         f=lambda u: weight * (u**s - s * u + s - 1) / (s * (s - 1)),
         f_prime=lambda u: weight * (u ** (s - 1) - 1) / (s - 1),
         link=_power_link if s < 1 else None,
-        score=lambda h: weight * ((s - 1) * h).exp() / (s - 1),
+        score=lambda h: weight * cap((s - 1) * h).exp() / (s - 1),
         no_link=f"f'(0) = {weight / (1 - s):g} is finite" if s > 1 else "",
     )  # fmt: skip
 
@@ -359,14 +373,14 @@ def neyman_chi2() -> Divergence:
 @_divergence
 def squared_hellinger() -> Divergence:
     """1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q). f = (sqrt u - 1)^2 / 2."""
-    return replace(_power(0.5, 0.25), define=lambda p, q: 0.5 * (sqrt(p) - sqrt(q)).square().sum(-1))
+    return replace(_power(0.5, 0.25), define=lambda lp, lq: 0.5 * (exp(lp / 2) - exp(lq / 2)).square().sum(-1))
 
 
 @_divergence
 def total_variation() -> Divergence:
     """1/2 sum |p - q|. f = |u - 1| / 2."""
     return Divergence(
-        lambda p, q: 0.5 * (p - q).abs().sum(-1), _tv_grad_p, _tv_grad_q, term=_tv_term,
+        lambda lp, lq: 0.5 * (exp(lp) - exp(lq)).abs().sum(-1), _tv_grad_p, _tv_grad_q, term=_tv_term,
         f=lambda u: 0.5 * (u - 1).abs(), f_prime=lambda u: 0.5 * (u - 1).sign(),
         no_link="f' takes only two values, so it is not invertible",
     )  # fmt: skip
@@ -377,7 +391,7 @@ def skew_forward_kl(lam: float = 0.1) -> Divergence:
     """KL(ref || lam ref + (1 - lam) policy), 0 < lam < 1: DistiLLM's SKL with its teacher entropy kept."""
     _between("skew_forward_kl lam", lam, 0, 1)
     return Divergence(
-        lambda p, q: _kl(q, lam * q + (1 - lam) * p), _skew_forward_grad_p, _skew_forward_grad_q,
+        lambda lp, lq: _kl(lq, _mix(lq, lp, lam)), _skew_forward_grad_p, _skew_forward_grad_q,
         term=_skew_forward_term, params=(lam,),
         f=lambda u: -log(lam + (1 - lam) * u), f_prime=lambda u: -(1 - lam) / (lam + (1 - lam) * u),
         no_link=f"f'(0) = {-(1 - lam) / lam:g} is finite",
@@ -388,12 +402,13 @@ def skew_forward_kl(lam: float = 0.1) -> Divergence:
 def skew_reverse_kl(lam: float = 0.1) -> Divergence:
     """KL(policy || (1 - lam) ref + lam policy), 0 < lam < 1: DistiLLM's SRKL."""
     _between("skew_reverse_kl lam", lam, 0, 1)
+    odds = math.log(lam) - math.log1p(-lam)
     return Divergence(
-        lambda p, q: _kl(p, (1 - lam) * q + lam * p), _skew_reverse_grad_p, _skew_reverse_grad_q,
+        lambda lp, lq: _kl(lp, _mix(lp, lq, lam)), _skew_reverse_grad_p, _skew_reverse_grad_q,
         term=_skew_reverse_term, params=(lam,), link=_skew_reverse_link,
         f=lambda u: u * log(u / (1 - lam + lam * u)),
         f_prime=lambda u: log(u / (1 - lam + lam * u)) + (1 - lam) / (1 - lam + lam * u),
-        score=lambda h: (1 - lam) * (-h).exp() / (lam + (1 - lam) * (-h).exp()) - log(lam + (1 - lam) * (-h).exp()),
+        score=lambda h: sigmoid(-h - odds) - logaddexp(torch.full_like(h, math.log(lam)), math.log1p(-lam) - h),
     )  # fmt: skip
 
 
@@ -408,7 +423,7 @@ def alpha_beta(a: float = 0.2, b: float = 0.7) -> Divergence:
     _between("alpha_beta b", b, 0, float("inf"), " (the limit b = 0 at a = 1 is forward_kl)")
     s = a + b
     return Divergence(
-        lambda p, q: (a / s * q**s + b / s * p**s - q**a * p**b).sum(-1) / (a * b),
+        lambda lp, lq: (a / s * exp(s * lq) + b / s * exp(s * lp) - exp(a * lq + b * lp)).sum(-1) / (a * b),
         _alpha_beta_grad_p, _alpha_beta_grad_q, term=_alpha_beta_term, params=(a, b), degree=s,
         no_link="it is not an f-divergence (unless a + b = 1, which is alpha)",
     )  # fmt: skip

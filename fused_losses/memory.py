@@ -30,7 +30,7 @@ def naive_loss(policy: Tensor, labels: Tensor, ref: Tensor | None, divergences: 
     log_q = ref.float().log_softmax(-1)
     loss = loss - log_q.gather(-1, labels.unsqueeze(-1)).sum()
     for divergence in divergences:
-        loss = loss + divergence.define(log_p.exp(), log_q.exp()).sum()
+        loss = loss + divergence.define(log_p, log_q).sum()
     return loss
 
 

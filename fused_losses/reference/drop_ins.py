@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..divergences import from_key
 from .common import part
+from .stats import entropy_of
 
 __all__ = ["entropy_from_logits", "generalized_jsd_loss", "selective_log_softmax", "selective_log_softmax_and_entropy"]
 
@@ -33,7 +35,7 @@ def selective_log_softmax_and_entropy(
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """fl.entropy_from_logits."""
-    return torch.special.entr(logits.softmax(-1)).sum(-1)
+    return entropy_of(logits.log_softmax(-1))
 
 
 def generalized_jsd_loss(
@@ -41,16 +43,9 @@ def generalized_jsd_loss(
     temperature: float = 1.0, reduction: str = "batchmean", num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """fl.generalized_jsd_loss: 2306.13649 eq. 1."""
-
-    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        return (log_a.exp() * (log_a - log_b)).sum(-1)
-
     student, teacher = ((x / temperature).log_softmax(-1) for x in (student_logits, teacher_logits))
-    if beta in (0, 1):
-        each = kl(teacher, student) if beta == 0 else kl(student, teacher)
-    else:
-        middle = (beta * teacher.exp() + (1 - beta) * student.exp()).log()
-        each = beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
+    name = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else f"js(beta={beta})"
+    each = from_key(name).define(student, teacher)
     each = each if labels is None else each[labels != -100]
     if num_items_in_batch is not None:
         return part(each.sum(), num_items_in_batch)

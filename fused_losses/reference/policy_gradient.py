@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..losses.common import Count, LossOutput, check_reduction, check_sequences
-from ..losses.policy_gradient import options
+from ..losses.policy_gradient import LARGEST, options
 from ..sources import Source, check_labels
 from .common import Sequence, cut, joined, part
 
@@ -39,14 +39,18 @@ def grpo_loss(
     def ratio_of(s: Sequence) -> Tensor:
         """[tokens], or a number for the sequence."""
         x = s.logps - (s.extra["old"] if old_logps is not None else s.logps.detach())
-        return torch.exp(x) if importance == "token" else torch.exp(x.sum() / max(len(s), 1))
+        x = x if importance == "token" else x.sum() / max(len(s), 1)
+        return torch.exp(x.clamp(max=LARGEST))
 
     def kl_of(s: Sequence) -> Tensor:
         if exact is not None:
             return next(iter(s.divergence.values()))
         assert s.ref_logps is not None
         d = s.ref_logps - s.logps
-        return {"k1": -d, "k2": d**2 / 2, "k3": torch.exp(d) - d - 1}[str(kl)]
+        if kl == "k3":
+            d = d.clamp(max=LARGEST)
+            return torch.expm1(d) - d
+        return -d if kl == "k1" else d**2 / 2
 
     high = epsilon if epsilon_high is None else epsilon_high
     totals, lows, highs = [], [], []

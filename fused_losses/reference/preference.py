@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from ..divergences import Divergence
 from ..losses.common import Count, LossOutput, check_pairs, check_reduction, read_count
 from ..losses.pair_losses import Options, read_options
+from ..pointwise import cap
 from ..sources import LogProbs, Source, as_source, check_labels
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 from .stats import transformed
@@ -65,8 +66,8 @@ def _exo_pair(w: Sequence, l: Sequence, o: Options) -> Tensor:
 
 def _discopop(w: Sequence, l: Sequence, o: Options) -> Tensor:
     m = _margin(w, l, o)
-    c = torch.sigmoid(m / o.tau)
-    return -(1 - c) * logsigmoid(m) + c * torch.exp(-m)
+    rest = torch.sigmoid(-m / o.tau)  # 1 - c
+    return -rest * logsigmoid(m) + cap(logsigmoid(m / o.tau) - m).exp()
 
 
 def _ipo(w: Sequence, l: Sequence, o: Options) -> Tensor:
@@ -91,11 +92,11 @@ def _sppo_hard(w: Sequence, l: Sequence, o: Options) -> Tensor:
 
 
 def _apo_zero(w: Sequence, l: Sequence, o: Options) -> Tensor:
-    return 1 - torch.sigmoid(o.beta * w.h) + torch.sigmoid(o.beta * l.h)
+    return torch.sigmoid(-o.beta * w.h) + torch.sigmoid(o.beta * l.h)
 
 
 def _apo_down(w: Sequence, l: Sequence, o: Options) -> Tensor:
-    return torch.sigmoid(o.beta * w.h) + 1 - torch.sigmoid(_margin(w, l, o))
+    return torch.sigmoid(o.beta * w.h) + torch.sigmoid(-_margin(w, l, o))
 
 
 def _in_order(numbers: list[Tensor]) -> list[Tensor]:
@@ -116,7 +117,7 @@ def _aot_unpaired(pairs: list[Pair], o: Options) -> list[Tensor]:
 def _sft(pairs: list[Pair], weights: list[Tensor] | None, batch: Any, tokens: Any) -> list[Tensor]:
     """Shares of the mean over tokens. Weights are of that mean."""
     shares = [part(-w.log_p * float(batch), tokens) for w, _ in pairs]
-    return shares if weights is None else [sum(shares, torch.zeros(())) / len(pairs) * weight for weight in weights]
+    return shares if weights is None else [torch.stack(shares).mean() * weight for weight in weights]
 
 
 LOSSES: dict[str, Callable[[Sequence, Sequence, Options], Tensor]] = {
@@ -146,7 +147,7 @@ def preference_loss(
     stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, per_token=squares, **options)
     whole = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
     pairs = whole if o.ld_alpha is None else [_desensitised(w, l, o.ld_alpha) for w, l in whole]
-    weights = [_wpo(w) * _wpo(l) for w, l in whole] if use_weighting else None
+    weights = [(_wpo(w) + _wpo(l)).exp() for w, l in whole] if use_weighting else None
 
     def losses_of(name: str) -> list[Tensor]:
         if name == "sft":
@@ -158,7 +159,7 @@ def preference_loss(
         found = [LOSSES[name](w, l, o) for w, l in pairs]
         return found if weights is None else [x * weight for x, weight in zip(found, weights, strict=True)]
 
-    losses = sum((joined(losses_of(name), stats) * weight for name, weight in o.losses), torch.zeros(()))
+    losses = torch.stack([joined(losses_of(name), stats) * weight for name, weight in o.losses]).sum(0)
     rewards, logps = [(o.beta * w.h, o.beta * l.h) for w, l in pairs], [(w.log_p, l.log_p) for w, l in pairs]
     return LossOutput(reduced(losses, reduction, num_items), pair_metrics(rewards, logps, stats), stats)
 
@@ -178,8 +179,8 @@ def _desensitised(w: Sequence, l: Sequence, alpha: float) -> Pair:
 
 
 def _wpo(y: Sequence) -> Tensor:
-    """WPO (2406.11827) eq. 2, of one response."""
-    return ((y.logps - y.extra["squares"]).sum() / max(1, len(y))).exp().detach()
+    """The logarithm of WPO's (2406.11827) eq. 2, of one response."""
+    return ((y.logps - y.extra["squares"]).sum() / max(1, len(y))).detach()
 
 
 def _log_sum_of_squares(policy: Source, shift: bool, cu_seqlens: Tensor | None) -> Tensor:
@@ -187,8 +188,7 @@ def _log_sum_of_squares(policy: Source, shift: bool, cu_seqlens: Tensor | None) 
     source = as_source("policy", policy)
     if isinstance(source, LogProbs):
         raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
-    p = transformed(source).softmax(-1)
-    found = (p * p).sum(-1).log()
+    found = (2 * transformed(source).log_softmax(-1)).logsumexp(-1)
     return found[..., :-1] if shift and cu_seqlens is None else found
 
 

@@ -50,7 +50,7 @@ def conditional_preference_matching_loss(
     losses, inside = [], stats.logps.new_zeros(())
     for s in every:
         assert s.ref_logps is not None
-        likely = (s.ref_logps.exp() > threshold).to(s.logps.dtype)
+        likely = (s.ref_logps > math.log(threshold)).to(s.logps.dtype)
         penalty = likely * s.logps + (1 - likely) * (s.logps - s.ref_logps)
         losses.append(beta * _sampled(s, penalty.sum()))
         inside = inside + likely.sum()
@@ -61,8 +61,7 @@ def conditional_preference_matching_loss(
 def _sampled(s: Sequence, penalty: Tensor) -> Tensor:
     """The penalty, with the gradient (penalty - baseline) grad log p(y), the bracket held constant."""
     weight = (penalty - s.extra.get("baseline", 0)).detach()
-    surrogate = weight * s.log_p
-    return penalty.detach() + surrogate - surrogate.detach()
+    return penalty.detach() + weight * (s.log_p - s.log_p.detach())
 
 
 def _metrics(every: list[Sequence], stats: TokenStats) -> dict[str, Tensor]:
@@ -84,7 +83,7 @@ def preference_matching_reward(
         q = None if ref_logps is None else ref_logps.detach().reshape(found.shape)[row]
         counts = [t for t in range(len(p)) if mask is None or mask.reshape(found.shape)[row, t]]
         for t in counts:
-            likely = q is None or threshold is None or q[t].exp() > threshold
+            likely = q is None or threshold is None or q[t] > math.log(threshold)
             found[row, t] = -beta * (p[t] if likely else p[t] - q[t])  # type: ignore[index]
         if counts and scores is not None:
             score = float(scores.reshape(-1)[row])

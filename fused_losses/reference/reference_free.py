@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from ..losses.common import Count, LossOutput, check_pairs, check_positive, check_reduction, read_count
 from ..losses.reference_free import SURE, check_cpo, check_nll_labels, check_simpo
+from ..pointwise import cap
 from ..sources import Source, check_labels
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 
@@ -31,7 +32,7 @@ def simpo_loss(
     check_simpo(beta, gamma, alpha, label_smoothing, cpo_alpha)
 
     def reward(y: Sequence) -> Tensor:
-        return beta * (_mean(y) if alpha == 0 else (1 - _mean(y).exp() ** -alpha) / alpha)
+        return beta * (_mean(y) if alpha == 0 else torch.expm1(cap(-alpha * _mean(y))) / -alpha)
 
     def loss(w: Sequence, l: Sequence) -> Tensor:
         margin = reward(w) - reward(l) - gamma

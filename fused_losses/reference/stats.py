@@ -28,6 +28,12 @@ def projected(source: Hidden) -> Tensor:
     return z if source.bias is None else z + source.bias
 
 
+def entropy_of(log_p: Tensor) -> Tensor:
+    """H = -sum p log p"""
+    p = log_p.exp()
+    return -(p * log_p.where(p > 0, 0)).sum(-1)
+
+
 def _shifted(labels: Tensor, shift: bool) -> Tensor:
     return labels[..., 1:] if shift else labels
 
@@ -61,10 +67,10 @@ def token_stats(
         raise ValueError(f"divergence: {asked[0].key!r} needs policy and ref as logits")
     if collision and log_p is None:
         raise ValueError("collision: needs policy as logits")
-    values = {d.key: d.define(log_p.exp(), log_q.exp()).masked_fill(~mask, 0) for d in asked}  # type: ignore[union-attr]
+    values = {d.key: d.define(log_p, log_q).masked_fill(~mask, 0) for d in asked}  # type: ignore[union-attr]
     if log_p is None or z is None:
         return TokenStats(logps, ref_logps, values, None, None, mask, None)
-    h = torch.special.entr(log_p.exp()).sum(-1).masked_fill(~mask, 0) if entropy else None  # H = -sum p log p
+    h = entropy_of(log_p).masked_fill(~mask, 0) if entropy else None
     squares = (2 * log_p.detach()).logsumexp(-1).masked_fill(~mask, 0) if collision else None  # log sum p^2
     correct = (z.gather(-1, target).squeeze(-1) >= z.amax(-1)) & mask
     return TokenStats(logps, ref_logps, values, h, z.logsumexp(-1).masked_fill(~mask, 0), mask, correct, squares)

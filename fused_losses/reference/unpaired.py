@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..losses.common import Count, LossOutput, check_reduction
 from ..losses.unpaired import RunningDelta, check_bco, check_kto
@@ -27,12 +28,12 @@ def kto_loss(
 
     def value(s: Sequence, good: Tensor) -> Tensor:
         if good:
-            return desirable_weight - desirable_weight * torch.sigmoid(beta * (s.h - z0))
-        return undesirable_weight - undesirable_weight * torch.sigmoid(beta * (z0 - s.h))
+            return desirable_weight * torch.sigmoid(-beta * (s.h - z0))  # 1 - sigmoid(x) = sigmoid(-x)
+        return undesirable_weight * torch.sigmoid(-beta * (z0 - s.h))
 
     stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, **batch)
     losses = joined([value(s, good) for s, good in zip(every, desirable, strict=True)], stats)
-    found = metrics(every, desirable, beta, stats) | {"kl": torch.as_tensor(z0)}
+    found = metrics(every, desirable, beta, stats) | {"kl": stats.logps.new_zeros(()) + z0}
     return LossOutput(reduced(losses, reduction, num_items), found, stats)
 
 
@@ -59,9 +60,9 @@ def bco_loss(
     )
     losses = []
     for i, s in enumerate(every):
-        p = torch.sigmoid(beta * s.h - shift)
-        losses.append(-torch.log(p if desirable[i] else 1 - p) * (1.0 if weights is None else weights[i]))
-    found = metrics(every, desirable, beta, stats) | {"delta": torch.as_tensor(shift)}
+        x = beta * s.h - shift
+        losses.append(-logsigmoid(x if desirable[i] else -x) * (1.0 if weights is None else weights[i]))
+    found = metrics(every, desirable, beta, stats) | {"delta": stats.logps.new_zeros(()) + shift}
     return LossOutput(reduced(joined(losses, stats), reduction, num_items), found, stats)
 
 
@@ -72,7 +73,7 @@ def metrics(every: list[Sequence], desirable: Tensor, beta: float, stats: TokenS
         own = [s for s, good in zip(every, desirable.tolist(), strict=True) if good == kind]
         found[f"rewards/{name}"] = joined([beta * s.h for s in own], stats).mean().detach()
         found[f"logps/{name}"] = joined([s.log_p for s in own], stats).mean().detach()
-        found[f"count/{name}"] = torch.tensor(float(len(own)))
+        found[f"count/{name}"] = stats.logps.new_tensor(len(own))
     found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     if stats.entropy is not None:
         found["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..losses.common import Count, LossOutput, check_reduction
-from ..losses.upo import check_advantages
+from ..losses.upo import LARGEST, check_advantages
 from ..sources import Source, check_labels
 from .common import cut, joined, reduced
 from .preference import preference_loss
@@ -32,7 +32,8 @@ def upo_loss(
     batch = {name: options[name] for name in ("shift", "ignore_index") if name in options}
     stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, **batch)
     a = check_advantages(advantages, len(every), check_labels(labels).device)
-    w = [min(math.exp(x / tau), math.inf if clip is None else clip) for x in a.tolist()]
+    highest = LARGEST if clip is None else math.log(clip)
+    w = [math.exp(min(x / tau, highest)) for x in a.tolist()]
     nll = [-s.log_p for s in every]
     terms = [weight * x * y for x, y in zip(w, nll, strict=True)]
     if len(out.loss) != len(every):
