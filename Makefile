@@ -7,7 +7,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 # One process a processor. Tests that share something costly stay together, and what takes long comes first (tests/conftest.py).
 # Of ARGS, -n 0 is one process, in which a debugger works.
-pytest = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+pytest = $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 install = $(BIN)/python -m pip install -c constraints.txt -e ".[$(1)]"
 
 .DELETE_ON_ERROR:

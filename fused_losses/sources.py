@@ -240,7 +240,7 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
         return x
     if isinstance(x, Tensor):
         return Logits(x)
-    got = kind_of(x, Logits, Hidden, LogProbs)
+    got = kind_of(x, Logits, Hidden, LogProbs)  # type: ignore[unreachable]
     raise TypeError(f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {got}")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 # pytest-xdist runs as many processes as there are processors: each takes its share of them, and so does what it starts.
@@ -109,20 +110,40 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
+# Files whose tests share what is made once in a process: the compile report, ranks, what the examples say, a wheel. Where
+# there are several processes, one of them runs all tests of a group.
+GROUPS = {"test_static": "static", "test_costs": "static", "test_examples": "examples", "test_packaging": "packaging"}
+GROUPS |= dict.fromkeys(("test_shards", "test_sequence_group", "test_engines"), "ranks")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For --dist loadscope. pytest-xdist's own groups (xdist_group) are lost in pytest 9.2, whose node ids are no strings."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return GROUPS.get(Path(nodeid.partition("::")[0]).stem, nodeid)
+
+    return Scheduling(config, log)
+
+
 def interpreted(item):
     """Whether kernels run in Triton's interpreter, a thousand times slower than anything else here."""
     return not GPU and hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist asks for groups
 def pytest_collection_modifyitems(items):
     """What takes long comes first, so that no process waits for another's last test."""
     for item in items:
         if item.get_closest_marker("gpu") and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if "static_report" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("static"))
         if "static_report" in item.fixturenames or interpreted(item):
             item.add_marker("slow")
-    wanted = ("static_report", "xdist_group", "slow")
-    items.sort(key=lambda item: [name not in {*item.fixturenames, *item.keywords} for name in wanted])
+    first = ["static", "ranks", *GROUPS.values()]  # static takes longest
+    groups = {group: first.index(group) for group in first}
+    items.sort(
+        key=lambda item: (groups.get(GROUPS.get(item.path.stem), len(first)), not item.get_closest_marker("slow"))
+    )

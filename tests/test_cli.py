@@ -119,6 +119,7 @@ def test_check_at_any_spread(spread):
     assert all(row.ok for row in rows), check.table([row for row in rows if not row.ok])
 
 
+@pytest.mark.slow
 def test_check_triton(device, capsys):
     pytest.importorskip("triton")
     argv = (
@@ -224,6 +225,7 @@ def test_memory_of_the_torch_backend(names, both, monkeypatch):
     assert 0.95 * measured <= model.fused("torch", inplace=True) <= 1.3 * measured
 
 
+@pytest.mark.slow
 def test_memory_of_the_triton_backend(device, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")

@@ -17,7 +17,6 @@ import fused_losses as fl
 transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("ranks"),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
 ]

@@ -9,7 +9,7 @@ import pytest
 from helpers import python
 
 pytest.importorskip("transformers")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("examples")]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 # What each of them says at its end.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import python
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 SOURCES = ["fused_losses", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"]

@@ -251,6 +251,7 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(device, monkeypatch, pl
     assert many <= 1.25 * max(few, MIB), f"{few / MIB:.2f} MiB, {many / MIB:.2f} MiB"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["slices", "frozen"])
 def test_memory_of_the_triton_backend(device, monkeypatch, plan):
     """Kernels hold nothing beside the tiles."""

@@ -13,7 +13,6 @@ from fused_losses.losses import FAMILY
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("ranks"),
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed"),
 ]

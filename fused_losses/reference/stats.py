@@ -67,7 +67,7 @@ def token_stats(
         raise ValueError(f"divergence: {asked[0].key!r} needs policy and ref as logits")
     if collision and log_p is None:
         raise ValueError("collision: needs policy as logits")
-    values = {d.key: d.define(log_p, log_q).masked_fill(~mask, 0) for d in asked}  # type: ignore[union-attr]
+    values = {d.key: d.define(log_p, log_q).masked_fill(~mask, 0) for d in asked}  # type: ignore[arg-type]
     if log_p is None or z is None:
         return TokenStats(logps, ref_logps, values, None, None, mask, None)
     h = entropy_of(log_p).masked_fill(~mask, 0) if entropy else None
