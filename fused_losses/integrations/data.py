@@ -280,7 +280,7 @@ class _Collator:
             mask = shift_packed(batch["labels"], batch["cu_seqlens"], self.label_pad) != self.label_pad
         else:
             mask = shifted_labels(batch["labels"], True, self.label_pad)[:, :-1] != self.label_pad
-        return torch.zeros(mask.shape).masked_scatter_(mask, torch.cat(values))
+        return torch.zeros_like(mask, dtype=torch.float32).masked_scatter_(mask, torch.cat(values))
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def preference_weights(labels: Tensor, alpha: float) -> Tensor:
     """LD-DPO's weights [2B, T - 1]: 1 up to the length of the pair's shorter response, alpha beyond."""
     mask = labels[:, 1:] != IGNORED
     shorter = mask.sum(1).view(2, -1).amin(0).repeat(2)
-    return torch.where(mask.cumsum(1) > shorter[:, None], alpha, 1.0)
+    return torch.ones_like(mask, dtype=torch.float32).masked_fill(mask.cumsum(1) > shorter[:, None], alpha)
 
 
 class KTOTrainer(_Trainer, trl.KTOTrainer):

@@ -150,7 +150,8 @@ class RunningDelta:
         if momentum is not None and not 0 <= momentum < 1:
             raise ValueError(f"momentum: expected a number in [0, 1) or None, got {momentum!r}")
         self.momentum, self.process_group = momentum, process_group
-        self.mean, self.count = torch.zeros(()), torch.zeros(())
+        # whatever the defaults are, which update() could not take to where the rewards are
+        self.mean, self.count = (torch.zeros((), dtype=torch.float32, device="cpu") for _ in range(2))
 
     @torch.no_grad()
     def update(self, rewards: Tensor) -> Tensor:

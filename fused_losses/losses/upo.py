@@ -134,7 +134,7 @@ def expectile_loss(
     if values.shape != rewards.shape:
         raise ValueError(f"values: expected {list(rewards.shape)} as rewards, got {list(values.shape)}")
     off = rewards.detach().to(stats_dtype(rewards)) - values
-    return reduced(torch.where(off < 0, 1 - q, q) * off.square(), reduction, num_items)
+    return reduced((q - (off < 0).to(off.dtype)).abs() * off.square(), reduction, num_items)
 
 
 ENTRIES = [
