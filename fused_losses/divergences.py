@@ -270,9 +270,9 @@ def _between(name: str, value: float, low: float, high: float, hint: str = "") -
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
-    """sum e^a (a - b)"""
+    """sum p log p - p log q, of a = log p and b = log q"""
     p = a.exp()
-    return (p * (a - b).where(p > 0, 0)).sum(-1)
+    return (p * a.where(p > 0, 0) - p * b.where(p > 0, 0)).sum(-1)
 
 
 def _mix(a: Tensor, b: Tensor, w: float) -> Tensor:
