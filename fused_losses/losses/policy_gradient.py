@@ -16,6 +16,7 @@ from ..sources import FLOATS, LogProbs, Source, check_labels
 from .common import (
     Count,
     Entry,
+    Fused,
     LossOutput,
     Needs,
     Part,
@@ -123,13 +124,17 @@ def grpo_loss(
         reduction="sum" if mean_of_tokens else reduction, num_items=None if mean_of_tokens else num_items,
         cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, sequence_group=sequence_group, **batch,
     )  # fmt: skip
-    total = found.loss
-    if mean_of_tokens:
-        total = divided(total, found.tokens.mask.sum().clamp(min=1) if num_items is None else num_items)
     parts = _parts(found.tokens, o, ref is not None)
-    if found.losses is not None and mean_of_tokens:
-        parts["loss"] = Part(found.losses, found.tokens.lengths)
-    return output(found._replace(loss=total), parts)
+    return _mean_of_tokens(found, parts, num_items) if mean_of_tokens else output(found, parts)
+
+
+def _mean_of_tokens(found: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:
+    """The result where the sum of the losses is divided by tokens."""
+    tokens = found.tokens
+    if found.losses is not None:
+        parts["loss"] = Part(found.losses, tokens.lengths)
+    count = tokens.mask.sum().clamp(min=1) if num_items is None else num_items
+    return output(found._replace(loss=divided(found.loss, count)), parts)
 
 
 @dataclass(frozen=True)

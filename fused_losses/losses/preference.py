@@ -15,6 +15,7 @@ from ..sources import LogProbs, Source, as_source, check_labels
 from .common import (
     Count,
     Entry,
+    Fused,
     LossOutput,
     Needs,
     Part,
@@ -27,7 +28,7 @@ from .common import (
     pair_metrics,
     read_count,
 )
-from .pair_losses import LOSSES, Pairs, desensitised, read_options, wpo_weights
+from .pair_losses import LOSSES, Options, Pairs, desensitised, read_options, wpo_weights
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
 
@@ -156,11 +157,14 @@ def preference_loss(
     t = found.tokens if o.ld_alpha is None else desensitised(found.tokens, o.ld_alpha)
     parts: dict[str, Any] = {**pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps))}
     if "sft" in o.names and not o.weighting:
-        own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
-        nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
-        weight = sum(weight for name, weight in o.losses if name == "sft")
-        parts |= loss_and_nll(found, nll, weight, batch, chosen)  # type: ignore[arg-type]
+        parts |= _sft_parts(found, o, batch, chosen)  # type: ignore[arg-type]
     return output(found, parts)
+
+
+def _sft_parts(found: Fused, o: Options, batch: Count, chosen: Count) -> dict[str, tuple[Part, ...]]:
+    sums, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
+    nll = Part(-sums.tensor_split(2)[0], lengths.tensor_split(2)[0])
+    return loss_and_nll(found, nll, sum(weight for name, weight in o.losses if name == "sft"), batch, chosen)
 
 
 def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:

@@ -82,11 +82,24 @@ def topk_distillation_loss(
     count = mask.sum().clamp(min=1)
     if reduction != "none":
         losses = divided(total.sum(), 1 if reduction == "sum" else count if num_items is None else num_items)
+    each = None if reduction == "none" else total.detach()
     whole = dict(zip(numbers, (x.detach().reshape(-1) for x in others), strict=True))
-    own = Tokens(whole.pop("logps"), None, None, whole.pop("entropy", None), {}, mask.reshape(-1), cu_seqlens, 0)
-    stats = replace(stats, divergence={d.key: kl})
-    found = Fused(losses, stats, own, None if reduction == "none" else total.detach(), "token")
-    return output(found, token_means(found, **whole))
+    return _output(losses, each, replace(stats, divergence={d.key: kl}), whole, mask, cu_seqlens)
+
+
+def _output(
+    losses: Tensor,
+    each: Tensor | None,
+    stats: TokenStats,
+    numbers: dict[str, Tensor],
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+) -> LossOutput:
+    """The result, from numbers of all ranks' tokens [n]."""
+    entropy = numbers.pop("entropy", None)
+    tokens = Tokens(numbers.pop("logps"), None, None, entropy, {}, mask.reshape(-1), cu_seqlens, 0)
+    found = Fused(losses, stats, tokens, each, "token")
+    return output(found, token_means(found, **numbers))
 
 
 def _divergence(
