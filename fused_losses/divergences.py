@@ -333,7 +333,10 @@ def js(beta: float = 0.5) -> Divergence:
 
 def _power(s: float, weight: float) -> Divergence:
     def define(lp: Tensor, lq: Tensor) -> Tensor:
-        terms = lq + s * (lp - lq).where((lp > -math.inf) | (lq > -math.inf), 0)  # log p^s q^(1-s)
+        none = lp.isneginf() & lq.isneginf()
+        ends = (s * lp + (1 - s) * lq).masked_fill(none, -math.inf)
+        # log p^s q^(1-s), the same as ends but for rounding
+        terms = torch.where(lp.isinf() | lq.isinf(), ends, lq + s * (lp - lq))
         return weight * expm1(terms.logsumexp(-1)) / (s * (s - 1))
 
     return Divergence(

@@ -26,7 +26,7 @@ from .plans import Grads, Outputs
 from .row_blocks import Block, Units, row_blocks
 from .shards import Span, span_of
 from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source
-from .stats import check_sources, given_logps, labels_mask, pack_stats, token_stats
+from .stats import apart, check_sources, given_logps, labels_mask, pack_stats, token_stats
 
 EACH = {"sequence": 1, "pair": 2}  # sequences a unit
 REF = "ref_logps"  # among the extras, where the reference comes as log-probs
@@ -158,6 +158,8 @@ def evaluate(
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
     mask = labels_mask(labels, shift, ignore_index)
+    if not isinstance(own := as_source("policy", policy), LogProbs):
+        source, how = apart(own, labels, source, divergences, shift, ignore_index, how)
     sequences = 0 if unit == "token" else labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     summed = unit != "token" and isinstance(source, LogProbs) and _summed(source, labels, sequences, span, how)
     if isinstance(source, LogProbs) and source.logps.device != labels.device:
@@ -172,8 +174,8 @@ def evaluate(
         call = _request(policy, labels, source, divergences, options, how, units)
     if call is None or units is None:
         stats = token_stats(
-            policy, labels, None if summed else ref, divergence=[d.key for d in divergences], inplace_backward=inplace_backward,
-            **how._asdict(), **options,
+            policy, labels, None if summed else source, divergence=[d.key for d in divergences],
+            inplace_backward=inplace_backward, **how._asdict(), **options,
         )  # fmt: skip
         given = source.logps if summed else stats.ref_logps  # type: ignore[union-attr]
         divergence = {name: x.reshape(-1) for name, x in stats.divergence.items()}

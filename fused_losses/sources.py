@@ -240,8 +240,9 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
         return x
     if isinstance(x, Tensor):
         return Logits(x)
-    got = kind_of(x, Logits, Hidden, LogProbs)  # type: ignore[unreachable]
-    raise TypeError(f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {got}")
+    raise TypeError(
+        f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {kind_of(x, Logits, Hidden, LogProbs)}"
+    )
 
 
 def kind_of(x: object, *expected: type) -> str:
@@ -317,12 +318,20 @@ def _check_head(name: str, x: Hidden) -> None:
 
 
 def check_pair(policy: Logits | Hidden, ref: Logits | Hidden) -> None:
+    """That both can be gone through in one pass, as a divergence needs it."""
+    if (error := unlike(policy, ref)) is not None:
+        raise error
+
+
+def unlike(policy: Logits | Hidden, ref: Logits | Hidden) -> Exception | None:
+    """Why the two cannot be gone through in one pass; None where they can."""
     if isinstance(policy, Logits) and isinstance(ref, Logits) and policy.logits.dtype != ref.logits.dtype:
-        raise TypeError(f"ref: expected {policy.logits.dtype} as the policy has, got {ref.logits.dtype}")
+        return TypeError(f"ref: expected {policy.logits.dtype} as the policy has, got {ref.logits.dtype}")
     if policy.process_group is not ref.process_group or policy.shard != ref.shard:
-        raise ValueError("ref: expected the policy's process_group and shard: both heads are split alike, or neither")
+        return ValueError("ref: expected the policy's process_group and shard: both heads are split alike, or neither")
     if policy.vocab != ref.vocab:
-        raise ValueError(
+        return ValueError(
             f"ref: expected the policy's vocabulary of {policy.vocab}, got {ref.vocab}; if one side is padded, give "
             f"fl.{type(ref).__name__}(..., valid_vocab=the number of real tokens) on that side"
         )
+    return None

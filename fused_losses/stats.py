@@ -13,7 +13,18 @@ from .backend import choose
 from .divergences import Divergence, parse
 from .hidden import How, is_hidden, request
 from .layout import collapse, shifted_labels, stats_dtype
-from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+from .sources import (
+    Hidden,
+    Logits,
+    LogProbs,
+    Source,
+    TokenStats,
+    as_source,
+    check_aligned,
+    check_labels,
+    check_pair,
+    unlike,
+)
 
 Asked = str | Divergence | Sequence[str | Divergence] | None
 
@@ -46,8 +57,9 @@ def token_stats(
             [...]. float32 | float16 | bfloat16, float64 on the torch backend. Any strides.
         labels: token ids [...], any integer type. With shift=True labels [..., T] belong to logits [..., T, V] of the
             same positions, the causal shift is done inside, and outputs are [..., T - 1].
-        ref: as policy, or None. Any source goes with any other; H and the padded V may differ, the number of valid tokens
-            must not. Logits have the same dtype on both sides.
+        ref: as policy, or None. Any source goes with any other, and H may differ. A divergence wants the same number of
+            valid tokens, the same dtype of logits and the same process_group on both sides. Without one these may differ too:
+            each side is then gone through on its own, and the labels must be tokens of both.
         divergence: a name such as "forward_kl" or "js(beta=0.3)", a fl.divergences.get(...), or several.
         entropy: also return H(p).
         collision: also return log sum_v p_v^2, minus the Renyi entropy of order 2 (WPO, 2406.11827). It has no gradient.
@@ -76,12 +88,13 @@ def token_stats(
                 "fl.Hidden or logits"
             )
         mask = labels_mask(labels, shift, ignore_index)
-        logps, ref_logps = (
-            given_logps("policy", policy, mask),
-            _reference_alone(source, labels, shift, ignore_index, how),
-        )
+        logps = given_logps("policy", policy, mask)
+        if isinstance(source, Logits | Hidden):
+            source = _alone(source, labels, shift, ignore_index, how)
+        ref_logps = None if source is None else given_logps("ref", source, mask)
         return TokenStats(logps, ref_logps, divergence={}, entropy=None, lse=None, mask=mask, correct=None)
 
+    source, how = apart(policy, labels, source, asked, shift, ignore_index, how)
     check_sources(policy, labels, source, asked)
     if is_hidden(policy, source):
         if inplace_backward:
@@ -213,12 +226,21 @@ def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
     return source.logps.to(stats_dtype(source.logps)).masked_fill(~mask, 0)  # sums of bfloat16 numbers saturate
 
 
-def _reference_alone(
-    source: Logits | Hidden | LogProbs | None, labels: Tensor, shift: bool, ignore_index: int, how: How
-) -> Tensor | None:
-    """ref_logps where the policy's log-probs were given."""
-    if source is None:
-        return None
-    if isinstance(source, LogProbs):
-        return given_logps("ref", source, labels_mask(labels, shift, ignore_index))
-    return token_stats(source, labels, shift=shift, ignore_index=ignore_index, **how._asdict()).logps
+def apart(
+    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...], shift: bool,
+    ignore_index: int, how: How,
+) -> tuple[Logits | Hidden | LogProbs | None, How]:  # fmt: skip
+    """The reference, and how to carry the call out. Where the two sides cannot go through one pass, and no divergence asks for
+    that, the reference comes back as its log-probs, from a pass of its own."""
+    if asked or not isinstance(ref, Logits | Hidden) or unlike(policy, ref) is None:
+        return ref, how
+    check_aligned("policy", policy, labels)
+    if is_hidden(policy):
+        own = how._replace(plan="auto") if is_hidden(ref) else How()
+        return _alone(ref, labels, shift, ignore_index, own), how
+    return _alone(ref, labels, shift, ignore_index, how), how if not is_hidden(ref) else How()
+
+
+def _alone(ref: Logits | Hidden, labels: Tensor, shift: bool, ignore_index: int, how: How) -> LogProbs:
+    check_aligned("ref", ref, labels)
+    return LogProbs(token_stats(ref, labels, shift=shift, ignore_index=ignore_index, **how._asdict()).logps)

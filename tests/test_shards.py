@@ -116,6 +116,10 @@ def check(rank, group, split):
     assert torch.equal(split.correct, whole.correct)
     for key, value in whole.divergence.items():
         torch.testing.assert_close(split.divergence[key], value, rtol=1e-9, atol=1e-12)
+    for sides in ((mine[0], w), (z, mine[1])):  # one of the two is split: each is gone through on its own
+        torch.testing.assert_close(
+            fl.dpo_loss(sides[0], labels, sides[1]).loss, fl.dpo_loss(z, labels, w).loss, rtol=1e-10, atol=1e-12
+        )
     (dz,) = torch.autograd.grad(split.divergence["js"].sum(), mine[0].logits)
     full = z.clone().requires_grad_()
     (dz_whole,) = torch.autograd.grad(fl.token_stats(full, labels, w, divergence="js").divergence["js"].sum(), full)

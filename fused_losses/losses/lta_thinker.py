@@ -91,8 +91,10 @@ def reasoning_focus_loss(
     def cosines(x: Tensor) -> Tensor:
         return (c * normalize(x.to(wide), dim=-1)[:, None]).sum(-1)
 
-    best = cosines(answers).detach().masked_fill(~there, NEVER).argmax(-1)
-    losses = cross_entropy((cosines(question) / temperature).masked_fill(~there, NEVER), best, reduction="none")
+    to_answer = cosines(answers).detach().masked_fill(~there, NEVER)
+    scores = (cosines(question) / temperature).masked_fill(~there, NEVER)
+    losses = cross_entropy(scores, to_answer.argmax(-1), reduction="none")
+    losses = losses + 0 * to_answer.amax(-1)  # a NaN, which argmax hides
     return reduced(losses.where(there.any(-1), 0), reduction, num_items)
 
 

@@ -202,7 +202,7 @@ def preference_matching_reward(
     scores = scores if clip is None else scores.clamp(-clip, clip)
     counts = mask.long()
     last = mask & (counts.cumsum(-1) == counts.sum(-1, keepdim=True))
-    return found + last * scores.to(found.dtype)[..., None]
+    return torch.where(last, found + scores.to(found.dtype)[..., None], found)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def reasoning_focus_loss(
             continue
         to_answer = torch.stack([cosine_similarity(c, answers[b], dim=0) for c in there])
         scores = torch.stack([cosine_similarity(c, question[b], dim=0) for c in there]) / temperature
-        losses.append(scores.logsumexp(0) - scores[to_answer.argmax()])
+        losses.append(scores.logsumexp(0) - scores[to_answer.argmax()] + 0 * to_answer.amax().detach())
     return reduced(torch.stack(losses) if losses else question.sum(1), reduction, num_items)
 
 

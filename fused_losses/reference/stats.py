@@ -60,11 +60,11 @@ def token_stats(
 
     logps, log_p, z = side("policy", policy)
     ref_logps, log_q, _ = (None, None, None) if ref is None else side("ref", ref)
-    if log_p is not None and log_q is not None:
-        check_pair(as_source("policy", policy), as_source("ref", ref))  # type: ignore[arg-type]
     asked = parse(divergence)
     if asked and (log_p is None or log_q is None):
         raise ValueError(f"divergence: {asked[0].key!r} needs policy and ref as logits")
+    if asked:
+        check_pair(as_source("policy", policy), as_source("ref", ref))  # type: ignore[arg-type]
     if collision and log_p is None:
         raise ValueError("collision: needs policy as logits")
     values = {d.key: d.define(log_p, log_q).masked_fill(~mask, 0) for d in asked}  # type: ignore[arg-type]
