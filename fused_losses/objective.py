@@ -25,7 +25,7 @@ from .layout import shift_packed, shifted_labels
 from .plans import Grads, Outputs
 from .row_blocks import Block, Units, row_blocks
 from .shards import Span, span_of
-from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source
+from .sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, ordinary
 from .stats import apart, check_sources, given_logps, labels_mask, pack_stats, token_stats
 
 EACH = {"sequence": 1, "pair": 2}  # sequences a unit
@@ -151,21 +151,22 @@ def evaluate(
     sequence_group: the time axis is split over its ranks (shards.py). The formula sees all tokens. The stats are this rank's,
     and so are losses of tokens that are not reduced; of what comes in, per_token is this rank's and per_sequence is all.
     """
-    source = None if ref is None else as_source("ref", ref)
+    policy, source = as_source("policy", policy), None if ref is None else as_source("ref", ref)
+    cu_seqlens = None if cu_seqlens is None else ordinary(cu_seqlens)
     span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=how.static_shapes)
     if span.group is not None and how.plan == "rows":
         raise ValueError("plan: 'rows' is not possible here: sequences are split over the ranks of sequence_group")
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
     mask = labels_mask(labels, shift, ignore_index)
-    if not isinstance(own := as_source("policy", policy), LogProbs):
-        source, how = apart(own, labels, source, divergences, shift, ignore_index, how)
+    if not isinstance(policy, LogProbs):
+        source, how = apart(policy, labels, source, divergences, shift, ignore_index, how)
     sequences = 0 if unit == "token" else labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     summed = unit != "token" and isinstance(source, LogProbs) and _summed(source, labels, sequences, span, how)
     if isinstance(source, LogProbs) and source.logps.device != labels.device:
         raise ValueError(f"ref: expected fl.LogProbs on {labels.device} as the labels are, got {source.logps.device}")
     options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy, "collision": collision}
-    tokenwise, extra = dict(per_token or {}), dict(per_sequence or {})
+    tokenwise, extra = ({n: ordinary(x) for n, x in (given or {}).items()} for given in (per_token, per_sequence))
     units, call = None, None
     split = span.group is not None or (isinstance(policy, Hidden) and policy.process_group is not None)  # over ranks
     if isinstance(policy, Hidden) and not split and not inplace_backward and (reduced or how.plan == "rows"):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRAINED = ("policy", "student")  # names of the sources that a loss is there to train
 # Of gathering a DTensor that is no part of a head
 INSTEAD = {"logits": ", or pass this rank's columns, .to_local(), with their process_group", "logps": "", "labels": ""}
 
@@ -235,14 +236,35 @@ class TokenStats:
 
 
 def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
-    """A bare tensor means Logits."""
-    if isinstance(x, Logits | Hidden | LogProbs):
+    """A bare tensor means Logits. Tensors of torch.inference_mode become ordinary()."""
+    x = Logits(x) if isinstance(x, Tensor) else x
+    if not isinstance(x, Logits | Hidden | LogProbs):
+        got = kind_of(x, Logits, Hidden, LogProbs)  # type: ignore[unreachable]
+        raise TypeError(f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {got}")
+    lora = x.lora if isinstance(x, Hidden) else None
+    own = {n: getattr(x, n) for n in ("logits", "hidden", "weight", "bias", "logps") if getattr(x, n, None) is not None}
+    factors = {} if lora is None else {"a": lora.a, "b": lora.b}
+    made = {n: t for n, t in (own | factors).items() if ordinary(t) is not t}
+    if not made:
         return x
-    if isinstance(x, Tensor):
-        return Logits(x)
-    raise TypeError(
-        f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {kind_of(x, Logits, Hidden, LogProbs)}"
-    )
+    for n, t in made.items():
+        if t.requires_grad and name in TRAINED and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: {n} requires grad, but was made under torch.inference_mode and can get none; make or load it "
+                "outside, or call requires_grad_(False) where it is constant"
+            )
+    changed: dict[str, Any] = {n: ordinary(t) for n, t in own.items()}
+    if lora is not None:
+        changed["lora"] = lora._replace(a=ordinary(lora.a), b=ordinary(lora.b))
+    return replace(x, **changed)
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """A tensor that was made under torch.inference_mode as a constant that autograd takes, over the same memory."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    empty = torch.empty(0, dtype=x.dtype, device=x.device)
+    return empty.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 
 def kind_of(x: object, *expected: type) -> str:
@@ -278,6 +300,7 @@ def check_labels(labels: object) -> Tensor:
     _dense("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"labels: expected integer token ids, got {labels.dtype}")
+    labels = ordinary(labels)
     return labels if labels.dtype in (torch.int64, torch.int32) else labels.long()  # ignore_index must not wrap around
 
 

@@ -15,7 +15,7 @@ from ..hidden import How
 from ..layout import shift_packed
 from ..objective import Formula, Tokens, evaluate
 from ..shards import Span
-from ..sources import Source, TokenStats
+from ..sources import Source, TokenStats, ordinary
 from ..stats import labels_mask
 
 
@@ -142,7 +142,7 @@ def read_count(name: str, x: Any) -> Count | None:
     else:
         count = torch.as_tensor(x) if hasattr(x, "__array__") else x
     if isinstance(count, Tensor) and count.numel() == 1:
-        return count.reshape(())
+        return ordinary(count).reshape(())
     if count is not None and (not isinstance(count, int | float) or not 0 <= count < float("inf")):
         got = list(count.shape) if isinstance(count, Tensor) else repr(x)
         raise ValueError(f"{name}: expected a finite number >= 0 or a tensor of one element, got {got}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..objective import Tokens
-from ..sources import FLOATS, Source, check_labels, kind_of
+from ..sources import FLOATS, Source, check_labels, kind_of, ordinary
 from .common import (
     Entry,
     LossOutput,
@@ -156,7 +156,7 @@ class RunningDelta:
     @torch.no_grad()
     def update(self, rewards: Tensor) -> Tensor:
         """Takes in rewards [S]; returns the mean, a copy."""
-        self.mean, self.count = self.mean.to(rewards), self.count.to(rewards)
+        self.mean, self.count = (ordinary(x.to(rewards)) for x in (self.mean, self.count))  # updates are in place
         new, n = _mean(rewards, self.process_group)
         if self.momentum is None:
             share = n / (self.count + n).clamp(min=1)

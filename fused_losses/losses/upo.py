@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layout import stats_dtype
 from ..shards import span_of
-from ..sources import FLOATS, Source, check_labels
+from ..sources import FLOATS, Source, check_labels, ordinary
 from .common import (
     Count,
     Entry,
@@ -70,7 +70,7 @@ def upo_loss(
 
     metrics: the base's; advantages and weights, means over sequences; nll, the mean of -log p(y | x).
     """
-    labels = check_labels(labels)
+    labels, cu_seqlens = check_labels(labels), None if cu_seqlens is None else ordinary(cu_seqlens)
     check_positive(tau=tau, weight=weight, **({} if clip is None else {"clip": clip}))
     sequences = check_sequences(labels, cu_seqlens, options.get("sequence_group"))
     a = check_advantages(advantages, sequences, labels.device)
