@@ -15,12 +15,13 @@ PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before a fork, after which nothing may be loaded
 
 
-def ends_with(parent: int) -> Callable[[], None]:
-    """For subprocess's preexec_fn: Linux kills the new process when this one, `parent`, is gone. Nothing elsewhere."""
+def ends_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """For subprocess's preexec_fn: Linux sends the new process this signal when this one, `parent`, is gone. Nothing elsewhere.
+    SIGTERM is for programs that have processes of their own to end, as torchrun."""
 
     def ask() -> None:
         if LIBC is not None:
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            LIBC.prctl(PR_SET_PDEATHSIG, by)
             if os.getppid() != parent:  # it has ended before we asked
                 os._exit(1)
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def generator_of(k):
 def python(*words, **options):
     """Another Python with these arguments, which ends with this one: exit code and what it said. In the root unless told."""
     options = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True} | options
-    return subprocess.run([sys.executable, *words], preexec_fn=ends_with(os.getpid()), **options)
+    return subprocess.run([sys.executable, *words], preexec_fn=ends_with(os.getpid(), signal.SIGTERM), **options)
 
 
 def relative(x, truth):
