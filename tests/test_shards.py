@@ -263,7 +263,7 @@ def refusals(rank, group, split):
     for call, words in (
         (lambda: fl.dpo_loss(p, labels, q, plan="rows"), "plan: 'rows'"),
         (lambda: fl.token_stats(p, labels, plan="frozen"), "plan: 'frozen'"),
-        (lambda: fl.token_stats(p, labels, whole), "ref: expected the policy's process_group"),
+        (lambda: fl.token_stats(p, labels, whole, divergence="js"), "ref: expected the policy's process_group"),
         (lambda: fl.partial_stats(p, labels), "leave process_group out"),
         (lambda: fl.Hidden(p.hidden, p.weight, process_group=group, shard=(60, VOCAB)), "shard: expected"),
         (lambda: fl.Hidden(p.hidden, p.weight, shard=(0, VOCAB)), "without one"),
