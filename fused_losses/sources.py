@@ -279,7 +279,6 @@ def kind_of(x: object, *expected: type) -> str:
     return f"{kind.__name__} of another copy of {__package__}, which was loaded twice: pass objects of the copy that is called"
 
 
-@torch.compiler.assume_constant_result
 def _check_compiled() -> None:
     """That torch.compile, which looks functions up by the names of their modules, finds those of this copy of the package."""
     dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
@@ -290,6 +289,10 @@ def _check_compiled() -> None:
             "of the package, which was loaded under the same name: compile calls of that copy alone, or start a new process; "
             "without torch.compile all copies work"
         )
+
+
+# torch.compiler.assume_constant_result, which would import torch._dynamo, and that Triton, with this package.
+_check_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_labels(labels: object) -> Tensor:

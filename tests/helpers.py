@@ -36,10 +36,33 @@ def generator_of(k):
     return torch.Generator().manual_seed(seed_of(k))
 
 
-def python(*words, **options):
-    """Another Python with these arguments, which ends with this one: exit code and what it said. In the root unless told."""
-    options = {"cwd": Path(__file__).parent.parent, "capture_output": True, "text": True} | options
-    return subprocess.run([sys.executable, *words], preexec_fn=ends_with(os.getpid(), signal.SIGTERM), **options)
+def python(*words, check=False, timeout=None, **options):
+    """Another Python with these arguments: exit code and what it said, as of subprocess.run. In the root unless told. It ends
+    with this process, and so do those that it has started, as torchrun's, which are in sessions of their own."""
+    pipe = subprocess.PIPE
+    options = {"cwd": Path(__file__).parent.parent, "stdout": pipe, "stderr": pipe, "text": True} | options
+    command = [sys.executable, *words]
+    with subprocess.Popen(command, preexec_fn=ends_with(os.getpid(), signal.SIGTERM), **options) as process:
+        try:
+            said = process.communicate(timeout=timeout)
+        except BaseException:  # interrupted, or too late
+            kill_family(process.pid)
+            raise
+    done = subprocess.CompletedProcess(command, process.returncode, *said)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def kill_family(pid):
+    """A process and all that it has started."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        oldest = psutil.Process(pid)
+        for process in [oldest, *oldest.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def relative(x, truth):

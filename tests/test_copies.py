@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import python
 
 PACKAGE = Path(__file__).parent.parent / "fused_losses"
 
@@ -179,8 +178,7 @@ for f, g in ((first, second), (second, first)):
 def run(code, **given):
     lines = [f"{name} = {value!r}" for name, value in given.items()]
     environment = os.environ | {"FUSED_LOSSES_BACKEND": "torch", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "\n".join([*lines, COMMON, code, "print('done')"])]
-    done = subprocess.run(command, cwd=PACKAGE.parent, env=environment, capture_output=True, text=True)
+    done = python("-c", "\n".join([*lines, COMMON, code, "print('done')"]), env=environment)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout[-1000:] + done.stderr[-3000:]
 
 

@@ -172,7 +172,7 @@ def test_import_needs_torch_alone():
         "bad = {'triton', 'transformers', 'datasets', 'matplotlib', 'kernels'} & set(sys.modules)\n"
         "assert not bad, bad"
     )
-    python("-c", code, cwd=None, capture_output=False, check=True)
+    python("-c", code, cwd=None, stdout=None, stderr=None, check=True)
 
 
 def test_registry_reaches_the_operators():

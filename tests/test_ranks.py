@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import kill_family
 from ranks import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")]
@@ -46,11 +47,20 @@ def stuck(rank, group):
         pass
 
 
-@pytest.mark.parametrize(("how", "all_of_them"), [("SIGINT", True), ("SIGKILL", False)])
-def test_none_outlives_the_process_that_started_it(how, all_of_them):
-    """Ctrl-C, which a terminal sends to all processes; and what a process does not hear of, as os._exit or SIGTERM."""
+# Two processes of each kind, each of which says "stuck" and then runs for ever.
+RANKS = "import ranks, test_ranks; ranks.Ranks(2).run(2, test_ranks.stuck)"
+TORCHRUN = """
+import helpers
+words = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python sh -c".split()
+helpers.python(*words, "echo stuck; exec sleep 600", stdout=None)
+"""
+
+
+@pytest.mark.parametrize("code", [RANKS, TORCHRUN], ids=["ranks", "torchrun"])
+@pytest.mark.parametrize(("how", "all_of_them"), [("SIGINT", True), ("SIGINT", False), ("SIGKILL", False)])
+def test_none_outlives_the_process_that_started_it(code, how, all_of_them):
+    """Ctrl-C, which a terminal sends to all processes and others to one; and what a process does not hear of, as SIGKILL."""
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "bench"), os.environ.get("PYTHONPATH", "")]
-    code = "import ranks, test_ranks; ranks.Ranks(2).run(2, test_ranks.stuck)"
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -58,7 +68,7 @@ def test_none_outlives_the_process_that_started_it(how, all_of_them):
     try:
         assert [parent.stdout.readline() for _ in range(2)] == [b"stuck\n"] * 2
         (os.killpg if all_of_them else os.kill)(parent.pid, getattr(signal, how))
-        parent.communicate(timeout=20)  # until nobody is left who could write to the pipe
+        parent.communicate(timeout=60)  # until nobody is left who could write to the pipe
     finally:
         if parent.returncode is None:
-            os.killpg(parent.pid, signal.SIGKILL)
+            kill_family(parent.pid)

@@ -27,9 +27,8 @@ class Part(NamedTuple):
     """
 
     amounts: Tensor  # [units, ...], no graph, 0 where nothing counts
-    counts: Tensor | None = (
-        None  # [units, ...]: what the sum of the amounts is divided by the sum of; None: 1 for each unit
-    )
+    # [units, ...]: what the sum of the amounts is divided by the sum of; None: 1 for each unit
+    counts: Tensor | None = None
     kind: str = "mean"  # 0 where the counts are 0; "mean or nan": NaN there; "sum": it is not divided
 
     def value(self) -> Tensor:
@@ -280,7 +279,8 @@ def token_part(found: Fused, x: Tensor) -> Part:
         return Part(tokens.sums(x.reshape(-1)), tokens.lengths)
     rows = found.stats.mask.shape[0] if found.stats.mask.dim() else 1
     x, mask = (y.reshape(rows, y.numel() // max(rows, 1)) for y in (x, mask))
-    return Part(x, mask)
+    # A tensor of its own: torch.compile returns wrong shapes of a graph's outputs that are views of views of one tensor.
+    return Part(x.masked_fill(~mask, 0), mask)
 
 
 def sequence_part(tokens: Tokens, x: Tensor, pairs: bool = False) -> Part:
