@@ -41,6 +41,6 @@ setup(
     # from the repository root still finds the unrelated package of that name.
     packages=[*find_packages(include=["fused_losses", "fused_losses.*"]), "fused_losses.kernels"],
     package_dir={"fused_losses.kernels": "kernels"},
-    package_data={"fused_losses": ["py.typed", "data/*.jsonl"]},
+    package_data={"fused_losses": ["py.typed", "cli/data/*.jsonl"]},
     zip_safe=False,
 )

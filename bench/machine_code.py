@@ -193,9 +193,9 @@ def compile_workload(
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses import ops
+    from fused_losses.core.layout import Problem
+    from fused_losses.engine import logits_ops
     from fused_losses.kernels import configs, launch
-    from fused_losses.layout import Problem
 
     entropy, collision = "entropy" in sums, "collision" in sums
     problem = Problem(registry.parse(divergences), entropy, collision, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
@@ -203,7 +203,7 @@ def compile_workload(
     z = z.t().contiguous().t() if strided else z
     w = torch.empty_like(z) if ref else None
     y = torch.zeros(2, dtype=torch.int64)
-    logps, ref_logps, lse, ent, div, hit, squares, saved = ops._allocate(z, w, problem)
+    logps, ref_logps, lse, ent, div, hit, squares, saved = logits_ops._allocate(z, w, problem)
     g = torch.zeros(2)
     grads = (g, g if to_ref else None, None, g if entropy else None, torch.zeros_like(div) if divergences else None)
     with compiled(target) as kernels:
@@ -221,9 +221,9 @@ def compile_pairs(target: str) -> list[tuple]:
     import torch
 
     from fused_losses import divergences as registry
+    from fused_losses.core.layout import PairProblem
+    from fused_losses.core.margin_losses import TERMS
     from fused_losses.kernels import launch
-    from fused_losses.layout import PairProblem
-    from fused_losses.pair_terms import TERMS
 
     tokens, mask, ref = torch.zeros(64), torch.ones(64, dtype=torch.bool), torch.zeros(64)
     cu = torch.zeros(5, dtype=torch.int64)

@@ -24,7 +24,7 @@ import fused_losses as fl
 from bench.clock import Clock, synchronize
 from bench.providers import Provider
 from bench.workloads import Problem, Shape, Workload, compulsory
-from fused_losses.memory_probe import peak_bytes
+from fused_losses.cli.memory_probe import peak_bytes
 
 # Relative, for a provider that is exact: rounding of the inputs' products is all that may differ.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-1, "float16": 2e-2}

@@ -80,7 +80,7 @@ class Launch(NamedTuple):
 
 def _problem(case: tuple, vocab: int, softcap: float = 0.0):
     from fused_losses import divergences
-    from fused_losses.layout import Problem
+    from fused_losses.core.layout import Problem
 
     names, sums, _ = case
     return Problem(
@@ -93,14 +93,15 @@ def _fields(problem, rows: int):
     """state, and saved numbers of as many rows."""
     import torch
 
-    from fused_losses import moments, plans
+    from fused_losses.core import moments
+    from fused_losses.engine import plan_chunks
 
-    state = torch.zeros(moments.fields(plans.powers(problem)), rows)
+    state = torch.zeros(moments.fields(plan_chunks.powers(problem)), rows)
     return state, torch.zeros(7 + 2 * len(problem.divergences), rows)
 
 
 def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
-    """The kernels of a vocabulary in slices (kernels/slices.py)."""
+    """The kernels of a vocabulary in slices (kernels/vocab_chunks.py)."""
     import torch
 
     from fused_losses.kernels import configs, launch
@@ -128,7 +129,7 @@ def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
 
 
 def tiles(case: tuple, rows: int = 16, vocab: int = 16, width: int = 64, softcap: float = 0.0) -> Iterator[Launch]:
-    """The kernel whose logits stay on the chip (kernels/tiles.py), its first sweep and its second."""
+    """The kernel whose logits stay on the chip (kernels/fused_linear.py), its first sweep and its second."""
     import torch
 
     from fused_losses.kernels import launch

@@ -29,13 +29,13 @@ from bench import clock, results, tables
 from bench.measure import TOLERANCE, errors, process_peak, progress, quiet_collector, reason, spread
 from bench.run import add_outputs, folder_of, header, written
 from bench.workloads import Shape
-from fused_losses import demo
-from fused_losses.memory_probe import peak_bytes
+from fused_losses.cli import demo
+from fused_losses.cli.memory_probe import peak_bytes
 
 Batch = dict[str, Tensor]
 SHAPES = (Shape(1024, 128, 256, 16384, prompt=0.25), Shape(1024, 128, 256, 50304, prompt=0.25))
 LAYERS = 4
-TEXTS = Path(fl.__file__).parent / "data/preferences.jsonl"  # what the trainers are made with; the batch is random
+TEXTS = Path(fl.__file__).parent / "cli/data/preferences.jsonl"  # what the trainers are made with; the batch is random
 
 
 class Setting(NamedTuple):
@@ -153,7 +153,7 @@ def plain_trainer(
 def fused_trainer(setting: Setting, folder: str, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
-    from fused_losses.integrations.trainer import FusedLossMixin
+    from fused_losses.integrations.transformers import FusedLossMixin
 
     class Fused(FusedLossMixin, Trainer):  # type: ignore[misc]
         pass
@@ -168,9 +168,9 @@ def own_trainer(setting: Setting, folder: str) -> Any:
 
 
 def patched() -> AbstractContextManager[None]:
-    from fused_losses.integrations import trl_kernels
+    from fused_losses.integrations import trl_patch
 
-    return trl_kernels.patched()
+    return trl_patch.patched()
 
 
 # ---- the losses, written out -----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fused_losses import demo
+from fused_losses.cli import demo
 
 TOKENS = 1000
 SIZES = {
@@ -24,7 +24,7 @@ SIZES = {
 
 def rows(count: int = 16) -> list[dict]:
     """prompt, chosen, rejected"""
-    lines = (files("fused_losses") / "data/preferences.jsonl").read_text("utf-8").splitlines()
+    lines = (files("fused_losses") / "cli/data/preferences.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines[:count]]
 
 

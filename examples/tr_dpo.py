@@ -11,15 +11,15 @@ import tiny
 import torch
 
 import fused_losses as fl
-from fused_losses.integrations import data
+from fused_losses.integrations import preference_data
 
 tokenizer = tiny.tokenizer()
 policy = tiny.model()
 reference = copy.deepcopy(policy)  # weights of its own
 region = fl.TrustRegion(reference, policy, alpha=1.0, every=4)  # alpha < 1: a soft update
 
-collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
-batch = collator(data.tokenize_preferences(tiny.rows(4), tokenizer))
+collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
+batch = collator(preference_data.tokenize_preferences(tiny.rows(4), tokenizer))
 inputs, labels = {k: batch[k] for k in ("input_ids", "attention_mask")}, batch["labels"]
 
 

@@ -1,17 +1,18 @@
 """Fused loss head of preference optimisation: log-probs, divergences and losses of policy and reference without a
-vocabulary-size temporary. Start at token_stats (stats.py) and losses/; reference/ defines what is correct."""
+vocabulary-size temporary. Start at token_stats (engine/token_stats.py) and losses/; reference/ defines what is correct."""
 
-from . import divergences, losses, reference
-from .at_head import at_head
-from .calibration import calibration
-from .drop_ins import (
+from . import losses, reference
+from .core import divergences
+from .core.inputs import Hidden, Logits, LogProbs, Lora, TokenStats
+from .engine.partial_stats import PartialStats, merge_stats, partial_stats
+from .engine.token_stats import token_stats
+from .integrations.trl_functions import (  # fmt: skip
     entropy_from_logits,
     generalized_jsd_loss,
     selective_log_softmax,
     selective_log_softmax_and_entropy,
-)  # fmt: skip
-from .head import FusedHead, backbone, find_head
-from .losses import (
+)
+from .losses import (  # fmt: skip
     LossOutput,
     RunningDelta,
     bco_loss,
@@ -41,11 +42,11 @@ from .losses import (
     tdpo_loss,
     topk_distillation_loss,
     upo_loss,
-)  # fmt: skip
-from .partial import PartialStats, merge_stats, partial_stats
-from .sources import Hidden, Logits, LogProbs, Lora, TokenStats
-from .stats import token_stats
-from .trust_region import TrustRegion
+)
+from .losses.calibration import calibration
+from .nn.at_head import at_head
+from .nn.fused_head import FusedHead, backbone, find_head
+from .nn.trust_region import TrustRegion
 
 __version__ = "0.1.0"
 

@@ -34,7 +34,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=f"Print or show {summary}.")
         sub.epilog = f"example: python -m fused_losses {name} {example}".rstrip()
         if name == command:
-            module = import_module(f"{__package__}.{name}")
+            module = import_module(f"{__package__}.cli.{name}")
             module.add_arguments(sub)
             sub.set_defaults(main=module.main)
     return parser

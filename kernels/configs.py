@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# kernels/tiles.py: one side | two sides | two sides and more in registers (a power, an entropy beside divergences, terms).
+# fused_linear.py: one side | two sides | two sides and more in registers (a power, an entropy beside divergences, terms).
 # The largest tried that spill nothing (but for softcap and powers: bench/static.py), in 96 KiB of shared memory, AMD 64:
 # L2 gives a tile (1 / rows + 1 / columns) of a byte for every multiplication. sm_80 also stands for everything not named.
 TILES = {

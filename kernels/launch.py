@@ -7,10 +7,10 @@ import math
 import torch
 from triton.runtime import driver
 
-from ..divergences import Divergence
-from ..layout import PairProblem, Problem, row_layout
-from . import configs, pairs, slices, tiles, token_stats
-from .device import INTERPRET, LN2_HI, LN2_LO, jit
+from ..core.divergences import Divergence
+from ..core.layout import PairProblem, Problem, row_layout
+from . import configs, fused_linear, pair_loss, token_stats, vocab_chunks
+from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
 
 
 def on(device: torch.device):
@@ -101,7 +101,7 @@ def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
     config = fold_config(problem, z.dtype)
     formulas = _formulas(problem.divergences)
     with on(z.device):
-        slices.fold_slice[(z.shape[0],)](
+        vocab_chunks.fold_slice[(z.shape[0],)](
             *_sides(problem, z, w), labels, problem.ignore_index, state, state.stride(0), problem.vocab, problem.first,
             formulas["powers"], FRESH=fresh, ENTROPY=problem.entropy, COLLISION=problem.collision,
             MOMENTS=bool(problem.divergences), UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages,
@@ -113,7 +113,7 @@ def terms(problem: Problem, z, labels, w, saved, sums) -> None:
     """Adds sum_v c and sum_v h of logits [rows, columns] to sums [2 n, rows], for term divergences."""
     config = configs.FORWARD_TWO_PASS
     with on(z.device):
-        slices.add_terms[(z.shape[0],)](
+        vocab_chunks.add_terms[(z.shape[0],)](
             *_sides(problem, z, w), labels, problem.ignore_index, saved, saved.stride(0), sums, sums.stride(0),
             problem.vocab, **_take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS"),
             UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
@@ -139,7 +139,7 @@ def frame(c: torch.Tensor, mp: torch.Tensor, mq: torch.Tensor) -> torch.Tensor:
 def merge_states(problem: Problem, state, other) -> None:
     """state <- state merged with other, both [fields, rows]."""
     with on(state.device):
-        slices.merge_states[(state.shape[1],)](
+        vocab_chunks.merge_states[(state.shape[1],)](
             state, state.stride(0), other, other.stride(0), _formulas(problem.divergences)["powers"], num_warps=1
         )  # fmt: skip
 
@@ -147,7 +147,7 @@ def merge_states(problem: Problem, state, other) -> None:
 def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, hit, collision, saved) -> None:
     """The outputs of all rows from the sums over the whole vocabulary; term divergences come from terms()."""
     with on(state.device):
-        slices.close_states[(state.shape[1],)](
+        vocab_chunks.close_states[(state.shape[1],)](
             state, state.stride(0), labels, problem.ignore_index, logps, ref_logps, lse, entropy, div, hit, collision,
             saved, problem.vocab, num_warps=1,
             **_take(_formulas(problem.divergences), "numbers", "powers", "degrees", "ROWS", "POWER", "MOMENTS"),
@@ -156,7 +156,7 @@ def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, 
 
 def pair_forward(problem: PairProblem, logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef) -> None:
     with on(logps.device):
-        pairs.pair_forward[(losses.numel(),)](
+        pair_loss.pair_forward[(losses.numel(),)](
             logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef,
             mask.numel(), mask.numel() // problem.sequences, problem.beta, problem.divergence.params, problem.term_params,
             LINK=jit(problem.divergence.f_dpo_link()), TERM=jit(problem.term),
@@ -168,7 +168,7 @@ def pair_forward(problem: PairProblem, logps, ref, mask, cu_seqlens, losses, seq
 def pair_backward(problem: PairProblem, grads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
     """grads: of losses [B], seq_logps [2B], seq_ref [2B], each contiguous or None."""
     with on(coef.device):
-        pairs.pair_backward[(coef.numel(),)](
+        pair_loss.pair_backward[(coef.numel(),)](
             *grads, coef, mask, cu_seqlens, d_logps, d_ref, coef.numel() // 2,
             mask.numel(), mask.numel() // problem.sequences,
             REF_TOKENS=not problem.ref_summed, BLOCK=configs.PAIRS.lanes, num_warps=configs.PAIRS.warps,
@@ -176,7 +176,7 @@ def pair_backward(problem: PairProblem, grads, coef, mask, cu_seqlens, d_logps, 
 
 
 def _hidden(side, softcap, multiplier):
-    """One side for kernels/tiles.py: (X, row stride, W, row stride, H, bias, LoRA, head); absent parts are None."""
+    """One side for fused_linear.py: (X, row stride, W, row stride, H, bias, LoRA, head); absent parts are None."""
     if side is None:
         return None
     x, weight, bias, lora = side
@@ -225,7 +225,7 @@ def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas
         per = -(-columns // splits)
         splits = -(-columns // per)
         parts = out[:, None] if splits == 1 and not second else out.new_zeros((len(out), splits, len(x)))
-        tiles.tile_sums[(blocks * splits,)](
+        fused_linear.tile_sums[(blocks * splits,)](
             _hidden(policy, problem.softcap, problem.multiplier),
             _hidden(ref, problem.ref_softcap, problem.ref_multiplier),
             labels, problem.ignore_index, saved, saved.stride(0) if second else 0, formulas["numbers"],

@@ -4,17 +4,17 @@
     token_stats_backward   one program a row: reads z (and w), writes dz (and dw)
 
 Bytes, V entries of b bytes: forward bV or 2bV (4bV with a term divergence), backward 2bV or 3bV. The pieces are in
-rows.py, the closing arithmetic in fused_losses/moments.py, each divergence's formulas in fused_losses/divergences.py.
+row_stats.py, the closing arithmetic in core/moments.py, each divergence's formulas in core/divergences.py.
 """
 
 import triton
 import triton.language as tl
 
-from ..moments import close_pair as _close_pair
-from ..moments import close_power as _close_power
-from ..moments import log_totals as _log_totals
-from .device import HUGE, LN2, LOG2E, in_bits, jit
-from .rows import INF, LOW, TIED, finite, head, pair, pointers, row_offset, slopes, sweep, terms, token_label
+from ..core.moments import close_pair as _close_pair
+from ..core.moments import close_power as _close_power
+from ..core.moments import log_totals as _log_totals
+from .elementwise import HUGE, LN2, LOG2E, in_bits, jit
+from .row_stats import INF, LOW, TIED, finite, head, pair, pointers, row_offset, slopes, sweep, terms, token_label
 
 close_pair, close_power, log_totals = jit(_close_pair), jit(_close_power), jit(_log_totals)
 

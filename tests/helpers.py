@@ -16,8 +16,9 @@ from lifetime import ends_with
 from torch.autograd.profiler import profile
 
 import fused_losses as fl
-from fused_losses import hidden_ops, ops, torch_backend
-from fused_losses.layout import PairProblem, Problem
+from fused_losses.backends import torch_backend
+from fused_losses.core.layout import PairProblem, Problem
+from fused_losses.engine import evaluate, hidden_ops, logits_ops
 
 EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
@@ -318,7 +319,7 @@ def kernels_of(call):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, FUSED_LOSSES_BACKEND="torch"))
-        for module in (ops, hidden_ops):
+        for module in (logits_ops, hidden_ops, evaluate):
             stack.enter_context(mock.patch.object(module, "backend_module", lambda name: Spy()))
         call()
     return frozenset(asked)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fused_losses as fl
-from fused_losses import check, frozen, objective, planner, plans, projection
 from fused_losses.__main__ import main
+from fused_losses.cli import check
+from fused_losses.engine import evaluate, plan_chunks, plan_frozen, planner, projection
 
 SMALL = ["check", "--shape", "2,3,41", "--hidden", "7", "--device", "cpu", "--divergence", "reverse_kl", "js"]
 LEAVES = ("dX", "dW", "db", "dA", "dB")
@@ -92,7 +93,7 @@ def test_bad_input(argv, words, capsys):
 
 
 def scaled(by, pick):
-    """A function of plans.py of which one of the returned tensors, pick(result), is spoilt."""
+    """A function of plan_chunks.py of which one of the returned tensors, pick(result), is spoilt."""
     return lambda run: lambda *args, **kwargs: _spoil(run(*args, **kwargs), by, pick)
 
 
@@ -121,7 +122,7 @@ BROKEN = {
 def test_a_wrong_plan_is_caught(name, by, monkeypatch, capsys):
     function, pick, parts, kinds = BROKEN[name]
     argv = [*SMALL, "--dtype", "float32", "--bias", "--lora", "2", "--loss", "token_stats", "sigmoid"]
-    module = {"frozen_backward": frozen, "row_blocks": objective}.get(function, plans)
+    module = {"frozen_backward": plan_frozen, "row_blocks": evaluate}.get(function, plan_chunks)
     monkeypatch.setattr(module, function, scaled(by, pick)(getattr(module, function)))
     assert main(argv) == 1
     found = failed(capsys.readouterr().out)
@@ -131,7 +132,7 @@ def test_a_wrong_plan_is_caught(name, by, monkeypatch, capsys):
 
 
 def test_gradients_of_low_precision_are_held_to_one_rounding(monkeypatch, capsys):
-    monkeypatch.setattr(plans, "backward", scaled(1 + 1e-2, lambda found: found[1])(plans.backward))
+    monkeypatch.setattr(plan_chunks, "backward", scaled(1 + 1e-2, lambda found: found[1])(plan_chunks.backward))
     assert main([*SMALL, "--dtype", "bfloat16", "--plan", "slices"]) == 1
     assert failed(capsys.readouterr().out) == {("slices", "dW")}
 
@@ -140,7 +141,7 @@ def test_a_plan_that_refuses_what_it_must_not_is_an_error(monkeypatch, capsys):
     def refuse(*args):
         raise ValueError("hidden: something else is wrong")
 
-    monkeypatch.setattr(plans, "forward", refuse)
+    monkeypatch.setattr(plan_chunks, "forward", refuse)
     assert main([*SMALL, "--dtype", "float32"]) == 2
     assert "something else" in capsys.readouterr().err
 

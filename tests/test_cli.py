@@ -9,11 +9,14 @@ import torch
 from helpers import python
 
 import fused_losses as fl
-from fused_losses import check, divergences, env, memory, planner, torch_backend
+from fused_losses import divergences
 from fused_losses.__main__ import COMMANDS, main
-from fused_losses.hidden import How, request
+from fused_losses.backends import torch_backend
+from fused_losses.cli import check, env, memory
+from fused_losses.cli.memory_probe import peak_bytes
+from fused_losses.engine import planner
+from fused_losses.engine.prepare import How, request
 from fused_losses.losses import LOSSES
-from fused_losses.memory_probe import peak_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["check", "--shape", "1,3,50", "--dtype", "float32", "--device", "cpu"]
@@ -34,7 +37,7 @@ def test_module_runs_and_imports_one_command():
     """A real process: the exit code gets out, and `env` does not pay for the imports of `demo`."""
     env = {**os.environ, "FUSED_LOSSES_BACKEND": "torch"}
     code = "import sys; from fused_losses.__main__ import main; code = main(['env'])"
-    code += "; print({'fused_losses.demo', 'fused_losses.check'} & {*sys.modules}); sys.exit(code)"
+    code += "; print({'fused_losses.cli.demo', 'fused_losses.cli.check'} & {*sys.modules}); sys.exit(code)"
     done = python("-c", code, env=env)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stderr
     assert "why: FUSED_LOSSES_BACKEND=torch" in done.stdout

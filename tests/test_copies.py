@@ -189,8 +189,8 @@ def folder(tmp_path_factory):
     shutil.copytree(PACKAGE, path, ignore=shutil.ignore_patterns("__pycache__", "data"))
     for name, old, new in (
         ("__init__.py", '__version__ = "', '__version__ = "9.'),
-        ("ops.py", "str divergence, float beta, SymInt", "str link, float beta, SymInt"),
-        ("hidden_ops.py", '"hidden_stats_backward"', '"hidden_stats_gradients"'),
+        ("engine/logits_ops.py", "str divergence, float beta, SymInt", "str link, float beta, SymInt"),
+        ("engine/hidden_ops.py", '"hidden_stats_backward"', '"hidden_stats_gradients"'),
     ):
         text = (path / name).read_text("utf-8")
         assert text.count(old) == 1, old

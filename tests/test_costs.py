@@ -8,7 +8,8 @@ import pytest
 import torch
 import traffic
 
-from fused_losses import divergences, pair_terms
+from fused_losses import divergences
+from fused_losses.core import margin_losses
 
 pytest.importorskip("triton")
 if str(ROOT := Path(__file__).parent.parent) not in sys.path:
@@ -58,7 +59,7 @@ def test_every_divergence_compiles(machine_code):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_term_and_link_of_pairs_compiles(machine_code, target):
     wanted = {f"sigmoid_term, {name}" for name in divergences.linkable()}
-    wanted |= {f"{term.__name__}, reverse_kl" for term in pair_terms.TERMS.values()}
+    wanted |= {f"{term.__name__}, reverse_kl" for term in margin_losses.TERMS.values()}
     for workload in wanted:
         for direction in ("forward", "backward"):
             assert machine_code[target, workload, direction]["spills"] == 0

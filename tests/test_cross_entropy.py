@@ -8,7 +8,7 @@ from helpers import compare_sources, double, doubles, gradients_of, hidden_leave
 from torch.nn.functional import cross_entropy
 
 import fused_losses as fl
-from fused_losses.losses import common
+from fused_losses.losses import shared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,9 +116,9 @@ def test_known_values(monkeypatch):
 
 def test_the_uniform_distribution_takes_one_element(monkeypatch):
     seen = []
-    whole = common.evaluate
+    whole = shared.evaluate
     monkeypatch.setattr(
-        common, "evaluate", lambda f, policy, labels, ref, **k: seen.append(ref) or whole(f, policy, labels, ref, **k)
+        shared, "evaluate", lambda f, policy, labels, ref, **k: seen.append(ref) or whole(f, policy, labels, ref, **k)
     )
     for z in (torch.randn(2, 4, V), torch.randn(2, 4, V, dtype=torch.bfloat16)):
         fl.cross_entropy_loss(z, Y, label_smoothing=0.1)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fused_losses as fl
-from fused_losses.head import FusedHead, backbone, find_head
+from fused_losses.nn.fused_head import FusedHead, backbone, find_head
 
 F = fl
 V, H = 97, 32

@@ -26,8 +26,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses import divergences, planner
-from fused_losses.memory_probe import peak_bytes
+from fused_losses import divergences
+from fused_losses.cli.memory_probe import peak_bytes
+from fused_losses.engine import planner
 
 NAMES = divergences.names()
 LINKS = divergences.linkable()

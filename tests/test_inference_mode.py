@@ -5,7 +5,7 @@ import torch
 from test_family import CASES, FAMILY, Batch, sources_of
 
 import fused_losses as fl
-from fused_losses.sources import as_source, ordinary
+from fused_losses.core.inputs import as_source, ordinary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

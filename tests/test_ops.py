@@ -9,8 +9,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses import divergences, ops
-from fused_losses.memory_probe import peak_bytes
+from fused_losses import divergences
+from fused_losses.cli.memory_probe import peak_bytes
+from fused_losses.engine import logits_ops
 
 OPS = torch.ops.fused_losses
 
@@ -178,6 +179,6 @@ def test_import_needs_torch_alone():
 def test_registry_reaches_the_operators():
     """Ops take divergences by name: every key must read back as itself."""
     for name in divergences.names():
-        assert ops._problem(name, False, False, False, -100, 5, 0.0, 1.0, 0.0, 1.0, "torch")[0].divergences == (
+        assert logits_ops._problem(name, False, False, False, -100, 5, 0.0, 1.0, 0.0, 1.0, "torch")[0].divergences == (
             divergences.get(name),
         )

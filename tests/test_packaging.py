@@ -61,7 +61,7 @@ def wheel(tree, tmp_path_factory):
 
 def test_wheel_has_every_file_once(wheel):
     package = ROOT / "fused_losses"
-    files = [*package.rglob("*.py"), *package.glob("data/*.jsonl"), package / "py.typed"]
+    files = [*package.rglob("*.py"), *package.glob("cli/data/*.jsonl"), package / "py.typed"]
     expected = {path.relative_to(ROOT).as_posix() for path in files}
     expected |= {f"fused_losses/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
     assert contents(wheel) == sorted(expected)

@@ -5,11 +5,13 @@ import torch
 from helpers import asking, hidden_leaves, hidden_source, labels_for, products, relative, seeded
 
 import fused_losses as fl
-from fused_losses import divergences, planner, torch_backend
-from fused_losses.hidden import How, request
-from fused_losses.layout import Problem
-from fused_losses.memory_probe import peak_bytes
-from fused_losses.moments import fields
+from fused_losses import divergences
+from fused_losses.backends import torch_backend
+from fused_losses.cli.memory_probe import peak_bytes
+from fused_losses.core.layout import Problem
+from fused_losses.core.moments import fields
+from fused_losses.engine import planner
+from fused_losses.engine.prepare import How, request
 
 NAMES = divergences.names()
 DIVS = tuple(divergences.get(n) for n in NAMES)

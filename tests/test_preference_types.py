@@ -7,7 +7,10 @@ import torch
 from helpers import double, logits, products, relative
 
 import fused_losses as fl
-from fused_losses import divergences, ops, pair_terms, torch_backend
+from fused_losses import divergences
+from fused_losses.backends import torch_backend
+from fused_losses.core import margin_losses
+from fused_losses.engine import evaluate, logits_ops
 from fused_losses.losses.pair_losses import SORTED, UNLINKED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,26 +118,28 @@ def test_value_where_policy_is_reference(monkeypatch, name, link):
 )  # fmt: skip
 def test_slope_of_a_term_is_its_derivative(name, params):
     m = torch.linspace(-6, 6, 98, dtype=torch.float64).requires_grad_()
-    loss, slope = pair_terms.TERMS[name](m, *params)
+    loss, slope = margin_losses.TERMS[name](m, *params)
     torch.testing.assert_close(slope, torch.autograd.grad(loss.sum(), m)[0], check_dtype=False)
 
 
 def test_every_term_is_tested():
-    assert {"sigmoid", "robust", "hinge", "exo_pair", "discopop"} == pair_terms.TERMS.keys()
+    assert {"sigmoid", "robust", "hinge", "exo_pair", "discopop"} == margin_losses.TERMS.keys()
     assert AT_H.keys() == fl.losses.LOSSES.keys()
 
 
 @pytest.mark.parametrize("name", MARGIN)
 def test_margin_losses_are_one_kernel(backend, device, monkeypatch, name):
     calls = []
-    run = ops.backend_module(backend).pair_forward
-    monkeypatch.setattr(ops.backend_module(backend), "pair_forward", lambda *x: (calls.append(x[0].term), run(*x))[1])
+    run = logits_ops.backend_module(backend).pair_forward
+    monkeypatch.setattr(
+        logits_ops.backend_module(backend), "pair_forward", lambda *x: (calls.append(x[0].term), run(*x))[1]
+    )
     options = AT_H[name][1] | {"loss": name, "beta": 0.4, "divergence": "js", "reduction": "none"}
     y = torch.zeros(6, 3, dtype=torch.long, device=device)
     y[1, 1:] = -100
     p, q = (torch.randn(6, 3, device=device).requires_grad_() for _ in range(2))
     compare(lambda library, p, q: library.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q), **options), p, q)
-    assert calls == [pair_terms.TERMS["sigmoid" if name == "cdpo" else name]]
+    assert calls == [margin_losses.TERMS["sigmoid" if name == "cdpo" else name]]
 
 
 @pytest.mark.parametrize("link", divergences.linkable())
@@ -214,9 +219,9 @@ def test_several_losses_are_a_weighted_sum(monkeypatch):
 def test_sums_are_shared(monkeypatch, loss, kernels):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     calls, sums = [], []
-    run, add = ops.pair_loss, fl.objective.Tokens.log_ratios
-    monkeypatch.setattr(ops, "pair_loss", lambda *x: (calls.append(x), run(*x))[1])
-    monkeypatch.setattr(fl.objective.Tokens, "log_ratios", lambda t: (sums.append(t), add(t))[1])
+    run, add = logits_ops.pair_loss, evaluate.Tokens.log_ratios
+    monkeypatch.setattr(logits_ops, "pair_loss", lambda *x: (calls.append(x), run(*x))[1])
+    monkeypatch.setattr(evaluate.Tokens, "log_ratios", lambda t: (sums.append(t), add(t))[1])
     z, w, y = batch()
     fl.preference_loss(z, y, w, loss=loss)
     assert len(calls) == kernels and len(sums) == 2 - kernels  # one of them for the metrics

@@ -10,8 +10,9 @@ import traffic
 from helpers import python, relative
 
 import fused_losses as fl
-from fused_losses import divergences, moments
-from fused_losses.layout import Problem
+from fused_losses import divergences
+from fused_losses.core import moments
+from fused_losses.core.layout import Problem
 
 launch = pytest.importorskip("fused_losses.kernels.launch")
 from fused_losses.kernels import configs  # noqa: E402
@@ -69,11 +70,9 @@ def ours(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, None
 def truth(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, None), scale=1.0):
     def source(side, cap):
         x, weight, bias, lora = side
-        lora = lora and fl.sources.Lora(lora[0].double(), lora[1].double(), lora[2])
+        lora = lora and fl.Lora(lora[0].double(), lora[1].double(), lora[2])
         bias = None if bias is None else bias.double()
-        return fl.sources.Hidden(
-            x.double(), weight.double(), bias, softcap=cap, scale=scale, valid_vocab=valid, lora=lora
-        )
+        return fl.Hidden(x.double(), weight.double(), bias, softcap=cap, scale=scale, valid_vocab=valid, lora=lora)
 
     stats = fl.reference.token_stats(
         source(policy, heads[0]), labels, ref and source(ref, heads[1]), divergence=names or None, entropy=sums,

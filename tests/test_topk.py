@@ -7,7 +7,7 @@ import torch
 from helpers import double, doubles, gradients_of, hidden_leaves, hidden_source, logits, relative
 
 import fused_losses as fl
-from fused_losses import logits_at
+from fused_losses.engine import logits_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses import hidden_ops, ops
+from fused_losses.engine import evaluate, hidden_ops, logits_ops
 
 V, H = 97, 32
 SIZES = ((2, 5), (3, 6), (4, 9), (7, 7))  # pairs, length
@@ -386,7 +386,12 @@ class NoReads(TorchDispatchMode):
     """Raises where a number travels from a tensor to the host, or a shape depends on one."""
 
     READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
-    OURS = (ops.pair_loss, ops.pair_loss_backward, hidden_ops.hidden_stats, hidden_ops.hidden_stats_backward)
+    OURS = (
+        logits_ops.pair_loss,
+        logits_ops.pair_loss_backward,
+        hidden_ops.hidden_stats,
+        hidden_ops.hidden_stats_backward,
+    )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.__name__.split(".")[0], kwargs or {}
@@ -408,8 +413,10 @@ def test_static_shapes_read_nothing(monkeypatch, name, plan):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
     kernels = "forward backward fold close terms merge_states pair_forward pair_backward tile_states tile_terms"
     pytest.importorskip("triton")
-    silent = SimpleNamespace(**vars(ops.backend_module("triton")) | dict.fromkeys(kernels.split(), lambda *_: None))
-    for module in (ops, hidden_ops):
+    silent = SimpleNamespace(
+        **vars(logits_ops.backend_module("triton")) | dict.fromkeys(kernels.split(), lambda *_: None)
+    )
+    for module in (logits_ops, hidden_ops, evaluate):
         monkeypatch.setattr(module, "backend_module", lambda _: silent)
     model, ref = Model(), Model().requires_grad_(False)
     model.head.requires_grad_(plan != "frozen")

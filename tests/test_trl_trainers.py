@@ -18,9 +18,9 @@ from ranks import Ranks  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 import fused_losses as fl  # noqa: E402
-from fused_losses import demo  # noqa: E402
+from fused_losses.cli import demo  # noqa: E402
 from fused_losses.integrations import trl_trainers as ours  # noqa: E402
-from fused_losses.integrations.trainer import TrustRegionCallback  # noqa: E402
+from fused_losses.integrations.transformers import TrustRegionCallback  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -31,7 +31,7 @@ LINKS = {"reverse_kl": 0.5, "forward_kl": 0.5, "js_divergence": 0.5, "alpha_dive
 COMBINATIONS = [(t, k) for t in LINKED for k in LINKS] + [(t, "reverse_kl") for t in OTHERS]
 MODES = ["full", "lora", "precomputed"]
 SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
-PATH = Path(fl.__file__).parent / "data/preferences.jsonl"
+PATH = Path(fl.__file__).parent / "cli/data/preferences.jsonl"
 SIZES = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
     initializer_range=0.3, pad_token_id=0, eos_token_id=0,

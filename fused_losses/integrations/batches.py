@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ..head import unwrapped
 from ..losses import FAMILY, Entry, dpo_loss, ipo_loss, kto_loss, preference_loss
-from ..losses.common import counting_mask
+from ..losses.shared import counting_mask
+from ..nn.fused_head import unwrapped
 
 __all__ = ["Counts", "Loss", "check_columns", "model_inputs"]
 

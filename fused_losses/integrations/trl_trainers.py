@@ -30,15 +30,15 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
-from ..at_head import AtHead, at_head
-from ..divergences import Divergence, get
+from ..core.divergences import Divergence, get
+from ..core.inputs import Hidden, LogProbs
+from ..engine.token_stats import token_stats
 from ..losses import distillation_loss, kto_loss, preference_loss
 from ..losses.pair_losses import read_options
 from ..losses.unpaired import check_kto_options
-from ..sources import Hidden, LogProbs
-from ..stats import token_stats
-from .trainer import TrustRegionCallback, refuse_split_sequences
-from .trl_kernels import TESTED, mean_logits
+from ..nn.at_head import AtHead, at_head
+from .transformers import TrustRegionCallback, refuse_split_sequences
+from .trl_patch import TESTED, mean_logits
 
 if trl.__version__.split(".")[:2] != TESTED.split(".")[:2]:
     raise ImportError(f"trl: expected version 1.16.x, tested with {TESTED}, got {trl.__version__}")

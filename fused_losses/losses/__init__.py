@@ -17,7 +17,6 @@ lta_thinker          LTA-Thinker
 from . import (
     cross_entropy,
     distillation,
-    lta_thinker,
     policy_gradient,
     preference,
     preference_matching,
@@ -25,27 +24,27 @@ from . import (
     tdpo,
     topk,
     unpaired,
-    upo,
 )
-from .common import Entry, LossOutput
 from .cross_entropy import cross_entropy_loss
 from .distillation import distillation_loss, sampled_distillation_loss
-from .lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
+from .experimental import lta_thinker, upo
+from .experimental.lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
+from .experimental.upo import expectile_loss, upo_loss
 from .policy_gradient import group_advantages, grpo_loss
 from .preference import LOSSES, dpo_loss, ipo_loss, preference_loss
-from .preference_matching import (
+from .preference_matching import (  # fmt: skip
     bradley_terry_loss,
     conditional_preference_matching_loss,
     plackett_luce_loss,
     preference_matching_gap,
     preference_matching_loss,
     preference_matching_reward,
-)  # fmt: skip
+)
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .shared import Entry, LossOutput
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
 from .unpaired import RunningDelta, bco_loss, kto_baseline, kto_loss
-from .upo import expectile_loss, upo_loss
 
 MODULES = (
     preference,

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import get
-from ..objective import Tokens
-from ..shards import shard_of
-from ..sources import Logits, LogProbs, Source, as_source, check_labels
-from .common import Entry, LossOutput, Needs, check_weights, fused, output
+from ..core.divergences import get
+from ..core.inputs import Logits, LogProbs, Source, as_source, check_labels
+from ..engine.evaluate import Tokens
+from ..engine.shards import shard_of
 from .distillation import token_means
+from .shared import Entry, LossOutput, Needs, check_weights, fused, output
 
 __all__ = ["cross_entropy_loss"]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..divergences import Divergence, from_key, get
-from ..objective import Tokens
-from ..sources import Source, as_source, check_labels
-from .common import Entry, Fused, LossOutput, Needs, Part, check_weights, fused, output, token_part
+from ..core.divergences import Divergence, from_key, get
+from ..core.inputs import Source, as_source, check_labels
+from ..engine.evaluate import Tokens
+from .shared import Entry, Fused, LossOutput, Needs, Part, check_weights, fused, output, token_part
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from inspect import signature
 
 from . import FAMILY
-from .common import Entry
+from .shared import Entry
 
 COLUMNS = (
     "loss", "variants", "logits, hidden", "log-probs", "packed", "no reference", "saved reference", "f-divergence", "source"

@@ -1,7 +1,7 @@
 """The formulas behind preference_loss. LOSSES is the registry and the place for the next one.
 
-An entry takes Pairs and returns losses [B]: one line that names a term of pair_terms.py where the loss is a function of the
-margin, plain torch on the sequences' sums where it is not.
+An entry takes Pairs and returns losses [B]: one line that names a term of core/margin_losses.py where the loss is a function
+of the margin, plain torch on the sequences' sums where it is not.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from ..divergences import Divergence, from_key
-from ..objective import Tokens
-from ..ops import check_plain, once
-from ..pair_terms import TERMS
-from .common import Count, check_positive, divided
+from ..core.divergences import Divergence, from_key
+from ..core.margin_losses import TERMS
+from ..engine.evaluate import Tokens
+from ..engine.logits_ops import check_plain, once
+from .shared import Count, check_positive, divided
 
 EXO_EPSILON = 1e-3  # what its paper recommends
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence, from_key
-from ..objective import Tokens
-from ..pointwise import cap
-from ..sources import FLOATS, LogProbs, Source, check_labels
-from .common import (
+from ..core.divergences import Divergence, from_key
+from ..core.elementwise import cap
+from ..core.inputs import FLOATS, LogProbs, Source, check_labels
+from ..engine.evaluate import Tokens
+from .shared import (
     Count,
     Entry,
     Fused,

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence
-from ..objective import Tokens
-from ..shards import Span, span_of
-from ..sources import LogProbs, Source, as_source, check_labels
-from .common import (
+from ..core.divergences import Divergence
+from ..core.inputs import LogProbs, Source, as_source, check_labels
+from ..engine.evaluate import Tokens
+from ..engine.shards import Span, span_of
+from .pair_losses import LOSSES, Options, Pairs, desensitised, read_options, wpo_weights
+from .shared import (
     Count,
     Entry,
     Fused,
@@ -28,7 +29,6 @@ from .common import (
     pair_metrics,
     read_count,
 )
-from .pair_losses import LOSSES, Options, Pairs, desensitised, read_options, wpo_weights
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..layout import stats_dtype
-from ..objective import Tokens
-from ..sources import FLOATS, Source, check_labels
-from .common import (
+from ..core.inputs import FLOATS, Source, check_labels
+from ..core.layout import stats_dtype
+from ..engine.evaluate import Tokens
+from .shared import (
     Count,
     Entry,
     LossOutput,

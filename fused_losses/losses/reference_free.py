@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..objective import Tokens
-from ..pointwise import cap
-from ..shards import span_of
-from ..sources import Source, check_labels
-from .common import (
+from ..core.elementwise import cap
+from ..core.inputs import Source, check_labels
+from ..engine.evaluate import Tokens
+from ..engine.shards import span_of
+from .shared import (  # fmt: skip
     Count,
     Entry,
     Fused,
@@ -36,7 +36,7 @@ from .common import (
     output,
     pair_metrics,
     read_count,
-)  # fmt: skip
+)
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
 

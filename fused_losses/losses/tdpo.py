@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..divergences import Divergence, from_key
-from ..objective import Tokens
-from ..sources import LogProbs, Source, check_labels
-from .common import Entry, LossOutput, Needs, Part, check_pairs, check_positive, fused, output, pair_metrics
+from ..core.divergences import Divergence, from_key
+from ..core.inputs import LogProbs, Source, check_labels
+from ..engine.evaluate import Tokens
+from .shared import Entry, LossOutput, Needs, Part, check_pairs, check_positive, fused, output, pair_metrics
 
 __all__ = ["tdpo_loss"]
 

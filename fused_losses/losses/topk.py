@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence, from_key
-from ..layout import shift_packed
-from ..logits_at import stats_at
-from ..objective import Tokens
-from ..shards import span_of
-from ..sources import Logits, LogProbs, Source, TokenStats, as_source, check_labels
-from ..stats import labels_mask, token_stats
-from .common import Count, Entry, Fused, LossOutput, check_reduction, check_sequences, check_weights, divided, output
+from ..core.divergences import Divergence, from_key
+from ..core.inputs import Logits, LogProbs, Source, TokenStats, as_source, check_labels
+from ..core.layout import shift_packed
+from ..engine.evaluate import Tokens
+from ..engine.logits_at import stats_at
+from ..engine.shards import span_of
+from ..engine.token_stats import labels_mask, token_stats
 from .distillation import token_means
+from .shared import Count, Entry, Fused, LossOutput, check_reduction, check_sequences, check_weights, divided, output
 
 __all__ = ["topk_distillation_loss"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import Tokens
-from ..sources import FLOATS, Source, check_labels, kind_of, ordinary
-from .common import (
+from ..core.inputs import FLOATS, Source, check_labels, kind_of, ordinary
+from ..engine.evaluate import Tokens
+from .shared import (
     Entry,
     LossOutput,
     Needs,

@@ -6,27 +6,27 @@ vocabulary size, as the code that this package replaces does. Run them in float6
 
 from .cross_entropy import cross_entropy_loss
 from .distillation import distillation_loss, sampled_distillation_loss
-from .drop_ins import (
-    entropy_from_logits,
-    generalized_jsd_loss,
-    selective_log_softmax,
-    selective_log_softmax_and_entropy,
-)  # fmt: skip
 from .lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
 from .policy_gradient import group_advantages, grpo_loss
 from .preference import dpo_loss, ipo_loss, preference_loss
-from .preference_matching import (
+from .preference_matching import (  # fmt: skip
     bradley_terry_loss,
     conditional_preference_matching_loss,
     plackett_luce_loss,
     preference_matching_gap,
     preference_matching_loss,
     preference_matching_reward,
-)  # fmt: skip
+)
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .stats import token_stats
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
+from .trl_functions import (  # fmt: skip
+    entropy_from_logits,
+    generalized_jsd_loss,
+    selective_log_softmax,
+    selective_log_softmax_and_entropy,
+)
 from .unpaired import bco_loss, kto_baseline, kto_loss
 from .upo import expectile_loss, upo_loss
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..layout import shift_packed
-from ..losses.common import Count, LossOutput
-from ..sources import LogProbs, Source, as_source, check_labels
+from ..core.inputs import LogProbs, Source, as_source, check_labels
+from ..core.layout import shift_packed
+from ..losses.shared import Count, LossOutput
 from .distillation import token_mean
 from .stats import token_stats, transformed
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence
-from ..losses.common import Count, LossOutput
-from ..sources import Source, check_labels
+from ..core.divergences import Divergence
+from ..core.inputs import Source, check_labels
+from ..losses.shared import Count, LossOutput
 from .common import part
 from .stats import token_stats
 

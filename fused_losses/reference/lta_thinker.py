@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..losses.common import Count, LossOutput, check_reduction, read_count
-from ..losses.lta_thinker import check_weights
-from ..sources import Source
+from ..core.inputs import Source
+from ..losses.experimental.lta_thinker import check_weights
+from ..losses.shared import Count, LossOutput, check_reduction, read_count
 from .common import cut, joined, part, reduced
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]

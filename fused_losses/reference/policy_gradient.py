@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence
-from ..losses.common import Count, LossOutput, check_reduction, check_sequences
+from ..core.divergences import Divergence
+from ..core.inputs import Source, check_labels
 from ..losses.policy_gradient import LARGEST, options
-from ..sources import Source, check_labels
+from ..losses.shared import Count, LossOutput, check_reduction, check_sequences
 from .common import Sequence, cut, joined, part
 
 __all__ = ["group_advantages", "grpo_loss"]

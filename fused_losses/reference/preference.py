@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..divergences import Divergence
-from ..losses.common import Count, LossOutput, check_pairs, check_reduction, read_count
+from ..core.divergences import Divergence
+from ..core.elementwise import cap
+from ..core.inputs import LogProbs, Source, as_source, check_labels
 from ..losses.pair_losses import Options, read_options
-from ..pointwise import cap
-from ..sources import LogProbs, Source, as_source, check_labels
+from ..losses.shared import Count, LossOutput, check_pairs, check_reduction, read_count
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 from .stats import transformed
 

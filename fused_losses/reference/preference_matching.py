@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses.common import Count, LossOutput, check_reduction
+from ..core.inputs import Source, TokenStats, check_labels
 from ..losses.preference_matching import check_matching, check_threshold
-from ..sources import Source, TokenStats, check_labels
+from ..losses.shared import Count, LossOutput, check_reduction
 from .common import Sequence, cut, joined, reduced
 
 __all__ = [

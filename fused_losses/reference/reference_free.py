@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from ..losses.common import Count, LossOutput, check_pairs, check_positive, check_reduction, read_count
+from ..core.elementwise import cap
+from ..core.inputs import Source, check_labels
 from ..losses.reference_free import SURE, check_cpo, check_nll_labels, check_simpo
-from ..pointwise import cap
-from ..sources import Source, check_labels
+from ..losses.shared import Count, LossOutput, check_pairs, check_positive, check_reduction, read_count
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]

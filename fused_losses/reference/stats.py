@@ -5,9 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..divergences import parse
-from ..sources import Hidden, Logits, LogProbs, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
-from ..stats import Asked, given_logps
+from ..core.divergences import parse
+from ..core.inputs import (
+    Hidden,
+    Logits,
+    LogProbs,
+    Source,
+    TokenStats,
+    as_source,
+    check_aligned,
+    check_labels,
+    check_pair,
+)
+from ..engine.token_stats import Asked, given_logps
 
 __all__ = ["token_stats"]
 

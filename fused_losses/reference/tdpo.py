@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..divergences import Divergence
-from ..losses.common import Count, LossOutput, check_pairs, check_reduction
+from ..core.divergences import Divergence
+from ..core.inputs import Source, check_labels
+from ..losses.shared import Count, LossOutput, check_pairs, check_reduction
 from ..losses.tdpo import check_options
-from ..sources import Source, check_labels
 from .common import Sequence, cut, joined, pair_metrics, reduced
 
 __all__ = ["tdpo_loss"]

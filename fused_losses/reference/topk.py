@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..divergences import Divergence, from_key
-from ..layout import shift_packed
-from ..losses.common import Count, LossOutput
+from ..core.divergences import Divergence, from_key
+from ..core.inputs import Source, as_source, check_labels
+from ..core.layout import shift_packed
+from ..losses.shared import Count, LossOutput
 from ..losses.topk import check_teacher, check_topk
-from ..sources import Source, as_source, check_labels
 from .distillation import token_mean
 from .stats import token_stats, transformed
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..losses.common import Count, LossOutput, check_reduction
+from ..core.inputs import Source, TokenStats, check_labels
+from ..losses.shared import Count, LossOutput, check_reduction
 from ..losses.unpaired import RunningDelta, check_bco, check_kto
-from ..sources import Source, TokenStats, check_labels
 from .common import Sequence, cut, joined, reduced
 
 __all__ = ["bco_loss", "kto_baseline", "kto_loss"]

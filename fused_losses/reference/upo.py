@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses.common import Count, LossOutput, check_reduction
-from ..losses.upo import LARGEST, check_advantages
-from ..sources import Source, check_labels
+from ..core.inputs import Source, check_labels
+from ..losses.experimental.upo import LARGEST, check_advantages
+from ..losses.shared import Count, LossOutput, check_reduction
 from .common import cut, joined, reduced
 from .preference import preference_loss
 

@@ -1,0 +1,310 @@
+"""python -m fused_losses memory: what a loss step allocates beyond its input, in naive eager code and in ours.
+
+The input is logits, or with --hidden H hidden states and head weights. Ours is predicted from the shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import torch_backend
+from ..core.divergences import Divergence, from_key, parse
+from ..engine import planner
+from .memory_probe import peak_bytes
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def naive_loss(policy: Tensor, labels: Tensor, ref: Tensor | None, divergences: Sequence[Divergence]) -> Tensor:
+    """The naive code that is measured: fp32 log-softmaxes and textbook divergences of probabilities."""
+    log_p = policy.float().log_softmax(-1)
+    loss = log_p.gather(-1, labels.unsqueeze(-1)).sum()
+    if ref is None:
+        return loss
+    log_q = ref.float().log_softmax(-1)
+    loss = loss - log_q.gather(-1, labels.unsqueeze(-1)).sum()
+    for divergence in divergences:
+        loss = loss + divergence.define(log_p, log_q).sum()
+    return loss
+
+
+def naive_bytes(rows: int, step: Step) -> int:
+    """Peak of naive_loss, forward and backward, measured on `rows` rows of a small vocabulary on the CPU."""
+    dtype = torch.float32 if step.itemsize == 4 else torch.bfloat16
+    z, w = (torch.randn(rows, SMALL).to(dtype).requires_grad_(asks) for asks in (True, step.both))
+    labels = torch.zeros(rows, dtype=torch.long)
+    leaves = [z, w] if step.both else [z]
+    ref = w if step.ref else None
+    return peak_bytes(lambda: torch.autograd.grad(naive_loss(z, labels, ref, step.divergences), leaves))
+
+
+SMALL = 2048
+
+# Temporaries of the torch backend at its peak, in blocks of torch_backend.BLOCK_BYTES, measured by peak_bytes: without
+# divergence (gradient to policy, to both), and with one (read once, twice).
+BLOCKS, BLOCKS_DIVERGENCE = (5, 6), (13, 15)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A loss step on logits [rows, vocab], twice that with a reference."""
+
+    rows: int
+    vocab: int
+    itemsize: int
+    divergences: tuple[Divergence, ...] = ()
+    ref: bool = True
+    both: bool = False  # the gradient goes to the reference's logits too
+
+    def __post_init__(self) -> None:
+        if not self.ref and (self.divergences or self.both):
+            raise ValueError("no-ref: a divergence, or a gradient to the reference, needs a reference")
+
+    @property
+    def logits(self) -> int:
+        """Bytes of the logits of one model: also those of its gradient."""
+        return self.rows * self.vocab * self.itemsize
+
+    def naive_per_logit(self) -> float:
+        """Bytes per logit of one model: the slope between two small sizes, so that whole-row numbers cancel."""
+        rows = (32, 160)
+        few, many = (naive_bytes(n, self) for n in rows)
+        return (many - few) / ((rows[1] - rows[0]) * SMALL)
+
+    def naive(self) -> int:
+        return round(self.rows * self.vocab * self.naive_per_logit())
+
+    def fused(self, backend: str, inplace: bool = False) -> int:
+        """Gradients that do not go in place, numbers per row, and what the torch backend works in."""
+        gradients = (not inplace) + self.both
+        n = len(self.divergences)
+        per_row = 4 * (3 + n) + 4 * (7 + 2 * n) + 4 * (2 + n) + 2  # outputs, saved, incoming gradients, two bools
+        return gradients * self.logits + self.rows * per_row + (self._blocks() if backend == "torch" else 0)
+
+    def _blocks(self) -> int:
+        row = 4 * self.vocab
+        block = row * min(self.rows, max(1, torch_backend.BLOCK_BYTES // row))
+        if not self.divergences:
+            return BLOCKS[self.both] * block
+        return BLOCKS_DIVERGENCE[any(d.term is not None for d in self.divergences)] * block
+
+
+@dataclass(frozen=True)
+class HeadStep(Step):
+    """A loss step on hidden states [rows, hidden] and head weights [vocab, hidden]."""
+
+    hidden: int = 1
+    ref_hidden: int = 1
+    frozen: bool = False  # the head has no gradient
+    unit: int = 0  # rows of a unit of a loss that is known
+
+    def input(self) -> int:
+        """Bytes of states and heads."""
+        return (self.rows + self.vocab) * (self.hidden + self.ref * self.ref_hidden) * self.itemsize
+
+    def gradients(self) -> dict[str, int]:
+        """Bytes of what either code has to return."""
+        states, head = self.rows * self.itemsize, self.vocab * self.itemsize
+        policy = {"states": states * self.hidden, "head": head * self.hidden * (not self.frozen)}
+        return policy | {"reference": (states + head) * self.ref_hidden * self.both}
+
+    def naive_per_logit(self) -> float:
+        """The part that grows with rows times vocabulary: the second difference between small sizes."""
+        rows, vocab = (32, 160), (512, SMALL)
+        few, more = ([naive_head_bytes(n, v, self) for n in rows] for v in vocab)
+        return (more[1] - more[0] - few[1] + few[0]) / ((rows[1] - rows[0]) * (vocab[1] - vocab[0]))
+
+    def naive(self) -> int:
+        """The peak is in the log-softmaxes' backward or, with large states, in the products after it."""
+        return max(super().naive(), self.logits * (1 + self.both) + sum(self.gradients().values()))
+
+    def facts(self, device: str) -> planner.Facts:
+        bases = [from_key(k) for k in {key for d in self.divergences for key in (d.parts or (d.key,))}]
+        widths = self.hidden, self.ref * self.ref_hidden
+        cast = 4 * max(widths) * (device == "cpu" and self.itemsize < 4)  # a CPU multiplies in float32
+        return planner.Facts(
+            self.rows, self.vocab, widths, self.itemsize, 4, self.ref, device, "torch" if device == "cpu" else "triton",
+            bases=len(bases), pair=bool(self.divergences), second=any(d.term is not None for d in self.divergences),
+            frozen_second=any(d.scaling is None for d in bases), to_hidden=True, to_head=not self.frozen,
+            to_weight=not self.frozen, to_ref=self.both, unit=self.unit, casts=(cast, cast),
+            weight=self.vocab * self.hidden,
+        )  # fmt: skip
+
+    def ours(self, device: str, plan: planner.Plan) -> dict[str, int]:
+        """Bytes at the peak, by what they are for: gradients(), what is held beside the tiles, and the tiles."""
+        gradients = {f"gradient of {name}": count for name, count in self.gradients().items() if count}
+        states, other = (self.rows * h * self.itemsize for h in (self.hidden, self.ref_hidden))
+        facts = self.facts(device)
+        beside = {
+            "sums, and what is kept for backward": plan.kept,
+            "states of the rows that count": states
+            + other * self.ref * (plan.kind != "slices" or facts.pair or facts.to_ref),
+            "their gradient, before it is put back": states * (self.itemsize == 4),
+            "numbers per row": self.rows * (140 + 36 * len(self.divergences)),
+        }
+        tiles, held = plan.tiles, sum(beside.values()) + sum(gradients.values())
+        if plan.kind == "slices" and not (facts.pair or facts.to_ref):  # no w in backward, no gradients in forward
+            before = plan.tiles - plan.kept - states - sum(gradients.values())
+            alone = facts._replace(ref=False, hidden=(self.hidden, 0))
+            tiles = max(before, planner._bytes(alone, *planner.tile_shape(alone, plan.workspace)))
+        if plan.kind == "rows":  # backward scales the gradients, kept in float32, into new ones
+            wide = [4 * self.hidden * n for n in (self.rows, self.vocab * (not self.frozen))]
+            tiles = max(tiles, sum(wide) + max(wide) * (self.itemsize < 4) + sum(gradients.values()) - held)
+        return gradients | beside | {"tiles of logits": tiles}
+
+
+def naive_head_bytes(rows: int, vocab: int, step: HeadStep) -> int:
+    """Peak of naive_loss behind both heads, on small ones of H = 8."""
+    dtype = torch.float32 if step.itemsize == 4 else torch.bfloat16
+    asks = (True, not step.frozen, step.both, step.both)
+    x, head, ref_x, ref_head = (
+        torch.randn(size, 8).to(dtype).requires_grad_(a) for size, a in zip((rows, vocab) * 2, asks, strict=True)
+    )
+    labels = torch.zeros(rows, dtype=torch.long)
+    leaves = [t for t in (x, head, ref_x, ref_head) if t.requires_grad]
+
+    def run() -> object:
+        loss = naive_loss(x @ head.T, labels, ref_x @ ref_head.T if step.ref else None, step.divergences)
+        return torch.autograd.grad(loss, leaves)
+
+    return peak_bytes(run)
+
+
+def report(step: Step) -> dict[str, int]:
+    """Bytes: the input, then what each code allocates on top of it."""
+    return {
+        "policy_logits": step.logits,
+        "reference_logits": step.logits * step.ref,
+        "naive": step.naive(),
+        "triton": step.fused("triton"),
+        "triton_inplace": step.fused("triton", inplace=True),
+        "torch": step.fused("torch"),
+        "torch_inplace": step.fused("torch", inplace=True),
+    }
+
+
+LABELS = {
+    "naive": "naive eager code",
+    "triton": "fused, Triton backend",
+    "triton_inplace": "fused, Triton, inplace_backward=True",
+    "torch": "fused, torch backend",
+    "torch_inplace": "fused, torch, inplace_backward=True",
+}
+
+
+def size(count: int) -> str:
+    power = min(4, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.2f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def byte_count(text: str) -> int:
+    """1048576, 1024K, 256M, 2G."""
+    power = "KMG".find(text[-1:].upper()) + 1
+    return int(text[:-1] if power else text) << 10 * power
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What a loss step allocates beyond its input, in naive eager code and in ours."
+    add = parser.add_argument
+    add("--batch", type=int, default=8, metavar="B", help="pairs, so 2B sequences; default %(default)s")
+    add("--length", type=int, default=1024, metavar="T", help="tokens of a sequence; default %(default)s")
+    add("--vocab", type=int, default=128256, metavar="V", help="default %(default)s")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the logits; default %(default)s")
+    add("--no-ref", action="store_true", help="a loss without a reference model")
+    add(
+        "--divergence",
+        nargs="+",
+        metavar="NAME",
+        help="a full-vocabulary divergence that the loss contains, or several",
+    )
+    add("--both", action="store_true", help="the gradient goes to the reference too")
+    add("--json", action="store_true", help="bytes for machines")
+    add = parser.add_argument_group("from hidden states").add_argument
+    add("--hidden", type=int, metavar="H", help="features of the states: the input is states and heads, not logits")
+    add("--ref-hidden", type=int, metavar="H", help="of the reference; default: the policy's")
+    add("--frozen", action="store_true", help="the head has no gradient")
+    add("--workspace", type=byte_count, metavar="BYTES", help="for tiles of logits; default 256M")
+    losses = (
+        "stats: made of token_stats; else one of this library's, by unit, which may compute gradients in its forward"
+    )
+    units = ("stats", "tokens", "sequences", "pairs")
+    add("--loss", choices=units, default="stats", help=f"{losses}; default %(default)s")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="to predict for; default %(default)s")
+
+
+def _print(step: Step, sizes: dict[str, int]) -> None:
+    inputs = sizes["policy_logits"] + sizes["reference_logits"]
+    print(f"logits of policy{' and reference' * step.ref}: {size(inputs)}, the input\n")
+    print(f"{'forward and backward of the loss':<38}{'on top of it':>14}{'together':>14}{'bytes a logit':>16}")
+    for key, label in LABELS.items():
+        per_logit = sizes[key] / step.rows / step.vocab
+        print(f"{label:<38}{size(sizes[key]):>14}{size(inputs + sizes[key]):>14}{per_logit:>16.2f}")
+    gradient = size(step.logits * (1 + step.both))
+    print(
+        f"\n{gradient} of it is the gradient of {'both' if step.both else 'the policy'}, which either code has to return;"
+    )
+    print(
+        "inplace_backward=True writes the policy's over its logits. Naive: float32 log-softmax, textbook divergences."
+    )
+
+
+def _print_head(step: HeadStep, plan: planner.Plan, naive: int, ours: dict[str, int]) -> None:
+    def row(name: str, count: int, more: str = "") -> None:
+        print(f"{name:<58}{size(count):>12}{more}")
+
+    row(f"states and head of policy{' and reference' * step.ref}, the input", step.input())
+    print("\nforward and backward of head and loss, on top of it")
+    row("naive: logits, log-softmaxes, gradients", naive, f"   {naive / step.rows / step.vocab:.2f} bytes a logit")
+    total = sum(ours.values())
+    row("ours, at most", total, f"   {naive / total:.0f} times less" * (naive > 2 * total))
+    for name, count in ours.items():
+        row(f"  {name}{', which either code has to return' * name.startswith('gradient')}", count)
+    print(f"\n{plan}")
+
+
+def _main_hidden(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    unit = {"stats": 0, "tokens": 1, "sequences": args.length, "pairs": 2 * args.length}[args.loss]
+    width = args.hidden if args.ref_hidden is None else args.ref_hidden
+    if min(args.hidden, width) < 1:
+        raise ValueError(f"hidden, ref-hidden: expected numbers >= 1, got {args.hidden}, {width}")
+    step = HeadStep(hidden=args.hidden, ref_hidden=width, frozen=args.frozen, unit=unit, **given)
+    plan = planner.choose(step.facts(args.device), workspace=args.workspace)
+    naive, ours = step.naive(), step.ours(args.device, plan)
+    if args.json:
+        chosen = plan._asdict() | {"gemms": plan.gemms}
+        sizes = {"input": step.input(), "naive": naive, "ours": sum(ours.values())}
+        print(json.dumps(sizes | {"parts": ours, "plan": chosen}, indent=2))
+        return 0
+    names = ", ".join(d.key for d in step.divergences) or "none"
+    states = f"states [{2 * args.batch}, {args.length}, {args.hidden}], head [{args.vocab}, {args.hidden}]"
+    print(f"{states}, {args.dtype} on {args.device}, divergence: {names}")
+    _print_head(step, plan, naive, ours)
+    return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    if min(args.batch, args.length, args.vocab) < 1:
+        raise ValueError(f"expected batch, length, vocab >= 1, got {args.batch}, {args.length}, {args.vocab}")
+    rows = 2 * args.batch * args.length
+    given: dict[str, Any] = {"rows": rows, "vocab": args.vocab, "itemsize": DTYPES[args.dtype]}
+    given |= {"divergences": parse(args.divergence), "ref": not args.no_ref, "both": args.both}
+    if args.hidden is not None:
+        return _main_hidden(args, given)
+    if args.frozen or args.workspace or args.ref_hidden or (args.loss, args.device) != ("stats", "cuda"):
+        raise ValueError("frozen, workspace, ref-hidden, loss, device: need --hidden; logits are given whole")
+    step = Step(**given)
+    sizes = report(step)
+    if args.json:
+        print(json.dumps(sizes, indent=2))
+        return 0
+    names = ", ".join(d.key for d in step.divergences) or "none"
+    print(f"[{2 * args.batch}, {args.length}, {args.vocab}] {args.dtype}, divergence: {names}")
+    _print(step, sizes)
+    return 0

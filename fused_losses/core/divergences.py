@@ -1,0 +1,497 @@
+"""The divergence registry: every D(policy, reference) over the vocabulary, each one entry below.
+
+Notation: p = policy, q = reference probability of one token, t = log p - log q, u = p / q.
+
+    f-divergence      D = sum_v q f(p / q),  f convex, f(1) = 0
+    gradients         dD/dz_v = h_v - p_v sum_u h_u,   h = dD/dlog p = p f'(u)            -> grad_p
+                      dD/dw_v = k_v - q_v sum_u k_u,   k = dD/dlog q,  sum (h + k) = degree * D   -> grad_q
+    value             either in closed form from one pass over the row                    -> row
+                      or summed over terms >= 0 once the normalisers are known (two passes) -> term
+    f-DPO link        s(h) = f'(e^h) of a sequence's log-ratio h, with ds/dh               -> link
+
+To add one: write grad_p, grad_q and row or term as plain functions of the words in elementwise.py, and a factory with the
+textbook f, f' and definition. Both backends, the reference twin, `check`, the docs table and the tests pick it up.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, log, logaddexp
+from torch.compiler import is_compiling
+
+from .elementwise import (  # fmt: skip
+    absolute,
+    bounded,
+    cap,
+    difference,
+    exp,
+    expm1,
+    finite_exp,
+    logmix,
+    maximum,
+    sigmoid,
+    sign,
+    where,
+)
+from .inputs import kind_of
+
+Formula = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One divergence with its parameters bound. Formulas take (p, q, t, log p, log q, *params) unless noted."""
+
+    define: Callable[[Tensor, Tensor], Tensor]  # textbook value from log p, log q [..., V] -> [...]
+    grad_p: Formula  # h = dD/dlog p
+    grad_q: Formula  # k = dD/dlog q
+    row: Callable | None = None  # (KL(p||q), KL(q||p), log sum p^s q^(1-s), *params) -> D, sum_v h
+    term: Formula | None = None  # c_v >= 0 (up to rounding) with D = sum_v c_v
+    power: float | None = None  # the s that `row` needs
+    params: tuple[float, ...] = ()
+    scaling: Callable | None = (
+        None  # (x, y, *params) -> a, b:  grad_p(e^x p, e^y q) = a grad_p(p, q) + b p, for x, y <= 0
+    )
+    parts: tuple[str, ...] = ()  # those it is the sum of
+    degree: float = 1.0  # D(x p, x q) = x^degree D(p, q); 1 for every f-divergence
+    f: Callable[[Tensor], Tensor] | None = None
+    f_prime: Callable[[Tensor], Tensor] | None = None
+    link: Callable | None = None  # (h, *params) -> s(h), ds/dh
+    score: Callable[[Tensor], Tensor] | None = None  # the same s(h) in textbook form
+    no_link: str = ""  # why f-DPO does not allow it
+    name: str = ""
+    key: str = ""  # name, or name(a=0.3) where a parameter is not the default: what from_key() reads
+
+    def __str__(self) -> str:
+        return self.key
+
+    def __reduce__(self):
+        return from_key, (self.key,)
+
+    def f_dpo_link(self) -> Callable:
+        """The link s(h) of f-DPO (Wang et al. 2024, 2309.16240), or a ValueError that says why there is none."""
+        if self.link is None:
+            raise ValueError(
+                f"divergence: {self.key!r} cannot be used as an f-DPO link: {self.no_link}. "
+                f"f-DPO needs f' invertible with 0 outside its domain; allowed: {', '.join(linkable())}"
+            )
+        return self.link
+
+
+# ---- formulas ------------------------------------------------------------------------------------------------------
+
+
+def _reverse_grad_p(p, q, t, lp, lq):
+    return p * bounded(t)
+
+
+def _reverse_grad_q(p, q, t, lp, lq):
+    return -difference(p, q, t)
+
+
+def _reverse_row(reverse, forward, power):
+    return reverse, reverse
+
+
+def _reverse_link(h):
+    return h, 1.0 + 0.0 * sigmoid(h)  # 1, of h's shape, also where h is infinite
+
+
+def _forward_grad_p(p, q, t, lp, lq):
+    return difference(p, q, t)
+
+
+def _forward_grad_q(p, q, t, lp, lq):
+    return -q * bounded(t)
+
+
+def _forward_row(reverse, forward, power):
+    return forward, 0.0 * power
+
+
+def _forward_scaling(x, y):
+    return exp(y), difference(exp(x), exp(y), x - y)
+
+
+def _forward_link(h):
+    e = exp(cap(-h))
+    return -e, where(h > -80.0, e, 0.0)
+
+
+def _jeffreys_grad_p(p, q, t, lp, lq):
+    return p * bounded(t) + difference(p, q, t)
+
+
+def _jeffreys_grad_q(p, q, t, lp, lq):
+    return -q * bounded(t) - difference(p, q, t)
+
+
+def _jeffreys_row(reverse, forward, power):
+    return reverse + forward, reverse
+
+
+def _jeffreys_link(h):
+    e = exp(cap(-h))
+    return h + 1.0 - e, 1.0 + where(h > -80.0, e, 0.0)
+
+
+# The power family: weight * sum (q u^s - p s + (s - 1) q) / (s (s - 1)) = weight * (sum p^s q^(1-s) - 1) / (s (s - 1)).
+# r = p^s q^(1-s) is taken relative to p (or q), so that r - p stays exact near p = q.
+
+
+def _power_grad_p(p, q, t, lp, lq, s, weight):
+    return difference(finite_exp(lp + (s - 1.0) * t), p, (s - 1.0) * t) * (weight / (s - 1.0))
+
+
+def _power_grad_q(p, q, t, lp, lq, s, weight):
+    return difference(finite_exp(lq + s * t), q, s * t) * (-weight / s)
+
+
+def _power_row(reverse, forward, power, s, weight):
+    gain = expm1(power) * (weight / (s - 1.0))
+    return gain / s, gain
+
+
+def _power_scaling(x, y, s, weight):
+    r = s * x + (1.0 - s) * y
+    return exp(r), difference(exp(r), exp(x), r - x) * (weight / (s - 1.0))
+
+
+def _power_link(h, s, weight):
+    x = cap((s - 1.0) * h)
+    return expm1(x) * (weight / (s - 1.0)), where(x < 80.0, weight * exp(x), 0.0)
+
+
+def _js_term(p, q, t, lp, lq, beta):
+    to_q, to_p = logmix(t, 1.0 - beta)  # log(m/q), log(m/p), m = beta q + (1 - beta) p
+    return -beta * q * to_q - (1.0 - beta) * p * to_p
+
+
+def _js_grad_p(p, q, t, lp, lq, beta):
+    to_q, to_p = logmix(t, 1.0 - beta)
+    return (beta - 1.0) * p * to_p
+
+
+def _js_grad_q(p, q, t, lp, lq, beta):
+    to_q, to_p = logmix(t, 1.0 - beta)
+    return -beta * q * to_q
+
+
+def _js_link(h, beta):
+    to_q, to_p = logmix(h, 1.0 - beta)
+    return -to_p, 1.0 / (1.0 + (1.0 - beta) / beta * exp(h))
+
+
+def _tv_term(p, q, t, lp, lq):
+    return 0.5 * absolute(difference(p, q, t))
+
+
+def _tv_grad_p(p, q, t, lp, lq):
+    return 0.5 * p * sign(t)
+
+
+def _tv_grad_q(p, q, t, lp, lq):
+    return -0.5 * q * sign(t)
+
+
+def _skew_forward_term(p, q, t, lp, lq, lam):
+    to_q, to_p = logmix(t, 1.0 - lam)  # m = lam q + (1 - lam) p
+    return (1.0 - lam) * difference(p, q, t) - q * to_q
+
+
+def _skew_forward_grad_p(p, q, t, lp, lq, lam):
+    to_q, to_p = logmix(t, 1.0 - lam)
+    return (lam - 1.0) * p * expm1(-to_q)
+
+
+def _skew_forward_grad_q(p, q, t, lp, lq, lam):
+    to_q, to_p = logmix(t, 1.0 - lam)
+    return -q * (to_q + lam * expm1(-to_q))
+
+
+def _skew_reverse_term(p, q, t, lp, lq, lam):
+    to_q, to_p = logmix(t, lam)  # m = (1 - lam) q + lam p
+    return (lam - 1.0) * difference(p, q, t) - p * to_p
+
+
+def _skew_reverse_grad_p(p, q, t, lp, lq, lam):
+    to_q, to_p = logmix(t, lam)
+    return -p * (to_p + lam * expm1(-to_p))
+
+
+def _skew_reverse_grad_q(p, q, t, lp, lq, lam):
+    to_q, to_p = logmix(t, lam)
+    return (lam - 1.0) * q * expm1(-to_p)
+
+
+def _skew_reverse_link(h, lam):
+    to_q, to_p = logmix(h, lam)
+    g = 1.0 / (1.0 + lam / (1.0 - lam) * exp(h))
+    return -to_p - lam * expm1(-to_p), g * g
+
+
+def _alpha_beta_term(p, q, t, lp, lq, a, b):  # relative to the larger of p, q: no overflow, first order cancels exactly
+    x = -absolute(t)
+    w = 0.5 * (a + b) + 0.5 * (a - b) * sign(t)
+    return exp((a + b) * maximum(lp, lq)) * (w / (a + b) * expm1((a + b) * x) - expm1(w * x)) / (a * b)
+
+
+def _alpha_beta_grad_p(p, q, t, lp, lq, a, b):
+    return exp(b * lp) * difference(exp(a * lp), exp(a * lq), a * t) / a
+
+
+def _alpha_beta_grad_q(p, q, t, lp, lq, a, b):
+    return -exp(a * lq) * difference(exp(b * lp), exp(b * lq), b * t) / b
+
+
+# ---- registry ------------------------------------------------------------------------------------------------------
+
+_FACTORIES: dict[str, Callable[..., Divergence]] = {}
+
+
+def _divergence(factory: Callable[..., Divergence]) -> Callable[..., Divergence]:
+    _FACTORIES[factory.__name__] = factory
+    return factory
+
+
+def _between(name: str, value: float, low: float, high: float, hint: str = "") -> None:
+    if not low < value < high:
+        raise ValueError(f"{name}: expected a number in ({low:g}, {high:g}), got {value!r}{hint}")
+
+
+# Definitions take log-probs: of probabilities, small ones are 0 in float32 where their logarithms, and ratios, are not.
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    """sum p log p - p log q, of a = log p and b = log q"""
+    p = a.exp()
+    return (p * a.where(p > 0, 0) - p * b.where(p > 0, 0)).sum(-1)
+
+
+def _mix(a: Tensor, b: Tensor, w: float) -> Tensor:
+    """log(w e^a + (1 - w) e^b)"""
+    absent = (a == -math.inf) & (b == -math.inf)  # where logaddexp has no slope
+    return logaddexp(a.masked_fill(absent, 0) + math.log(w), b + math.log1p(-w)).masked_fill(absent, -math.inf)
+
+
+@_divergence
+def reverse_kl() -> Divergence:
+    """KL(policy || ref) = sum p log(p/q). f = u log u. The divergence of DPO and of KL-regularised RL."""
+    return Divergence(
+        _kl, _reverse_grad_p, _reverse_grad_q, _reverse_row,
+        f=lambda u: u * log(u), f_prime=lambda u: log(u) + 1, link=_reverse_link, score=lambda h: h,
+    )  # fmt: skip
+
+
+@_divergence
+def forward_kl() -> Divergence:
+    """KL(ref || policy) = sum q log(q/p). f = -log u. TDPO's sequential KL, and the usual distillation loss."""
+    return Divergence(
+        lambda lp, lq: _kl(lq, lp), _forward_grad_p, _forward_grad_q, _forward_row, scaling=_forward_scaling,
+        f=lambda u: -log(u), f_prime=lambda u: -1 / u, link=_forward_link, score=lambda h: -cap(-h).exp(),
+    )  # fmt: skip
+
+
+@_divergence
+def jeffreys() -> Divergence:
+    """KL(policy || ref) + KL(ref || policy). f = (u - 1) log u."""
+    return Divergence(
+        lambda lp, lq: _kl(lp, lq) + _kl(lq, lp), _jeffreys_grad_p, _jeffreys_grad_q, _jeffreys_row,
+        f=lambda u: (u - 1) * log(u), f_prime=lambda u: log(u) + 1 - 1 / u, link=_jeffreys_link,
+        score=lambda h: h - cap(-h).exp(), parts=("reverse_kl", "forward_kl"),
+    )  # fmt: skip
+
+
+@_divergence
+def js(beta: float = 0.5) -> Divergence:
+    """beta KL(ref || m) + (1 - beta) KL(policy || m), m = beta ref + (1 - beta) policy, 0 < beta < 1 (TRL, GKD).
+
+    Its f' is (1 - beta) log(u / (beta + (1 - beta) u)); the link leaves the factor 1 - beta to DPO's beta, so at
+    beta = 1/2 it is f-DPO's log(2u / (1 + u)), whose JSD is twice ours. At the ends of the range this tends to 0;
+    TRL's special cases beta = 0 and 1 are forward_kl and reverse_kl.
+    """
+    _between("js beta", beta, 0, 1, " (0 and 1 are forward_kl and reverse_kl in TRL: ask for those)")
+
+    def define(lp: Tensor, lq: Tensor) -> Tensor:
+        m = _mix(lq, lp, beta)
+        return beta * _kl(lq, m) + (1 - beta) * _kl(lp, m)
+
+    return Divergence(
+        define, _js_grad_p, _js_grad_q, term=_js_term, params=(beta,), link=_js_link,
+        f=lambda u: (1 - beta) * u * log(u) - (beta + (1 - beta) * u) * log(beta + (1 - beta) * u),
+        f_prime=lambda u: (1 - beta) * log(u / (beta + (1 - beta) * u)),
+        score=lambda h: -logaddexp(torch.full_like(h, math.log1p(-beta)), math.log(beta) - h),
+    )  # fmt: skip
+
+
+def _power(s: float, weight: float) -> Divergence:
+    def define(lp: Tensor, lq: Tensor) -> Tensor:
+        none = lp.isneginf() & lq.isneginf()
+        ends = (s * lp + (1 - s) * lq).masked_fill(none, -math.inf)
+        # log p^s q^(1-s), the same as ends but for rounding
+        terms = torch.where(lp.isinf() | lq.isinf(), ends, lq + s * (lp - lq))
+        return weight * expm1(terms.logsumexp(-1)) / (s * (s - 1))
+
+    return Divergence(
+        define, _power_grad_p, _power_grad_q, _power_row, power=s, params=(s, weight),
+        scaling=_power_scaling if 0 < s < 1 else None,
+        f=lambda u: weight * (u**s - s * u + s - 1) / (s * (s - 1)),
+        f_prime=lambda u: weight * (u ** (s - 1) - 1) / (s - 1),
+        link=_power_link if s < 1 else None,
+        score=lambda h: weight * cap((s - 1) * h).exp() / (s - 1),
+        no_link=f"f'(0) = {weight / (1 - s):g} is finite" if s > 1 else "",
+    )  # fmt: skip
+
+
+@_divergence
+def alpha(a: float = 0.5) -> Divergence:
+    """(1 - sum p^(1-a) q^a) / (a (1 - a)), 0 < a < 1: f-DPO's convention, f' = (1 - u^-a) / a.
+
+    a -> 0 is reverse_kl and a -> 1 forward_kl. TRL's `f_alpha_divergence_coef` is 1 - a: the same number only at 0.5
+    (TRL 0, 1 are forward_kl, reverse_kl; TRL up to 0.28 used our a).
+    """
+    _between("alpha a", a, 0, 1, " (the ends are reverse_kl and forward_kl)")
+    return _power(1 - a, 1.0)
+
+
+@_divergence
+def pearson_chi2() -> Divergence:
+    """sum p^2/q - 1. f = (u - 1)^2."""
+    return _power(2.0, 2.0)
+
+
+@_divergence
+def neyman_chi2() -> Divergence:
+    """sum q^2/p - 1. f = (u - 1)^2 / u, f' = 1 - 1/u^2."""
+    return _power(-1.0, 2.0)
+
+
+@_divergence
+def squared_hellinger() -> Divergence:
+    """1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q). f = (sqrt u - 1)^2 / 2."""
+    return replace(_power(0.5, 0.25), define=lambda lp, lq: 0.5 * (exp(lp / 2) - exp(lq / 2)).square().sum(-1))
+
+
+@_divergence
+def total_variation() -> Divergence:
+    """1/2 sum |p - q|. f = |u - 1| / 2."""
+    return Divergence(
+        lambda lp, lq: 0.5 * (exp(lp) - exp(lq)).abs().sum(-1), _tv_grad_p, _tv_grad_q, term=_tv_term,
+        f=lambda u: 0.5 * (u - 1).abs(), f_prime=lambda u: 0.5 * (u - 1).sign(),
+        no_link="f' takes only two values, so it is not invertible",
+    )  # fmt: skip
+
+
+@_divergence
+def skew_forward_kl(lam: float = 0.1) -> Divergence:
+    """KL(ref || lam ref + (1 - lam) policy), 0 < lam < 1: DistiLLM's SKL with its teacher entropy kept."""
+    _between("skew_forward_kl lam", lam, 0, 1)
+    return Divergence(
+        lambda lp, lq: _kl(lq, _mix(lq, lp, lam)), _skew_forward_grad_p, _skew_forward_grad_q,
+        term=_skew_forward_term, params=(lam,),
+        f=lambda u: -log(lam + (1 - lam) * u), f_prime=lambda u: -(1 - lam) / (lam + (1 - lam) * u),
+        no_link=f"f'(0) = {-(1 - lam) / lam:g} is finite",
+    )  # fmt: skip
+
+
+@_divergence
+def skew_reverse_kl(lam: float = 0.1) -> Divergence:
+    """KL(policy || (1 - lam) ref + lam policy), 0 < lam < 1: DistiLLM's SRKL."""
+    _between("skew_reverse_kl lam", lam, 0, 1)
+    odds = math.log(lam) - math.log1p(-lam)
+    return Divergence(
+        lambda lp, lq: _kl(lp, _mix(lp, lq, lam)), _skew_reverse_grad_p, _skew_reverse_grad_q,
+        term=_skew_reverse_term, params=(lam,), link=_skew_reverse_link,
+        f=lambda u: u * log(u / (1 - lam + lam * u)),
+        f_prime=lambda u: log(u / (1 - lam + lam * u)) + (1 - lam) / (1 - lam + lam * u),
+        score=lambda h: sigmoid(-h - odds) - logaddexp(torch.full_like(h, math.log(lam)), math.log1p(-lam) - h),
+    )  # fmt: skip
+
+
+@_divergence
+def alpha_beta(a: float = 0.2, b: float = 0.7) -> Divergence:
+    """sum [a/(a+b) q^(a+b) + b/(a+b) p^(a+b) - q^a p^b] / (a b), a, b > 0 (ABKD: a on the teacher = ref, b on policy).
+
+    (a, b) -> (1, 0) is forward_kl, (0, 1) reverse_kl, (1, 1) is 1/2 |p - q|^2. Summed over terms (two passes): its three
+    power sums cancel to noise near p = q, the terms do not.
+    """
+    _between("alpha_beta a", a, 0, float("inf"), " (the limit a = 0 at b = 1 is reverse_kl)")
+    _between("alpha_beta b", b, 0, float("inf"), " (the limit b = 0 at a = 1 is forward_kl)")
+    s = a + b
+    return Divergence(
+        lambda lp, lq: (a / s * exp(s * lq) + b / s * exp(s * lp) - exp(a * lq + b * lp)).sum(-1) / (a * b),
+        _alpha_beta_grad_p, _alpha_beta_grad_q, term=_alpha_beta_term, params=(a, b), degree=s,
+        no_link="it is not an f-divergence (unless a + b = 1, which is alpha)",
+    )  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    """Every registered name."""
+    return tuple(_FACTORIES)
+
+
+def linkable() -> tuple[str, ...]:
+    """The names that f-DPO allows."""
+    return tuple(n for n in _FACTORIES if get(n).link is not None)
+
+
+def _bind(name: str, values: tuple[tuple[str, float], ...], default: bool) -> Divergence:
+    key = name if default else f"{name}({', '.join(f'{k}={v!r}' for k, v in values)})"
+    return replace(_FACTORIES[name](**dict(values)), name=name, key=key)
+
+
+_bound = lru_cache(maxsize=1024)(_bind)
+
+
+def get(name: str, **params: float) -> Divergence:
+    """The divergence of that name with its parameters bound, e.g. get("alpha", a=0.3). Unknown names raise."""
+    if name not in _FACTORIES:
+        raise ValueError(f"divergence: unknown name {name!r}; known: {', '.join(_FACTORIES)}")
+    defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[name]).parameters.items()}
+    if unknown := params.keys() - defaults.keys():
+        raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(unknown)}; it takes: {list(defaults)}")
+    values = defaults | {k: float(v) for k, v in params.items()}
+    # torch.compile traces past a cache, and warns of it
+    return (_bind if is_compiling() else _bound)(name, tuple(values.items()), values == defaults)
+
+
+def from_key(key: str | Divergence) -> Divergence:
+    """Reads "js" or "js(beta=0.3)", or hands a Divergence through."""
+    if isinstance(key, Divergence):
+        # torch.compile traces past the cache that makes them unique
+        if key.name not in _FACTORIES or not (is_compiling() or from_key(key.key) is key):
+            raise ValueError(f"divergence: expected one made by fl.divergences.get(), got {key.key or key!r}")
+        return key
+    if not isinstance(key, str):
+        raise TypeError(f"divergence: expected a name or a Divergence, got {kind_of(key, Divergence)}")
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", key)
+    if match is None:
+        raise ValueError(f"divergence: expected a name such as 'js' or 'js(beta=0.3)', got {key!r}")
+    name, arguments = match.groups()
+    try:
+        pairs = [part.split("=") for part in (arguments or "").split(",") if part.strip()]
+        params = {k.strip(): float(v) for k, v in pairs}
+    except ValueError:
+        raise ValueError(f"divergence: expected parameters such as '(beta=0.3)', got {key!r}") from None
+    return get(name, **params)
+
+
+def parse(divergence: str | Divergence | Sequence[str | Divergence] | None) -> tuple[Divergence, ...]:
+    """What a caller gave (nothing, one or several) as a tuple of distinct divergences."""
+    if divergence is None:
+        return ()
+    if isinstance(divergence, str | Divergence):
+        divergence = (divergence,)
+    if not isinstance(divergence, Sequence):  # of a dict, the values would be ignored
+        raise TypeError(
+            f"divergence: expected a name, a Divergence or a sequence of them, got {kind_of(divergence, Divergence)}"
+        )
+    found = [from_key(d) for d in divergence]
+    return tuple({d.key: d for d in found}.values())

@@ -1,0 +1,366 @@
+"""Where distributions come from, and what token_stats returns."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PACKAGE = __package__.rpartition(".")[0]  # of this copy
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRAINED = ("policy", "student")  # names of the sources that a loss is there to train
+# Of gathering a DTensor that is no part of a head
+INSTEAD = {"logits": ", or pass this rank's columns, .to_local(), with their process_group", "logps": "", "labels": ""}
+
+
+def _positive(name: str, value: float | None, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0{' or None' if optional else ''}, got {value!r}")
+
+
+def _float_tensor(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    _dense(name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    return x
+
+
+def _dense(name: str, x: Tensor) -> None:
+    """That all its elements are here, at strides."""
+    if type(x).__name__ == "DTensor":
+        instead = INSTEAD.get(name, ", or call fl.FusedHead as a module, so that the sharding engine's hooks do")
+        raise TypeError(f"{name}: got a DTensor; gather it first (.full_tensor()){instead}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
+
+
+def _head_options(source: Logits | Hidden, v: int, what: str) -> None:
+    _positive("softcap", source.softcap, optional=True)
+    _positive("scale", source.scale)
+    _positive("temperature", source.temperature)
+    valid = source.valid_vocab
+    if valid is not None and (type(valid) is not int or not 1 <= valid <= v):
+        raise ValueError(f"valid_vocab: expected an int in [1, {v}] for {what} with V={v}, got {valid!r}")
+
+
+def _whole(name: str, x: object, dim: int | None) -> None:
+    """A dense tensor of so many dimensions with all its elements here."""
+    _float_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if name != "hidden" and x.numel() == 0:
+        raise ValueError(
+            f"{name}: has no elements, shape {list(x.shape)}: its sharding engine holds it elsewhere. Call fl.FusedHead as a "
+            "module inside the engine's forward, or gather it (deepspeed.zero.GatheredParameters, FSDP.summon_full_params)"
+        )
+    if dim is not None and x.dim() != dim:
+        raise ValueError(f"{name}: expected {dim} dimensions, got shape {list(x.shape)}")
+
+
+def _own_rows(name: str, x: Tensor, group: object) -> Tensor:
+    """A DTensor's rows on this rank of the group; their gradient is a DTensor again."""
+    if type(x).__name__ != "DTensor":
+        return x
+    if len(x.placements) != 1 or not x.placements[0].is_shard(0):  # type: ignore[attr-defined]
+        found = x.placements  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: beside process_group expected a DTensor sharded on dim 0 alone, got {found}")
+    ranks, mesh = torch.distributed.get_process_group_ranks(group), x.device_mesh.mesh.tolist()  # type: ignore
+    if ranks != mesh:
+        raise ValueError(f"{name}: expected a DTensor over the ranks of process_group, {ranks}, got one over {mesh}")
+    return x.to_local()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits [..., V] with the head's options: softmax of  softcap tanh(z / softcap) * scale / temperature.
+
+    softcap: as Gemma's final_logit_softcapping; None is none.  scale: as Cohere's logit_scale (Granite's logits_scaling
+    divides: pass its inverse).  valid_vocab: only the first so many columns are tokens, the rest is padding, left out of
+    the softmax and given zero gradient.
+
+    process_group: the vocabulary is split over the ranks of this group (torch.distributed), and these columns are this
+    rank's: slices of any sizes, in the order of the ranks; labels hold ids of the whole vocabulary and are the same on all
+    ranks, and so is all that comes out. shard: (the first column's id, tokens of all ranks), if the ranks need not tell one
+    another.
+    """
+
+    logits: Tensor
+    softcap: float | None = field(default=None, kw_only=True)
+    scale: float = field(default=1.0, kw_only=True)
+    temperature: float = field(default=1.0, kw_only=True)
+    valid_vocab: int | None = field(default=None, kw_only=True)
+    process_group: object = field(default=None, kw_only=True)
+    shard: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_group(self)
+        if _float_tensor("logits", self.logits).dim() < 1 or self.logits.shape[-1] < 1:
+            raise ValueError(f"logits: expected shape [..., V] with V >= 1, got {tuple(self.logits.shape)}")
+        _head_options(self, self.logits.shape[-1], "logits")
+        _check_shard(self)
+
+    @property
+    def vocab(self) -> int:
+        return self.valid_vocab or self.logits.shape[-1]
+
+    @property
+    def multiplier(self) -> float:
+        return self.scale / self.temperature
+
+
+class Lora(NamedTuple):
+    """Low-rank factors on a head: the weight becomes weight + scaling * b @ a, which is never formed.
+
+    a [r, H], b [V, r]: peft's lora_A.weight and lora_B.weight, scaling = lora_alpha / r.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states [..., H] and the head that turns them into logits [..., V], which are never all in memory:
+
+        softcap tanh(z / softcap) * scale / temperature,    z = hidden @ weight.T + scaling * (hidden @ a.T) @ b.T + bias
+
+    weight: [V, H]. bias: [V]. lora: fl.Lora(a, b, scaling). The other options are those of fl.Logits. Each tensor that
+    requires grad gets its gradient, summed in float32 and rounded once to its own dtype. The matrix products run in the
+    dtype of hidden (under autocast: in autocast's), the weight is cast a slice at a time.
+
+    process_group: weight, bias and lora.b are this rank's rows of a head that is split over the group (see fl.Logits);
+    hidden and lora.a are the same on all ranks, and their gradients are summed over the group. DTensors sharded on dim 0 (as
+    tensor parallelism leaves a column-wise head) are taken as they are.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = field(default=None, kw_only=True)
+    scale: float = field(default=1.0, kw_only=True)
+    temperature: float = field(default=1.0, kw_only=True)
+    valid_vocab: int | None = field(default=None, kw_only=True)
+    lora: Lora | None = field(default=None, kw_only=True)
+    process_group: object = field(default=None, kw_only=True)
+    shard: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_group(self)
+        if self.process_group is not None:
+            for name, x in (("weight", self.weight), ("bias", self.bias)):
+                object.__setattr__(self, name, x if x is None else _own_rows(name, x, self.process_group))
+        for name, x, dim in (("hidden", self.hidden, None), ("weight", self.weight, 2), ("bias", self.bias, 1)):
+            if name != "bias" or x is not None:
+                _whole(name, x, dim)
+        if self.lora is not None:
+            object.__setattr__(self, "lora", Lora(*self.lora))
+            _whole("lora a", self.lora.a, 2)
+            _whole("lora b", self.lora.b, 2)
+            if not isinstance(self.lora.scaling, int | float):
+                raise TypeError(f"lora scaling: expected a number, got {self.lora.scaling!r}")
+        _head_options(self, self.weight.shape[0], "a head weight")
+        _check_shard(self)
+
+    @property
+    def vocab(self) -> int:
+        return self.valid_vocab or self.weight.shape[0]
+
+    @property
+    def multiplier(self) -> float:
+        return self.scale / self.temperature
+
+
+def _check_group(x: Logits | Hidden) -> None:
+    if x.process_group is None:
+        if x.shard is not None:
+            raise ValueError(f"shard: is of a vocabulary split over a process_group, got {x.shard!r} without one")
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError("process_group: torch.distributed is not initialised")
+    if not isinstance(x.process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup, got {type(x.process_group).__name__}"
+        )
+
+
+def _check_shard(x: Logits | Hidden) -> None:
+    if x.shard is not None:
+        first, total = x.shard
+        if not (isinstance(first, int) and isinstance(total, int) and 0 <= first <= total - x.vocab):
+            raise ValueError(f"shard: expected (first, total) with first + {x.vocab} <= total, got {x.shard!r}")
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Precomputed log-probs of the labels: one per token, aligned with the outputs of token_stats, or (reference side of
+    a preference loss) one per sequence [S], already summed."""
+
+    logps: Tensor
+
+    def __post_init__(self) -> None:
+        _float_tensor("logps", self.logps)
+
+
+Source = Tensor | Logits | Hidden | LogProbs
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Numbers per token, float32 (float64 for float64 logits), zero where mask is False. Natural units (nats).
+
+    logps       log p(label)                         differentiable to the policy
+    ref_logps   log q(label), None without ref       differentiable to the reference if that requires grad
+    divergence  {name: D(p, q)} as asked for         both
+    entropy     H(p) if asked for, else None         policy
+    lse         log sum_v exp z_v                    policy; None for LogProbs
+    mask        label != ignore_index
+    correct     the label has the highest policy logit (ties count)
+    collision   log sum_v p_v^2 if asked for, else None  none
+    """
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    divergence: dict[str, Tensor]
+    entropy: Tensor | None
+    lse: Tensor | None
+    mask: Tensor
+    correct: Tensor | None
+    collision: Tensor | None = None
+
+
+def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
+    """A bare tensor means Logits. Tensors of torch.inference_mode become ordinary()."""
+    x = Logits(x) if isinstance(x, Tensor) else x
+    if not isinstance(x, Logits | Hidden | LogProbs):
+        got = kind_of(x, Logits, Hidden, LogProbs)  # type: ignore[unreachable]
+        raise TypeError(f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {got}")
+    lora = x.lora if isinstance(x, Hidden) else None
+    own = {n: getattr(x, n) for n in ("logits", "hidden", "weight", "bias", "logps") if getattr(x, n, None) is not None}
+    factors = {} if lora is None else {"a": lora.a, "b": lora.b}
+    made = {n: t for n, t in (own | factors).items() if ordinary(t) is not t}
+    if not made:
+        return x
+    for n, t in made.items():
+        if t.requires_grad and name in TRAINED and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: {n} requires grad, but was made under torch.inference_mode and can get none; make or load it "
+                "outside, or call requires_grad_(False) where it is constant"
+            )
+    changed: dict[str, Any] = {n: ordinary(t) for n, t in own.items()}
+    if lora is not None:
+        changed["lora"] = lora._replace(a=ordinary(lora.a), b=ordinary(lora.b))
+    return replace(x, **changed)
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """A tensor that was made under torch.inference_mode as a constant that autograd takes, over the same memory."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    empty = torch.empty(0, dtype=x.dtype, device=x.device)
+    return empty.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
+def kind_of(x: object, *expected: type) -> str:
+    """The class of an x that is none of the expected, in words: it may be one of them from another copy of this package."""
+
+    def names(kind: type) -> tuple[str, str]:
+        return kind.__module__.rpartition(".")[2], kind.__name__
+
+    kind = type(x)
+    if names(kind) not in map(names, expected):
+        return kind.__name__
+    return (
+        f"{kind.__name__} of another copy of {PACKAGE}, which was loaded twice: pass objects of the copy that is called"
+    )
+
+
+def _check_compiled() -> None:
+    """That torch.compile, which looks functions up by the names of their modules, finds those of this copy of the package."""
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    load = getattr(dynamo, "_import_module", import_module)  # it remembers what it found once
+    if vars(load(__name__)) is not globals():
+        raise RuntimeError(
+            f"{PACKAGE}: torch.compile looks functions up by the names of their modules, and finds those of another copy "
+            "of the package, which was loaded under the same name: compile calls of that copy alone, or start a new process; "
+            "without torch.compile all copies work"
+        )
+
+
+# torch.compiler.assume_constant_result, which would import torch._dynamo, and that Triton, with this package.
+_check_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_labels(labels: object) -> Tensor:
+    if torch.compiler.is_compiling():
+        _check_compiled()
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
+    _dense("labels", labels)
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"labels: expected integer token ids, got {labels.dtype}")
+    labels = ordinary(labels)
+    return labels if labels.dtype in (torch.int64, torch.int32) else labels.long()  # ignore_index must not wrap around
+
+
+def check_aligned(name: str, x: Logits | Hidden, labels: Tensor) -> None:
+    tensor, what, last = (x.logits, "logits", "V") if isinstance(x, Logits) else (x.hidden, "hidden", "H")
+    if isinstance(x, Hidden):
+        _check_head(name, x)
+    if tensor.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name}: expected {what} {[*labels.shape, last]} for labels {list(labels.shape)}, got {list(tensor.shape)}"
+        )
+    if tensor.device != labels.device:
+        raise ValueError(f"{name}: expected {what} on {labels.device} as the labels are, got {tensor.device}")
+
+
+def _check_head(name: str, x: Hidden) -> None:
+    """Shapes and devices of one side, in words for what people really do."""
+    h, (v, width) = x.hidden.shape[-1] if x.hidden.dim() else 0, x.weight.shape
+    if x.hidden.dim() < 1 or h != width:
+        hint = ""
+        if h == v and v > width:
+            hint = f"; a last dimension of V={v} looks like logits: pass them as fl.Logits(logits)"
+        elif h == v:
+            hint = "; the weight looks transposed: pass weight.T"
+        raise ValueError(
+            f"{name}: expected hidden [..., {width}] for weight [V, H] = {[v, width]}, got {list(x.hidden.shape)}{hint}"
+        )
+    if x.bias is not None and x.bias.shape[0] != v:
+        raise ValueError(f"{name}: expected bias [{v}] for weight [V, H] = {[v, width]}, got {list(x.bias.shape)}")
+    if x.lora is not None and (x.lora.a.shape[1] != width or x.lora.b.shape != (v, x.lora.a.shape[0])):
+        raise ValueError(
+            f"{name}: expected lora a [r, {width}] and b [{v}, r], got {list(x.lora.a.shape)} and {list(x.lora.b.shape)}"
+        )
+    a, b, _ = x.lora or (None, None, 1.0)
+    for part, tensor in (("weight", x.weight), ("bias", x.bias), ("lora a", a), ("lora b", b)):
+        if tensor is not None and tensor.device != x.hidden.device:
+            raise ValueError(f"{name}: expected {part} on {x.hidden.device} as hidden is, got {tensor.device}")
+
+
+def check_pair(policy: Logits | Hidden, ref: Logits | Hidden) -> None:
+    """That both can be gone through in one pass, as a divergence needs it."""
+    if (error := unlike(policy, ref)) is not None:
+        raise error
+
+
+def unlike(policy: Logits | Hidden, ref: Logits | Hidden) -> Exception | None:
+    """Why the two cannot be gone through in one pass; None where they can."""
+    if isinstance(policy, Logits) and isinstance(ref, Logits) and policy.logits.dtype != ref.logits.dtype:
+        return TypeError(f"ref: expected {policy.logits.dtype} as the policy has, got {ref.logits.dtype}")
+    if policy.process_group is not ref.process_group or policy.shard != ref.shard:
+        return ValueError("ref: expected the policy's process_group and shard: both heads are split alike, or neither")
+    if policy.vocab != ref.vocab:
+        return ValueError(
+            f"ref: expected the policy's vocabulary of {policy.vocab}, got {ref.vocab}; if one side is padded, give "
+            f"fl.{type(ref).__name__}(..., valid_vocab=the number of real tokens) on that side"
+        )
+    return None

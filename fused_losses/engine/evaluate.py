@@ -1,0 +1,418 @@
+"""From sources to a loss: every loss here is a formula of per-token numbers, evaluated by evaluate().
+
+    formula     Tokens -> losses of the units, in plain torch on small tensors
+    evaluate    token_stats, then the formula; or, for hidden states in the plan "rows", both block by block, with the
+                gradient found in the forward (plan_rows.py)
+
+A formula sees all units or a few of them, and must not care which: units do not depend on one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import backend_module, choose
+from ..core.divergences import Divergence
+from ..core.inputs import Hidden, Logits, LogProbs, Source, TokenStats, as_source, ordinary
+from ..core.layout import shift_packed, shifted_labels
+from . import hidden_ops, logits_ops
+from .plan_chunks import Grads, Outputs
+from .plan_rows import Block, Units, row_blocks
+from .prepare import How, Request, request
+from .shards import Span, span_of
+from .token_stats import apart, check_sources, given_logps, labels_mask, pack_stats, token_stats
+
+EACH = {"sequence": 1, "pair": 2}  # sequences a unit
+REF = "ref_logps"  # among the extras, where the reference comes as log-probs
+NUMBERS = ("logps", REF, "lse", "entropy", "collision")  # of a token, beside divergences and extras
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a formula sees of some sequences: numbers of their n tokens, one sequence after another; where mask is False they
+    are 0. For pairs, the chosen sequences come first and the rejected second.
+
+    logps, ref_logps, lse, entropy, collision, correct [n] and divergence {name: [n]}: as in TokenStats. ref_logps is [S] where
+    only sums over sequences are known (ref_summed). extra: the caller's per_token [n] and per_sequence [S] tensors, by name.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    lse: Tensor | None
+    entropy: Tensor | None
+    divergence: dict[str, Tensor]
+    mask: Tensor
+    cu_seqlens: Tensor | None  # None: sequences of equal length
+    sequences: int
+    ref_summed: bool = False
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    collision: Tensor | None = None
+    correct: Tensor | None = None
+
+    def sums(self, x: Tensor) -> Tensor:
+        """[n] -> [S], over the tokens that count."""
+        x = x.masked_fill(~self.mask, 0)
+        if self.cu_seqlens is None:
+            return x.view(self.sequences, len(x) // max(1, self.sequences)).sum(1)
+        return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens.long(), initial=0.0, unsafe=True)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[S] -> [n]: each sequence's number at its tokens."""
+        n = len(self.mask)
+        if self.cu_seqlens is None:
+            return x[:, None].expand(-1, n // max(1, self.sequences)).reshape(-1)
+        return x.repeat_interleave(self.cu_seqlens.diff().long(), output_size=n)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S], the tokens that count."""
+        return self.sums(self.mask.to(self.logps.dtype))
+
+    def log_ratios(self) -> Tensor:
+        """[S], sum_t log p - log q, token by token where both are known so, for there it is small."""
+        if self.ref_logps is None:
+            return self.sums(self.logps)
+        ref = self.ref_logps.to(self.logps.dtype)
+        return self.sums(self.logps) - ref if self.ref_summed else self.sums(self.logps - ref)
+
+    def detached(self) -> Tokens:
+        def bare(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach()
+
+        numbers = {n: bare(getattr(self, n)) for n in NUMBERS}
+        divergence = {n: x.detach() for n, x in self.divergence.items()}
+        return replace(self, divergence=divergence, extra={n: x.detach() for n, x in self.extra.items()}, **numbers)  # type: ignore[arg-type]
+
+    def whole(self, span: Span, tokenwise: Sequence[str]) -> Tokens:
+        """Of all ranks' parts of the time axis. tokenwise: the extras that are per token."""
+        if span.group is None:
+            return self
+        own = {n: getattr(self, n) for n in (*NUMBERS, "mask", "correct") if n != REF or not self.ref_summed}
+        own = {n: x for n, x in own.items() if x is not None}
+        extra = {n: self.extra[n] for n in tokenwise}
+        found = iter(span.whole([*own.values(), *self.divergence.values(), *extra.values()]))
+        numbers: dict[str, Any] = dict(zip(own, found, strict=False))
+        divergence = dict(zip(self.divergence, found, strict=False))
+        return replace(
+            self, divergence=divergence, extra={**self.extra, **dict(zip(extra, found, strict=True))}, **numbers
+        )
+
+    def pair_term(self, name: str, link: Divergence, beta: float, *params: float) -> Tensor:
+        """A margin-shaped loss of core/margin_losses.py [B], in one kernel."""
+        logits_ops.check_plain("preference_loss", self.logps, self.ref_logps)
+        dtype = self.logps.dtype if self.logps.dtype == torch.float64 else None
+        return logits_ops.pair_loss(
+            self.logps, self.ref_logps, self.mask, self.cu_seqlens, name, list(params), link.key, beta, self.sequences,
+            self.ref_summed, choose(self.logps.device, dtype),
+        )[0]  # fmt: skip
+
+
+Formula = Callable[[Tokens], Tensor]
+
+
+class Evaluated(NamedTuple):
+    losses: Tensor  # of the units: [S], [B]; for tokens as the mask is shaped, or flat where reduced
+    stats: TokenStats
+    tokens: Tokens  # of all sequences, without a graph: for metrics
+
+
+def evaluate(
+    formula: Formula,
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None = None,
+    *,
+    unit: str,
+    divergences: tuple[Divergence, ...] = (),
+    entropy: bool = False,
+    collision: bool = False,
+    shift: bool = False,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    sequence_group: object = None,
+    per_token: Mapping[str, Tensor] | None = None,
+    per_sequence: Mapping[str, Tensor] | None = None,
+    reduced: bool = True,
+    inplace_backward: bool = False,
+    how: How = How(),  # noqa: B008
+) -> Evaluated:
+    """The losses of all units, with their graph.
+
+    unit: "token"; "sequence": row s of labels [S, T], or of packed labels from cu_seqlens[s] to [s + 1]; "pair": sequences
+    s and B + s of 2B; or "batch", for a formula that cannot be split. per_token: tensors shaped as the mask; per_sequence:
+    [S]. reduced: the caller sums or averages the losses, so that the gradient may be found in the forward.
+
+    sequence_group: the time axis is split over its ranks (shards.py). The formula sees all tokens. The stats are this rank's,
+    and so are losses of tokens that are not reduced; of what comes in, per_token is this rank's and per_sequence is all.
+    """
+    policy, source = as_source("policy", policy), None if ref is None else as_source("ref", ref)
+    cu_seqlens = None if cu_seqlens is None else ordinary(cu_seqlens)
+    span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=how.static_shapes)
+    if span.group is not None and how.plan == "rows":
+        raise ValueError("plan: 'rows' is not possible here: sequences are split over the ranks of sequence_group")
+    if shift and cu_seqlens is not None:
+        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
+    mask = labels_mask(labels, shift, ignore_index)
+    if not isinstance(policy, LogProbs):
+        source, how = apart(policy, labels, source, divergences, shift, ignore_index, how)
+    sequences = 0 if unit == "token" else labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    summed = unit != "token" and isinstance(source, LogProbs) and _summed(source, labels, sequences, span, how)
+    if isinstance(source, LogProbs) and source.logps.device != labels.device:
+        raise ValueError(f"ref: expected fl.LogProbs on {labels.device} as the labels are, got {source.logps.device}")
+    options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy, "collision": collision}
+    tokenwise, extra = ({n: ordinary(x) for n, x in (given or {}).items()} for given in (per_token, per_sequence))
+    units, call = None, None
+    split = span.group is not None or (isinstance(policy, Hidden) and policy.process_group is not None)  # over ranks
+    if isinstance(policy, Hidden) and not split and not inplace_backward and (reduced or how.plan == "rows"):
+        units = _units(unit, labels, cu_seqlens, how)
+    if units is not None and isinstance(policy, Hidden):
+        call = _request(policy, labels, source, divergences, options, how, units)
+    if call is None or units is None:
+        stats = token_stats(
+            policy, labels, None if summed else source, divergence=[d.key for d in divergences],
+            inplace_backward=inplace_backward, **how._asdict(), **options,
+        )  # fmt: skip
+        given = source.logps if summed else stats.ref_logps  # type: ignore[union-attr]
+        divergence = {name: x.reshape(-1) for name, x in stats.divergence.items()}
+        logps, ref_logps, lse, ent, squares = (
+            x if x is None else x.reshape(-1) for x in (stats.logps, given, stats.lse, stats.entropy, stats.collision)
+        )
+        assert logps is not None
+        extra |= {n: x.reshape(-1) for n, x in tokenwise.items()}
+        tokens = Tokens(
+            logps, ref_logps, lse, ent, divergence, mask.reshape(-1), cu_seqlens, sequences, summed, extra, squares,
+            None if stats.correct is None else stats.correct.reshape(-1),
+        ).whole(span, tuple(tokenwise))  # fmt: skip
+        losses = formula(tokens)
+        losses = span.own(losses).reshape(mask.shape) if unit == "token" and not reduced else losses
+    else:
+        if isinstance(source, LogProbs):
+            (extra if summed else tokenwise)[REF] = source.logps if summed else given_logps("ref", source, mask)
+        for n, x in tokenwise.items():  # shifted, the last position predicts nothing
+            extra[n] = (torch.nn.functional.pad(x, (0, 1)) if shift else x).reshape(-1)
+        job = _Job(
+            formula, call._replace(tensors=()), divergences, units, sequences, tuple(tokenwise), tuple(extra), summed,
+            isinstance(source, Logits | Hidden),
+        )  # fmt: skip
+        losses, *found = _Known.apply(job, cu_seqlens, *call.tensors, *extra.values())
+        stats = pack_stats(found, call.asks, labels, None if summed else source, divergences, **options)
+        tokens = job.tokens(job.outputs(found), extra, job.mask(call.tensors[0]), cu_seqlens, sequences)
+        if unit == "token" and not reduced:
+            losses = losses.view(labels.shape)[..., : mask.shape[-1]] if mask.dim() else losses.view(())
+    return Evaluated(losses, stats, tokens.detached())
+
+
+def _summed(source: LogProbs, labels: Tensor, sequences: int, span: Span, how: How) -> bool:
+    """Whether log-probs are one per sequence. A rank with as many tokens as there are sequences cannot tell, others can."""
+    one_each = source.logps.shape == (sequences,)
+    own = one_each and labels.shape != (sequences,)
+    if labels.dim() > 1 or how.static_shapes or span.group is None:
+        return own
+    if not span.any(own, labels.device):
+        return False
+    if span.any(not one_each, labels.device):
+        raise ValueError(
+            f"ref: expected fl.LogProbs [{sequences}] on all ranks of sequence_group, or per token on all, got "
+            f"{list(source.logps.shape)} on this one"
+        )
+    return True
+
+
+def _units(unit: str, labels: Tensor, cu_seqlens: Tensor | None, how: How) -> Units | None:
+    """The units as the plan "rows" needs them; None where it is out of the question."""
+    if torch.compiler.is_compiling() or unit == "batch":
+        if how.plan == "rows":
+            why = "this loss looks at the whole batch" if unit == "batch" else "torch.compile does not see through it"
+            raise ValueError(f"plan: 'rows' is not possible here: {why}")
+        return None
+    if unit == "token":
+        return Units(None)
+    if cu_seqlens is None:
+        return Units([s * labels.shape[1] for s in range(labels.shape[0] + 1)], EACH[unit])
+    if cu_seqlens.is_cpu or how.plan == "rows":
+        return Units(cu_seqlens.tolist(), EACH[unit])
+    return None  # the offsets are not read on the host
+
+
+def _request(
+    policy: Hidden, labels: Tensor, source: Logits | Hidden | LogProbs | None, divergences: tuple[Divergence, ...],
+    options: dict[str, Any], how: How, units: Units,
+) -> Request | None:  # fmt: skip
+    """The call, where its plan is "rows"."""
+    check_sources(policy, labels, source, divergences)
+    y = shifted_labels(labels, options["shift"], options["ignore_index"])
+    other = None if isinstance(source, LogProbs) else source
+    rest = divergences, options["entropy"], options["collision"], options["ignore_index"], how, max(1, units.longest)
+    call = request(policy, y, other, *rest)
+    return call if call.options.plan == "rows" else None
+
+
+@contextmanager
+def _graph_of_our_own() -> Iterator[None]:
+    """Autograd, inside a forward too, whose saved tensors do not meet the caller's hooks. A checkpoint around model and loss
+    would run the model again when such a tensor is read; offloading would copy it to and fro."""
+    with torch.enable_grad():
+        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:  # then there are none
+            yield
+            return
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            yield
+
+
+class _Job(NamedTuple):
+    """A call in the plan "rows", without its tensors."""
+
+    formula: Formula
+    call: Request
+    divergences: tuple[Divergence, ...]
+    units: Units
+    sequences: int
+    tokenwise: tuple[str, ...]  # extras that have a number per row; the others have one per sequence
+    names: tuple[str, ...]  # of all extras, in order
+    summed: bool
+    ref: bool  # the reference is a distribution
+
+    def mask(self, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        return labels.reshape(-1) != self.call.options.ignore_index
+
+    def outputs(self, found: list[Tensor]) -> Outputs:
+        """From the operator's tensors, empty where nothing was asked for. (The last, what backward needs, is not looked at.)"""
+        logps, ref_logps, lse, entropy, div, hit, collision = found[:7]
+        options = self.call.options
+        return Outputs(
+            logps, ref_logps if self.ref else None, lse, entropy if options.entropy else None,
+            div if self.divergences else None, hit, collision if options.collision else None, logps,
+        )  # fmt: skip
+
+    def tokens(self, out: Outputs, extra: dict[str, Tensor], mask: Tensor, cu: Tensor | None, sequences: int) -> Tokens:
+        values: Any = out.div if out.div is not None else []
+        divergence = {d.key: x for d, x in zip(self.divergences, values, strict=True)}
+        ref = extra.get(REF, out.ref_logps)
+        return Tokens(
+            out.logps, ref, out.lse, out.entropy, divergence, mask, cu, sequences, self.summed, extra, out.collision, out.hit
+        )  # fmt: skip
+
+    def gradients(
+        self, out: Outputs, extra: dict[str, Tensor], mask: Tensor, cu: Tensor | None, sequences: int,
+        g: Tensor | None = None,
+    ) -> tuple[Tensor, Grads, list[Tensor | None]]:  # fmt: skip
+        """The losses; and of g . losses, or their sum, the gradients at the statistics and at the extras that want one."""
+        with _graph_of_our_own():
+            own = {name: getattr(out, name) for name in ("logps", "lse", "entropy", "div")}
+            leaves = {name: x.detach().requires_grad_() for name, x in own.items() if x is not None}
+            losses = self.formula(self.tokens(out._replace(**leaves), extra, mask, cu, sequences))
+            wanted = [*leaves.values(), *(x for x in extra.values() if x.requires_grad)]
+            found: Any = [None] * len(wanted)
+            if losses.requires_grad:
+                g = torch.ones_like(losses) if g is None else g
+                found = torch.autograd.grad(losses, wanted, g, allow_unused=True)
+        named = dict(zip(leaves, found, strict=False))
+        grads = (named["logps"], None, *(named.get(name) for name in ("lse", "entropy", "div")))
+        return losses.detach(), grads, list(found[len(leaves) :])
+
+
+class _Scale(NamedTuple):
+    """By what gradients that were found for 1 are multiplied, so that those of another g are finite, or not, where
+    hidden_stats_backward leaves them so: zeros of what does not count stay zeros."""
+
+    rows: Tensor  # [rows], for what has one row for each
+    head: Tensor  # 0-d, for what all rows are summed up in
+    vocab: int
+
+    @classmethod
+    def of(cls, g: Tensor, to_rows: list[Tensor | None], counts: Tensor, vocab: int) -> _Scale:
+        """to_rows: what the formula makes of g, gradients [..., rows]."""
+        known = [x.isfinite().view(-1, len(counts)).all(0) for x in to_rows if x is not None and x.numel()]
+        lost = counts & ~torch.stack(known).all(0) if known else torch.zeros_like(counts)
+        g = g.masked_fill(~g.isfinite(), 0)  # what such a g reaches is lost
+        return cls(g.masked_fill(lost, float("nan")), g.masked_fill(lost.any(), float("nan")), vocab)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype, over: str) -> Tensor:
+        """x scaled, in its place where it has this dtype. over: what its first dimension is, "tokens" of the vocabulary with
+        padding at the end, or "rows" with what follows it."""
+        out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+        if over == "rows":
+            n, width = len(self.rows), x.shape[-1]
+            torch.mul(x.view(n, width), self.rows[:, None], out=out.view(n, width))
+            return out
+        end = self.vocab if over == "tokens" else len(x)
+        torch.mul(x[:end], self.head, out=out[:end])
+        out[end:] = 0
+        return out
+
+
+class _Known(torch.autograd.Function):
+    """The losses of the units and the outputs of hidden_stats, with the gradient of the sum of the losses on the way."""
+
+    @staticmethod
+    def forward(ctx, job, cu_seqlens, labels, *tensors):  # type: ignore[no-untyped-def]
+        options, plan, wanted = job.call.options, job.call.plan, list(ctx.needs_input_grad[3:13])
+        extra = dict(zip(job.names, tensors[10:], strict=True))
+        problem, (policy, ref) = options.problem(), hidden_ops.sides((labels, *tensors[:10]), options)
+        backend = backend_module(options.backend)
+        hidden_ops.check_labels(problem, options.backend, labels)
+        tokenwise, both = job.tokenwise, ref
+        if ref is not None and not job.divergences:
+            extra[REF], both = hidden_ops.log_probs(labels, ref, options), None
+            tokenwise = (*tokenwise, REF)
+
+        def loss(block: Block, part: Outputs) -> tuple[Tensor, Grads]:
+            which = torch.tensor(block.sequences, dtype=torch.int64, device=labels.device)
+            own = {n: x.detach()[block.rows if n in tokenwise else which] for n, x in extra.items()}
+            every = torch.ones_like(block.rows, dtype=torch.bool)
+            return job.gradients(part, own, every, block.cu_seqlens, len(block.sequences))[:2]
+
+        dtype = hidden_ops.dtype_of(policy, ref)
+        with torch.autocast(labels.device.type, enabled=False):
+            out, losses, grads = row_blocks(
+                problem, backend, plan, labels, policy, both, job.units, wanted[:5], dtype, loss
+            )
+        if ref is not None and both is None:
+            out[1] = extra[REF]
+        ctx.job, ctx.found = job, grads
+        ctx.save_for_backward(cu_seqlens, labels, *tensors, *out)
+        ctx.mark_non_differentiable(out[5], out[6])
+        ctx.set_materialize_grads(False)
+        return losses, *out[:7]
+
+    @staticmethod
+    @logits_ops.once("token_stats")
+    def backward(ctx, g_losses, *grads):  # type: ignore[no-untyped-def]
+        """The gradients found in the forward hold for equal gradients of all losses, and are given away, scaled where they
+        lie; anything else, and a second time, takes them anew. The formula is differentiated in either case: it is small, and
+        says which rows a gradient that is not finite reaches."""
+        job, saved, flags = ctx.job, ctx.saved_tensors, ctx.needs_input_grad[3:]
+        end = 12 + len(job.names)
+        cu_seqlens, labels, tensors, extras = saved[0], saved[1], saved[2:12], saved[12:end]
+        out = saved[end:]
+        total, to_extras = list(grads[:5]), iter(())
+        if g_losses is not None:
+            own = {n: x.detach().requires_grad_(f) for n, x, f in zip(job.names, extras, flags[10:], strict=True)}
+            ref = {} if not job.ref else {REF: out[1]}
+            _, more, learned = job.gradients(
+                job.outputs(list(out)), ref | own, job.mask(labels), cu_seqlens, job.sequences, g_losses
+            )
+            total = [b if a is None else a if b is None else a + b for a, b in zip(total, more, strict=True)]
+            to_extras = iter(learned)
+        uniform = g_losses is not None and (g_losses.numel() == 1 or (g_losses.numel() > 1 and g_losses.stride(0) == 0))
+        if uniform and all(g is None for g in grads[:5]) and ctx.found is not None:
+            found, ctx.found = ctx.found, None
+            scale = _Scale.of(g_losses[0], total, job.mask(labels), job.call.options.vocab)
+            kept = zip(found, tensors[:5], ("rows", "tokens", "tokens", "all", "tokens"), strict=True)
+            every = [scale(x, t.dtype, over) if f else None for f, (x, t, over) in zip(flags, kept, strict=False)]
+            back = iter([x for x, f in zip([*every, *[None] * 5], flags, strict=False) if f])
+        else:
+            keep = out[0].new_zeros((0, 0, 0))
+            given = (*total, out[0], out[7], keep, labels, *tensors, *job.call.options, list(flags[:10]))
+            back = iter(hidden_ops.hidden_stats_backward(*given))
+        return (
+            None, None, None, *(next(back) if f else None for f in flags[:10]),
+            *(next(to_extras, None) if f else None for f in flags[10:]),
+        )  # fmt: skip

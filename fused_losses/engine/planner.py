@@ -1,0 +1,333 @@
+"""How a call with hidden states is carried out: which plan, in tiles of which size, in how many bytes, and why.
+
+    rows     blocks of whole units (tokens, sequences, pairs) over the whole vocabulary, gradients computed in the forward;
+             w first, in slices, where only its log-probs are needed
+             GEMMs of N rows, V columns: z, w, dX, dW
+    whole    all logits fit the workspace and are kept: z, w | dX, dW
+    slices   slices of the vocabulary; backward computes the logits again
+             z, w | z, w, dX, dW     (w in backward only where a divergence, or the reference, has a gradient)
+    frozen   slices, for a head without gradients: E_p[W] beside the sums as flash attention keeps its output; backward
+             scales rows: z, w, E_p[W], and one more for the entropy and each divergence
+    tiles    a Triton kernel that keeps logits on the chip: z, w. Meant for calls that want no gradient. Asked for with one,
+             the backward of slices rounds its logits differently from this forward, which shows where policy and reference
+             nearly agree (ten times eager's error at differences of 1e-3)
+
+Divergences that need a second sweep, and in a frozen head those without a scaling, compute z and w twice.
+Everything is decided from shapes and flags: nothing is measured, no value is read from a device.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple, NoReturn
+
+from ..backends.torch_backend import BLOCK_BYTES
+from .projection import MANY
+
+DEFAULT_WORKSPACE = 256 << 20
+VARIABLE = "FUSED_LOSSES_WORKSPACE"
+KINDS = ("tiles", "frozen", "rows", "whole", "slices")
+ROWS = 8192  # of a tile at most: beyond, columns are worth more
+CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where products gain nothing from more
+CPU_BLOCK = 96 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
+BLOCKS = (6, 16)  # temporaries of torch_backend.BLOCK_BYTES that it holds at its peak, without and with a divergence
+
+
+class Facts(NamedTuple):
+    """What planning needs to know of a call. Sizes in elements; itemsize and sums in bytes."""
+
+    rows: int  # at most: those that do not count are only found when the call runs
+    vocab: int
+    hidden: tuple[int, int]  # H of policy and reference, with the rank of their factors; 0 where logits are given
+    itemsize: int  # of the tensors that are multiplied
+    sums: int  # of the statistics and of a tile's logits
+    ref: bool  # the reference is a distribution, not None or log-probs
+    device: str = "cpu"
+    backend: str = "torch"
+    bases: int = 0  # divergences and entropy: what a frozen head needs a product for
+    pair: bool = False  # some divergence is asked for
+    second: bool = False  # one of them needs a second sweep
+    frozen_second: bool = False  # so does its sum for a frozen head
+    to_hidden: bool = False  # gradients wanted: policy's hidden states (or logits)
+    to_head: bool = False  # policy's weight, bias or factors
+    to_weight: bool = False  # policy's weight itself
+    to_ref: bool = False  # anything of the reference
+    unit: int = 0  # rows of the longest unit (token, sequence, pair) of a loss that is known inside; 0: not known
+    casts: tuple[int, int] = (0, 0)  # bytes that a row and a column take to have factors in the dtype of the products
+    static: bool = False  # static_shapes
+    extra: bool = False  # one tile more than z and w: a frozen head's dz
+    dense: bool = True  # rows of the heads are contiguous, as the tile kernel reads them
+    weight: int = 0  # elements of the policy's head
+
+    @property
+    def backward(self) -> bool:
+        return self.to_hidden or self.to_head or self.to_ref
+
+
+class Plan(NamedTuple):
+    kind: str
+    tile: tuple[int, int]  # rows, columns
+    forward: str  # the products of N rows, V columns
+    backward: str
+    workspace: int  # the budget
+    tiles: int  # bytes of it that tiles and their temporaries take
+    kept: int  # bytes between forward and backward, and sums of gradients in a wider dtype
+    why: str
+
+    @property
+    def gemms(self) -> int:
+        return _count((self.forward, self.backward))
+
+    def __str__(self) -> str:
+        mib = 2**20
+        backward = self.backward or ("scales rows" if self.kind == "frozen" else "nothing left to multiply")
+        return (
+            f"plan {self.kind!r}: {self.why}\n"
+            f"  products of N rows and V columns: {self.gemms} (forward {self.forward}; backward {backward})\n"
+            f"  tiles of {self.tile[0]} rows x {self.tile[1]} columns: {self.tiles / mib:.1f} MiB of a workspace of "
+            f"{self.workspace / mib:.1f} MiB\n"
+            f"  held beside it: {self.kept / mib:.1f} MiB"
+        )
+
+
+def workspace_bytes(asked: int | None) -> int:
+    """The budget: the argument, else FUSED_LOSSES_WORKSPACE, else 256 MiB."""
+    value: object = asked
+    name = "workspace"
+    if asked is None:
+        name, value = VARIABLE, os.environ.get(VARIABLE)
+        if value is None:
+            return DEFAULT_WORKSPACE
+        value = int(value) if str(value).isdigit() else value
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}: expected a number of bytes >= 1, got {value!r}")
+    return value
+
+
+def _bytes(facts: Facts, rows: int, columns: int) -> int:
+    """What tiles of this shape and their temporaries take, forward or backward, whichever is more."""
+    low = facts.itemsize < facts.sums
+    logit = facts.sums * (1 + facts.ref + facts.extra)
+    if facts.backward and low and facts.device == "cuda":  # dz beside z; elsewhere in its place
+        logit += facts.itemsize * (facts.to_hidden or facts.to_head) + facts.itemsize * facts.to_ref
+    size = rows * columns * logit
+    if facts.backend == "torch":
+        size += BLOCKS[int(facts.pair)] * min(BLOCK_BYTES, rows * columns * facts.sums)
+    size += rows * facts.casts[0] + columns * facts.casts[1]
+    if low and (rows < facts.rows or facts.device != "cuda"):  # a slice of dW before it is rounded
+        size += columns * (facts.hidden[0] * facts.to_weight + facts.hidden[1] * facts.to_ref) * facts.sums
+    return size
+
+
+def tile_shape(facts: Facts, budget: int) -> tuple[int, int]:
+    """The widest tile of as many rows as there are that fits the budget; fewer rows where it would become narrow."""
+    rows, vocab = max(1, min(facts.rows, ROWS)), facts.vocab
+    step = 16
+    while True:
+        widest = vocab
+        if facts.device == "cpu":
+            widest = min(vocab, max(512, CPU_TILE // (facts.sums * rows)))
+        columns = _widest(facts, rows, widest, step, budget)
+        if rows == 1 or columns >= min(512, widest):
+            break
+        if columns and columns >= rows:
+            break
+        rows = (rows + 1) // 2
+    if not columns:
+        _too_small(_bytes(facts, 1, min(vocab, step)), budget, min(vocab, step))
+    return rows, columns
+
+
+def _too_small(least: int, budget: int, logits: int) -> NoReturn:
+    raise ValueError(f"workspace: expected at least {least} bytes, for {logits} logits of one row, got {budget}")
+
+
+def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
+    """The most columns, a multiple of 128 where that many fit, else of `step`, else all there are; 0: none fit."""
+    low, high = 0, -(-most // step)
+    while low < high:  # the bytes grow with the columns
+        middle = (low + high + 1) // 2
+        if _bytes(facts, rows, min(most, middle * step)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    columns = min(most, low * step)
+    return columns if columns == most or columns < 128 else columns // 128 * 128
+
+
+def choose(facts: Facts, kind: str = "auto", workspace: int | None = None) -> Plan:
+    """The plan of that kind, or the one with the fewest products that fits the workspace."""
+    budget = workspace_bytes(workspace)
+    return _plan(facts, *choose_kind(facts, kind, budget), budget)
+
+
+def choose_kind(facts: Facts, kind: str, budget: int) -> tuple[str, str]:
+    """The kind of that plan, and why. Apart from its tiles, whose shape is another for every number of rows: this is all
+    that torch.compile traces, and guards."""
+    if kind not in ("auto", *KINDS):
+        raise ValueError(f"plan: expected one of auto, {', '.join(KINDS)}, got {kind!r}")
+    if not facts.backward and kind in ("frozen", "rows", "whole"):  # what they are about is not there
+        return "slices", f"nothing asks for a gradient, so plan {kind!r} is the forward of this one"
+    if kind != "auto":
+        reason = _refusal(facts, kind, budget, asked=True)
+        if reason:
+            raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
+        return kind, "asked for"
+    fewest, least = "slices", 0
+    for candidate in KINDS:  # the first of equals
+        count = _count(_products(facts, candidate))
+        if not _refusal(facts, candidate, budget, asked=False) and (count < least or not least):
+            fewest, least = candidate, count
+    return fewest, _reasons(facts)[fewest]
+
+
+def _reasons(facts: Facts) -> dict[str, str]:
+    return {
+        "tiles": "nothing asks for a gradient and the hidden size is small, so logits need not leave the chip",
+        "frozen": "the head has no gradient, so its rows' expectation comes with the forward",
+        "rows": "the loss is known and its units fit the workspace, so gradients come with the forward",
+        "whole": "all logits fit the workspace and are kept for backward",
+        "slices": (
+            "nothing asks for a gradient"
+            if not facts.backward
+            else "neither large blocks of units nor all logits fit the workspace"
+            if facts.unit
+            else "the loss is not known here, and all logits do not fit the workspace"
+        ),
+    }
+
+
+TILES_HIDDEN = 1024  # up to this H a tile kernel is expected to keep up with a GEMM that writes its logits
+
+
+def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
+    """Why not."""
+    if kind == "tiles":
+        if facts.backend != "triton":
+            return "it is a Triton kernel, and this runs on the torch backend"
+        if not all(facts.hidden[: 1 + facts.ref]):
+            return "both sides have to be hidden states"
+        if not facts.dense:
+            return "the rows of the head weights have to be contiguous"
+        if not asked and (facts.backward or max(facts.hidden) > TILES_HIDDEN or facts.second):
+            return "not worth it"
+    if kind == "frozen":
+        if facts.to_head or facts.to_ref or not facts.hidden[0]:
+            return "it is for a policy from hidden states whose head, and reference, need no gradient"
+        if not facts.to_hidden:
+            return "nothing asks for a gradient"
+        kept, tile = _kept_frozen(facts), _bytes(facts._replace(extra=True), 1, min(facts.vocab, 16))
+        if not asked and (kept > budget // 2 or kept + tile > budget):
+            return "what it keeps for backward does not fit half the workspace"
+    if kind == "whole":
+        if not facts.backward:
+            return "nothing asks for a gradient"
+        size = _whole_bytes(facts)
+        if size > budget:  # torch.compile would guard a number in words
+            return f"logits and their gradient take {size} bytes of {budget}" if asked else "not all logits fit"
+    if kind == "rows":
+        if facts.static:
+            return "it lays out its blocks on the host, which static_shapes forbids"
+        if not facts.unit:
+            return "it is for losses that are reduced, and known as formulas, in eager mode"
+        if facts.to_ref or not facts.hidden[0]:
+            return "it is for a policy from hidden states and a reference that needs no gradient"
+        if not facts.backward:
+            return "nothing asks for a gradient"
+        size = rows_bytes(facts, facts.unit)
+        if size > budget:
+            return f"the longest unit takes {size} bytes of {budget}"
+        rows = _block_rows(facts, budget)
+        if not asked and (rows < min(facts.rows, worth(facts.device)) or facts.rows > MANY * rows):
+            return "many small blocks are slow, and their sum is less exact"
+    return ""
+
+
+def _kept_whole(facts: Facts) -> int:
+    return facts.rows * facts.vocab * facts.sums * (1 + (facts.pair or facts.to_ref))
+
+
+def _whole_bytes(facts: Facts) -> int:
+    """Kept logits, and a gradient of each side that wants one, which may not take their place."""
+    dz = (facts.to_hidden or facts.to_head) + facts.to_ref
+    return _kept_whole(facts) + _bytes(facts._replace(ref=False), facts.rows, facts.vocab * max(1, dz))
+
+
+def rows_bytes(facts: Facts, rows: int) -> int:
+    """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum, where it is wider, beside dW
+    itself. The reference's log-probs are there before, from slices, unless its distribution is needed."""
+    wide, final = (facts.weight * size * facts.to_weight for size in (facts.sums, facts.itemsize))
+    return max(
+        _bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide * (wide > final)
+    )
+
+
+def worth(device: str) -> int:
+    """Rows of a block from which the products it saves cost more than adding to a float32 dW once more: 2 flops a row and
+    weight against 8 bytes a weight, at about 8 flops a byte for a CPU and 160 for a GPU (an H200's; not measured)."""
+    return 32 if device == "cpu" else 640
+
+
+def _block_rows(facts: Facts, budget: int) -> int:
+    """Of a block of whole units: as many as fit, in blocks of equal size."""
+    few, most = 1, max(1, -(-facts.rows // facts.unit))
+    total, room = most, budget
+    if facts.device == "cpu":
+        room = min(budget, max(CPU_BLOCK, rows_bytes(facts, -(-most // MANY) * facts.unit)))
+    while few < most:
+        middle = (few + most + 1) // 2
+        if rows_bytes(facts, middle * facts.unit) <= room:
+            few = middle
+        else:
+            most = middle - 1
+    return -(-total // -(-total // few)) * facts.unit
+
+
+def _products(facts: Facts, kind: str) -> tuple[str, str]:
+    ref = ["w"] if facts.hidden[1] else []
+    logits = [*(["z"] if facts.hidden[0] else []), *ref]
+    sweeps = logits * (2 if facts.second or (kind == "frozen" and facts.frozen_second) else 1)
+    back = [*(["dX"] if facts.to_hidden and facts.hidden[0] else []), *(["dW"] if facts.to_weight else [])]
+    to_ref = ["dX_ref", "dW_ref"] if facts.to_ref and facts.hidden[1] else []
+    if kind == "rows":
+        return ", ".join([*logits, *back]), ""
+    if kind == "frozen":
+        extra = [f"E[h{i} W]" for i in range(facts.bases)]
+        return ", ".join([*sweeps, "E[p W]", *extra]), ""
+    if kind == "whole":
+        return ", ".join(logits), ", ".join([*back, *to_ref])
+    again = logits if facts.pair or facts.to_ref else logits[: len(logits) - len(ref)]
+    return ", ".join(sweeps), ", ".join([*again, *back, *to_ref]) if facts.backward else ""
+
+
+def _count(products: tuple[str, str]) -> int:
+    return sum(len(p.split(", ")) for p in products if p)
+
+
+def _kept_frozen(facts: Facts) -> int:
+    return (1 + facts.bases) * facts.rows * facts.hidden[0] * facts.sums
+
+
+def _plan(facts: Facts, kind: str, why: str, budget: int) -> Plan:
+    low = facts.itemsize < facts.sums
+    kept = facts.rows * facts.hidden[0] * facts.sums if low and facts.to_hidden else 0  # dX before it is rounded
+    room = budget
+    if kind == "frozen":
+        kept += _kept_frozen(facts)
+        room = max(budget - _kept_frozen(facts), budget // 2)
+    if kind == "rows":
+        block = _block_rows(facts, budget)
+        tile, size = (block, facts.vocab), rows_bytes(facts, block)
+    elif kind == "whole":
+        tile, size = (max(1, facts.rows), facts.vocab), _whole_bytes(facts)
+    else:
+        facts = facts._replace(extra=kind == "frozen" and not (low and facts.device == "cuda"))
+        least = _bytes(facts, 1, min(facts.vocab, 16))
+        if kind == "frozen" and least > room:
+            _too_small(min(least + _kept_frozen(facts), 2 * least), budget, min(facts.vocab, 16))
+        tile = tile_shape(facts, room)
+        size = _bytes(facts, *tile)
+    forward, backward = _products(facts, kind)
+    if kind == "slices" and facts.to_hidden and facts.vocab > MANY * tile[1]:
+        kept += facts.rows * facts.hidden[0] * facts.sums  # sums of runs of slices
+    return Plan(kind, tile, forward, backward, budget, size, kept, why)

@@ -1,0 +1,246 @@
+"""token_stats: the one differentiable primitive. Checks its input, calls the operator, shapes the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..core.divergences import Divergence, parse
+from ..core.inputs import (
+    Hidden,
+    Logits,
+    LogProbs,
+    Source,
+    TokenStats,
+    as_source,
+    check_aligned,
+    check_labels,
+    check_pair,
+    unlike,
+)
+from ..core.layout import collapse, shifted_labels, stats_dtype
+from . import hidden_ops, logits_ops
+from .prepare import How, is_hidden, request
+
+Asked = str | Divergence | Sequence[str | Divergence] | None
+
+
+def token_stats(
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None = None,
+    *,
+    divergence: Asked = None,
+    entropy: bool = False,
+    collision: bool = False,
+    shift: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    plan: str = "auto",
+    workspace: int | None = None,
+    static_shapes: bool = False,
+) -> TokenStats:
+    """Log-probs, divergences and entropy per token, from hidden states and head weights or from logits.
+
+        p = softmax(policy), q = softmax(ref)      logps = log p(y)    ref_logps = log q(y)    D(p, q)    H(p)
+
+    From logits: one pass over them, and one more for the gradient, which is all that is allocated of their size. From
+    hidden states: in tiles that fit a workspace, and logits of all rows never exist. Each output may be differentiated on
+    its own, with any incoming gradient; the reference gets a gradient only if one of its tensors requires one.
+
+    Args:
+        policy: fl.Hidden (states [..., H] and the head), logits [..., V] or fl.Logits with head options, or fl.LogProbs
+            [...]. float32 | float16 | bfloat16, float64 on the torch backend. Any strides.
+        labels: token ids [...], any integer type. With shift=True labels [..., T] belong to logits [..., T, V] of the
+            same positions, the causal shift is done inside, and outputs are [..., T - 1].
+        ref: as policy, or None. Any source goes with any other, and H may differ. A divergence wants the same number of
+            valid tokens, the same dtype of logits and the same process_group on both sides. Without one these may differ too:
+            each side is then gone through on its own, and the labels must be tokens of both.
+        divergence: a name such as "forward_kl" or "js(beta=0.3)", a fl.divergences.get(...), or several.
+        entropy: also return H(p).
+        collision: also return log sum_v p_v^2, minus the Renyi entropy of order 2 (WPO, 2406.11827). It has no gradient.
+        ignore_index: tokens with this label count for nothing and get zero gradient.
+        inplace_backward: write the policy's gradient over its logits, which are lost.
+        plan: for hidden states: "auto", or one of "slices", "frozen", "tiles" (planner.py); results do not depend on it.
+        workspace: for hidden states: bytes that tiles of logits may take; None: FUSED_LOSSES_WORKSPACE, else 256 MiB.
+        static_shapes: for hidden states: also project rows that do not count, whose states must then be finite. Without it
+            they are dropped first, for which the host has to learn their number: a synchronisation, which a CUDA graph does
+            not allow.
+
+    Raises TypeError or ValueError naming the argument. Label ids out of range raise on the torch backend and give NaN
+    log-probs on Triton, never a read out of bounds.
+    """
+    policy, labels = as_source("policy", policy), check_labels(labels)
+    source = None if ref is None else as_source("ref", ref)
+    asked, how = parse(divergence), How(plan, workspace, static_shapes)
+    if shift and labels.dim() == 0:
+        raise ValueError("shift: expected labels with a time dimension, got a 0-d tensor")
+    if isinstance(policy, LogProbs):
+        if how != How() and not is_hidden(source):
+            raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got fl.LogProbs")
+        if asked or entropy or collision or inplace_backward:
+            raise ValueError(
+                "policy: fl.LogProbs has no distribution: divergence, entropy, collision and inplace_backward need "
+                "fl.Hidden or logits"
+            )
+        mask = labels_mask(labels, shift, ignore_index)
+        logps = given_logps("policy", policy, mask)
+        if isinstance(source, Logits | Hidden):
+            source = _alone(source, labels, shift, ignore_index, how)
+        ref_logps = None if source is None else given_logps("ref", source, mask)
+        return TokenStats(logps, ref_logps, divergence={}, entropy=None, lse=None, mask=mask, correct=None)
+
+    source, how = apart(policy, labels, source, asked, shift, ignore_index, how)
+    check_sources(policy, labels, source, asked)
+    if is_hidden(policy, source):
+        if inplace_backward:
+            raise ValueError(
+                "inplace_backward: is for logits on both sides; from hidden states there are none to write over"
+            )
+        return _from_hidden(policy, labels, source, asked, entropy, collision, shift, ignore_index, how)
+    if how != How():
+        raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
+    assert isinstance(policy, Logits) and not isinstance(source, Hidden)
+    return _from_logits(policy, labels, source, asked, entropy, collision, shift, ignore_index, inplace_backward)
+
+
+def check_sources(
+    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...]
+) -> None:
+    """Shapes, devices and vocabularies of both sides."""
+    check_aligned("policy", policy, labels)
+    if isinstance(ref, Logits | Hidden):
+        check_aligned("ref", ref, labels)
+        check_pair(policy, ref)
+    elif asked:
+        got = "None" if ref is None else "fl.LogProbs"
+        raise ValueError(f"divergence: {asked[0].key!r} needs ref as fl.Hidden or logits, got {got}")
+
+
+def _from_logits(
+    policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, asked: tuple[Divergence, ...],
+    entropy: bool, collision: bool, shift: bool, ignore_index: int, inplace: bool,
+) -> TokenStats:  # fmt: skip
+    w = ref if isinstance(ref, Logits) else None
+    tensors = [policy.logits, *([w.logits] if w else []), labels.unsqueeze(-1)]
+    if labels.numel() and any(len(collapse(x, 1)) > 2 for x in tensors):
+        if inplace:
+            raise ValueError("inplace_backward: expected logits whose rows lie on two strides; make them contiguous")
+        return _stack(policy, labels, ref, asked, entropy, collision, shift, ignore_index, inplace)
+    if inplace and 0 in policy.logits.stride():
+        raise ValueError("inplace_backward: expected logits that own their memory, got an expanded (stride 0) view")
+    logits_ops.check_plain("token_stats", policy.logits, w.logits if w else None)
+    *found, _ = logits_ops.token_stats(
+        policy.logits, labels, w.logits if w else None,
+        ";".join(d.key for d in asked), entropy, collision, shift, ignore_index, policy.vocab,
+        policy.softcap or 0.0, policy.multiplier, (w.softcap or 0.0) if w else 0.0, w.multiplier if w else 1.0,
+        choose(policy.logits.device, policy.logits.dtype), inplace,
+    )  # fmt: skip
+
+    asks = policy.logits.requires_grad, w is not None and w.logits.requires_grad
+    return pack_stats(found, asks, labels, ref, asked, entropy, collision, shift, ignore_index)
+
+
+def _from_hidden(
+    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...],
+    entropy: bool, collision: bool, shift: bool, ignore_index: int, how: How,
+) -> TokenStats:  # fmt: skip
+    y = shifted_labels(labels, shift, ignore_index)
+    other = None if isinstance(ref, LogProbs) else ref
+    call = request(policy, y, other, asked, entropy, collision, ignore_index, how)
+    found = hidden_ops.hidden_stats(*call.tensors, *call.options, call.wanted)
+    return pack_stats(found[:7], call.asks, labels, ref, asked, entropy, collision, shift, ignore_index)
+
+
+def pack_stats(
+    found: Sequence[Tensor], asks: tuple[bool, bool], labels: Tensor, ref: Logits | Hidden | LogProbs | None,
+    asked: tuple[Divergence, ...], entropy: bool, collision: bool, shift: bool, ignore_index: int,
+) -> TokenStats:  # fmt: skip
+    """The operator's logps, ref_logps, lse, entropy, divergences, hits and collisions, as the labels are shaped. asks: whether
+    policy and reference ask for a gradient; what depends on neither has no graph."""
+    mask = labels_mask(labels, shift, ignore_index)
+    logps, ref_logps, lse, ent, div, hit, squares = found
+
+    def shaped(x: Tensor, differentiable: bool = True) -> Tensor:
+        x = (x if differentiable else x.detach()).view(labels.shape)
+        return x[..., :-1] if shift else x
+
+    to_policy, to_ref = asks
+    other = (
+        given_logps("ref", ref, mask)
+        if isinstance(ref, LogProbs)
+        else None
+        if ref is None
+        else shaped(ref_logps, to_ref)
+    )
+    return TokenStats(
+        logps=shaped(logps, to_policy),
+        ref_logps=other,
+        divergence={d.key: shaped(x) for d, x in zip(asked, div.unbind(0), strict=True)},
+        entropy=shaped(ent, to_policy) if entropy else None,
+        lse=shaped(lse, to_policy),
+        mask=mask,
+        correct=shaped(hit),
+        collision=shaped(squares) if collision else None,
+    )
+
+
+def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest) -> TokenStats:  # type: ignore[no-untyped-def]
+    """Rows on more than two strides (a slice of a slice): one call for each entry of the first dimension."""
+
+    def parts_of(x: Logits | LogProbs | None) -> list:
+        if x is None:
+            return [None] * len(labels)
+        if isinstance(x, LogProbs):
+            return [LogProbs(part) for part in x.logps.unbind(0)]
+        return [replace(x, logits=part) for part in x.logits.unbind(0)]
+
+    triples = zip(parts_of(policy), labels.unbind(0), parts_of(ref), strict=True)
+    parts = [_from_logits(*triple, *rest) for triple in triples]
+    first = parts[0]
+
+    def joined(name: str) -> Tensor | None:
+        return None if getattr(first, name) is None else torch.stack([getattr(p, name) for p in parts])
+
+    divergence = {k: torch.stack([p.divergence[k] for p in parts]) for k in first.divergence}
+    names = ("logps", "ref_logps", "entropy", "lse", "mask", "correct", "collision")
+    return TokenStats(divergence=divergence, **{n: joined(n) for n in names})  # type: ignore[arg-type]
+
+
+def labels_mask(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    return (labels[..., 1:] if shift else labels) != ignore_index
+
+
+def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
+    """Precomputed per-token log-probs, zero where the mask is False."""
+    if source.logps.shape != mask.shape:
+        raise ValueError(
+            f"{name}: expected fl.LogProbs {list(mask.shape)}, one for each output token, got {list(source.logps.shape)}"
+        )
+    if source.logps.device != mask.device:
+        raise ValueError(f"{name}: expected fl.LogProbs on {mask.device} as the labels are, got {source.logps.device}")
+    return source.logps.to(stats_dtype(source.logps)).masked_fill(~mask, 0)  # sums of bfloat16 numbers saturate
+
+
+def apart(
+    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...], shift: bool,
+    ignore_index: int, how: How,
+) -> tuple[Logits | Hidden | LogProbs | None, How]:  # fmt: skip
+    """The reference, and how to carry the call out. Where the two sides cannot go through one pass, and no divergence asks for
+    that, the reference comes back as its log-probs, from a pass of its own."""
+    if asked or not isinstance(ref, Logits | Hidden) or unlike(policy, ref) is None:
+        return ref, how
+    check_aligned("policy", policy, labels)
+    if is_hidden(policy):
+        own = how._replace(plan="auto") if is_hidden(ref) else How()
+        return _alone(ref, labels, shift, ignore_index, own), how
+    return _alone(ref, labels, shift, ignore_index, how), how if not is_hidden(ref) else How()
+
+
+def _alone(ref: Logits | Hidden, labels: Tensor, shift: bool, ignore_index: int, how: How) -> LogProbs:
+    check_aligned("ref", ref, labels)
+    return LogProbs(token_stats(ref, labels, shift=shift, ignore_index=ignore_index, **how._asdict()).logps)

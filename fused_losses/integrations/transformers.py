@@ -1,0 +1,609 @@
+"""transformers' Trainer on our losses.
+
+    compute_loss_func(loss)    for Trainer(compute_loss_func=...): from logits, which the model has made by then
+    FusedLossMixin             class MyTrainer(FusedLossMixin, Trainer): hidden states go to the loss, the head never runs
+    TrustRegionCallback        a reference that follows the policy (TR-DPO)
+
+Tested with transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate.data_loader import DataLoaderDispatcher  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..core.inputs import Hidden, LogProbs, Lora, Source
+from ..losses import LossOutput, cross_entropy_loss, kto_baseline
+from ..losses.shared import Part, Parts
+from ..nn.at_head import AtHead, at_head
+from ..nn.trust_region import TrustRegion
+from .adapters import adapter_tensors, as_adapter, check_adapter
+from .batches import Counts, Loss, ModelInputs, check_columns, collator_columns, labels_of, model_inputs
+
+__all__ = ["FusedLossMixin", "TrustRegionCallback", "compute_loss_func"]
+
+ADAPTER_OFF, IGNORED = "adapter off", -100
+CHECKPOINT = "trust_region"
+
+
+def compute_loss_func(
+    loss: Callable[..., LossOutput] = cross_entropy_loss, *, aux_loss_coef: float | None = None, **options: Any
+) -> Callable[..., Tensor]:
+    """A function for Trainer(compute_loss_func=...): loss(logits, labels, shift=True, num_items=..., **options).
+
+    loss: one whose units are tokens, such as fl.cross_entropy_loss: the Trainer counts label tokens, over all micro-batches and
+        ranks, and divides by nothing itself. For losses of pairs or sequences use FusedLossMixin.
+    aux_loss_coef: what a mixture's auxiliary loss is weighted with; needed where the model returns one.
+    """
+    known = Loss(loss)
+    if not _counts_tokens(known, None):
+        raise ValueError(f"loss: expected one whose units are tokens, got {known.name}; use FusedLossMixin")
+    if options.get("ignore_index", IGNORED) != IGNORED:
+        raise ValueError(
+            f"ignore_index: expected {IGNORED}, which the Trainer does not count, got {options['ignore_index']}"
+        )
+
+    def compute(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        if labels is None:
+            raise ValueError("labels: expected them in the batch, got none")
+        if "encoder_last_hidden_state" in outputs:
+            raise NotImplementedError("model: is an encoder-decoder, whose labels are not shifted")
+        found = loss(outputs["logits"], labels, shift=True, num_items=num_items_in_batch, **options).loss
+        share: Tensor | float = 1.0
+        if num_items_in_batch is not None:
+            share = share_of((labels[..., 1:] != IGNORED).sum(), num_items_in_batch)
+        return _with_aux(found, outputs.get("aux_loss"), aux_loss_coef, share)
+
+    return compute
+
+
+class FusedLossMixin:
+    """compute_loss from hidden states, for a subclass of transformers' Trainer:
+
+        class MyTrainer(FusedLossMixin, Trainer): pass
+
+        MyTrainer(model, args, ..., fused_loss=fl.cross_entropy_loss)
+        MyTrainer(model, args, ..., fused_loss=partial(fl.dpo_loss, beta=0.1), reference=reference)
+
+    fused_loss: f(source, labels, ref, shift=True, ...) -> LossOutput, or f(source, labels, shift=True, ...) without a
+        reference: any loss of this library, or a function of your own. What else it has a parameter for and the batch has under
+        that name (desirable, advantages, cu_seqlens, ...) goes to it, and all that the model's forward takes to the model.
+        ValueError for what neither takes; and, when the trainer is made, for a misspelt option, and for what the loss needs
+        where the columns are known.
+    reference: a model; or "adapter off" for the base model of a PEFT policy, or the name of another of its adapters; or None,
+        and then saved log-probs: batches hold "ref_logps" ([rows, T - 1] per token, or [rows]). A loss of this library that can
+        do without says so itself: partial(fl.dpo_loss, ref=None).
+    per_token: whether fused_loss takes the number of label tokens of the whole batch as num_items. Known for the losses of
+        this library, needed for functions of your own. Where it does not, micro-batches are averaged.
+    aux_loss_coef: what a mixture's auxiliary loss is weighted with; needed where the model returns one.
+
+    Batches hold the model's inputs and labels (not shifted, -100 where nothing counts), pairs as [2B, T] with the chosen rows
+    first; or shift_labels, which count instead. Packed batches are those of integrations.data. "kl" of its UnpairedCollator is
+    for fl.kto_loss, whose baseline comes from it.
+
+    A loss of this library is divided by what it counts, tokens, pairs or sequences, of all micro-batches and ranks (without
+    average_tokens_across_devices: of this rank's), and is given num_nll_tokens where it takes that: the step is that of one
+    batch. So is the auxiliary loss, each micro-batch's weighted with its share.
+
+    Metrics of a LossOutput, and eval_loss, are means over all pairs, sequences or tokens since the last log, or of an
+    evaluation, without the rows that a distributed sampler repeats to fill its last batch (of a stream without a length it does
+    not tell which); metrics without parts are weighted with the rows of their batches. Evaluation returns per-token log-probs
+    and hits ("logps", "correct" [rows, T - 1]) where a Trainer returns logits; they are of the tokens whose label_ids[:, 1:] is
+    not -100, the rest is padding. Of packed batches it returns none.
+
+    The reference is in eval mode, whichever it is. Context and sequence parallelism are refused, encoder-decoders too.
+    """
+
+    args: Any
+    accelerator: Any
+    loss_is_scaled_for_ga: bool | None
+    model: nn.Module
+    callback_handler: Any
+    data_collator: Any
+    gather_function: Callable[..., Any]
+    get_tp_size: Callable[[], int]
+    _signature_columns: list[str]
+
+    def __init__(
+        self, *args: Any, fused_loss: Callable[..., Any] = cross_entropy_loss, reference: nn.Module | str | None = None,
+        per_token: bool | None = None, aux_loss_coef: float | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        self._loss = Loss(fused_loss)
+        self.per_token = _counts_tokens(self._loss, per_token)
+        super().__init__(*args, **options)
+        if reference is self.model:
+            raise ValueError(
+                "reference: is the model that is trained; expected one with weights of its own, such as a copy"
+            )
+        refuse_split_sequences(self.accelerator)
+        if isinstance(reference, str):
+            self._check_adapter(reference)
+        self.fused_loss, self.aux_loss_coef = fused_loss, aux_loss_coef
+        # whatever the model's own loss takes, the Trainer is to count label tokens, and those that are left when shifted
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = self.per_token, True
+        self._refuse_other_losses(reference)
+        for name in ("train_dataset", "eval_dataset"):
+            given = getattr(self, name, None)
+            for dataset in given.values() if isinstance(given, dict) else [given]:
+                check_columns(self._loss, dataset, self.data_collator, name)
+        if isinstance(reference, nn.Module):
+            reference.requires_grad_(False).eval()
+            reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.reference = reference
+        self.fused_metrics = {"train": Sums(), "eval": Sums()}
+        self._model_inputs: ModelInputs | None = None
+        self._predicting = False
+
+    def _check_adapter(self, reference: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if reference == ADAPTER_OFF:
+            if not hasattr(model, "disable_adapter"):
+                raise ValueError('reference: "adapter off" is of PEFT models, got a model without adapters')
+            return
+        if not hasattr(model, "disable_adapter"):
+            raise ValueError(
+                f'reference: expected a model, "adapter off" or the name of an adapter of a PEFT model, got {reference!r}'
+            )
+        owner = check_adapter("reference", model, reference)
+        if reference in owner.active_adapters:
+            raise ValueError(
+                f"reference: {reference!r} is the adapter that is trained, expected another one, or a model"
+            )
+        for _, x in adapter_tensors(owner, reference):
+            x.requires_grad_(False)
+
+    def _refuse_other_losses(self, reference: object) -> None:
+        """What transformers' own compute_loss reads, and this one does not; and a reference that the loss has no use for."""
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}: fused_loss is the loss, such as "
+                "partial(fl.cross_entropy_loss, label_smoothing=...)"
+            )
+        if getattr(self, "compute_loss_func", None) is not None:
+            raise ValueError("compute_loss_func: is for a Trainer without FusedLossMixin, whose loss is fused_loss")
+        if reference is None:
+            return
+        kind, loss = type(reference).__name__, self._loss
+        if given := {"ref", "teacher"} & loss.bound.keys():
+            raise ValueError(f"reference: expected None, for {given.pop()} is bound in fused_loss, got {kind}")
+        if loss.reference is None and loss.third is None:
+            raise ValueError(f"reference: {loss.name} has none, got {kind}")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """What the loss and the collator read is no input of the model, but no unused column either."""
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        wanted = {"ref_logps", "shift_labels", "kl", *self._loss.takes, *collator_columns(self.data_collator)}
+        self._signature_columns += sorted(wanted - set(self._signature_columns))
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the losses of these batches are divided by: Counts, of a loss of this library; else what the Trainer counts.
+        Evaluation adds up the parts of the loss, and needs none."""
+        if self._loss.entry is None:
+            return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+        if self._predicting or not batch_samples:
+            return None
+        each = [self._loss.counts(batch) for batch in batch_samples]
+        found: list[Any] = [sum(x.items for x in each)]
+        if each[0].nll_tokens is not None:
+            found.append(sum(x.nll_tokens for x in each))
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            here = torch.stack([torch.as_tensor(x, device=device) for x in found])
+            found = list(self.accelerator.gather(here[None]).sum(0) / self.get_tp_size())
+        items, *nll = (x.to(device) if isinstance(x, Tensor) else x for x in found)
+        return Counts(
+            items, nll[0].clamp(min=1) if nll else None
+        )  # a sum over no tokens is 0, whatever it is divided by
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels, shift = labels_of(inputs)
+        saved, packed = self._saved(inputs), inputs.get("cu_seqlens") is not None
+        if self._model_inputs is None:
+            self._model_inputs = model_inputs(model)
+        rest = {k: x for k, x in inputs.items() if k not in ("ref_logps", "kl")}
+        if inputs.get("kl") is not None and self._loss.baseline:
+            rest["baseline"] = self._kto_baseline(model, inputs["kl"], saved)
+        elif "kl" in inputs:
+            rest["kl"] = inputs["kl"]
+        own, more = self._loss.split(rest, self._model_inputs)
+        own["use_cache"] = False
+        here, options = self._here(inputs), {"shift": shift, **more}
+        share: Tensor | float = 1.0
+        counted = isinstance(num_items_in_batch, Counts) or (self.per_token and num_items_in_batch is not None)
+        if isinstance(num_items_in_batch, Counts):
+            options["num_items"], nll = num_items_in_batch
+            options |= {} if nll is None else {"num_nll_tokens": nll}
+        elif counted:
+            options["num_items"] = num_items_in_batch
+        if counted:
+            share = share_of(here, options["num_items"])
+
+        def loss(policy: Hidden, ref: Source | None) -> Any:
+            ref = saved if ref is None else ref
+            if packed:
+                policy, ref = _flat(policy), _flat(ref)
+            if ref is None:
+                return self.fused_loss(policy, labels, **options)
+            if self._loss.reference is None:
+                return self.fused_loss(policy, labels, ref, **options)
+            return self.fused_loss(policy, labels, **{self._loss.reference: ref}, **options)
+
+        found, aux = self._at_heads(model, own, loss)
+        total = _with_aux(found.loss, aux, self.aux_loss_coef, share)
+        self._record(found, aux, here, len(labels))
+        self.loss_is_scaled_for_ga = counted
+        if counted and self.args.average_tokens_across_devices:
+            total = total * self._data_ranks()  # engines average over ranks what num_items has divided
+        outputs = {"loss": total, "logps": found.stats.logps, "correct": found.stats.correct}
+        return (total, outputs) if return_outputs else total
+
+    def _here(self, inputs: dict[str, Any]) -> Tensor | int:
+        """What this batch adds to num_items; of a loss of the user's that has none, its rows."""
+        if self._loss.entry is not None:
+            return self._loss.counts(inputs).items
+        labels, shift = labels_of(inputs)
+        return (labels[..., int(shift) :] != IGNORED).sum() if self.per_token else len(labels)
+
+    def _kto_baseline(self, model: nn.Module, batch: dict[str, Any], saved: LogProbs | None) -> Tensor:
+        """From mismatched completions, a batch of their own."""
+        if saved is not None:
+            raise ValueError(
+                'kl: expected a reference beside it, for its completions have no saved log-probs ("ref_logps")'
+            )
+        labels, shift = labels_of(batch)
+        names, cu = self._model_inputs, batch.get("cu_seqlens")
+        assert names is not None
+        own = {k: x for k, x in batch.items() if k in names.own and k != "labels"} | {"use_cache": False}
+        everybody = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        options: dict[str, Any] = {"shift": shift, "cu_seqlens": cu, "process_group": everybody}
+        options |= {"ignore_index": self._loss.bound["ignore_index"]} if "ignore_index" in self._loss.bound else {}
+
+        def baseline(policy: Hidden, ref: Source | None) -> Tensor:
+            if cu is not None:
+                policy, ref = _flat(policy), _flat(ref)
+            return kto_baseline(policy, labels, ref, **options)
+
+        with torch.no_grad():
+            return self._at_heads(model, own, baseline).out
+
+    def _saved(self, inputs: dict[str, Any]) -> LogProbs | None:
+        """Of a batch; raises where there is no reference at all, or two, or one that is stale."""
+        logps, loss = inputs.get("ref_logps"), self._loss
+        if logps is None:
+            if (
+                self.reference is None
+                and loss.entry is not None
+                and loss.reference is not None
+                and loss.entry.ref != "unused"
+            ):
+                without = f"; to do without: partial(fl.{loss.name}, ref=None)" * loss.optional_reference
+                raise ValueError(
+                    f'reference: expected one for {loss.name}, or "ref_logps" in the batch, got '
+                    f"{', '.join(inputs)}{without}"
+                )
+            return None
+        if self.reference is not None:
+            raise ValueError('reference: expected None beside "ref_logps" in the batch: which one is it?')
+        if loss.reference is None and loss.third is None:
+            raise ValueError(
+                f"ref_logps: in the batch, but {loss.name} reads no reference; leave it out of the batches"
+            )
+        if any(isinstance(c, TrustRegionCallback) for c in self.callback_handler.callbacks):
+            raise ValueError(
+                "ref_logps: go stale where TrustRegionCallback moves the reference; give that as `reference`"
+            )
+        return LogProbs(logps)
+
+    def _at_heads(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[..., Any]) -> AtHead:
+        """loss(policy, reference or None) inside the forward of both."""
+        if self.reference is None:
+            return at_head(model, lambda p: loss(p, None), **inputs)
+        if isinstance(self.reference, str):
+            base: Any = self.accelerator.unwrap_model(model)
+            if hasattr(base.get_output_embeddings(), "modules_to_save"):
+                raise NotImplementedError(
+                    f'reference: "{self.reference}" with a head that the adapter trains in full; give a model'
+                )
+            name = None if self.reference == ADAPTER_OFF else self.reference
+            with torch.no_grad(), as_adapter(base, name), _evaluating(base):
+                hidden, *lora = at_head(model, _states_and_lora, **inputs).out
+            return at_head(model, lambda p: loss(p, _other_adapter(p, hidden, *lora)), **inputs)
+        learns = torch.is_grad_enabled()
+
+        def inside(q: Hidden) -> AtHead:
+            with torch.set_grad_enabled(learns):
+                return at_head(model, lambda p: loss(p, q), **inputs)
+
+        with torch.no_grad():
+            return at_head(self.reference, inside, **inputs).out
+
+    # ---- metrics: sums and counts, for means of batches are not the mean of all -------------------------------------------
+
+    def _data_ranks(self) -> int:
+        """Ranks with batches of their own: those of tensor parallelism share theirs."""
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _rows(self) -> Rows | None:
+        """Of the last batch of an evaluation, where the sampler has filled it up with rows from the beginning."""
+        state, ranks = self.accelerator.gradient_state, self._data_ranks()
+        if (
+            self.model.training
+            or not state.end_of_dataloader
+            or state.remainder <= 0
+            or not self.accelerator.even_batches
+        ):
+            return None
+        loader, left = state.active_dataloader, state.remainder
+        if ranks == 1:
+            return Rows(0, 1, left, left)
+        dispatched = isinstance(loader, DataLoaderDispatcher)
+        each = -(-left // ranks) if dispatched else loader.total_batch_size // ranks
+        return Rows(self.accelerator.process_index // self.get_tp_size(), ranks, each, left)
+
+    def _record(self, found: Any, aux: Tensor | None, here: Tensor | int, rows: int) -> None:
+        sums, filled = self.fused_metrics["train" if self.model.training else "eval"], self._rows()
+        kept, of = (1, 1) if filled is None else (filled.kept(filled.rank), filled.each)
+        parts: Parts = getattr(found, "parts", {})
+        for name, terms in parts.items():
+            sums.add(name, [x if kept == of else x.first(kept, of) for x in terms])
+        weight = here if self.per_token else rows  # of a number that is known as a mean alone
+        for name, x in found.metrics.items():
+            if name not in parts:
+                sums.add(name, [weighted(x, rows if weight is None else weight, kept / of)])
+        if aux is not None:
+            sums.add("aux_loss", [weighted(aux, here, kept / of)])
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if self.model.training:
+            found = self.fused_metrics["train"].values(self.accelerator, self._data_ranks())
+            found.pop("loss", None)  # the Trainer has its own, the mean over steps
+            logs.update(found)
+        super().log(logs, *args, **options)  # type: ignore[misc]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        if inputs.get("cu_seqlens") is not None and not prediction_loss_only:
+            if getattr(self, "compute_metrics", None) is not None:
+                raise ValueError("compute_metrics: expected padded batches, for packed ones have no rows to gather")
+            prediction_loss_only = True
+        self._predicting = True
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        finally:
+            self._predicting = False
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> Any:  # fmt: skip
+        sums = self.fused_metrics["eval"]
+        sums.clear()
+        if not getattr(self.args, "eval_use_gather_object", False):
+            self.gather_function = self._gathered
+        out = super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        found = sums.values(self.accelerator, self._data_ranks())
+        loss = found.pop("loss", None)
+        for name, x in found.items():
+            out.metrics.setdefault(f"{metric_key_prefix}_{name}", x)
+        if (
+            loss is not None and self._loss.entry is not None
+        ):  # of the user's losses nobody knows what is added to the parts
+            out.metrics[f"{metric_key_prefix}_loss"] = loss + (self.aux_loss_coef or 0.0) * found.get("aux_loss", 0.0)
+        return out
+
+    def _gathered(self, x: Any) -> Any:
+        """Of all ranks, without the rows that the sampler has added; accelerate's own takes a batch's rows for the dataset's,
+        and a pair has two."""
+        if isinstance(x, list | tuple):
+            return type(x)(self._gathered(y) for y in x)
+        filled = self._rows()
+        if filled is None or x.dim() < 2:
+            return self.accelerator.gather_for_metrics(x)
+        times = max(len(x) // filled.each, 1)
+        found = self.accelerator.gather(x)[: filled.ranks * len(x)].unflatten(0, (filled.ranks, times, len(x) // times))
+        return torch.cat([part[:, : filled.kept(rank)].flatten(0, 1) for rank, part in enumerate(found)])
+
+
+class TrustRegionCallback(TrainerCallback):
+    """fl.TrustRegion in a Trainer, transformers' or TRL's: reference <- alpha policy + (1 - alpha) reference after every
+    `every`th step of the optimizer.
+
+        trainer.add_callback(TrustRegionCallback(reference, alpha=0.6, every=512))
+
+    reference: the model as the trainer runs it (prepared, sharded). FSDP2's shards are mixed where they lie.
+
+    Checkpoints hold the reference and the schedule too, in a folder of their own, sharded as the reference is; a run that goes
+    on from a checkpoint loads them from there, and raises where they are missing. Log-probs of a reference computed ahead go
+    stale: do not use them with this.
+    """
+
+    def __init__(self, reference: nn.Module, *, alpha: float = 0.6, every: int = 512) -> None:
+        self.reference, self.alpha, self.every = reference, alpha, every
+        self.region: TrustRegion | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if getattr(args, "precompute_ref_log_probs", False):  # TRL's
+            raise ValueError(
+                "precompute_ref_log_probs: expected False, log-probs computed ahead go stale as the reference moves"
+            )
+        self.region = TrustRegion(self.reference, model, self.alpha, self.every)
+        if state.global_step:
+            folder = self._folder(args, state)
+            if not folder.exists():
+                raise FileNotFoundError(
+                    f"reference: training goes on at step {state.global_step}, but {folder} does not hold the reference of "
+                    "that step, which is no longer the one that training began with; if the checkpoint lies elsewhere, copy "
+                    "it to there"
+                )
+            saved = self._state()
+            dcp.load(saved, checkpoint_id=folder, no_dist=not _distributed())
+            self.reference.load_state_dict(saved["reference"])
+            self.region.load_state_dict(saved["region"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.region is not None
+        self.region.step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        dcp.save(self._state(), checkpoint_id=self._folder(args, state), no_dist=not _distributed())
+
+    def _state(self) -> dict[str, Any]:
+        assert self.region is not None
+        return {"reference": self.reference.state_dict(), "region": self.region.state_dict()}
+
+    def _folder(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHECKPOINT
+
+
+def refuse_split_sequences(accelerator: Any) -> None:
+    """Context and sequence parallelism."""
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise NotImplementedError(
+            "parallelism_config: the Trainer splits sequences before labels are shifted; in a loop of your own a loss "
+            "takes sequence_group"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    trains = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(trains)
+
+
+def _states_and_lora(q: Hidden) -> tuple[Any, ...]:
+    """Of a reference: its states, and copies of what an adapter adds to the head, which an engine may take away again."""
+    if q.lora is None:
+        return (q.hidden,)
+    a, b, scaling = q.lora
+    return q.hidden, a.detach().clone(), b.detach().clone(), scaling
+
+
+def _other_adapter(policy: Hidden, hidden: Tensor, *lora: Any) -> Hidden:
+    """The distribution of the same model under another adapter, or none: other states, the same head but for LoRA on it."""
+    bias = None if policy.bias is None else policy.bias.detach()
+    return replace(policy, hidden=hidden, weight=policy.weight.detach(), bias=bias, lora=Lora(*lora) if lora else None)
+
+
+def _flat(source: Any) -> Any:
+    """States [1, total, H] as a packed batch has them: [total, H]."""
+    return replace(source, hidden=source.hidden.flatten(0, -2)) if isinstance(source, Hidden) else source
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def share_of(here: Tensor | int, items: Tensor | int) -> Tensor | float:
+    """What part of a step a micro-batch is; 0 where nothing counts at all."""
+    if isinstance(items, Tensor):
+        return here / items.clamp(min=1)
+    return here / max(items, 1)
+
+
+def _with_aux(loss: Tensor, aux: Tensor | None, coefficient: float | None, share: Tensor | float = 1.0) -> Tensor:
+    """share: of the micro-batch in what the loss is divided by. An auxiliary loss is a mean already: those of all micro-batches
+    and ranks are to make one mean, as the losses make one sum."""
+    if aux is None:
+        if coefficient:
+            raise ValueError(
+                f"aux_loss_coef: got {coefficient}, but the model returned no auxiliary loss; set "
+                "model.config.output_router_logits = True, or aux_loss_coef=None"
+            )
+        return loss
+    if coefficient is None:
+        raise ValueError(
+            "aux_loss_coef: the model returns an auxiliary loss (a mixture's load balance); give its weight, such as "
+            "model.config.router_aux_loss_coef, or 0.0"
+        )
+    return loss + coefficient * share * aux
+
+
+def _counts_tokens(loss: Loss, per_token: bool | None) -> bool:
+    """Whether num_items of a loss counts tokens."""
+    if loss.entry is None:
+        if per_token is None:
+            raise ValueError(
+                f"per_token: expected True or False for {loss.name}, which is no loss of this library, got None"
+            )
+        return bool(per_token)
+    if per_token not in (None, loss.unit == "tokens"):
+        raise ValueError(f"per_token: {loss.name} is a loss of {loss.unit}, got {per_token}")
+    return loss.unit == "tokens"
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """The rows of the dataset in the last batch of all ranks: each rank has `each`, of which `left` are not repeated."""
+
+    rank: int
+    ranks: int
+    each: int
+    left: int
+
+    def kept(self, rank: int) -> int:
+        return min(max(self.left - rank * self.each, 0), self.each)
+
+
+class Sums:
+    """Running sums of the parts of metrics: two numbers for each term, however many batches they are of."""
+
+    def __init__(self) -> None:
+        self.terms: dict[str, list[Tensor]] = {}
+        self.kinds: dict[str, str] = {}
+
+    def clear(self) -> None:
+        self.terms.clear()
+
+    def add(self, name: str, parts: list[Part] | tuple[Part, ...]) -> None:
+        device = parts[0].amounts.device.type
+        new = [x.sums(torch.float64 if device in ("cpu", "cuda") else torch.float32) for x in parts]
+        seen = self.terms.setdefault(name, new)
+        if seen is not new:
+            for total, x in zip(seen, new, strict=True):
+                total += x
+        self.kinds[name] = parts[0].kind
+
+    def values(self, accelerator: Any, ranks: int) -> dict[str, float]:
+        """Of all ranks, cleared: one collective, one synchronisation. Without means of nothing."""
+        every = [x for terms in self.terms.values() for x in terms]
+        if not every:
+            return {}
+        gathered = accelerator.gather(torch.stack(every)[None])
+        rows = iter(
+            (gathered.sum(0) * ranks / len(gathered)).tolist()
+        )  # ranks of tensor parallelism have the same numbers
+        found: dict[str, float] = {}
+        for name, terms in self.terms.items():
+            pairs = [next(rows) for _ in terms]
+            if self.kinds[name] == "sum":
+                found[name] = sum(x for x, _ in pairs)
+            elif all(n for _, n in pairs):
+                found[name] = sum(x / n for x, n in pairs)
+        self.clear()
+        return found
+
+
+def weighted(x: Tensor, count: Tensor | int, share: float) -> Part:
+    """Of a number that is a mean over `count` units, of which a share is to count."""
+    counts = torch.as_tensor(count, device=x.device).to(x.dtype) * share
+    return Part((x.detach() * counts).reshape(1), counts.reshape(1))

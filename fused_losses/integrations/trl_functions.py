@@ -1,0 +1,125 @@
+"""Functions of TRL under TRL's names, arguments and defaults (1.16), for code that calls those: exchange the import.
+
+What differs: results are float32 for low-precision logits, as TRL's own GPU kernel returns them (its eager code returns the
+logits' dtype, rounded); a token out of range is an error on a CPU and NaN on a GPU; one more differentiation is an error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.inputs import Logits, TokenStats
+from ..engine.logits_at import stats_at
+from ..engine.token_stats import token_stats
+from ..losses.distillation import distillation_loss
+from ..losses.shared import divided, read_count
+
+__all__ = ["entropy_from_logits", "generalized_jsd_loss", "selective_log_softmax", "selective_log_softmax_and_entropy"]
+
+SKIPPED = -(1 << 31)  # the label of a row that is skipped: no index of the caller's means that by chance
+REDUCTIONS = ("batchmean", "sum", "mean")
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """log softmax(logits / temperature) at index (trl.trainer.utils): one pass over the logits, and one for their gradient.
+
+    logits [..., V]; index [...], or [..., K] for K tokens of each row. row_mask: shaped as index; where it is 0 so is the
+    result, and the gradient. Returns the shape of index.
+    """
+    return _selected(logits, index, temperature, row_mask, entropy=False)[0]
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """selective_log_softmax, and the entropy [...] of each row in the same pass (trl.trainer.utils)."""
+    if row_mask is not None and isinstance(index, Tensor) and index.dim() == logits.dim():
+        raise ValueError(f"row_mask: goes with one index per row here, got index {list(index.shape)}")
+    logps, entropy = _selected(logits, index, temperature, row_mask, entropy=True)
+    assert entropy is not None
+    return logps, entropy if entropy_requires_grad else entropy.detach()
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """- sum_v p_v log p_v of each row of logits [..., V] (trl.trainer.utils). chunk_size means nothing: no row is copied."""
+    _check_logits("logits", logits)
+    entropy = token_stats(logits, _none(logits), entropy=True, ignore_index=SKIPPED).entropy
+    assert entropy is not None
+    return entropy
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, beta: float = 0.5,
+    temperature: float = 1.0, reduction: str = "batchmean", num_items_in_batch: int | float | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """GKD's divergence of logits [B, T, V], both divided by temperature (trl.experimental.gkd.GKDTrainer): 2306.13649 eq. 1.
+
+        m = beta teacher + (1 - beta) student,    beta KL(teacher || m) + (1 - beta) KL(student || m),    summed over tokens
+
+    and KL(teacher || student) at beta = 0, KL(student || teacher) at beta = 1. labels: tokens of label -100 are left out.
+
+    reduction of the sum: "batchmean" divides by the tokens that count with labels, and by B without; "mean" by those tokens
+    times V, "sum" by nothing; num_items_in_batch, if given, is what all of them divide by. TRL's "none" is a tensor [..., V],
+    which is what this function is there to avoid: for a number per token see fl.distillation_loss(reduction="none").
+    """
+    for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        _check_logits(name, x)
+    num_items_in_batch = read_count("num_items_in_batch", num_items_in_batch)
+    if reduction not in REDUCTIONS and num_items_in_batch is None:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    y = _none(student_logits) if labels is None else torch.where(labels == -100, SKIPPED, 0)
+    student, teacher = (Logits(x, temperature=temperature) for x in (student_logits, teacher_logits))
+    total = distillation_loss(student, y, teacher, beta=beta, reduction="sum", ignore_index=SKIPPED).loss
+    if num_items_in_batch is not None:
+        return divided(total, num_items_in_batch)
+    if reduction == "sum":
+        return total
+    count = y.numel() if labels is None else (y != SKIPPED).sum()
+    if reduction == "mean":
+        count = count * student_logits.shape[-1]
+    elif labels is None:
+        count = student_logits.shape[0]
+    return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def _selected(
+    logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    _check_logits("logits", logits)
+    if (
+        not isinstance(index, Tensor)
+        or index.shape[: logits.dim() - 1] != logits.shape[:-1]
+        or index.dim() > logits.dim()
+    ):
+        wanted = f"{list(logits.shape[:-1])} or {[*logits.shape[:-1], 'K']}"
+        raise ValueError(f"index: expected {wanted}, got {list(getattr(index, 'shape', []))}")
+    if row_mask is not None and row_mask.shape != index.shape:
+        raise ValueError(f"row_mask: expected {list(index.shape)} as index is, got {list(row_mask.shape)}")
+    source, keep = Logits(logits, temperature=temperature), None if row_mask is None else row_mask != 0
+    if index.dim() == logits.dim() - 1:
+        labels = index.long() if keep is None else index.long().masked_fill(~keep, SKIPPED)
+        stats = token_stats(source, labels, entropy=entropy, ignore_index=SKIPPED)
+        return stats.logps, stats.entropy
+    keep = torch.ones_like(index, dtype=torch.bool) if keep is None else keep
+    labels = _none(logits).masked_fill(~keep.any(-1), SKIPPED)
+    stats, z = stats_at(source, labels, index, keep, entropy=entropy, ignore_index=SKIPPED)
+    return _less(z, stats).masked_fill(~keep, 0), stats.entropy
+
+
+def _less(z: Tensor, stats: TokenStats) -> Tensor:
+    assert stats.lse is not None
+    return z - stats.lse.unsqueeze(-1)
+
+
+def _none(logits: Tensor) -> Tensor:
+    """A label for each row, where none matters."""
+    return torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+
+
+def _check_logits(name: str, logits: object) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")

@@ -1,0 +1,191 @@
+"""LTA-Thinker: semantic alignment and reasoning focus of latent thoughts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from ...core.inputs import FLOATS, Source, check_labels
+from ...core.layout import stats_dtype
+from ...engine.evaluate import Tokens
+from ...engine.shards import span_of
+from ...engine.token_stats import token_stats
+from ..shared import (
+    Count,
+    Entry,
+    LossOutput,
+    Needs,
+    Part,
+    check_positive,
+    check_reduction,
+    check_sequences,
+    counting_mask,
+    divided,
+    fused,
+    loss_and_nll,
+    output,
+    read_count,
+    reduced,
+    sequence_part,
+)
+
+__all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
+
+NEVER = -1e30  # the logit of a step that is not there: finite, so that rows without any stay numbers
+
+
+def semantic_alignment_loss(
+    question: Tensor, thoughts: Tensor, *, mask: Tensor | None = None, reduction: str = "mean",
+    num_items: Count | None = None,
+) -> Tensor:  # fmt: skip
+    """Latent thoughts that mean what the question means (LTA-Thinker, 2509.12875): for each example the mean over thoughts of
+
+        KL(P || Q_j),    P = softmax(question), Q_j = softmax(thoughts_j)
+
+    The softmax is over the H hidden dimensions, without temperature, and both sides get their gradient, as in the released
+    code. An example without thoughts counts 0.
+
+    Args:
+        question: hidden states [B, H]. thoughts: [B, J, H], of the same dtype.
+        mask: bool [B, J], the thoughts that count.
+        reduction, num_items: as in preference_loss, over examples. Returns a tensor, float32 or wider.
+    """
+    _check_states(question, {"thoughts": thoughts}, {"thoughts": mask})
+    count = thoughts.shape[1]
+    labels = torch.zeros(thoughts.shape[:2], dtype=torch.int64, device=thoughts.device)
+    labels = labels if mask is None else labels.masked_fill(~mask, -100)
+    p = question[:, None].expand(-1, count, -1)  # never copied: rows may lie on strides of 0
+    kl = token_stats(thoughts, labels, p, divergence="forward_kl").divergence["forward_kl"]
+    counts = max(count, 1) if mask is None else mask.sum(1).clamp(min=1)
+    return reduced(kl.sum(1) / counts, reduction, num_items)
+
+
+def reasoning_focus_loss(
+    question: Tensor, steps: Tensor, answers: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1,
+    reduction: str = "mean", num_items: Count | None = None,
+) -> Tensor:  # fmt: skip
+    """A question close to the reasoning step that is closest to its answer (LTA-Thinker, 2509.12875), for each example
+
+        -log softmax_s( cos(steps_s, question) / temperature )[k],    k = argmax_s cos(steps_s, answers), a constant
+
+    InfoNCE with the other steps of the same example as negatives. An example without steps counts 0 (the released code adds
+    log S, a constant).
+
+    Args:
+        question: hidden states [B, H]. steps: [B, S, H]. answers: [B, H], the mean of the input embeddings of the answer's
+            tokens; only its direction matters, and it gets no gradient.
+        mask: bool [B, S], the steps that there are.
+        reduction, num_items: as in preference_loss, over examples. Returns a tensor, float32 or wider.
+    """
+    _check_states(question, {"steps": steps, "answers": answers}, {"steps": mask})
+    check_positive(temperature=temperature)
+    wide = stats_dtype(steps)
+    there = torch.ones(steps.shape[:2], dtype=torch.bool, device=steps.device) if mask is None else mask
+    if steps.shape[1] == 0:
+        return reduced(steps.to(wide).sum((1, 2)) + question[:, :0].to(wide).sum(1), reduction, num_items)
+    c = normalize(steps.to(wide).masked_fill(~there[..., None], 0), dim=-1)  # what is not there may be NaN
+
+    def cosines(x: Tensor) -> Tensor:
+        return (c * normalize(x.to(wide), dim=-1)[:, None]).sum(-1)
+
+    to_answer = cosines(answers).detach().masked_fill(~there, NEVER)
+    scores = (cosines(question) / temperature).masked_fill(~there, NEVER)
+    losses = cross_entropy(scores, to_answer.argmax(-1), reduction="none")
+    losses = losses + 0 * to_answer.amax(-1)  # a NaN, which argmax hides
+    return reduced(losses.where(there.any(-1), 0), reduction, num_items)
+
+
+def lta_thinker_loss(
+    policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
+    weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
+    step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
+    num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Any,
+) -> LossOutput:  # fmt: skip
+    """LTA-Thinker (2509.12875): with the released code's weights
+
+        0.33 cross entropy + 0.33 reasoning_focus_loss + 0.33 semantic_alignment_loss
+
+    The cross entropy is the mean over all tokens of the batch, the others are means over its sequences. Units are sequences:
+    each has its share of the cross entropy, S / tokens times its own sum. The released code drops the last two in eval mode;
+    here they are computed whenever they are asked for.
+
+    Args:
+        policy: of the language model. labels: [S, T], or packed with cu_seqlens [S + 1]. The options of a batch are those of
+            preference_loss; when gradients accumulate, num_items and num_nll_tokens are the sequences and the tokens that
+            count of the whole batch.
+        question, thoughts, steps, answers, thought_mask, step_mask, temperature: of the S sequences, as in the two losses.
+        weights: of cross entropy, reasoning focus and semantic alignment; each >= 0.
+
+    With sequence_group, question, thoughts and steps are those of all sequences on every rank, and get all of their gradient on
+    every rank: where gradients are summed over the group, let them require grad on one alone.
+
+    metrics: sft, reasoning_focus and semantic_alignment, before weights; entropy if asked for.
+    """
+    labels = check_labels(labels)
+    sequences = check_sequences(labels, cu_seqlens, batch.get("sequence_group"))
+    check_weights(weights)
+    if isinstance(question, Tensor) and question.dim() and question.shape[0] != sequences:
+        raise ValueError(f"question: expected [{sequences}, H], one for each sequence, got {list(question.shape)}")
+    batch["sequence_group"] = span = span_of(labels, cu_seqlens=cu_seqlens, **batch)
+    tokens_that_count = span.summed(counting_mask(labels, cu_seqlens=cu_seqlens, **batch).sum()).clamp(min=1)
+    by, times = read_count("num_nll_tokens", num_nll_tokens), check_reduction(reduction, num_items)
+    by, times = (tokens_that_count, sequences) if by is None else (by, sequences if times is None else times)
+
+    def formula(tokens: Tokens) -> Tensor:
+        return -weights[0] * divided(tokens.sums(tokens.logps) * times, by)
+
+    focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
+    alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
+    found = fused(
+        formula, policy, labels, None, Needs("sequence"), cu_seqlens=cu_seqlens, reduction=reduction, num_items=num_items,
+        **batch,
+    )  # fmt: skip
+    more, tokens = weights[1] * focus + weights[2] * alignment, found.tokens
+    parts: dict[str, Any] = {"reasoning_focus": Part(focus.detach()), "semantic_alignment": Part(alignment.detach())}
+    parts["sft"] = sequence_part(tokens, -tokens.logps)
+    if tokens.entropy is not None:
+        parts["entropy"] = sequence_part(tokens, tokens.entropy)
+    losses = None if found.losses is None else found.losses + more.detach()
+    found = found._replace(loss=found.loss + reduced(more, reduction, num_items), losses=losses)
+    return output(found, parts | loss_and_nll(found, parts["sft"], weights[0], times, by))
+
+
+def check_weights(weights: tuple[float, float, float]) -> None:
+    if len(weights) != 3 or not all(isinstance(x, int | float) and 0 <= x < float("inf") for x in weights):
+        raise ValueError(f"weights: expected three finite numbers >= 0, got {weights!r}")
+
+
+def _check_states(question: Tensor, others: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
+    for name, x in ({"question": question} | others).items():
+        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if question.dim() != 2:
+        raise ValueError(f"question: expected [B, H], got {list(question.shape)}")
+    b, h = question.shape
+    for name, x in others.items():
+        middle = () if name == "answers" else x.shape[1:2]
+        if x.shape != (b, *middle, h) or (name != "answers" and x.dim() != 3):
+            words = f"[{b}, {h}]" if name == "answers" else f"[{b}, any, {h}]"
+            raise ValueError(f"{name}: expected {words} for question {[b, h]}, got {list(x.shape)}")
+        if x.dtype != question.dtype or x.device != question.device:
+            raise TypeError(
+                f"{name}: expected {question.dtype} on {question.device} as question, got {x.dtype} on {x.device}"
+            )
+    for name, mask in masks.items():
+        want = others[name].shape[:2]
+        if mask is not None and (mask.shape != want or mask.dtype != torch.bool):
+            raise ValueError(f"mask: expected bool {list(want)} as {name}, got {mask.dtype} {list(mask.shape)}")
+
+
+ENTRIES = [
+    Entry(
+        lta_thinker_loss, "sequences", "2509.12875", {"": {}, "weights": {"weights": (1.0, 0.5, 0.2), "temperature": 0.3}},
+        ref="unused", inputs={
+            "question": "vector per sequence", "thoughts": "vectors per sequence", "steps": "vectors per sequence",
+            "answers": "vector per sequence",
+        },
+    )
+]  # fmt: skip

@@ -1,0 +1,145 @@
+"""UPO: a preference loss with advantage-weighted log-likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.inputs import FLOATS, Source, check_labels, ordinary
+from ...core.layout import stats_dtype
+from ...engine.shards import span_of
+from ..preference import preference_loss
+from ..shared import (
+    Count,
+    Entry,
+    LossOutput,
+    Part,
+    check_per_sequence,
+    check_positive,
+    check_sequences,
+    reduced,
+    sequences_of,
+    with_parts,
+)
+
+__all__ = ["expectile_loss", "upo_loss"]
+
+LARGEST = 80.0  # the exponent of a weight that nobody clips: what e^x still holds in float32
+
+
+def upo_loss(
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None,
+    advantages: Tensor | tuple[Tensor, Tensor],
+    *,
+    base: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid",
+    tau: float = 1.0,
+    weight: float = 1.0,
+    clip: float | None = None,
+    reduction: str = "mean",
+    num_items: Count | None = None,
+    cu_seqlens: Tensor | None = None,
+    **options: Any,
+) -> LossOutput:
+    """Unified preference optimisation (2405.17956): a preference loss, and rewards beside preferences by weighted likelihood.
+
+        base - weight w log p(y | x)        w = min(exp(A / tau), clip), a constant        A = R(x, y) - V(x)
+
+    What the paper's text says: an auxiliary reward is added to a preference loss (its own is KTO) as a weighted maximum
+    likelihood, with no sampling, clipping or bootstrapping. Our reading, for there is no public code: the advantage-weighted
+    form of w, per sequence, with log p(y | x) summed over tokens; and values learned by expectile_loss. tau, weight and clip
+    are yours to choose; the paper's are not known to us. (ERNIE 4.5's UPO is something else.)
+
+    Args:
+        policy, labels, ref: as the base has them.
+        advantages: [S], one for each sequence, chosen first; or (rewards, values), both [S]. Without gradient: add
+            expectile_loss to train the values.
+        base: a loss name of preference_loss, or several; or a loss of pairs or of sequences itself, such as fl.kto_loss or
+            fl.tdpo_loss.
+        clip: None: weights are finite all the same, at most e^80.
+        options: the base's, with those of a batch (desirable=... for fl.kto_loss).
+        reduction: over the base's units. A pair has the mean of its two weighted likelihoods, so that they are averaged over
+            sequences with any base. num_items: the units of the whole batch.
+
+    metrics: the base's; advantages and weights, means over sequences; nll, the mean of -log p(y | x).
+    """
+    labels, cu_seqlens = check_labels(labels), None if cu_seqlens is None else ordinary(cu_seqlens)
+    check_positive(tau=tau, weight=weight, **({} if clip is None else {"clip": clip}))
+    sequences = check_sequences(labels, cu_seqlens, options.get("sequence_group"))
+    a = check_advantages(advantages, sequences, labels.device)
+    if not callable(base) and "loss" in options:
+        raise TypeError(f"loss: the base loss is `base`, here {base!r}")
+    call = base if callable(base) else partial(preference_loss, loss=base)
+    out = call(policy, labels, ref=ref, cu_seqlens=cu_seqlens, reduction="none", **options)
+    tokens = sequences_of(out.stats, cu_seqlens, span_of(labels, cu_seqlens=cu_seqlens, **options))
+    nll = -tokens.sums(tokens.logps)
+    w = (a / tau).clamp(max=LARGEST if clip is None else math.log(clip)).exp().to(nll.dtype)
+    losses = out.loss + weight * _per_unit(w * nll, out.loss)
+    parts: dict[str, Part | tuple[Part, ...]] = {**out.parts, "loss": Part(losses.detach())}
+    for name, x in (("advantages", a), ("weights", w), ("nll", nll)):
+        each = x.detach().view(len(x) // max(len(losses), 1), len(losses)).t()  # of a unit: one, or chosen and rejected
+        parts[name] = Part(each, torch.ones_like(each))
+    made = with_parts(reduced(losses, reduction, num_items), out.stats, parts)
+    return replace(made, metrics=out.metrics | made.metrics)  # those of a base of somebody's own, without parts
+
+
+def _per_unit(x: Tensor, losses: Tensor) -> Tensor:
+    """[S], as the base's losses are: a pair's mean, or the sequence's own."""
+    if losses.shape == x.shape:
+        return x
+    if losses.shape != (len(x) // 2,):
+        raise ValueError(
+            f"base: expected losses of sequences [{len(x)}] or pairs [{len(x) // 2}] for reduction='none', got "
+            f"{list(losses.shape)}"
+        )
+    chosen, rejected = x.tensor_split(2)
+    return (chosen + rejected) / 2
+
+
+def check_advantages(advantages: Tensor | tuple[Tensor, Tensor], count: int, device: torch.device) -> Tensor:
+    if isinstance(advantages, Tensor):
+        check_per_sequence("advantages", advantages, count, device, FLOATS)
+        return advantages.detach()
+    if not isinstance(advantages, tuple) or len(advantages) != 2:
+        raise TypeError(f"advantages: expected a tensor or (rewards, values), got {type(advantages).__name__}")
+    for name, x in zip(("rewards", "values"), advantages, strict=True):
+        check_per_sequence(name, x, count, device, FLOATS)
+    return advantages[0].detach() - advantages[1].detach()
+
+
+def expectile_loss(
+    rewards: Tensor,
+    values: Tensor,
+    q: float = 0.7,
+    *,
+    reduction: str = "mean",
+    num_items: Count | None = None,
+) -> Tensor:
+    """Regression of values to the q-expectile of rewards, as implicit Q-learning does (2110.06169 eq. 5, q = 0.7 there):
+
+        |q - 1(R < V)| (R - V)^2,    at q = 1/2 half the squared error
+
+    rewards, values: [...], of the same shape. The gradient is the values' alone. A reading of how UPO gets its values: see
+    upo_loss. Returns a tensor, float32 or wider.
+    """
+    if not isinstance(q, int | float) or not 0 < q < 1:
+        raise ValueError(f"q: expected a number in (0, 1), got {q!r}")
+    if values.shape != rewards.shape:
+        raise ValueError(f"values: expected {list(rewards.shape)} as rewards, got {list(values.shape)}")
+    off = rewards.detach().to(stats_dtype(rewards)) - values
+    return reduced((q - (off < 0).to(off.dtype)).abs() * off.square(), reduction, num_items)
+
+
+ENTRIES = [
+    Entry(
+        upo_loss, "pairs", "2405.17956", {"": {}, "tau": {"tau": 0.5, "weight": 0.2, "clip": 1.5, "beta": 0.3}},
+        ref="optional", inputs={"advantages": "per sequence"},
+    )
+]  # fmt: skip

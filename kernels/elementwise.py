@@ -1,0 +1,166 @@
+"""Triton device functions: the words of core/elementwise.py, and jit() that compiles a formula written in them."""
+
+import functools
+import types
+
+import triton
+import triton.language as tl
+
+from ..core import elementwise
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+HUGE = tl.constexpr(elementwise.HUGE)
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def in_bits(x, shift):
+    """x log2(e) - shift, rounded once: the interpreter's own fma rounds twice."""
+    if INTERPRET:
+        return (x.to(tl.float64) * LOG2E - shift.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(x, LOG2E, -shift)
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def log(x):
+    return tl.log(x)
+
+
+@triton.jit
+def absolute(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def maximum(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def where(c, x, y):
+    return tl.where(c, x, y)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0.0))
+
+
+@triton.jit
+def sigmoid(x):
+    e = exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + log1p(exp(-tl.abs(x)))
+
+
+@triton.jit
+def cap(x):
+    return tl.minimum(x, 80.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finite_exp(x):
+    return tl.where(x > 88.0, 0.0, exp(x))
+
+
+@triton.jit
+def _expm1_near(t):  # Taylor: relative error below 2^-24 for |t| <= 1/4
+    u = 1 / 120 + t * (1 / 720)
+    u = 1 / 24 + t * u
+    u = 1 / 6 + t * u
+    u = 0.5 + t * u
+    return t + t * t * u
+
+
+@triton.jit
+def expm1(t):
+    return tl.where(tl.abs(t) < 0.25, _expm1_near(t), exp(t) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for -1 < x <= 1 to 1e-7 relative: x itself is kept where 1 + x needs no scaling, so none of it is lost.
+
+    1 + x = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]; the cubic's tail is a least-squares fit, relative error 7e-9.
+    """
+    y = 1.0 + x
+    bits = y.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23
+    f = tl.where(e == 0, x, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
+    u = 0.126203363 + f * -0.0736289434
+    u = -0.132020969 + f * u
+    u = 0.142271118 + f * u
+    u = -0.166213706 + f * u
+    u = 0.199998267 + f * u
+    u = -0.250008519 + f * u
+    u = 0.33333354 + f * u
+    return f + f * f * (f * u - 0.5) + e.to(tl.float32) * LN2
+
+
+@triton.jit
+def difference(p, q, t):
+    return tl.where(tl.abs(t) < 0.25, q * _expm1_near(t), p - q)
+
+
+@triton.jit
+def logmix(t, w):
+    inner = expm1(-tl.abs(t)) * tl.where(t > 0, 1.0 - w, w)
+    common = log1p(inner)
+    return common + tl.maximum(t, 0.0), common + tl.maximum(-t, 0.0)
+
+
+@triton.jit
+def bounded(t):
+    return tl.where(tl.abs(t) > HUGE, 0.0, t)
+
+
+@triton.jit
+def tanh(x):
+    e = expm1(2.0 * tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL))
+    y = e / (e + 2.0)
+    return tl.where(x < 0, -y, y)
+
+
+LN2_HI = tl.constexpr(0.693359375)  # LN2_HI k is exact for integers |k| < 2^15
+LN2_LO = tl.constexpr(-2.12194440e-4)
+
+
+@triton.jit
+def rescale(x):
+    return tl.exp2(x)
+
+
+@triton.jit
+def nats(x):
+    return x * LN2
+
+
+@triton.jit
+def frame(c, mp, mq):
+    apart = mp - mq  # whole bits
+    return (c - apart * LN2_HI) - apart * LN2_LO
+
+
+@functools.cache
+def jit(formula):
+    """The Triton twin of a formula: the same source, its words looked up here, its constants made constexpr."""
+    names = {"__builtins__": __builtins__, "__name__": formula.__module__, "tl": tl}  # the interpreter looks for tl
+    for name in formula.__code__.co_names:
+        if name in globals():
+            names[name] = globals()[name]
+        elif isinstance(value := formula.__globals__[name], types.FunctionType):
+            names[name] = jit(value)
+        else:
+            names[name] = tl.constexpr(value)
+    return triton.jit(types.FunctionType(formula.__code__, names, formula.__name__, formula.__defaults__))
