@@ -8,12 +8,12 @@ from helpers import least_workspace, relative
 from test_family import Batch
 
 import fused_losses as fl
-from fused_losses.losses.policy_gradient import LOSSES
+from fused_losses.core.options import GRPO_LOSSES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MORE = {"dr_grpo": {"max_completion_length": 11}, "cispo": {"epsilon_high": 1.5}}
-EVERY = [{"loss": name, **MORE.get(name, {})} for name in LOSSES]
+EVERY = [{"loss": name, **MORE.get(name, {})} for name in GRPO_LOSSES]
 
 
 def batch(s=4, t=6, dtype=torch.float64):

@@ -10,8 +10,8 @@ import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.backends import torch_backend
 from fused_losses.core import margin_losses
+from fused_losses.core.options import SORTED, UNLINKED
 from fused_losses.engine import evaluate, logits_ops
-from fused_losses.losses.pair_losses import SORTED, UNLINKED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

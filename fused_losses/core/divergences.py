@@ -495,3 +495,6 @@ def parse(divergence: str | Divergence | Sequence[str | Divergence] | None) -> t
         )
     found = [from_key(d) for d in divergence]
     return tuple({d.key: d for d in found}.values())
+
+
+Asked = str | Divergence | Sequence[str | Divergence] | None

@@ -108,3 +108,7 @@ def rows_view(x: Tensor, trailing: int) -> Tensor:
     return x.as_strided(
         (outer[0], inner[0], *x.shape[lead:]), (outer[1], inner[1], *x.stride()[lead:]), x.storage_offset()
     )  # fmt: skip
+
+
+def labels_mask(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
+    return (labels[..., 1:] if shift else labels) != ignore_index

@@ -20,13 +20,14 @@ from torch import Tensor
 from ..backends import backend_module, choose
 from ..core.divergences import Divergence
 from ..core.inputs import Hidden, Logits, LogProbs, Source, TokenStats, as_source, ordinary
-from ..core.layout import shift_packed, shifted_labels
+from ..core.layout import labels_mask, shift_packed, shifted_labels
+from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
 from .plan_chunks import Grads, Outputs
 from .plan_rows import Block, Units, row_blocks
 from .prepare import How, Request, request
 from .shards import Span, span_of
-from .token_stats import apart, check_sources, given_logps, labels_mask, pack_stats, token_stats
+from .token_stats import apart, check_sources, pack_stats, token_stats
 
 EACH = {"sequence": 1, "pair": 2}  # sequences a unit
 REF = "ref_logps"  # among the extras, where the reference comes as log-probs

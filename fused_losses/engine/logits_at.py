@@ -16,12 +16,12 @@ from torch.nn.functional import pad
 from ..backends import choose
 from ..backends.torch_backend import _head as head
 from ..core.inputs import Hidden, Logits, TokenStats
-from ..core.layout import collapse, shifted_labels
+from ..core.layout import collapse, labels_mask, shifted_labels
 from . import logits_ops
 from .prepare import How
 from .prepare import _inputs as inputs_of
 from .projection import HiddenSide, Inputs
-from .token_stats import check_sources, labels_mask, pack_stats, token_stats
+from .token_stats import check_sources, pack_stats, token_stats
 
 BYTES = 64 << 20
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module
-from ..core.divergences import Divergence, parse
+from ..core.divergences import Asked, Divergence, parse
 from ..core.inputs import Hidden, Logits, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
 from . import plan_chunks
 from .hidden_ops import sides_of
 from .prepare import How, request
-from .token_stats import Asked
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..core.divergences import Divergence, parse
+from ..core.divergences import Asked, Divergence, parse
 from ..core.inputs import (
     Hidden,
     Logits,
@@ -22,11 +22,10 @@ from ..core.inputs import (
     check_pair,
     unlike,
 )
-from ..core.layout import collapse, shifted_labels, stats_dtype
+from ..core.layout import collapse, labels_mask, shifted_labels
+from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
 from .prepare import How, is_hidden, request
-
-Asked = str | Divergence | Sequence[str | Divergence] | None
 
 
 def token_stats(
@@ -209,21 +208,6 @@ def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest)
     divergence = {k: torch.stack([p.divergence[k] for p in parts]) for k in first.divergence}
     names = ("logps", "ref_logps", "entropy", "lse", "mask", "correct", "collision")
     return TokenStats(divergence=divergence, **{n: joined(n) for n in names})  # type: ignore[arg-type]
-
-
-def labels_mask(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
-    return (labels[..., 1:] if shift else labels) != ignore_index
-
-
-def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
-    """Precomputed per-token log-probs, zero where the mask is False."""
-    if source.logps.shape != mask.shape:
-        raise ValueError(
-            f"{name}: expected fl.LogProbs {list(mask.shape)}, one for each output token, got {list(source.logps.shape)}"
-        )
-    if source.logps.device != mask.device:
-        raise ValueError(f"{name}: expected fl.LogProbs on {mask.device} as the labels are, got {source.logps.device}")
-    return source.logps.to(stats_dtype(source.logps)).masked_fill(~mask, 0)  # sums of bfloat16 numbers saturate
 
 
 def apart(

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..core.inputs import Hidden, LogProbs, Lora, Source
+from ..core.outputs import Part, Parts
 from ..losses import LossOutput, cross_entropy_loss, kto_baseline
-from ..losses.shared import Part, Parts
 from ..nn.at_head import AtHead, at_head
 from ..nn.trust_region import TrustRegion
 from .adapters import adapter_tensors, as_adapter, check_adapter

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.inputs import Logits, TokenStats
+from ..core.validation import divided, read_count
 from ..engine.logits_at import stats_at
 from ..engine.token_stats import token_stats
 from ..losses.distillation import distillation_loss
-from ..losses.shared import divided, read_count
 
 __all__ = ["entropy_from_logits", "generalized_jsd_loss", "selective_log_softmax", "selective_log_softmax_and_entropy"]
 

@@ -32,10 +32,9 @@ from trl.trainer.utils import use_adapter
 
 from ..core.divergences import Divergence, get
 from ..core.inputs import Hidden, LogProbs
+from ..core.options import check_kto_options, pair_loss_config
 from ..engine.token_stats import token_stats
-from ..losses import distillation_loss, kto_loss, preference_loss
-from ..losses.pair_losses import read_options
-from ..losses.unpaired import check_kto_options
+from ..losses import LOSSES, distillation_loss, kto_loss, preference_loss
 from ..nn.at_head import AtHead, at_head
 from .transformers import TrustRegionCallback, refuse_split_sequences
 from .trl_patch import TESTED, mean_logits
@@ -175,7 +174,7 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
                 f"label_smoothing: TRL's loss_type 'sigmoid' does not read it, expected 0, got {self.label_smoothing}; "
                 "'robust' does"
             )
-        read_options(True, **self.fused_options)
+        pair_loss_config(True, **self.fused_options, known=LOSSES)
         self._follow()
 
     @property

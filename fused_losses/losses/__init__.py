@@ -14,6 +14,8 @@ upo                  UPO
 lta_thinker          LTA-Thinker
 """
 
+from ..core.outputs import LossOutput
+from ..core.running_delta import RunningDelta
 from . import (
     cross_entropy,
     distillation,
@@ -41,10 +43,10 @@ from .preference_matching import (  # fmt: skip
     preference_matching_reward,
 )
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
-from .shared import Entry, LossOutput
+from .shared import Entry
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
-from .unpaired import RunningDelta, bco_loss, kto_baseline, kto_loss
+from .unpaired import bco_loss, kto_baseline, kto_loss
 
 MODULES = (
     preference,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core.inputs import TokenStats, kind_of
-from .shared import check_pairs, sequences_of
+from ..core.validation import check_pairs
+from .shared import sequences_of
 
 __all__ = ["Calibration", "calibration"]
 

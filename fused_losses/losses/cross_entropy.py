@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..core.divergences import get
 from ..core.inputs import Logits, LogProbs, Source, as_source, check_labels
+from ..core.outputs import LossOutput
+from ..core.validation import check_weights
 from ..engine.evaluate import Tokens
 from ..engine.shards import shard_of
 from .distillation import token_means
-from .shared import Entry, LossOutput, Needs, check_weights, fused, output
+from .shared import Entry, Needs, fused, output
 
 __all__ = ["cross_entropy_loss"]
 

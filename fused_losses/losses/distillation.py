@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ..core.divergences import Divergence, from_key, get
 from ..core.inputs import Source, as_source, check_labels
+from ..core.outputs import LossOutput, Part
+from ..core.validation import check_weights
 from ..engine.evaluate import Tokens
-from .shared import Entry, Fused, LossOutput, Needs, Part, check_weights, fused, output, token_part
+from .shared import Entry, Fused, Needs, fused, output, token_part
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
 

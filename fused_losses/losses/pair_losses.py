@@ -7,46 +7,22 @@ of the margin, plain torch on the sequences' sums where it is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from ..core.divergences import Divergence, from_key
 from ..core.margin_losses import TERMS
+from ..core.options import (
+    EXO_EPSILON,
+    PairLossConfig,
+)
+from ..core.validation import Count, divided
 from ..engine.evaluate import Tokens
 from ..engine.logits_ops import check_plain, once
-from .shared import Count, check_positive, divided
-
-EXO_EPSILON = 1e-3  # what its paper recommends
-
-
-@dataclass(frozen=True)
-class Options:
-    """What preference_loss was asked for, checked."""
-
-    losses: tuple[tuple[str, float], ...]  # names and weights
-    link: Divergence  # of f-DPO
-    beta: float
-    smoothing: float | None
-    tau: float  # of DiscoPOP
-    ld_alpha: float | None
-    weighting: bool  # WPO
-
-    @property
-    def names(self) -> set[str]:
-        return {name for name, _ in self.losses}
-
-    @property
-    def unit(self) -> str:
-        whole = self.names & SORTED or (self.weighting and "sft" in self.names)
-        return "batch" if whole else "pair"
-
-    def epsilon(self, default: float = 0.0) -> float:
-        return default if self.smoothing is None else float(self.smoothing)
 
 
 def _once(f: Callable[[Pairs], Tensor]) -> Any:
@@ -64,7 +40,7 @@ class Pairs:
     """Tokens of some pairs, and their sums: each is taken once, however many losses read it. [2B] are the B chosen
     sequences, then the B rejected."""
 
-    def __init__(self, tokens: Tokens, o: Options, chosen: Count | None, batch: Count) -> None:
+    def __init__(self, tokens: Tokens, o: PairLossConfig, chosen: Count | None, batch: Count) -> None:
         self.all, self.o = tokens, o
         self.tokens = tokens if o.ld_alpha is None else desensitised(tokens, o.ld_alpha)
         self.chosen, self.batch = chosen, batch  # tokens of all chosen sequences that count, pairs: of the whole batch
@@ -235,60 +211,3 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
     "aot_unpaired": _aot_unpaired,
     "sft": _sft,
 }
-SORTED = {"aot", "aot_unpaired"}  # over the batch
-UNLINKED = {"apo_zero", *SORTED}  # of h itself; sft has no h
-SMOOTHED = {"sigmoid", "cdpo", "robust", "exo_pair", *SORTED}  # that read label_smoothing
-
-
-def read_options(
-    ref: bool, loss: str | Sequence[str], loss_weights: Sequence[float] | None, divergence: str | Divergence, beta: float,
-    label_smoothing: float | None, discopop_tau: float, ld_alpha: float | None, use_weighting: bool,
-) -> Options:  # fmt: skip
-    """The options that are the loss's own. ref: whether there is a reference."""
-    check_positive(beta=beta, discopop_tau=discopop_tau)
-    link = from_key(divergence)
-    link.f_dpo_link()
-    if not ref and link.name != "reverse_kl":
-        raise ValueError(f"divergence: {link.key!r} needs a reference, got ref=None")
-    if ld_alpha is not None and not _within(ld_alpha, 0, 1):
-        raise ValueError(f"ld_alpha: expected a number in [0, 1] or None, got {ld_alpha!r}")
-    if not isinstance(use_weighting, bool):
-        raise TypeError(f"use_weighting: expected a bool, got {use_weighting!r}")
-    losses = _weighed(loss, loss_weights)
-    o = Options(losses, link, float(beta), label_smoothing, float(discopop_tau), ld_alpha, use_weighting)
-    _check_smoothing(label_smoothing, o.names)
-    if link.name != "reverse_kl" and (without := sorted(o.names & UNLINKED)):
-        raise ValueError(f"divergence: loss {without[0]!r} has no f-DPO form, got {link.key!r}")
-    if use_weighting and (without := sorted(o.names & SORTED)):
-        raise ValueError(f"use_weighting: loss {without[0]!r} sorts over the batch, its pairs cannot be weighted")
-    return o
-
-
-def _within(x: Any, low: float, high: float) -> bool:
-    return isinstance(x, int | float) and low <= x <= high
-
-
-def _weighed(loss: str | Sequence[str], weights: Sequence[float] | None) -> tuple[tuple[str, float], ...]:
-    names = (loss,) if isinstance(loss, str) else tuple(loss)
-    for name in names:
-        if name not in LOSSES:
-            raise ValueError(f"loss: unknown name {name!r}; known: {', '.join(LOSSES)}")
-    if not names:
-        raise ValueError("loss: expected a name or a sequence of names, got none")
-    weights = [1.0] * len(names) if weights is None else weights
-    if not isinstance(weights, Sequence) or not all(_within(w, -math.inf, math.inf) for w in weights):
-        raise TypeError(f"loss_weights: expected a sequence of numbers, got {weights!r}")
-    if len(weights) != len(names) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"loss_weights: expected {len(names)} finite numbers, one for each loss, got {list(weights)}")
-    return tuple(zip(names, map(float, weights), strict=True))
-
-
-def _check_smoothing(eps: float | None, names: set[str]) -> None:
-    if eps is None:
-        return
-    if not _within(eps, 0, 0.5) or eps == 0.5:
-        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {eps!r}")
-    if eps == 0 and "exo_pair" in names:
-        raise ValueError("label_smoothing: loss 'exo_pair' needs a number in (0, 0.5), got 0: its paper has 1e-3")
-    if eps > 0 and not names & SMOOTHED:
-        raise ValueError(f"label_smoothing: read by {', '.join(sorted(SMOOTHED))}; got loss {', '.join(sorted(names))}")

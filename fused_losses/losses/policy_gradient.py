@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf, log, log1p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.divergences import Divergence, from_key
+from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import FLOATS, LogProbs, Source, check_labels
+from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, grpo_config
+from ..core.outputs import LossOutput, Part
+from ..core.validation import Count, check_reduction, check_sequences, divided
 from ..engine.evaluate import Tokens
-from .shared import (
-    Count,
-    Entry,
-    Fused,
-    LossOutput,
-    Needs,
-    Part,
-    check_positive,
-    check_reduction,
-    check_sequences,
-    divided,
-    fused,
-    output,
-    sequence_part,
-)
+from .shared import Entry, Fused, Needs, fused, output, sequence_part
 
 __all__ = ["group_advantages", "grpo_loss"]
-
-LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo")
-BY_TOKENS = ("bnpo", "dapo", "cispo")  # divide by the tokens of the batch, not by its sequences
-ESTIMATORS = ("k1", "k2", "k3")
-LARGEST = 80.0  # of a log-ratio: its exponential is finite in float32
 
 
 def grpo_loss(
@@ -97,7 +79,9 @@ def grpo_loss(
     cispo_clip_ratio; entropy if asked for. Means over tokens; clip ratios of sequences over these, as TRL's.
     """
     labels = check_labels(labels)
-    o = options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
+    o = grpo_config(
+        loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
+    )
     num_items = check_reduction(reduction, num_items)
     shape = labels.shape if not shift or cu_seqlens is not None else (*labels.shape[:-1], labels.shape[-1] - 1)
     sequences = check_sequences(labels, cu_seqlens, sequence_group)
@@ -137,81 +121,9 @@ def _mean_of_tokens(found: Fused, parts: dict[str, Part], num_items: Count | Non
     return output(found._replace(loss=divided(found.loss, count)), parts)
 
 
-@dataclass(frozen=True)
-class Options:
-    loss: str
-    sequence: bool  # importance ratios are the sequences'
-    low: float  # epsilon
-    high: float  # epsilon_high
-    delta: float | None
-    beta: float
-    kl: str  # one of ESTIMATORS, or the key of a divergence
-    divergences: tuple[Divergence, ...]
-    length: int | None  # max_completion_length, for dr_grpo
-    corrected: bool  # the KL term has the importance ratio as a factor
-
-    # Bounds of the logarithm of a ratio: against its advantage, and of what is left where that is negative
-    @property
-    def lowest(self) -> float:
-        return log1p(-self.low) if self.low < 1 else -inf
-
-    @property
-    def highest(self) -> float:
-        return min(LARGEST, log(self.high) if self.loss == "cispo" else log1p(self.high))
-
-    @property
-    def largest(self) -> float:
-        return LARGEST if self.delta is None else min(LARGEST, log(self.delta))
-
-
-def options(
-    loss: str, importance: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float,
-    kl: str | Divergence, max_completion_length: int | None, use_bias_correction_kl: bool,
-) -> Options:  # fmt: skip
-    if loss not in LOSSES:
-        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(LOSSES)}")
-    if importance not in ("token", "sequence"):
-        raise ValueError(f"importance: expected 'token' or 'sequence', got {importance!r}")
-    for name, x in (("epsilon", epsilon), ("epsilon_high", epsilon_high), ("beta", beta)):
-        if x is not None and (not isinstance(x, int | float) or not 0 <= x < inf):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
-    if loss == "cispo":
-        if epsilon_high is None:
-            raise ValueError("epsilon_high: expected the largest ratio for loss='cispo', such as 5.0, got None")
-        check_positive(epsilon_high=epsilon_high)
-    high = epsilon if epsilon_high is None else epsilon_high
-    if delta is not None:
-        if loss == "cispo":
-            raise ValueError(f"delta: loss='cispo' has one bound, epsilon_high; got delta={delta!r}")
-        check_positive(delta=delta)
-        if delta <= 1 + high:
-            raise ValueError(f"delta: expected a number > 1 + epsilon_high = {1 + high:g}, got {delta!r}")
-    if (loss == "dr_grpo") != (max_completion_length is not None):
-        raise ValueError(
-            f"max_completion_length: is for loss='dr_grpo' and needed there, got {max_completion_length!r}"
-        )
-    if max_completion_length is not None:
-        check_positive(max_completion_length=max_completion_length)
-    name, divergences = _estimator(kl)
-    sequence, corrected = importance == "sequence", bool(use_bias_correction_kl)
-    return Options(
-        loss, sequence, epsilon, high, delta, beta, name, divergences, max_completion_length, corrected
-    )  # fmt: skip
-
-
-def _estimator(kl: str | Divergence) -> tuple[str, tuple[Divergence, ...]]:
-    if isinstance(kl, str) and kl in ESTIMATORS:
-        return kl, ()
-    try:
-        d = from_key(kl)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"kl: expected 'k1', 'k2', 'k3' or the name of a divergence; {error}") from None
-    return d.key, (d,)
-
-
 def inputs(
     sequences: int, shape: tuple[int, ...], device: torch.device, advantages: Tensor, old_logps: Tensor | None,
-    ref: Source | None, o: Options,
+    ref: Source | None, o: GRPOConfig,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
     """The numbers of the sequences, and of the tokens, whose shape is given."""
     if ref is None and o.beta:
@@ -236,12 +148,12 @@ def inputs(
     return own, each
 
 
-def _by_sequence(tokens: Tokens, o: Options) -> bool:
+def _by_sequence(tokens: Tokens, o: GRPOConfig) -> bool:
     """Whether ratios and advantages are both the sequences'."""
     return o.sequence and "advantages" in tokens.extra
 
 
-def _ratios(tokens: Tokens, o: Options) -> tuple[Tensor, Tensor]:
+def _ratios(tokens: Tokens, o: GRPOConfig) -> tuple[Tensor, Tensor]:
     """Logarithms of the importance ratios and the advantages, [S] if _by_sequence, else [n]."""
     old, dtype = tokens.extra.get("old_logps"), tokens.logps.dtype
     x = tokens.logps - (tokens.logps.detach() if old is None else old.to(dtype))
@@ -255,7 +167,7 @@ def _ratios(tokens: Tokens, o: Options) -> tuple[Tensor, Tensor]:
     return (tokens.spread(x), a) if o.sequence else (x, a)
 
 
-def _kl(tokens: Tokens, o: Options) -> Tensor:
+def _kl(tokens: Tokens, o: GRPOConfig) -> Tensor:
     """[n]"""
     if o.divergences:
         return tokens.divergence[o.kl]
@@ -267,7 +179,7 @@ def _kl(tokens: Tokens, o: Options) -> Tensor:
     return d.expm1() - d if o.kl == "k3" else d.square() / 2
 
 
-def _parts(tokens: Tokens, o: Options, ref: bool) -> dict[str, Part]:
+def _parts(tokens: Tokens, o: GRPOConfig, ref: bool) -> dict[str, Part]:
     x, a = _ratios(tokens, o)
 
     def share(which: Tensor) -> Part:

@@ -10,25 +10,13 @@ from torch import Tensor
 
 from ..core.divergences import Divergence
 from ..core.inputs import LogProbs, Source, as_source, check_labels
+from ..core.options import PairLossConfig, pair_loss_config
+from ..core.outputs import LossOutput, Part
+from ..core.validation import Count, check_pairs, check_reduction, read_count
 from ..engine.evaluate import Tokens
 from ..engine.shards import Span, span_of
-from .pair_losses import LOSSES, Options, Pairs, desensitised, read_options, wpo_weights
-from .shared import (
-    Count,
-    Entry,
-    Fused,
-    LossOutput,
-    Needs,
-    Part,
-    check_pairs,
-    check_reduction,
-    counting_mask,
-    fused,
-    loss_and_nll,
-    output,
-    pair_metrics,
-    read_count,
-)
+from .pair_losses import LOSSES, Pairs, desensitised, wpo_weights
+from .shared import Entry, Fused, Needs, counting_mask, fused, loss_and_nll, output, pair_metrics
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
 
@@ -129,8 +117,8 @@ def preference_loss(
     rewards/accuracies, logps/chosen, logps/rejected, and entropy if asked for.
     """
     labels = check_labels(labels)
-    o = read_options(
-        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting
+    o = pair_loss_config(
+        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting, LOSSES
     )
     pairs = check_pairs(labels, cu_seqlens, sequence_group) // 2
     span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=static_shapes)
@@ -161,14 +149,14 @@ def preference_loss(
     return output(found, parts)
 
 
-def _sft_parts(found: Fused, o: Options, batch: Count, chosen: Count) -> dict[str, tuple[Part, ...]]:
+def _sft_parts(found: Fused, o: PairLossConfig, batch: Count, chosen: Count) -> dict[str, tuple[Part, ...]]:
     sums, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
     nll = Part(-sums.tensor_split(2)[0], lengths.tensor_split(2)[0])
     return loss_and_nll(found, nll, sum(weight for name, weight in o.losses if name == "sft"), batch, chosen)
 
 
 def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
-    """preference_loss(loss="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence). Options as there."""
+    """preference_loss(loss="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence). PairLossConfig as there."""
     return _fixed("dpo_loss", "sigmoid", policy, labels, ref, options)
 
 

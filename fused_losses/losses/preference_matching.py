@@ -15,28 +15,16 @@ from torch.nn.functional import softplus
 
 from ..core.inputs import FLOATS, Source, check_labels
 from ..core.layout import stats_dtype
+from ..core.options import check_matching, check_threshold
+from ..core.outputs import LossOutput, Part
+from ..core.validation import Count, check_positive
 from ..engine.evaluate import Tokens
-from .shared import (
-    Count,
-    Entry,
-    LossOutput,
-    Needs,
-    Part,
-    check_per_sequence,
-    check_positive,
-    check_sequences,
-    fused,
-    output,
-    reduced,
-    sequence_part,
-)
+from .shared import Entry, Needs, fused, output, reduced, sequence_part
 
 __all__ = [
     "bradley_terry_loss", "conditional_preference_matching_loss", "plackett_luce_loss", "preference_matching_gap",
     "preference_matching_loss", "preference_matching_reward",
 ]  # fmt: skip
-
-FORMS = ("entropy", "sampled")
 
 
 def preference_matching_loss(
@@ -116,30 +104,6 @@ def conditional_preference_matching_loss(
     assert tokens.ref_logps is not None
     inside = (tokens.ref_logps > low).to(tokens.logps.dtype)
     return output(found, _parts(tokens) | {"support": sequence_part(tokens, inside)})
-
-
-def check_matching(
-    labels: Tensor, cu_seqlens: Tensor | None, form: str, beta: float, baseline: Tensor | None,
-    sequence_group: object = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The per-sequence inputs."""
-    if form not in FORMS:
-        raise ValueError(f"form: expected 'entropy' or 'sampled', got {form!r}")
-    check_positive(beta=beta)
-    count = check_sequences(labels, cu_seqlens, sequence_group)
-    if baseline is None:
-        return {}
-    if form == "entropy":
-        raise ValueError("baseline: is for form='sampled'; the entropy is not sampled")
-    check_per_sequence("baseline", baseline, count, labels.device, FLOATS)
-    return {"baseline": baseline.detach()}
-
-
-def check_threshold(threshold: float) -> float:
-    """Its logarithm."""
-    if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
-        raise ValueError(f"threshold: expected a probability in (0, 1], got {threshold!r}")
-    return math.log(threshold)
 
 
 def _penalty(logps: Tensor, ref_logps: Tensor, low: float) -> Tensor:

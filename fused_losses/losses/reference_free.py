@@ -17,31 +17,14 @@ from torch.nn.functional import logsigmoid
 
 from ..core.elementwise import cap
 from ..core.inputs import Source, check_labels
+from ..core.options import SURE, check_cpo, check_nll_labels, check_simpo
+from ..core.outputs import LossOutput, Part
+from ..core.validation import Count, check_pairs, check_positive, divided, read_count
 from ..engine.evaluate import Tokens
 from ..engine.shards import span_of
-from .shared import (  # fmt: skip
-    Count,
-    Entry,
-    Fused,
-    LossOutput,
-    Needs,
-    Part,
-    check_pairs,
-    check_positive,
-    check_weights,
-    counting_mask,
-    divided,
-    fused,
-    loss_and_nll,
-    output,
-    pair_metrics,
-    read_count,
-)
+from .shared import Entry, Fused, Needs, counting_mask, fused, loss_and_nll, output, pair_metrics
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
-
-CPO = ("sigmoid", "hinge", "ipo")
-SURE = -1e-12  # the largest mean log-prob whose odds ORPO tells from infinite ones
 
 
 def simpo_loss(
@@ -198,37 +181,6 @@ def _pairs(
     own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
     nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
     return found, logps(found.tokens), {"nll_loss": nll, **loss_and_nll(found, nll, weight, times, by)}
-
-
-def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float, cpo_alpha: float) -> None:
-    check_positive(beta=beta)
-    check_weights(gamma=gamma, cpo_alpha=cpo_alpha)
-    _check_smoothing(label_smoothing)
-    if not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
-        raise ValueError(f"alpha: expected a finite number, got {alpha!r}")
-
-
-def check_cpo(loss: str, beta: float, cpo_alpha: float, label_smoothing: float) -> None:
-    if loss not in CPO:
-        hint = "; for 'simpo' call fl.simpo_loss" if loss == "simpo" else ""
-        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(CPO)}{hint}")
-    check_positive(beta=beta)
-    check_weights(cpo_alpha=cpo_alpha)
-    _check_smoothing(label_smoothing)
-    if label_smoothing and loss != "sigmoid":
-        raise ValueError(f"label_smoothing: only goes with loss='sigmoid', got {label_smoothing!r} with {loss!r}")
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {label_smoothing!r}")
-
-
-def check_nll_labels(nll_labels: Tensor, labels: Tensor) -> Tensor:
-    if not isinstance(nll_labels, Tensor) or nll_labels.shape != labels.shape:
-        got = list(nll_labels.shape) if isinstance(nll_labels, Tensor) else type(nll_labels).__name__
-        raise ValueError(f"nll_labels: expected token ids {list(labels.shape)} as the labels, got {got}")
-    return check_labels(nll_labels)
 
 
 ENTRIES = [

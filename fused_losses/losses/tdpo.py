@@ -7,14 +7,15 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..core.divergences import Divergence, from_key
-from ..core.inputs import LogProbs, Source, check_labels
+from ..core.divergences import Divergence
+from ..core.inputs import Source, check_labels
+from ..core.options import check_tdpo
+from ..core.outputs import LossOutput, Part
+from ..core.validation import check_pairs
 from ..engine.evaluate import Tokens
-from .shared import Entry, LossOutput, Needs, Part, check_pairs, check_positive, fused, output, pair_metrics
+from .shared import Entry, Needs, fused, output, pair_metrics
 
 __all__ = ["tdpo_loss"]
-
-VARIANTS = ("tdpo1", "tdpo2")
 
 
 def tdpo_loss(
@@ -41,7 +42,7 @@ def tdpo_loss(
     metrics: those of preference_loss with the rewards of the released code, beta (h + D); kl/chosen and kl/rejected, which
     are D.
     """
-    d = check_options(policy, ref, variant, alpha, beta, divergence)
+    d = check_tdpo(policy, ref, variant, alpha, beta, divergence)
     labels = check_labels(labels)
     check_pairs(labels, batch.get("cu_seqlens"), batch.get("sequence_group"))
 
@@ -57,21 +58,6 @@ def tdpo_loss(
     parts = pair_metrics(tokens, beta * (tokens.log_ratios() + kl), tokens.sums(tokens.logps))
     w, l = kl.tensor_split(2)
     return output(found, parts | {"kl/chosen": Part(w), "kl/rejected": Part(l)})
-
-
-def check_options(
-    policy: Source, ref: Source, variant: str, alpha: float, beta: float, divergence: str | Divergence
-) -> Divergence:
-    for name, x in (("policy", policy), ("ref", ref)):
-        if x is None or isinstance(x, LogProbs):
-            got = "None" if x is None else "fl.LogProbs"
-            raise ValueError(f"{name}: expected fl.Hidden or logits, for TDPO's divergence needs all tokens, got {got}")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant: expected 'tdpo1' or 'tdpo2', got {variant!r}")
-    if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
-    check_positive(beta=beta)
-    return from_key(divergence)
 
 
 ENTRIES = [

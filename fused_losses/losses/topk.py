@@ -11,18 +11,19 @@ from torch import Tensor
 
 from ..core.divergences import Divergence, from_key
 from ..core.inputs import Logits, LogProbs, Source, TokenStats, as_source, check_labels
-from ..core.layout import shift_packed
+from ..core.layout import labels_mask, shift_packed
+from ..core.options import check_teacher, check_topk
+from ..core.outputs import LossOutput
+from ..core.validation import Count, check_reduction, check_sequences, check_weights, divided
 from ..engine.evaluate import Tokens
 from ..engine.logits_at import stats_at
 from ..engine.shards import span_of
-from ..engine.token_stats import labels_mask, token_stats
+from ..engine.token_stats import token_stats
 from .distillation import token_means
-from .shared import Count, Entry, Fused, LossOutput, check_reduction, check_sequences, check_weights, divided, output
+from .shared import Entry, Fused, output
 
 __all__ = ["topk_distillation_loss"]
 
-TAILS = ("bucket", "renormalise", "ignore")
-PARTIAL = ("forward_kl", "reverse_kl", "js")  # divergences that mean something of a part of the tokens
 NOTHING = -1e30  # log-prob of an entry that is not there: finite, so that differences are
 
 
@@ -132,28 +133,6 @@ def _partial(d: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
     (beta,) = d.params
     logm = torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
     return (beta * q * (logq - logm) + (1 - beta) * p * (logp - logm)).sum(-1)
-
-
-def check_topk(tail: str, d: Divergence) -> None:
-    if tail not in TAILS:
-        raise ValueError(f"tail: expected one of {', '.join(TAILS)}, got {tail!r}")
-    if tail == "ignore" and d.name not in PARTIAL:
-        raise ValueError(f"divergence: with tail='ignore' expected one of {', '.join(PARTIAL)}, got {d.key!r}")
-
-
-def check_teacher(logps: Tensor, ids: Tensor, mask: Tensor) -> None:
-    for name, x, is_kind, kind in (
-        ("topk_logps", logps, torch.is_floating_point, "float"),
-        ("topk_ids", ids, lambda x: x.dtype in (torch.int32, torch.int64), "int32 or int64"),
-    ):
-        if not isinstance(x, Tensor) or not is_kind(x):
-            raise TypeError(f"{name}: expected a {kind} tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        if x.shape[:-1] != mask.shape or x.dim() != mask.dim() + 1 or x.shape[-1] < 1 or x.shape != ids.shape:
-            raise ValueError(
-                f"{name}: expected {[*mask.shape, 'K']} for {list(mask.shape)} tokens, got {list(x.shape)}"
-            )
-        if x.device != mask.device:
-            raise ValueError(f"{name}: expected on {mask.device} as the labels are, got {x.device}")
 
 
 ENTRIES = [

@@ -7,24 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.inputs import FLOATS, Source, check_labels, kind_of, ordinary
+from ..core.inputs import Source, check_labels
+from ..core.options import check_bco, check_kto
+from ..core.outputs import LossOutput, Part
+from ..core.running_delta import RunningDelta, mean_over_ranks
+from ..core.validation import check_constant, check_sequences
 from ..engine.evaluate import Tokens
-from .shared import (
-    Entry,
-    LossOutput,
-    Needs,
-    Part,
-    check_per_sequence,
-    check_positive,
-    check_sequences,
-    fused,
-    output,
-    sequence_part,
-)
+from .shared import Entry, Needs, fused, output, sequence_part
 
 __all__ = ["RunningDelta", "bco_loss", "kto_baseline", "kto_loss"]
-
-LOSSES = ("kto", "apo_zero_unpaired")
 
 
 def kto_loss(
@@ -73,38 +64,6 @@ def kto_loss(
     return output(found, _parts(found.tokens, beta, kl=z0))
 
 
-def check_kto(
-    labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, loss: str, baseline: Tensor | float | None, beta: float,
-    desirable_weight: float, undesirable_weight: float, sequence_group: object = None,
-) -> Tensor | float:  # fmt: skip
-    """z0."""
-    check_kto_options(loss, beta, desirable_weight, undesirable_weight)
-    sequences = check_sequences(labels, cu_seqlens, sequence_group)
-    check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
-    if baseline is not None and loss != "kto":
-        raise ValueError(f"baseline: is for loss='kto', got loss={loss!r}")
-    return check_constant("baseline", 0.0 if baseline is None else baseline)
-
-
-def check_kto_options(loss: str, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
-    """Those that no batch is needed for."""
-    if loss not in LOSSES:
-        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(LOSSES)}")
-    check_positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-
-
-def check_constant(name: str, x: Tensor | float) -> Tensor | float:
-    """A number or a 0-d tensor, without its graph."""
-    if isinstance(x, Tensor):
-        if x.dim() != 0 or x.dtype not in FLOATS:
-            raise ValueError(f"{name}: expected a number or a 0-d float tensor, got {x.dtype} {list(x.shape)}")
-        return x.detach()
-    if not isinstance(x, int | float) or x != x or abs(x) == float("inf"):
-        got = repr(x) if isinstance(x, int | float) else kind_of(x, RunningDelta)
-        raise ValueError(f"{name}: expected a finite number or a 0-d tensor, got {got}")
-    return x
-
-
 @torch.no_grad()
 def kto_baseline(
     policy: Source, labels: Tensor, ref: Source | None, *, process_group: object = None, cu_seqlens: Tensor | None = None,
@@ -126,51 +85,7 @@ def kto_baseline(
     found = fused(
         Tokens.log_ratios, policy, labels, ref, Needs("sequence"), reduction="none", cu_seqlens=cu_seqlens, **batch
     )
-    return _mean(found.loss, process_group)[0].clamp(min=0)
-
-
-def _mean(x: Tensor, process_group: object) -> tuple[Tensor, Tensor]:
-    """The mean, 0 of nothing, and the number it is of, over all ranks."""
-    total = torch.stack([x.sum(), torch.full_like(x.sum(), x.numel())])
-    if process_group is not None:
-        torch.distributed.all_reduce(total, group=process_group)
-    return total[0] / total[1].clamp(min=1), total[1]
-
-
-class RunningDelta:
-    """BCO's reward shift: the running mean of all rewards so far.
-
-    momentum: None for the plain mean over every reward seen, as TRL's BCOTrainer has it; m for m old + (1 - m) new, the first
-    batch's mean taken whole. process_group: rewards of its ranks count too, and the state is the same on all.
-
-    .mean and .count are 0-d tensors that live where the rewards do and are updated in place; the host never reads them.
-    """
-
-    def __init__(self, momentum: float | None = None, process_group: object = None) -> None:
-        if momentum is not None and not 0 <= momentum < 1:
-            raise ValueError(f"momentum: expected a number in [0, 1) or None, got {momentum!r}")
-        self.momentum, self.process_group = momentum, process_group
-        # whatever the defaults are, which update() could not take to where the rewards are
-        self.mean, self.count = (torch.zeros((), dtype=torch.float32, device="cpu") for _ in range(2))
-
-    @torch.no_grad()
-    def update(self, rewards: Tensor) -> Tensor:
-        """Takes in rewards [S]; returns the mean, a copy."""
-        self.mean, self.count = (ordinary(x.to(rewards)) for x in (self.mean, self.count))  # updates are in place
-        new, n = _mean(rewards, self.process_group)
-        if self.momentum is None:
-            share = n / (self.count + n).clamp(min=1)
-        else:
-            share = (1 - self.momentum * (self.count > 0).to(n)) * (n > 0)
-        self.mean.lerp_(new, share)
-        self.count.add_(n)
-        return self.mean.clone()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"mean": self.mean.clone(), "count": self.count.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.mean, self.count = state["mean"].clone(), state["count"].clone()
+    return mean_over_ranks(found.loss, process_group)[0].clamp(min=0)
 
 
 def bco_loss(
@@ -215,20 +130,6 @@ def bco_loss(
     unit = "batch" if running else "sequence"
     found = fused(formula, policy, labels, ref, Needs(unit, per_sequence=own), cu_seqlens=cu_seqlens, **batch)
     return output(found, _parts(found.tokens, beta, delta=shift.mean if isinstance(shift, RunningDelta) else shift))
-
-
-def check_bco(
-    labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, weights: Tensor | None, beta: float,
-    sequence_group: object = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The numbers of the sequences."""
-    check_positive(beta=beta)
-    sequences = check_sequences(labels, cu_seqlens, sequence_group)
-    check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
-    if weights is None:
-        return {"desirable": desirable}
-    check_per_sequence("weights", weights, sequences, labels.device, FLOATS)
-    return {"desirable": desirable, "weights": weights.detach()}
 
 
 def _parts(tokens: Tokens, beta: float, **constants: Tensor | float) -> dict[str, Part | tuple[Part, ...]]:

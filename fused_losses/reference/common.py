@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.divergences import Asked
 from ..core.inputs import LogProbs, Source, TokenStats, as_source, check_labels
 from ..core.layout import shift_packed
-from ..engine.token_stats import Asked
-from ..losses.shared import Count, read_count
+from ..core.validation import Count, read_count
 from .stats import token_stats
 
 

@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from ..core.inputs import LogProbs, Source, as_source, check_labels
 from ..core.layout import shift_packed
-from ..losses.shared import Count, LossOutput
+from ..core.outputs import LossOutput
+from ..core.validation import Count
 from .distillation import token_mean
 from .stats import token_stats, transformed
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..core.divergences import Divergence
 from ..core.inputs import Source, check_labels
-from ..losses.shared import Count, LossOutput
+from ..core.outputs import LossOutput
+from ..core.validation import Count
 from .common import part
 from .stats import token_stats
 

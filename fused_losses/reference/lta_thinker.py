@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..core.inputs import Source
-from ..losses.experimental.lta_thinker import check_weights
-from ..losses.shared import Count, LossOutput, check_reduction, read_count
+from ..core.options import check_lta_weights
+from ..core.outputs import LossOutput
+from ..core.validation import Count, check_reduction, read_count
 from .common import cut, joined, part, reduced
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
@@ -54,7 +55,7 @@ def lta_thinker_loss(
     num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.lta_thinker_loss, one sequence after another."""
-    check_weights(weights)
+    check_lta_weights(weights)
     num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, **batch)
     total = max(sum(len(s) for s in every), 1)

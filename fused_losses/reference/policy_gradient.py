@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..core.divergences import Divergence
 from ..core.inputs import Source, check_labels
-from ..losses.policy_gradient import LARGEST, options
-from ..losses.shared import Count, LossOutput, check_reduction, check_sequences
+from ..core.options import LARGEST, grpo_config
+from ..core.outputs import LossOutput
+from ..core.validation import Count, check_reduction, check_sequences
 from .common import Sequence, cut, joined, part
 
 __all__ = ["group_advantages", "grpo_loss"]
@@ -24,7 +25,7 @@ def grpo_loss(
     reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.grpo_loss, one sequence after another."""
-    options(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
+    grpo_config(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
     check_reduction(reduction, num_items)
     labels = check_labels(labels)
     sequences, exact = check_sequences(labels, cu_seqlens), None if kl in ("k1", "k2", "k3") else kl

@@ -15,8 +15,9 @@ from torch.nn.functional import logsigmoid
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import LogProbs, Source, as_source, check_labels
-from ..losses.pair_losses import Options, read_options
-from ..losses.shared import Count, LossOutput, check_pairs, check_reduction, read_count
+from ..core.options import PairLossConfig, pair_loss_config
+from ..core.outputs import LossOutput
+from ..core.validation import Count, check_pairs, check_reduction, read_count
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 from .stats import transformed
 
@@ -25,17 +26,17 @@ __all__ = ["dpo_loss", "ipo_loss", "preference_loss"]
 Pair = tuple[Sequence, Sequence]  # chosen, rejected
 
 
-def _score(y: Sequence, o: Options) -> Tensor:
+def _score(y: Sequence, o: PairLossConfig) -> Tensor:
     """s(h) = f'(e^h) of f-DPO (2309.16240), for DPO h; the constant that makes s(0) = 0 in every one."""
     assert o.link.score is not None
     return o.link.score(y.h) - o.link.score(torch.zeros_like(y.h))
 
 
-def _margin(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _margin(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return o.beta * (_score(w, o) - _score(l, o))
 
 
-def _average_margin(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _average_margin(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return _score(w, o) / max(1, len(w)) - _score(l, o) / max(1, len(l))
 
 
@@ -44,58 +45,58 @@ def _smoothed(margin: Tensor, eps: float) -> Tensor:
     return -(1 - eps) * logsigmoid(margin) - flipped
 
 
-def _sigmoid(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _sigmoid(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     """DPO eq. 7; cDPO where eps > 0."""
     return _smoothed(_margin(w, l, o), o.smoothing or 0.0)
 
 
-def _robust(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _robust(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     eps, m = o.smoothing or 0.0, _margin(w, l, o)
     return (-(1 - eps) * logsigmoid(m) + (eps * logsigmoid(-m) if eps else 0.0)) / (1 - 2 * eps)
 
 
-def _hinge(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _hinge(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return torch.relu(1 - _margin(w, l, o))
 
 
-def _exo_pair(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _exo_pair(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     eps, m = 1e-3 if o.smoothing is None else o.smoothing, _margin(w, l, o)
     to_w = torch.sigmoid(m) * (logsigmoid(m) - math.log(1 - eps))
     return to_w + torch.sigmoid(-m) * (logsigmoid(-m) - math.log(eps))
 
 
-def _discopop(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _discopop(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     m = _margin(w, l, o)
     rest = torch.sigmoid(-m / o.tau)  # 1 - c
     return -rest * logsigmoid(m) + cap(logsigmoid(m / o.tau) - m).exp()
 
 
-def _ipo(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _ipo(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return (_average_margin(w, l, o) - 1 / (2 * o.beta)) ** 2
 
 
-def _sigmoid_norm(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _sigmoid_norm(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return -logsigmoid(o.beta * _average_margin(w, l, o))
 
 
-def _nca_pair(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _nca_pair(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     good, bad = o.beta * _score(w, o), o.beta * _score(l, o)
     return -logsigmoid(good) - logsigmoid(-good) / 2 - logsigmoid(-bad) / 2
 
 
-def _bco_pair(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _bco_pair(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return -logsigmoid(o.beta * _score(w, o)) - logsigmoid(-o.beta * _score(l, o))
 
 
-def _sppo_hard(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _sppo_hard(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return (_score(w, o) - 1 / (2 * o.beta)) ** 2 + (_score(l, o) + 1 / (2 * o.beta)) ** 2
 
 
-def _apo_zero(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _apo_zero(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return torch.sigmoid(-o.beta * w.h) + torch.sigmoid(o.beta * l.h)
 
 
-def _apo_down(w: Sequence, l: Sequence, o: Options) -> Tensor:
+def _apo_down(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
     return torch.sigmoid(o.beta * w.h) + torch.sigmoid(-_margin(w, l, o))
 
 
@@ -103,13 +104,13 @@ def _in_order(numbers: list[Tensor]) -> list[Tensor]:
     return sorted(numbers, key=lambda x: x.item())
 
 
-def _aot(pairs: list[Pair], o: Options) -> list[Tensor]:
+def _aot(pairs: list[Pair], o: PairLossConfig) -> list[Tensor]:
     policy = _in_order([w.log_p - l.log_p for w, l in pairs])
     ref = _in_order([(w.log_p - w.h) - (l.log_p - l.h) for w, l in pairs])
     return [_smoothed(o.beta * (p - q), o.smoothing or 0.0) for p, q in zip(policy, ref, strict=True)]
 
 
-def _aot_unpaired(pairs: list[Pair], o: Options) -> list[Tensor]:
+def _aot_unpaired(pairs: list[Pair], o: PairLossConfig) -> list[Tensor]:
     chosen, rejected = _in_order([w.h for w, _ in pairs]), _in_order([l.h for _, l in pairs])
     return [_smoothed(o.beta * (w - l), o.smoothing or 0.0) for w, l in zip(chosen, rejected, strict=True)]
 
@@ -120,7 +121,7 @@ def _sft(pairs: list[Pair], weights: list[Tensor] | None, batch: Any, tokens: An
     return shares if weights is None else [torch.stack(shares).mean() * weight for weight in weights]
 
 
-LOSSES: dict[str, Callable[[Sequence, Sequence, Options], Tensor]] = {
+LOSSES: dict[str, Callable[[Sequence, Sequence, PairLossConfig], Tensor]] = {
     "sigmoid": _sigmoid, "cdpo": _sigmoid, "robust": _robust, "hinge": _hinge, "exo_pair": _exo_pair, "discopop": _discopop,
     "ipo": _ipo, "sigmoid_norm": _sigmoid_norm, "nca_pair": _nca_pair, "bco_pair": _bco_pair, "sppo_hard": _sppo_hard,
     "apo_zero": _apo_zero, "apo_down": _apo_down,
@@ -136,8 +137,8 @@ def preference_loss(
     num_nll_tokens: Count | None = None, cu_seqlens: Tensor | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.preference_loss, one pair after another."""
-    o = read_options(
-        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting
+    o = pair_loss_config(
+        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting, LOSSES
     )
     num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     check_pairs(check_labels(labels), cu_seqlens)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core.inputs import Source, TokenStats, check_labels
-from ..losses.preference_matching import check_matching, check_threshold
-from ..losses.shared import Count, LossOutput, check_reduction
+from ..core.options import check_matching, check_threshold
+from ..core.outputs import LossOutput
+from ..core.validation import Count, check_reduction
 from .common import Sequence, cut, joined, reduced
 
 __all__ = [

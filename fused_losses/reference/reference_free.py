@@ -11,8 +11,9 @@ from torch.nn.functional import logsigmoid, relu
 
 from ..core.elementwise import cap
 from ..core.inputs import Source, check_labels
-from ..losses.reference_free import SURE, check_cpo, check_nll_labels, check_simpo
-from ..losses.shared import Count, LossOutput, check_pairs, check_positive, check_reduction, read_count
+from ..core.options import SURE, check_cpo, check_nll_labels, check_simpo
+from ..core.outputs import LossOutput
+from ..core.validation import Count, check_pairs, check_positive, check_reduction, read_count
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.divergences import parse
+from ..core.divergences import Asked, parse
 from ..core.inputs import (
     Hidden,
     Logits,
@@ -17,7 +17,7 @@ from ..core.inputs import (
     check_labels,
     check_pair,
 )
-from ..engine.token_stats import Asked, given_logps
+from ..core.validation import given_logps
 
 __all__ = ["token_stats"]
 

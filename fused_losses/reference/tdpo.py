@@ -9,8 +9,9 @@ from torch.nn.functional import logsigmoid
 
 from ..core.divergences import Divergence
 from ..core.inputs import Source, check_labels
-from ..losses.shared import Count, LossOutput, check_pairs, check_reduction
-from ..losses.tdpo import check_options
+from ..core.options import check_tdpo
+from ..core.outputs import LossOutput
+from ..core.validation import Count, check_pairs, check_reduction
 from .common import Sequence, cut, joined, pair_metrics, reduced
 
 __all__ = ["tdpo_loss"]
@@ -22,7 +23,7 @@ def tdpo_loss(
     cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
     """fl.tdpo_loss, one pair after another: u - delta, and u - alpha delta_2, in the paper's words."""
-    d = check_options(policy, ref, variant, alpha, beta, divergence)
+    d = check_tdpo(policy, ref, variant, alpha, beta, divergence)
     check_reduction(reduction, num_items)
     check_pairs(check_labels(labels), cu_seqlens)
     stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, divergence=d, **batch)

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..core.divergences import Divergence, from_key
 from ..core.inputs import Source, as_source, check_labels
 from ..core.layout import shift_packed
-from ..losses.shared import Count, LossOutput
-from ..losses.topk import check_teacher, check_topk
+from ..core.options import check_teacher, check_topk
+from ..core.outputs import LossOutput
+from ..core.validation import Count
 from .distillation import token_mean
 from .stats import token_stats, transformed
 

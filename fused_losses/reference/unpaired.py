@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..core.inputs import Source, TokenStats, check_labels
-from ..losses.shared import Count, LossOutput, check_reduction
-from ..losses.unpaired import RunningDelta, check_bco, check_kto
+from ..core.options import check_bco, check_kto
+from ..core.outputs import LossOutput
+from ..core.running_delta import RunningDelta
+from ..core.validation import Count, check_reduction
 from .common import Sequence, cut, joined, reduced
 
 __all__ = ["bco_loss", "kto_baseline", "kto_loss"]

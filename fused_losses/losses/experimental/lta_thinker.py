@@ -10,27 +10,13 @@ from torch.nn.functional import cross_entropy, normalize
 
 from ...core.inputs import FLOATS, Source, check_labels
 from ...core.layout import stats_dtype
+from ...core.options import check_lta_weights
+from ...core.outputs import LossOutput, Part
+from ...core.validation import Count, check_positive, check_reduction, check_sequences, divided, read_count
 from ...engine.evaluate import Tokens
 from ...engine.shards import span_of
 from ...engine.token_stats import token_stats
-from ..shared import (
-    Count,
-    Entry,
-    LossOutput,
-    Needs,
-    Part,
-    check_positive,
-    check_reduction,
-    check_sequences,
-    counting_mask,
-    divided,
-    fused,
-    loss_and_nll,
-    output,
-    read_count,
-    reduced,
-    sequence_part,
-)
+from ..shared import Entry, Needs, counting_mask, fused, loss_and_nll, output, reduced, sequence_part
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
@@ -126,7 +112,7 @@ def lta_thinker_loss(
     """
     labels = check_labels(labels)
     sequences = check_sequences(labels, cu_seqlens, batch.get("sequence_group"))
-    check_weights(weights)
+    check_lta_weights(weights)
     if isinstance(question, Tensor) and question.dim() and question.shape[0] != sequences:
         raise ValueError(f"question: expected [{sequences}, H], one for each sequence, got {list(question.shape)}")
     batch["sequence_group"] = span = span_of(labels, cu_seqlens=cu_seqlens, **batch)
@@ -151,11 +137,6 @@ def lta_thinker_loss(
     losses = None if found.losses is None else found.losses + more.detach()
     found = found._replace(loss=found.loss + reduced(more, reduction, num_items), losses=losses)
     return output(found, parts | loss_and_nll(found, parts["sft"], weights[0], times, by))
-
-
-def check_weights(weights: tuple[float, float, float]) -> None:
-    if len(weights) != 3 or not all(isinstance(x, int | float) and 0 <= x < float("inf") for x in weights):
-        raise ValueError(f"weights: expected three finite numbers >= 0, got {weights!r}")
 
 
 def _check_states(question: Tensor, others: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:

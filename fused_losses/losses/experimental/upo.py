@@ -11,26 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.inputs import FLOATS, Source, check_labels, ordinary
+from ...core.inputs import Source, check_labels, ordinary
 from ...core.layout import stats_dtype
+from ...core.options import LARGEST, check_advantages
+from ...core.outputs import LossOutput, Part
+from ...core.validation import Count, check_positive, check_sequences
 from ...engine.shards import span_of
 from ..preference import preference_loss
-from ..shared import (
-    Count,
-    Entry,
-    LossOutput,
-    Part,
-    check_per_sequence,
-    check_positive,
-    check_sequences,
-    reduced,
-    sequences_of,
-    with_parts,
-)
+from ..shared import Entry, reduced, sequences_of, with_parts
 
 __all__ = ["expectile_loss", "upo_loss"]
 
-LARGEST = 80.0  # the exponent of a weight that nobody clips: what e^x still holds in float32
 
 
 def upo_loss(
@@ -101,17 +92,6 @@ def _per_unit(x: Tensor, losses: Tensor) -> Tensor:
         )
     chosen, rejected = x.tensor_split(2)
     return (chosen + rejected) / 2
-
-
-def check_advantages(advantages: Tensor | tuple[Tensor, Tensor], count: int, device: torch.device) -> Tensor:
-    if isinstance(advantages, Tensor):
-        check_per_sequence("advantages", advantages, count, device, FLOATS)
-        return advantages.detach()
-    if not isinstance(advantages, tuple) or len(advantages) != 2:
-        raise TypeError(f"advantages: expected a tensor or (rewards, values), got {type(advantages).__name__}")
-    for name, x in zip(("rewards", "values"), advantages, strict=True):
-        check_per_sequence(name, x, count, device, FLOATS)
-    return advantages[0].detach() - advantages[1].detach()
 
 
 def expectile_loss(

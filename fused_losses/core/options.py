@@ -1,0 +1,360 @@
+"""The options of the losses: their names, and the checks that the losses and their references share.
+
+What is read here is the same for fused_losses.losses and fused_losses.reference, which import nothing from one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .divergences import Divergence, from_key
+from .inputs import FLOATS, LogProbs, Source, check_labels
+from .validation import check_constant, check_per_sequence, check_positive, check_sequences, check_weights
+
+LARGEST = 80.0  # of a log-ratio or an exponent: its exponential is finite in float32
+
+# smoothing
+
+
+def check_smoothing(eps: float) -> None:
+    if not isinstance(eps, int | float) or not 0 <= eps < 0.5:
+        raise ValueError(f"label_smoothing: expected a number in [0, 0.5), got {eps!r}")
+
+
+# preference_loss
+
+EXO_EPSILON = 1e-3  # what its paper recommends
+SORTED = {"aot", "aot_unpaired"}  # over the batch
+UNLINKED = {"apo_zero", *SORTED}  # of h itself; sft has no h
+SMOOTHED = {"sigmoid", "cdpo", "robust", "exo_pair", *SORTED}  # that read label_smoothing
+
+
+@dataclass(frozen=True)
+class PairLossConfig:
+    """What preference_loss was asked for, checked."""
+
+    losses: tuple[tuple[str, float], ...]  # names and weights
+    link: Divergence  # of f-DPO
+    beta: float
+    smoothing: float | None
+    tau: float  # of DiscoPOP
+    ld_alpha: float | None
+    weighting: bool  # WPO
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, _ in self.losses}
+
+    @property
+    def unit(self) -> str:
+        whole = self.names & SORTED or (self.weighting and "sft" in self.names)
+        return "batch" if whole else "pair"
+
+    def epsilon(self, default: float = 0.0) -> float:
+        return default if self.smoothing is None else float(self.smoothing)
+
+
+def pair_loss_config(
+    ref: bool, loss: str | Sequence[str], loss_weights: Sequence[float] | None, divergence: str | Divergence, beta: float,
+    label_smoothing: float | None, discopop_tau: float, ld_alpha: float | None, use_weighting: bool, known: Collection[str],
+) -> PairLossConfig:  # fmt: skip
+    """Check the options of preference_loss. ref: whether there is a reference. known: the names of losses."""
+    check_positive(beta=beta, discopop_tau=discopop_tau)
+    link = from_key(divergence)
+    link.f_dpo_link()
+    if not ref and link.name != "reverse_kl":
+        raise ValueError(f"divergence: {link.key!r} needs a reference, got ref=None")
+    if ld_alpha is not None and not _within(ld_alpha, 0, 1):
+        raise ValueError(f"ld_alpha: expected a number in [0, 1] or None, got {ld_alpha!r}")
+    if not isinstance(use_weighting, bool):
+        raise TypeError(f"use_weighting: expected a bool, got {use_weighting!r}")
+    losses = _weighed(loss, loss_weights, known)
+    o = PairLossConfig(losses, link, float(beta), label_smoothing, float(discopop_tau), ld_alpha, use_weighting)
+    _check_pair_smoothing(label_smoothing, o.names)
+    if link.name != "reverse_kl" and (without := sorted(o.names & UNLINKED)):
+        raise ValueError(f"divergence: loss {without[0]!r} has no f-DPO form, got {link.key!r}")
+    if use_weighting and (without := sorted(o.names & SORTED)):
+        raise ValueError(f"use_weighting: loss {without[0]!r} sorts over the batch, its pairs cannot be weighted")
+    return o
+
+
+def _weighed(
+    loss: str | Sequence[str], weights: Sequence[float] | None, known: Collection[str]
+) -> tuple[tuple[str, float], ...]:
+    names = (loss,) if isinstance(loss, str) else tuple(loss)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"loss: unknown name {name!r}; known: {', '.join(known)}")
+    if not names:
+        raise ValueError("loss: expected a name or a sequence of names, got none")
+    weights = [1.0] * len(names) if weights is None else weights
+    if not isinstance(weights, Sequence) or not all(_within(w, -math.inf, math.inf) for w in weights):
+        raise TypeError(f"loss_weights: expected a sequence of numbers, got {weights!r}")
+    if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"loss_weights: expected {len(names)} finite numbers, one for each loss, got {list(weights)}")
+    return tuple(zip(names, map(float, weights), strict=True))
+
+
+def _within(x: object, low: float, high: float) -> bool:
+    return isinstance(x, int | float) and low <= x <= high
+
+
+def _check_pair_smoothing(eps: float | None, names: set[str]) -> None:
+    if eps is None:
+        return
+    check_smoothing(eps)
+    if eps == 0 and "exo_pair" in names:
+        raise ValueError("label_smoothing: loss 'exo_pair' needs a number in (0, 0.5), got 0: its paper has 1e-3")
+    if eps > 0 and not names & SMOOTHED:
+        raise ValueError(f"label_smoothing: read by {', '.join(sorted(SMOOTHED))}; got loss {', '.join(sorted(names))}")
+
+
+# tdpo_loss
+
+VARIANTS = ("tdpo1", "tdpo2")
+
+
+def check_tdpo(
+    policy: Source, ref: Source, variant: str, alpha: float, beta: float, divergence: str | Divergence
+) -> Divergence:
+    for name, x in (("policy", policy), ("ref", ref)):
+        if x is None or isinstance(x, LogProbs):
+            got = "None" if x is None else "fl.LogProbs"
+            raise ValueError(f"{name}: expected fl.Hidden or logits, for TDPO's divergence needs all tokens, got {got}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected 'tdpo1' or 'tdpo2', got {variant!r}")
+    if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+    check_positive(beta=beta)
+    return from_key(divergence)
+
+
+# simpo_loss, cpo_loss, orpo_loss
+
+CPO = ("sigmoid", "hinge", "ipo")
+SURE = -1e-12  # the largest mean log-prob whose odds ORPO tells from infinite ones
+
+
+def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float, cpo_alpha: float) -> None:
+    check_positive(beta=beta)
+    check_weights(gamma=gamma, cpo_alpha=cpo_alpha)
+    check_smoothing(label_smoothing)
+    if not isinstance(alpha, int | float) or not abs(alpha) < float("inf"):
+        raise ValueError(f"alpha: expected a finite number, got {alpha!r}")
+
+
+def check_cpo(loss: str, beta: float, cpo_alpha: float, label_smoothing: float) -> None:
+    if loss not in CPO:
+        hint = "; for 'simpo' call fl.simpo_loss" if loss == "simpo" else ""
+        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(CPO)}{hint}")
+    check_positive(beta=beta)
+    check_weights(cpo_alpha=cpo_alpha)
+    check_smoothing(label_smoothing)
+    if label_smoothing and loss != "sigmoid":
+        raise ValueError(f"label_smoothing: only goes with loss='sigmoid', got {label_smoothing!r} with {loss!r}")
+
+
+def check_nll_labels(nll_labels: Tensor, labels: Tensor) -> Tensor:
+    if not isinstance(nll_labels, Tensor) or nll_labels.shape != labels.shape:
+        got = list(nll_labels.shape) if isinstance(nll_labels, Tensor) else type(nll_labels).__name__
+        raise ValueError(f"nll_labels: expected token ids {list(labels.shape)} as the labels, got {got}")
+    return check_labels(nll_labels)
+
+
+# kto_loss, bco_loss
+
+UNPAIRED_LOSSES = ("kto", "apo_zero_unpaired")
+
+
+def check_kto(
+    labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, loss: str, baseline: Tensor | float | None, beta: float,
+    desirable_weight: float, undesirable_weight: float, sequence_group: object = None,
+) -> Tensor | float:  # fmt: skip
+    """z0."""
+    check_kto_options(loss, beta, desirable_weight, undesirable_weight)
+    sequences = check_sequences(labels, cu_seqlens, sequence_group)
+    check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
+    if baseline is not None and loss != "kto":
+        raise ValueError(f"baseline: is for loss='kto', got loss={loss!r}")
+    return check_constant("baseline", 0.0 if baseline is None else baseline)
+
+
+def check_kto_options(loss: str, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
+    """Those that no batch is needed for."""
+    if loss not in UNPAIRED_LOSSES:
+        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(UNPAIRED_LOSSES)}")
+    check_positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+
+
+def check_bco(
+    labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, weights: Tensor | None, beta: float,
+    sequence_group: object = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The numbers of the sequences."""
+    check_positive(beta=beta)
+    sequences = check_sequences(labels, cu_seqlens, sequence_group)
+    check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
+    if weights is None:
+        return {"desirable": desirable}
+    check_per_sequence("weights", weights, sequences, labels.device, FLOATS)
+    return {"desirable": desirable, "weights": weights.detach()}
+
+
+# grpo_loss
+
+GRPO_LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo")
+BY_TOKENS = ("bnpo", "dapo", "cispo")  # divide by the tokens of the batch, not by its sequences
+ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    loss: str
+    sequence: bool  # importance ratios are the sequences'
+    low: float  # epsilon
+    high: float  # epsilon_high
+    delta: float | None
+    beta: float
+    kl: str  # one of ESTIMATORS, or the key of a divergence
+    divergences: tuple[Divergence, ...]
+    length: int | None  # max_completion_length, for dr_grpo
+    corrected: bool  # the KL term has the importance ratio as a factor
+
+    # Bounds of the logarithm of a ratio: against its advantage, and of what is left where that is negative
+    @property
+    def lowest(self) -> float:
+        return math.log1p(-self.low) if self.low < 1 else -math.inf
+
+    @property
+    def highest(self) -> float:
+        return min(LARGEST, math.log(self.high) if self.loss == "cispo" else math.log1p(self.high))
+
+    @property
+    def largest(self) -> float:
+        return LARGEST if self.delta is None else min(LARGEST, math.log(self.delta))
+
+
+def grpo_config(
+    loss: str, importance: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float,
+    kl: str | Divergence, max_completion_length: int | None, use_bias_correction_kl: bool,
+) -> GRPOConfig:  # fmt: skip
+    if loss not in GRPO_LOSSES:
+        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(GRPO_LOSSES)}")
+    if importance not in ("token", "sequence"):
+        raise ValueError(f"importance: expected 'token' or 'sequence', got {importance!r}")
+    for name, x in (("epsilon", epsilon), ("epsilon_high", epsilon_high), ("beta", beta)):
+        if x is not None and (not isinstance(x, int | float) or not 0 <= x < math.inf):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+    if loss == "cispo":
+        if epsilon_high is None:
+            raise ValueError("epsilon_high: expected the largest ratio for loss='cispo', such as 5.0, got None")
+        check_positive(epsilon_high=epsilon_high)
+    high = epsilon if epsilon_high is None else epsilon_high
+    if delta is not None:
+        if loss == "cispo":
+            raise ValueError(f"delta: loss='cispo' has one bound, epsilon_high; got delta={delta!r}")
+        check_positive(delta=delta)
+        if delta <= 1 + high:
+            raise ValueError(f"delta: expected a number > 1 + epsilon_high = {1 + high:g}, got {delta!r}")
+    if (loss == "dr_grpo") != (max_completion_length is not None):
+        raise ValueError(
+            f"max_completion_length: is for loss='dr_grpo' and needed there, got {max_completion_length!r}"
+        )
+    if max_completion_length is not None:
+        check_positive(max_completion_length=max_completion_length)
+    name, divergences = _estimator(kl)
+    sequence, corrected = importance == "sequence", bool(use_bias_correction_kl)
+    return GRPOConfig(
+        loss, sequence, epsilon, high, delta, beta, name, divergences, max_completion_length, corrected
+    )  # fmt: skip
+
+
+def _estimator(kl: str | Divergence) -> tuple[str, tuple[Divergence, ...]]:
+    if isinstance(kl, str) and kl in ESTIMATORS:
+        return kl, ()
+    try:
+        d = from_key(kl)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"kl: expected 'k1', 'k2', 'k3' or the name of a divergence; {error}") from None
+    return d.key, (d,)
+
+
+# topk_distillation_loss
+
+TAILS = ("bucket", "renormalise", "ignore")
+PARTIAL = ("forward_kl", "reverse_kl", "js")  # divergences that mean something of a part of the tokens
+
+
+def check_topk(tail: str, d: Divergence) -> None:
+    if tail not in TAILS:
+        raise ValueError(f"tail: expected one of {', '.join(TAILS)}, got {tail!r}")
+    if tail == "ignore" and d.name not in PARTIAL:
+        raise ValueError(f"divergence: with tail='ignore' expected one of {', '.join(PARTIAL)}, got {d.key!r}")
+
+
+def check_teacher(logps: Tensor, ids: Tensor, mask: Tensor) -> None:
+    for name, x, is_kind, kind in (
+        ("topk_logps", logps, torch.is_floating_point, "float"),
+        ("topk_ids", ids, lambda x: x.dtype in (torch.int32, torch.int64), "int32 or int64"),
+    ):
+        if not isinstance(x, Tensor) or not is_kind(x):
+            raise TypeError(f"{name}: expected a {kind} tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.shape[:-1] != mask.shape or x.dim() != mask.dim() + 1 or x.shape[-1] < 1 or x.shape != ids.shape:
+            raise ValueError(
+                f"{name}: expected {[*mask.shape, 'K']} for {list(mask.shape)} tokens, got {list(x.shape)}"
+            )
+        if x.device != mask.device:
+            raise ValueError(f"{name}: expected on {mask.device} as the labels are, got {x.device}")
+
+
+# preference_matching_loss
+
+FORMS = ("entropy", "sampled")
+
+
+def check_matching(
+    labels: Tensor, cu_seqlens: Tensor | None, form: str, beta: float, baseline: Tensor | None,
+    sequence_group: object = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The per-sequence inputs."""
+    if form not in FORMS:
+        raise ValueError(f"form: expected 'entropy' or 'sampled', got {form!r}")
+    check_positive(beta=beta)
+    count = check_sequences(labels, cu_seqlens, sequence_group)
+    if baseline is None:
+        return {}
+    if form == "entropy":
+        raise ValueError("baseline: is for form='sampled'; the entropy is not sampled")
+    check_per_sequence("baseline", baseline, count, labels.device, FLOATS)
+    return {"baseline": baseline.detach()}
+
+
+def check_threshold(threshold: float) -> float:
+    """Its logarithm."""
+    if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+        raise ValueError(f"threshold: expected a probability in (0, 1], got {threshold!r}")
+    return math.log(threshold)
+
+
+# upo_loss, lta_thinker_loss
+
+
+def check_advantages(advantages: Tensor | tuple[Tensor, Tensor], count: int, device: torch.device) -> Tensor:
+    if isinstance(advantages, Tensor):
+        check_per_sequence("advantages", advantages, count, device, FLOATS)
+        return advantages.detach()
+    if not isinstance(advantages, tuple) or len(advantages) != 2:
+        raise TypeError(f"advantages: expected a tensor or (rewards, values), got {type(advantages).__name__}")
+    for name, x in zip(("rewards", "values"), advantages, strict=True):
+        check_per_sequence(name, x, count, device, FLOATS)
+    return advantages[0].detach() - advantages[1].detach()
+
+
+def check_lta_weights(weights: tuple[float, float, float]) -> None:
+    if len(weights) != 3 or not all(isinstance(x, int | float) and 0 <= x < float("inf") for x in weights):
+        raise ValueError(f"weights: expected three finite numbers >= 0, got {weights!r}")
