@@ -250,7 +250,7 @@ KINDS = ("logps + entropy + collision", "both KLs + entropy + collision", "alpha
 def parts(targets: list[str], short: bool) -> Iterator[tuple[str, str]]:
     """(target, part) to compile, the longest first. short: everything for one target. For each other one the pairs, every
     kind of token_stats, and of the rest, which are other formulas in the same words, every third. Slices are those words
-    again; tiles of every target are compiled by tests/test_tiles.py."""
+    again; tiles of every target are compiled by tests/kernels/test_fused_linear.py."""
     others = [target for target in mc.TARGETS if target != H200]
     turn = {part: others[i % len(others)] for i, part in enumerate(cases())}
     for part in (*PARTS, "pairs", *cases(), "strided"):

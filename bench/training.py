@@ -218,7 +218,7 @@ def _both(workload: str, name: str, kind: str, takes: tuple[str, ...], **options
     mine = partial(trl_trainer, name, "fused_losses.integrations.trl_trainers", kind, **options)
     return [
         Step(workload, f"TRL {name}Trainer", False, theirs, takes=takes),
-        Step(workload, f"TRL {name}Trainer in trl_kernels.patched()", True, theirs, patched, takes),
+        Step(workload, f"TRL {name}Trainer in trl_patch.patched()", True, theirs, patched, takes),
         Step(workload, f"fused_losses {name}Trainer", True, mine, takes=takes),
     ]
 

@@ -2,7 +2,7 @@
 
 python examples/tr_dpo.py
 
-In a Trainer, transformers' or TRL's, it is a callback: integrations.trainer.TrustRegionCallback(reference, alpha=, every=).
+In a Trainer, transformers' or TRL's, it is integrations.transformers.TrustRegionCallback(reference, alpha=, every=).
 """
 
 import copy

@@ -11,7 +11,7 @@ compiled as a whole, a label_smoothing that no loss reads (TRL's 'sigmoid' does 
 auxiliary loss TRL leaves out (GKDTrainer wants router_aux_loss_coef=0.0 for mixtures). Options are looked at when a trainer
 is made. Context and sequence parallelism are refused.
 
-Made for TRL 1.16.x, whose private methods these override: another version is refused on import. `trl_kernels` serves the other
+Made for TRL 1.16.x, whose private methods these override: another version is refused on import. `trl_patch` serves the other
 trainers.
 """
 

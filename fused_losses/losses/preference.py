@@ -118,7 +118,16 @@ def preference_loss(
     """
     labels = check_labels(labels)
     o = pair_loss_config(
-        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting, LOSSES
+        ref is not None,
+        loss,
+        loss_weights,
+        divergence,
+        beta,
+        label_smoothing,
+        discopop_tau,
+        ld_alpha,
+        use_weighting,
+        LOSSES,
     )
     pairs = check_pairs(labels, cu_seqlens, sequence_group) // 2
     span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=static_shapes)
@@ -184,7 +193,7 @@ def _chosen_tokens(mask: Tensor, cu_seqlens: Tensor | None, span: Span) -> Tenso
 
 ENTRIES = [
     Entry(
-        preference_loss, "pairs", "2305.18290, 2309.16240", ref="optional",  # WPO needs logits: tests/test_preference_types.py
+        preference_loss, "pairs", "2305.18290, 2309.16240", ref="optional",  # WPO needs logits
         variants={
             **{name: {"loss": name} for name in LOSSES},
             **{f"{name}, smoothed": {"loss": name, "label_smoothing": 0.1} for name in ("cdpo", "robust", "exo_pair", "aot")},

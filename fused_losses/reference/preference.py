@@ -138,7 +138,16 @@ def preference_loss(
 ) -> LossOutput:  # fmt: skip
     """fl.preference_loss, one pair after another."""
     o = pair_loss_config(
-        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting, LOSSES
+        ref is not None,
+        loss,
+        loss_weights,
+        divergence,
+        beta,
+        label_smoothing,
+        discopop_tau,
+        ld_alpha,
+        use_weighting,
+        LOSSES,
     )
     num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     check_pairs(check_labels(labels), cu_seqlens)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..core.inputs import Source, check_labels
-from ..core.options import check_advantages
+from ..core.options import LARGEST, check_advantages
 from ..core.outputs import LossOutput
 from ..core.validation import Count, check_reduction
-from ..core.options import LARGEST
 from .common import cut, joined, reduced
 from .preference import preference_loss
 

@@ -23,7 +23,6 @@ from ..shared import Entry, reduced, sequences_of, with_parts
 __all__ = ["expectile_loss", "upo_loss"]
 
 
-
 def upo_loss(
     policy: Source,
     labels: Tensor,
