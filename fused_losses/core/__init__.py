@@ -1,0 +1,1 @@
+"""Mathematics and contracts: inputs, outputs, checks, options, divergences. It imports torch alone."""

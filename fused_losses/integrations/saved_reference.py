@@ -89,7 +89,7 @@ def precompute(
     adapter off (the implicit reference), and the adapter may be trained meanwhile; or, with adapter=, the model under the
     adapter of this name, whichever is active.
 
-    dataset: rows of token ids (of preference_data.tokenize_preferences or tokenize_unpaired) that can be counted and read again.
+    dataset: rows of token ids (of preference_data.tokenize_preferences or tokenize_unpaired); counted, and read twice.
     collator: preference_data's PreferenceCollator or UnpairedCollator; its truncation counts, packed or padded does not.
     tokenizer: if given its fingerprint is kept too.
     part_rows: rows of a file. At most so many are lost where a run is interrupted.
