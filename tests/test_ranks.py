@@ -56,6 +56,11 @@ helpers.python(*words, "echo stuck; exec sleep 600", stdout=None)
 """
 
 
+def hear_ctrl_c():
+    """Which a shell's background jobs, and what they start, ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("code", [RANKS, TORCHRUN], ids=["ranks", "torchrun"])
 @pytest.mark.parametrize(("how", "all_of_them"), [("SIGINT", True), ("SIGINT", False), ("SIGKILL", False)])
 def test_none_outlives_the_process_that_started_it(code, how, all_of_them):
@@ -63,7 +68,7 @@ def test_none_outlives_the_process_that_started_it(code, how, all_of_them):
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "bench"), os.environ.get("PYTHONPATH", "")]
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     try:
         assert [parent.stdout.readline() for _ in range(2)] == [b"stuck\n"] * 2
