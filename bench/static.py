@@ -223,9 +223,11 @@ def compile_part(target: str, part: str) -> list[Row]:
             of = Launch("pair", direction, _none, configs.PAIRS.per_thread, 9)  # two floats and a mask
             rows.append(_row(kernel, target, workload, of))
     else:
-        todo = [(workload, PARTS[part](case)) for workload, case in every.items()]
+        launches_of = PARTS[part.removesuffix(OTHER)]
+        wanted = [workload for workload in every if (workload in KINDS) != (part in OTHERS)]
+        todo = [(workload, launches_of(every[workload])) for workload in wanted]
         if part == "tiles":
-            todo.append(("both KLs, softcap", tiles(every["both KLs"], softcap=30.0)))
+            todo.append((SOFTCAP, tiles(every["both KLs"], softcap=30.0)))
         for workload, launches in todo:
             with mc.compiled(target) as kernels:
                 for of in launches:
@@ -245,18 +247,23 @@ KERNELS = {
 
 # Of token_stats: one sweep of a side and of both with all their sums, a power, two sweeps, and what takes most registers.
 KINDS = ("logps + entropy + collision", "both KLs + entropy + collision", "alpha", "js", "alpha_beta")
+SOFTCAP = "both KLs, softcap"  # of tiles
+OTHER = ", other formulas"
+OTHERS = tuple(part + OTHER for part in PARTS)
 
 
 def parts(targets: list[str], short: bool) -> Iterator[tuple[str, str]]:
-    """(target, part) to compile, the longest first. short: everything for one target. For each other one the pairs, every
-    kind of token_stats, and of the rest, which are other formulas in the same words, every third. Slices are those words
-    again; tiles of every target are compiled by tests/kernels/test_fused_linear.py."""
+    """(target, part) to compile, the longest first. short: for one target everything, but that of slices and tiles only the
+    kinds: the rest are the formulas of token_stats again. For each other one the pairs, every kind of token_stats, and of the
+    rest every third; tiles of every target are compiled by tests/kernels/test_fused_linear.py."""
     others = [target for target in mc.TARGETS if target != H200]
     turn = {part: others[i % len(others)] for i, part in enumerate(cases())}
-    for part in (*PARTS, "pairs", *cases(), "strided"):
+    for part in (*PARTS, *OTHERS, "pairs", *cases(), "strided"):
         for target in targets:
             if part == "strided":
                 wanted = target in ("sm_100", "gfx942")
+            elif part in OTHERS:
+                wanted = not short
             else:
                 wanted = not short or target == H200 or part in ("pairs", *KINDS) or turn.get(part) == target
             if wanted:
@@ -267,7 +274,8 @@ def compiled_by(kernel: str, workload: str) -> str:
     """The part that a row belongs to."""
     if kernel == "token_stats":
         return "strided" if workload.endswith(", strided") else workload
-    return next(part for part, kernels in KERNELS.items() if kernel in kernels)
+    part = next(part for part, kernels in KERNELS.items() if kernel in kernels)
+    return part if part == "pairs" or workload in (*KINDS, SOFTCAP) else part + OTHER
 
 
 # ---- interpreted -----------------------------------------------------------------------------------------------------
@@ -482,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, metavar="FILE", help="of an earlier --json: compile nothing")
     parser.add_argument("--check", action="store_true", help="compare with the baseline; count no bytes")
     parser.add_argument("--update", action="store_true", help="write the baseline")
-    parser.add_argument("--short", action="store_true", help="all for sm_90, some for the others: as the tests do")
+    parser.add_argument("--short", action="store_true", help="most for sm_90, some for the others: as the tests do")
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
     args = parser.parse_args(argv)
     quiet = args.check or args.update

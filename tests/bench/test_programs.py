@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,26 +40,35 @@ def test_demo(tmp_path):
 
 
 def test_gpu_script_without_a_gpu(tmp_path):
+    """One of its tests fails, which is said at the end; the rest runs."""
     import torch
 
+    wrong = tmp_path / "test_wrong.py"
+    wrong.write_text("def test_right():\n    pass\n\n\ndef test_wrong():\n    assert 1 + 1 == 3\n")
     env = os.environ | {"OUT": str(tmp_path)}
-    done = python("bench/gpu.py", "--dry-run", "--tests", "tests/docs/test_readme.py -k tree", env=env)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    done = python("bench/gpu.py", "--dry-run", "--tests", str(wrong), env=env)
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "cpu" / "tiny.json").read_text())
     assert report["benchmarks"] and report["commit_info"]["id"]
     summary = done.stdout[done.stdout.index("\nsummary") :].splitlines()
     assert {line.split(":")[0].strip() for line in summary[2:]} == {"tests", "bench", "targets"}
-    assert "tests: passed (1 passed)" in done.stdout and "FAILED" not in done.stdout
+    assert "tests: FAILED, exit code 1 (1 failed, 1 passed)" in done.stdout and done.stdout.count(": FAILED") == 1
+    assert "bench: passed" in done.stdout and "targets: passed" in done.stdout
     assert "| not measured |" in (tmp_path / "cpu" / "targets.txt").read_text()
     if not torch.cuda.is_available():
         assert python("bench/gpu.py").returncode == 2
         assert python("-m", "bench", "tune").returncode == 2
 
 
-def test_a_test_that_fails_on_the_gpu_is_reported(tmp_path):
-    wrong = tmp_path / "test_wrong.py"
-    wrong.write_text("def test_wrong():\n    assert 1 + 1 == 3\n")
-    env = os.environ | {"OUT": str(tmp_path)}
-    command = ("bench/gpu.py", "--dry-run", "--tests", str(wrong), "--seconds", "30", "--grid", "tiny")
-    done = python(*command, env=env)
-    assert done.returncode == 1 and "tests: FAILED, exit code 1 (1 failed)" in done.stdout
+def test_what_the_gpu_script_says_of_a_step(tmp_path, capsys):
+    """Its exit code is that of the worst step."""
+    sys.path.append(str(ROOT))  # last: it holds kernels/
+    from bench import gpu
+
+    steps = gpu.Steps(tmp_path, 60.0)
+    steps.run("good", [sys.executable, "-c", "print('3 passed, 1 skipped')"], 50.0)
+    assert steps.lines == ["good: passed (3 passed, 1 skipped)"] and not steps.failed
+    steps.run("may fail", [sys.executable, "-c", "raise SystemExit(3)"], 50.0, fatal=False)
+    assert steps.lines[1:] == ["may fail: FAILED, exit code 3"] and not steps.failed
+    steps.run("bad", [sys.executable, "-c", "raise SystemExit(3)"], 50.0)
+    assert steps.failed and "3 passed" in capsys.readouterr().out

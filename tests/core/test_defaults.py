@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
-from family_batches import CASES, Batch, sources_of
+from family_batches import CASES, FAMILY, Batch, sources_of
 
 import fused_losses as fl
 
@@ -16,21 +17,27 @@ PLANS = ("slices", "rows", "whole", "frozen")
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 
 
+def under_default(default, f):
+    """f() under another default dtype, or the default device "meta"."""
+    if default == "meta":
+        with torch.device("meta"):
+            return f()
+    try:
+        torch.set_default_dtype(default)
+        return f()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(params=[*DTYPES, "meta"], ids=str)
 def under(request):
     """Calls a function under another default."""
+    return partial(under_default, request.param)
 
-    def call(f):
-        if request.param == "meta":
-            with torch.device("meta"):
-                return f()
-        try:
-            torch.set_default_dtype(request.param)
-            return f()
-        finally:
-            torch.set_default_dtype(torch.float32)
 
-    return call
+FIRST = [(name, next(iter(entry.variants))) for name, entry in FAMILY.items()]
+LOSSES = [(*case, default) for default in (DTYPES[0], "meta") for case in CASES]
+LOSSES += [(*case, default) for default in DTYPES[1:] for case in FIRST]
 
 
 def same(found, expected, where):
@@ -74,13 +81,13 @@ def answer(batch, library, source, ref, how):
         return str(refusal)
 
 
-@pytest.mark.parametrize(("name", "variant"), CASES)
-def test_losses(monkeypatch, under, name, variant):
+@pytest.mark.parametrize(("name", "variant", "default"), LOSSES, ids=str)
+def test_losses(monkeypatch, name, variant, default):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     batch = Batch(name, variant, seed=6)
     for given in calls(batch):
         expected = answer(batch, *given)
-        same(under(lambda given=given: answer(batch, *given)), expected, given)
+        same(under_default(default, lambda given=given: answer(batch, *given)), expected, given)
 
 
 def test_token_stats(backend, under, device):

@@ -418,7 +418,7 @@ def test_maxima_that_rise_far_from_slice_to_slice(backend, device, what):
     compare_sources(two_sources, leaves, y, 3e-5, how=how, divergence=name)
 
 
-@cases(triton=["slices", "frozen", "tiles"])
+@cases(triton=["slices", "tiles"])
 def test_labels_of_any_kind(backend, device, plan):
     """Any integer type and stride; an ignore_index that is a token, too."""
     leaves = frozen_head(both_sides((2, 3), device, rank=0))

@@ -22,7 +22,7 @@ NEAR = [(6e-3, 0.11, 4e-5), (4e-7, 9e-4, 6e-3), (5e-9, 1e-4, 1e-2)]
 @pytest.mark.parametrize(("kl", "noise", "allowed"), NEAR)
 def test_near_the_reference(backend, device, kl, noise, allowed, offset):
     # The interpreter takes seconds a row; what smaller rows show of it is in test_what_the_readme_promises.
-    rows = 2 if backend == "triton" and device.type == "cpu" else 8
+    rows = 1 if backend == "triton" and device.type == "cpu" else 8
     z = torch.randn(rows, 50304, device=device)
     w = z + noise * torch.randn(rows, 50304, device=device) + offset
     y = torch.randint(0, 50304, (rows,), device=device)
@@ -49,7 +49,7 @@ def curvature(name):
     return weight, (1 + s * s) / min(1.0, abs(s * (s - 1)))
 
 
-@pytest.mark.parametrize(("scale", "parts"), [(0.3, 1), (1.0, 1), (3.0, 1), (6.0, 1), (1.0, 3), (6.0, 3)])
+@pytest.mark.parametrize(("scale", "parts"), [(0.3, 1), (1.0, 1), (6.0, 1), (3.0, 3)])
 def test_what_the_readme_promises_of_one_pass_divergences(backend, device, scale, parts):
     """For flat and peaked rows, any spread of the log-ratios, models that lie a constant apart; in one sweep or merged:
 
