@@ -153,7 +153,7 @@ def plain_trainer(
 def fused_trainer(setting: Setting, folder: str, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
-    from fused_losses.integrations.transformers import FusedLossMixin
+    from fused_losses.integrations.trainer import FusedLossMixin
 
     class Fused(FusedLossMixin, Trainer):  # type: ignore[misc]
         pass
@@ -168,9 +168,9 @@ def own_trainer(setting: Setting, folder: str) -> Any:
 
 
 def patched() -> AbstractContextManager[None]:
-    from fused_losses.integrations import trl_patch
+    from fused_losses.integrations import trl_kernels
 
-    return trl_patch.patched()
+    return trl_kernels.patched()
 
 
 # ---- the losses, written out -----------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _both(workload: str, name: str, kind: str, takes: tuple[str, ...], **options
     mine = partial(trl_trainer, name, "fused_losses.integrations.trl_trainers", kind, **options)
     return [
         Step(workload, f"TRL {name}Trainer", False, theirs, takes=takes),
-        Step(workload, f"TRL {name}Trainer in trl_patch.patched()", True, theirs, patched, takes),
+        Step(workload, f"TRL {name}Trainer in trl_kernels.patched()", True, theirs, patched, takes),
         Step(workload, f"fused_losses {name}Trainer", True, mine, takes=takes),
     ]
 

@@ -9,16 +9,14 @@ from torch.utils.data import DataLoader
 
 import fused_losses as fl
 from fused_losses.cli.memory_probe import peak_bytes
-from fused_losses.integrations import preference_data
+from fused_losses.integrations import data
 
 TEMPERATURE = 0.9
 tokenizer = tiny.tokenizer()
 student, teacher = tiny.model(hidden_size=32, vocab_size=8192), tiny.model(seed=1, hidden_size=96, vocab_size=8192)
 
-rows = preference_data.tokenize_unpaired(tiny.unpaired_rows(16), tokenizer)
-batches = DataLoader(
-    rows, batch_size=4, collate_fn=preference_data.UnpairedCollator(tokenizer.pad_token_id, max_length=64)
-)
+rows = data.tokenize_unpaired(tiny.unpaired_rows(16), tokenizer)
+batches = DataLoader(rows, batch_size=4, collate_fn=data.UnpairedCollator(tokenizer.pad_token_id, max_length=64))
 
 
 def ours(inputs, labels):

@@ -12,15 +12,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fused_losses as fl
-from fused_losses.integrations import preference_data
+from fused_losses.integrations import data
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 
 tokenizer = tiny.tokenizer()
-collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
-rows = preference_data.tokenize_preferences(tiny.rows(4), tokenizer)
+collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
+rows = data.tokenize_preferences(tiny.rows(4), tokenizer)
 
 
 def dpo(policy, reference, inputs, labels):

@@ -10,14 +10,14 @@ import torch
 from torch.utils.data import DataLoader
 
 import fused_losses as fl
-from fused_losses.integrations import preference_data
+from fused_losses.integrations import data
 
 tokenizer = tiny.tokenizer()
 policy = tiny.model()
 reference = copy.deepcopy(policy).requires_grad_(False)
 
-rows = preference_data.tokenize_unpaired(tiny.unpaired_rows(16), tokenizer)  # prompt, completion, label
-collator = preference_data.UnpairedCollator(tokenizer.pad_token_id, max_length=64, kl=True)
+rows = data.tokenize_unpaired(tiny.unpaired_rows(16), tokenizer)  # prompt, completion, label
+collator = data.UnpairedCollator(tokenizer.pad_token_id, max_length=64, kl=True)
 batches = DataLoader(rows, batch_size=8, collate_fn=collator)
 
 

@@ -8,15 +8,15 @@ import tiny
 import torch
 
 import fused_losses as fl
-from fused_losses.integrations import preference_data
+from fused_losses.integrations import data
 
 tokenizer = tiny.tokenizer()
 config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"])
 policy = peft.get_peft_model(tiny.model(), config)
 policy.print_trainable_parameters()
 
-collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
-batch = collator(preference_data.tokenize_preferences(tiny.rows(4), tokenizer))
+collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
+batch = collator(data.tokenize_preferences(tiny.rows(4), tokenizer))
 inputs, labels = {k: batch[k] for k in ("input_ids", "attention_mask")}, batch["labels"]
 
 

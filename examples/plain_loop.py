@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 
 import fused_losses as fl
 from fused_losses.cli.memory_probe import peak_bytes
-from fused_losses.integrations import preference_data
+from fused_losses.integrations import data
 
 tokenizer = tiny.tokenizer()
 model = tiny.model(vocab_size=16384)
 reference = copy.deepcopy(model).requires_grad_(False)
 
-rows = preference_data.tokenize_preferences(tiny.rows(16), tokenizer)
-collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
+rows = data.tokenize_preferences(tiny.rows(16), tokenizer)
+collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
 batches = DataLoader(rows, batch_size=4, collate_fn=collator)  # 4 chosen sequences, then 4 rejected ones
 
 

@@ -10,18 +10,18 @@ import torch
 from torch.utils.data import DataLoader
 
 import fused_losses as fl
-from fused_losses.integrations import preference_data, saved_reference
+from fused_losses.integrations import data, ref_logps
 
 tokenizer = tiny.tokenizer()
-rows = preference_data.tokenize_preferences(tiny.rows(16), tokenizer)
-collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
+rows = data.tokenize_preferences(tiny.rows(16), tokenizer)
+collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
 
 # Once, by itself. Where it is interrupted, the same call goes on.
 reference, folder = tiny.model(), tempfile.mkdtemp()
-saved_reference.precompute(reference, rows, collator, folder, batch_size=8, tokenizer=tokenizer, progress=False)
+ref_logps.precompute(reference, rows, collator, folder, batch_size=8, tokenizer=tokenizer, progress=False)
 
 # Whenever there is training, in another process: the reference is not needed any more.
-saved = saved_reference.load(folder, collator=collator, tokenizer=tokenizer)
+saved = ref_logps.load(folder, collator=collator, tokenizer=tokenizer)
 loader = DataLoader(saved.attach(rows), batch_size=4, shuffle=True, collate_fn=collator)
 policy = tiny.model()
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
@@ -53,7 +53,7 @@ assert seen[-1] < seen[0]
 
 # Not of this model, these rows, this tokenizer or this truncation: an error says which.
 try:
-    saved_reference.load(folder, model=policy)
+    ref_logps.load(folder, model=policy)
 except RuntimeError as refusal:
     print(f"refused: {refusal}")
 else:

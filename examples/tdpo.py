@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import fused_losses as fl
-from fused_losses.integrations import preference_data
+from fused_losses.integrations import data
 
 tokenizer = tiny.tokenizer()
 policy, reference = tiny.model(seed=0), tiny.model(seed=1)
-collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
-batch = collator(preference_data.tokenize_preferences(tiny.rows(4), tokenizer))
+collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
+batch = collator(data.tokenize_preferences(tiny.rows(4), tokenizer))
 inputs, labels = {k: batch[k] for k in ("input_ids", "attention_mask")}, batch["labels"]
 
 

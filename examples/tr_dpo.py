@@ -2,7 +2,7 @@
 
 python examples/tr_dpo.py
 
-In a Trainer, transformers' or TRL's, it is integrations.transformers.TrustRegionCallback(reference, alpha=, every=).
+In a Trainer, transformers' or TRL's, it is integrations.trainer.TrustRegionCallback(reference, alpha=, every=).
 """
 
 import copy
@@ -11,15 +11,15 @@ import tiny
 import torch
 
 import fused_losses as fl
-from fused_losses.integrations import preference_data
+from fused_losses.integrations import data
 
 tokenizer = tiny.tokenizer()
 policy = tiny.model()
 reference = copy.deepcopy(policy)  # weights of its own
 region = fl.TrustRegion(reference, policy, alpha=1.0, every=4)  # alpha < 1: a soft update
 
-collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
-batch = collator(preference_data.tokenize_preferences(tiny.rows(4), tokenizer))
+collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
+batch = collator(data.tokenize_preferences(tiny.rows(4), tokenizer))
 inputs, labels = {k: batch[k] for k in ("input_ids", "attention_mask")}, batch["labels"]
 
 

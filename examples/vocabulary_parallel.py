@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import fused_losses as fl
-from fused_losses.integrations import preference_data
+from fused_losses.integrations import data
 
 dist.init_process_group("gloo")
 rank, group = dist.get_rank(), dist.group.WORLD
@@ -20,8 +20,8 @@ body, ref_body = fl.backbone(policy), fl.backbone(reference)
 weight = policy.lm_head.weight[rows].detach().clone().requires_grad_()  # this rank's
 ref_weight = reference.lm_head.weight[rows].clone()
 
-collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
-batch = collator(preference_data.tokenize_preferences(tiny.rows(4), tokenizer))
+collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=64)
+batch = collator(data.tokenize_preferences(tiny.rows(4), tokenizer))
 inputs, labels = {k: batch[k] for k in ("input_ids", "attention_mask")}, batch["labels"]  # the same on all ranks
 
 hidden, ref_hidden = (model(**inputs).last_hidden_state for model in (body, ref_body))

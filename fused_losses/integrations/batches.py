@@ -16,7 +16,7 @@ from ..nn.fused_head import unwrapped
 
 __all__ = ["Counts", "Loss", "check_columns", "model_inputs"]
 
-# What the mixin itself reads, or what says once more what labels and cu_seqlens say (the collators of preference_data).
+# What the mixin itself reads, or what says once more what labels and cu_seqlens say (the collators of data.py).
 READ = ("labels", "shift_labels", "num_items_in_batch", "skip_logits", "completion_mask", "max_length")
 # Options that every loss takes; which of them a batch may hold.
 OPTIONS = frozenset({
@@ -226,7 +226,7 @@ def made_by(collator: Any) -> Collection[str] | None:
 
 
 def collator_columns(collator: Any) -> Iterable[str]:
-    """The columns that the collators of integrations.preference_data read."""
+    """The columns that the collators of integrations.data read."""
     if not (hasattr(collator, "columns") and hasattr(collator, "settings")):
         return ()
     return ("prompt_ids", "label", *collator.columns, *collator.columns.values())

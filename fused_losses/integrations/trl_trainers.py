@@ -11,7 +11,7 @@ compiled as a whole, a label_smoothing that no loss reads (TRL's 'sigmoid' does 
 auxiliary loss TRL leaves out (GKDTrainer wants router_aux_loss_coef=0.0 for mixtures). Options are looked at when a trainer
 is made. Context and sequence parallelism are refused.
 
-Made for TRL 1.16.x, whose private methods these override: another version is refused on import. `trl_patch` serves the other
+Made for TRL 1.16.x, whose private methods these override: another version is refused on import. `trl_kernels` serves the other
 trainers.
 """
 
@@ -36,8 +36,8 @@ from ..core.options import check_kto_options, pair_loss_config
 from ..engine.token_stats import token_stats
 from ..losses import LOSSES, distillation_loss, kto_loss, preference_loss
 from ..nn.at_head import AtHead, at_head
-from .transformers import TrustRegionCallback, refuse_split_sequences
-from .trl_patch import TESTED, mean_logits
+from .trainer import TrustRegionCallback, refuse_split_sequences
+from .trl_kernels import TESTED, mean_logits
 
 if trl.__version__.split(".")[:2] != TESTED.split(".")[:2]:
     raise ImportError(f"trl: expected version 1.16.x, tested with {TESTED}, got {trl.__version__}")

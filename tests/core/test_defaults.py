@@ -141,7 +141,7 @@ def test_what_needs_no_model(under):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_collators(dtype):
-    from fused_losses.integrations.preference_data import PreferenceCollator
+    from fused_losses.integrations.data import PreferenceCollator
 
     saved = {"ref_chosen_logps": [-0.3, -1.7], "ref_rejected_logps": [-0.1]}
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]} | saved]

@@ -13,7 +13,7 @@ from helpers import seeded
 
 import fused_losses as fl
 from fused_losses.cli import demo
-from fused_losses.integrations.preference_data import (
+from fused_losses.integrations.data import (
     PreferenceCollator,
     UnpairedCollator,
     tokenize_preferences,
@@ -194,7 +194,7 @@ def test_long_prompts(texts, tokenizer):
 
 def test_implicit_prompts():
     """Of strings: without a space at the end, and something is left of both."""
-    from fused_losses.integrations.preference_data import _texts
+    from fused_losses.integrations.data import _texts
 
     def split(chosen, rejected):
         return tuple(_texts({"chosen": chosen, "rejected": rejected}, ("chosen", "rejected")).values())

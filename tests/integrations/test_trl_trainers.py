@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import fused_losses as fl  # noqa: E402
 from fused_losses.cli import demo  # noqa: E402
 from fused_losses.integrations import trl_trainers as ours  # noqa: E402
-from fused_losses.integrations.transformers import TrustRegionCallback  # noqa: E402
+from fused_losses.integrations.trainer import TrustRegionCallback  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

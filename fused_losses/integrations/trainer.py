@@ -87,7 +87,7 @@ class FusedLossMixin:
     aux_loss_coef: what a mixture's auxiliary loss is weighted with; needed where the model returns one.
 
     Batches hold the model's inputs and labels (not shifted, -100 where nothing counts), pairs as [2B, T] with the chosen rows
-    first; or shift_labels, which count instead. Packed batches are those of integrations.preference_data. "kl" of its
+    first; or shift_labels, which count instead. Packed batches are those of integrations.data. "kl" of its
     UnpairedCollator is for fl.kto_loss, whose baseline comes from it.
 
     A loss of this library is divided by what it counts, tokens, pairs or sequences, of all micro-batches and ranks (without

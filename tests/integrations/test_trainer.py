@@ -19,8 +19,8 @@ from datasets import Dataset  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
 import fused_losses as fl  # noqa: E402
-from fused_losses.integrations.preference_data import PreferenceCollator, UnpairedCollator  # noqa: E402
-from fused_losses.integrations.transformers import FusedLossMixin, TrustRegionCallback, compute_loss_func  # noqa: E402
+from fused_losses.integrations.data import PreferenceCollator, UnpairedCollator  # noqa: E402
+from fused_losses.integrations.trainer import FusedLossMixin, TrustRegionCallback, compute_loss_func  # noqa: E402
 from fused_losses.losses import FAMILY  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]

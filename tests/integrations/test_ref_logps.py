@@ -14,8 +14,8 @@ from helpers import relative, seeded
 
 import fused_losses as fl
 from fused_losses.cli import demo
-from fused_losses.integrations import saved_reference
-from fused_losses.integrations.preference_data import PreferenceCollator, UnpairedCollator, tokenize_preferences
+from fused_losses.integrations import ref_logps
+from fused_losses.integrations.data import PreferenceCollator, UnpairedCollator, tokenize_preferences
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
@@ -89,7 +89,7 @@ def test_saved_and_online_losses_are_equal(tmp_path, rows, per_token, packed, li
     """The files are made of padded batches of two, and read by batches of three in another order."""
     reference, policy = make(1), make(2)
     dataset = list(rows) if listed else rows
-    saved = saved_reference.precompute(
+    saved = ref_logps.precompute(
         reference.train(), dataset, COLLATOR, tmp_path / "ref", per_token=per_token, part_rows=3, **QUIET
     )
     assert reference.training and len(saved) == len(rows) == 7
@@ -113,15 +113,14 @@ def test_saved_and_online_losses_are_equal(tmp_path, rows, per_token, packed, li
 def test_packed_and_padded_files_are_equal(tmp_path, rows):
     packed = PreferenceCollator(0, max_length=40, truncation="keep_end", packed=True)
     found = [
-        saved_reference.precompute(make(), rows, c, tmp_path / str(i), **QUIET)
-        for i, c in enumerate((COLLATOR, packed))
+        ref_logps.precompute(make(), rows, c, tmp_path / str(i), **QUIET) for i, c in enumerate((COLLATOR, packed))
     ]
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         np.testing.assert_allclose(found[0].values[name], found[1].values[name], rtol=1e-6)
-    saved_reference.load(tmp_path / "0", collator=packed)  # which is none of what they depend on
+    ref_logps.load(tmp_path / "0", collator=packed)  # which is none of what they depend on
     for each in (COLLATOR, packed):
         other = replace(each, label_pad=-1)
-        tokens = saved_reference.precompute(make(), rows, other, tmp_path / f"{each.packed}", per_token=True, **QUIET)
+        tokens = ref_logps.precompute(make(), rows, other, tmp_path / f"{each.packed}", per_token=True, **QUIET)
         sums = [x.sum() for x in tokens.values["ref_chosen_logps"]]
         np.testing.assert_allclose(found[0].values["ref_chosen_logps"], sums, rtol=1e-6)
 
@@ -129,10 +128,8 @@ def test_packed_and_padded_files_are_equal(tmp_path, rows):
 def test_unpaired(tmp_path, rows):
     single = [{"prompt_ids": r["prompt_ids"], "completion_ids": r["chosen_ids"], "label": True} for r in rows]
     collator, model = UnpairedCollator(0, max_length=40, truncation="keep_end", kl=True), make()
-    saved = saved_reference.precompute(
-        model, single, collator, tmp_path / "ref", **QUIET
-    )  # the last batch is of one row
-    pairs = saved_reference.precompute(model, rows, COLLATOR, tmp_path / "pairs", **QUIET)
+    saved = ref_logps.precompute(model, single, collator, tmp_path / "ref", **QUIET)  # the last batch is of one row
+    pairs = ref_logps.precompute(model, rows, COLLATOR, tmp_path / "pairs", **QUIET)
     np.testing.assert_allclose(saved.values["ref_logps"], pairs.values["ref_chosen_logps"], rtol=1e-6)
     batch = collator(saved.attach(single)[:3])
     assert batch["ref_logps"].tolist() == saved.values["ref_logps"][:3].tolist()
@@ -147,13 +144,13 @@ def test_unpaired(tmp_path, rows):
 def test_the_reference_of_lora_is_its_base(tmp_path, rows, options):
     """Also after the adapter has been trained; it is on again afterwards, and trains."""
     base = make()
-    wanted = saved_reference.precompute(base, rows, COLLATOR, tmp_path / "base", **QUIET)
+    wanted = ref_logps.precompute(base, rows, COLLATOR, tmp_path / "base", **QUIET)
     model = lora(copy.deepcopy(base), **options)
     asks = [p.requires_grad for p in model.parameters()]
     batch = COLLATOR(list(rows)[:2])
     with torch.no_grad():
         before = model.eval()(batch["input_ids"]).logits
-    saved = saved_reference.precompute(model, rows, COLLATOR, tmp_path / "lora", **QUIET)
+    saved = ref_logps.precompute(model, rows, COLLATOR, tmp_path / "lora", **QUIET)
     for name, values in wanted.values.items():
         np.testing.assert_array_equal(saved.values[name], values)
     with torch.no_grad():
@@ -163,14 +160,14 @@ def test_the_reference_of_lora_is_its_base(tmp_path, rows, options):
             p.add_(p.requires_grad)  # a step
     assert [p.requires_grad for p in model.parameters()] == asks
     for path, other in (("lora", model), ("lora", base), ("base", model)):
-        saved_reference.load(tmp_path / path, model=other)
+        ref_logps.load(tmp_path / path, model=other)
     model.merge_adapter()
     with pytest.raises(
         RuntimeError, match=r"^model: an adapter is merged into model\.layers\.0\.self_attn\.q_proj; unmerge"
     ):
-        saved_reference.load(tmp_path / "lora", model=model)
+        ref_logps.load(tmp_path / "lora", model=model)
     with pytest.raises(TypeError, match=r"^reference_model: LlamaForCausalLM has adapters, but no disable_adapter\(\)"):
-        saved_reference.precompute(lora(base, **options).get_base_model(), rows, COLLATOR, tmp_path / "x", **QUIET)
+        ref_logps.precompute(lora(base, **options).get_base_model(), rows, COLLATOR, tmp_path / "x", **QUIET)
 
 
 # ---- interruption --------------------------------------------------------------------------------------------------------
@@ -194,47 +191,47 @@ def counted(model, stop=None):
 
 def test_an_interrupted_run_goes_on(tmp_path, rows, capsys):
     model, path = make(), tmp_path / "ref"
-    whole = saved_reference.precompute(model, rows, COLLATOR, tmp_path / "whole", batch_size=7, progress=False)
+    whole = ref_logps.precompute(model, rows, COLLATOR, tmp_path / "whole", batch_size=7, progress=False)
     seen, hook = counted(model.train(), stop=3)
     with pytest.raises(Interrupted):
-        saved_reference.precompute(model, rows, COLLATOR, path, part_rows=3, **QUIET)
+        ref_logps.precompute(model, rows, COLLATOR, path, part_rows=3, **QUIET)
     hook.remove()
     assert seen == [2, 1, 2] and model.training
     with pytest.raises(
         RuntimeError, match="has 3 of 7 rows, it was interrupted; call precompute with the same arguments"
     ):
-        saved_reference.load(path)
+        ref_logps.load(path)
     (path / "part-000000003.npz.tmp").write_bytes(b"half of it")
     seen, hook = counted(model)
-    saved = saved_reference.precompute(model, rows, COLLATOR, path, batch_size=3)  # in other batches, and with a bar
+    saved = ref_logps.precompute(model, rows, COLLATOR, path, batch_size=3)  # in other batches, and with a bar
     assert seen == [3, 1] and "Reference" in capsys.readouterr().err
     for name, values in whole.values.items():
         np.testing.assert_allclose(saved.values[name], values, rtol=1e-6)
-    assert saved_reference.precompute(model, rows, COLLATOR, path, **QUIET).values.keys() == whole.values.keys()
+    assert ref_logps.precompute(model, rows, COLLATOR, path, **QUIET).values.keys() == whole.values.keys()
     assert seen == [3, 1]  # all was there
     assert not list(path.glob("*.tmp")) and "Reference" not in capsys.readouterr().err
 
 
 def test_a_damaged_file(tmp_path, rows):
     model = make()
-    saved = saved_reference.precompute(model, rows, COLLATOR, tmp_path, part_rows=4, **QUIET)
+    saved = ref_logps.precompute(model, rows, COLLATOR, tmp_path, part_rows=4, **QUIET)
     part = tmp_path / "part-000000004.npz"
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(RuntimeError, match=r"part-000000004\.npz: cannot be read .* delete it and call precompute"):
-        saved_reference.load(tmp_path)
+        ref_logps.load(tmp_path)
     part.write_bytes((tmp_path / "part-000000000.npz").read_bytes())
     with pytest.raises(RuntimeError, match=r"part-000000004\.npz: cannot be read \(expected 3 rows\)"):
-        saved_reference.load(tmp_path)
+        ref_logps.load(tmp_path)
     part.unlink()
-    again = saved_reference.precompute(model, rows, COLLATOR, tmp_path, **QUIET)
+    again = ref_logps.precompute(model, rows, COLLATOR, tmp_path, **QUIET)
     np.testing.assert_allclose(again.values["ref_chosen_logps"], saved.values["ref_chosen_logps"], rtol=1e-6)
     with pytest.raises(FileNotFoundError, match="^path: expected a folder that precompute has made, got .*nowhere"):
-        saved_reference.load(tmp_path / "nowhere")
+        ref_logps.load(tmp_path / "nowhere")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["versions"]["torch"] == torch.__version__ and manifest["fingerprint"]["data"]["rows"] == 7
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
     with pytest.raises(RuntimeError, match="expected format 1, got 0"):
-        saved_reference.load(tmp_path)
+        ref_logps.load(tmp_path)
 
 
 # ---- staleness -----------------------------------------------------------------------------------------------------------
@@ -244,21 +241,21 @@ def test_a_damaged_file(tmp_path, rows):
 def saved(tmp_path_factory, rows, text):
     """The folder; nobody writes into it."""
     path = tmp_path_factory.mktemp("saved")
-    saved_reference.precompute(make(), rows, COLLATOR, path, tokenizer=text[1], **QUIET)
+    ref_logps.precompute(make(), rows, COLLATOR, path, tokenizer=text[1], **QUIET)
     return path
 
 
 def test_what_is_the_same_loads(saved, rows, text):
-    found = saved_reference.load(saved, model=make(), dataset=rows, tokenizer=text[1], collator=COLLATOR)
+    found = ref_logps.load(saved, model=make(), dataset=rows, tokenizer=text[1], collator=COLLATOR)
     assert found.attach(rows).column_names == [*rows.column_names, "ref_chosen_logps", "ref_rejected_logps"]
     assert found.attach(found.attach(rows)).column_names == found.attach(rows).column_names
     model = make()
     model.config.use_cache, model.config.pad_token_id = False, 0  # as trainers do
-    saved_reference.load(saved, model=model)
+    ref_logps.load(saved, model=model)
     with torch.no_grad():
         model.lm_head.weight.copy_(torch.empty(16, VOCAB).t().copy_(model.lm_head.weight).clone())
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.t().contiguous().t())  # other strides
-    saved_reference.load(saved, model=torch.compile(model))
+    ref_logps.load(saved, model=torch.compile(model))
 
 
 def changed(model, name):
@@ -270,7 +267,7 @@ def changed(model, name):
 def test_another_model_is_refused(saved):
     def refused(model, words):
         with pytest.raises(RuntimeError, match=re.escape("the log-probs are stale. ") + words):
-            saved_reference.load(saved, model=model)
+            ref_logps.load(saved, model=model)
 
     refused(make(2), "model: 9 weights are others, such as lm_head.weight, model.embed_tokens.weight, model.layers")
     refused(changed(make(), "lm_head.weight"), "model: 1 weights are others, such as lm_head.weight$")
@@ -281,7 +278,7 @@ def test_another_model_is_refused(saved):
     refused(make(rope_parameters=rope), "config: rope_parameters was .*10000.0.*, is .*500.0")
     region, moving = make(), make(3)
     region = fl.TrustRegion(region, moving, every=1)
-    saved_reference.load(saved, model=region.reference)
+    ref_logps.load(saved, model=region.reference)
     region.step()
     refused(region.reference, "model: 9 weights are others")
 
@@ -289,27 +286,27 @@ def test_another_model_is_refused(saved):
 def test_a_tensor_is_hashed_in_pieces(monkeypatch):
     """Every byte counts, whatever the pieces; dtype and shape count too."""
     x = torch.arange(60, dtype=torch.bfloat16).view(4, 15)
-    whole = saved_reference._content(x)
-    assert whole != saved_reference._content(x.view(15, 4)) != saved_reference._content(x.view(torch.int16).view(15, 4))
+    whole = ref_logps._content(x)
+    assert whole != ref_logps._content(x.view(15, 4)) != ref_logps._content(x.view(torch.int16).view(15, 4))
     seen = []
     real = torch.Tensor.numpy
     monkeypatch.setattr(torch.Tensor, "numpy", lambda self: seen.append(self.nbytes) or real(self))
-    monkeypatch.setattr(saved_reference, "CHUNK", 64)
-    assert saved_reference._content(x) == whole and seen == [60, 60]
-    assert saved_reference._content(x.t().contiguous().t()) == whole
+    monkeypatch.setattr(ref_logps, "CHUNK", 64)
+    assert ref_logps._content(x) == whole and seen == [60, 60]
+    assert ref_logps._content(x.t().contiguous().t()) == whole
     for i in (0, 29, 30, 59):
         y = x.clone()
         y.view(-1)[i] += 1
-        assert saved_reference._content(y) != whole, i
-    assert saved_reference._content(torch.tensor(3.0)) != saved_reference._content(torch.tensor(4.0))
-    assert saved_reference._content(torch.zeros(0)) != saved_reference._content(torch.zeros(0, 2))
+        assert ref_logps._content(y) != whole, i
+    assert ref_logps._content(torch.tensor(3.0)) != ref_logps._content(torch.tensor(4.0))
+    assert ref_logps._content(torch.zeros(0)) != ref_logps._content(torch.zeros(0, 2))
 
 
 def test_tied_weights_are_read_once(monkeypatch):
     model, seen = make(tie_word_embeddings=True), []
     real = saved_reference._content
-    monkeypatch.setattr(saved_reference, "_content", lambda x: seen.append(x.shape) or real(x))
-    found = saved_reference._weights(model, None)
+    monkeypatch.setattr(ref_logps, "_content", lambda x: seen.append(x.shape) or real(x))
+    found = ref_logps._weights(model, None)
     assert found["lm_head.weight"] == found["model.embed_tokens.weight"] and len(seen) == len(found) - 1
 
 
@@ -330,7 +327,7 @@ def test_weights_that_are_not_here_are_refused(saved, spoil, words):
     model = make()
     spoil(model)
     with pytest.raises(ValueError, match=words):
-        saved_reference.load(saved, model=model)
+        ref_logps.load(saved, model=model)
 
 
 class DTensor(torch.Tensor):
@@ -340,9 +337,9 @@ class DTensor(torch.Tensor):
 def test_other_rows_are_refused(saved, rows):
     def refused(dataset, words):
         for act in (
-            lambda: saved_reference.load(saved, dataset=dataset),
-            lambda: saved_reference.load(saved).attach(dataset),
-            lambda: saved_reference.precompute(make(), dataset, COLLATOR, saved, **QUIET),
+            lambda: ref_logps.load(saved, dataset=dataset),
+            lambda: ref_logps.load(saved).attach(dataset),
+            lambda: ref_logps.precompute(make(), dataset, COLLATOR, saved, **QUIET),
         ):
             with pytest.raises(RuntimeError, match=re.escape("the log-probs are stale. ") + words):
                 act()
@@ -356,15 +353,15 @@ def test_other_rows_are_refused(saved, rows):
     }
     refused([*listed[:3], listed[3] | moved, *listed[4:]], "data: token ids of some rows are others$")
     refused([*listed[:6], listed[5]], "data: token ids of some rows are others$")
-    saved_reference.load(saved, dataset=[row | {"chosen": "text does not count"} for row in listed])
+    ref_logps.load(saved, dataset=[row | {"chosen": "text does not count"} for row in listed])
 
 
 def test_streams_are_refused(tmp_path, saved, rows):
     stream = rows.to_iterable_dataset()
     for act in (
-        lambda: saved_reference.precompute(make(), stream, COLLATOR, tmp_path, **QUIET),
-        lambda: saved_reference.load(saved, dataset=stream),
-        lambda: saved_reference.load(saved).attach(stream),
+        lambda: ref_logps.precompute(make(), stream, COLLATOR, tmp_path, **QUIET),
+        lambda: ref_logps.load(saved, dataset=stream),
+        lambda: ref_logps.load(saved).attach(stream),
     ):
         with pytest.raises(
             TypeError, match="^dataset: expected rows that can be counted .* got IterableDataset; a stream"
@@ -378,23 +375,23 @@ def test_another_tokenizer_is_refused(saved, text, rows, tmp_path):
         options = {"eos_token": "<eos>", "pad_token": "<pad>", "chat_template": "{{ messages }}"} | change
         made = transformers.PreTrainedTokenizerFast(tokenizer_object=text[1].backend_tokenizer, **options)
         with pytest.raises(RuntimeError, match=re.escape("the log-probs are stale. tokenizer: ") + words + "$"):
-            saved_reference.load(saved, tokenizer=made)
+            ref_logps.load(saved, tokenizer=made)
 
     refused("another chat template", chat_template="{{ tools }}")
     refused("another special tokens", pad_token="<eos>")
     refused("another vocabulary and special tokens", eos_token="<end>")
-    saved_reference.precompute(make(), rows, COLLATOR, tmp_path, **QUIET)
+    ref_logps.precompute(make(), rows, COLLATOR, tmp_path, **QUIET)
     with pytest.raises(
         RuntimeError, match="stale. tokenizer: no fingerprint was saved, for precompute was not given one"
     ):
-        saved_reference.load(tmp_path, tokenizer=text[1])
+        ref_logps.load(tmp_path, tokenizer=text[1])
 
 
 def test_another_truncation_is_refused(saved, rows):
     def refused(collator, words):
         for act in (
-            lambda: saved_reference.load(saved, collator=collator),
-            lambda: saved_reference.precompute(make(), rows, collator, saved, **QUIET),
+            lambda: ref_logps.load(saved, collator=collator),
+            lambda: ref_logps.precompute(make(), rows, collator, saved, **QUIET),
         ):
             with pytest.raises(RuntimeError, match=re.escape("the log-probs are stale. ") + words):
                 act()
@@ -402,9 +399,9 @@ def test_another_truncation_is_refused(saved, rows):
     refused(PreferenceCollator(0, 39, "keep_end"), "collator: max_length was 40, is 39$")
     refused(PreferenceCollator(0, 40, "keep_start"), "collator: truncation was 'keep_end', is 'keep_start'$")
     with pytest.raises(RuntimeError, match="stale. collator: columns was"):
-        saved_reference.load(saved, collator=UnpairedCollator(0, 40, "keep_end"))
+        ref_logps.load(saved, collator=UnpairedCollator(0, 40, "keep_end"))
     with pytest.raises(RuntimeError, match=r"stale. model: 9 weights .*; collator: .*; data: .* another order"):
-        saved_reference.load(
+        ref_logps.load(
             saved, model=make(2), dataset=rows.shuffle(seed=0), collator=PreferenceCollator(0, 7, "keep_end")
         )
 
@@ -412,15 +409,15 @@ def test_another_truncation_is_refused(saved, rows):
 def test_refused_arguments(tmp_path, saved, rows):
     model = make()
     with pytest.raises(RuntimeError, match="was made with per_token=False, asked for True"):
-        saved_reference.precompute(model, rows, COLLATOR, saved, per_token=True, **QUIET)
+        ref_logps.precompute(model, rows, COLLATOR, saved, per_token=True, **QUIET)
     with pytest.raises(ValueError, match="^batch_size: expected an int >= 1, got 0"):
-        saved_reference.precompute(model, rows, COLLATOR, tmp_path, batch_size=0)
+        ref_logps.precompute(model, rows, COLLATOR, tmp_path, batch_size=0)
     with pytest.raises(ValueError, match="^part_rows: expected an int >= 1, got 0"):
-        saved_reference.precompute(model, rows, COLLATOR, tmp_path, part_rows=0, **QUIET)
+        ref_logps.precompute(model, rows, COLLATOR, tmp_path, part_rows=0, **QUIET)
     with pytest.raises(ValueError, match="^dataset: expected at least one row, got none"):
-        saved_reference.precompute(model, [], COLLATOR, tmp_path, **QUIET)
+        ref_logps.precompute(model, [], COLLATOR, tmp_path, **QUIET)
     with pytest.raises(TypeError, match="^collator: expected a PreferenceCollator or UnpairedCollator .* got function"):
-        saved_reference.precompute(model, rows, lambda rows: rows, tmp_path, **QUIET)
+        ref_logps.precompute(model, rows, lambda rows: rows, tmp_path, **QUIET)
 
 
 # ---- another adapter as the reference ------------------------------------------------------------------------------------
@@ -437,14 +434,14 @@ def two_adapters(**options):
 def test_an_adapter_is_the_reference(tmp_path, rows):
     model = two_adapters()
     before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
-    saved = saved_reference.precompute(model, rows, COLLATOR, tmp_path / "ref", adapter="ref", **QUIET)
+    saved = ref_logps.precompute(model, rows, COLLATOR, tmp_path / "ref", adapter="ref", **QUIET)
     assert model.active_adapters == ["default"]
     assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in model.named_parameters())
     whole = copy.deepcopy(model)
     whole.set_adapter("ref")
     merged = whole.merge_and_unload()
-    wanted = saved_reference.precompute(merged, rows, COLLATOR, tmp_path / "merged", **QUIET)
-    base = saved_reference.precompute(model, rows, COLLATOR, tmp_path / "base", **QUIET)
+    wanted = ref_logps.precompute(merged, rows, COLLATOR, tmp_path / "merged", **QUIET)
+    base = ref_logps.precompute(model, rows, COLLATOR, tmp_path / "base", **QUIET)
     for name, values in saved.values.items():
         np.testing.assert_allclose(values, wanted.values[name], rtol=1e-6)
         assert np.abs(values - base.values[name]).max() > 1e-3
@@ -452,13 +449,13 @@ def test_an_adapter_is_the_reference(tmp_path, rows):
 
 def test_the_fingerprint_is_that_of_the_adapter(tmp_path, rows):
     model = two_adapters()
-    saved_reference.precompute(model, rows, COLLATOR, tmp_path, adapter="ref", **QUIET)
+    ref_logps.precompute(model, rows, COLLATOR, tmp_path, adapter="ref", **QUIET)
     trained = copy.deepcopy(model)
     with torch.no_grad():
         for n, p in trained.named_parameters():
             if ".default." in n:
                 p.add_(1)
-    saved_reference.load(tmp_path, model=trained)  # which is none of the reference
+    ref_logps.load(tmp_path, model=trained)  # which is none of the reference
     moved = copy.deepcopy(model)
     with torch.no_grad():
         next(p for n, p in moved.named_parameters() if "lora_B.ref" in n).add_(1e-3)
@@ -468,12 +465,12 @@ def test_the_fingerprint_is_that_of_the_adapter(tmp_path, rows):
         (two_adapters(lora_alpha=3), {}, "config: adapter's lora_alpha was 8, is 3"),
     ):
         with pytest.raises(RuntimeError, match=words):
-            saved_reference.load(tmp_path, model=other, **options)
+            ref_logps.load(tmp_path, model=other, **options)
     with pytest.raises(RuntimeError, match="stale"):
-        saved_reference.precompute(model, rows, COLLATOR, tmp_path, **QUIET)  # with no adapter
+        ref_logps.precompute(model, rows, COLLATOR, tmp_path, **QUIET)  # with no adapter
     for other, words in (
         (model, r"adapter: expected the name of an adapter, got 'old'; the model has 'default', 'ref'"),
         (make(1), r"adapter: expected the name of an adapter, got 'old'; the model has no adapters"),
     ):
         with pytest.raises(ValueError, match=words):
-            saved_reference.precompute(other, rows, COLLATOR, tmp_path / "new", adapter="old", **QUIET)
+            ref_logps.precompute(other, rows, COLLATOR, tmp_path / "new", adapter="old", **QUIET)

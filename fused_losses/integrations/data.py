@@ -1,7 +1,7 @@
 """Data of preference training: from rows of text to rows of token ids, and from those to batches of the losses.
 
-    rows = preference_data.tokenize_preferences(dataset, tokenizer, max_length=1024)
-    collator = preference_data.PreferenceCollator(tokenizer.pad_token_id, max_length=1024)
+    rows = data.tokenize_preferences(dataset, tokenizer, max_length=1024)
+    collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=1024)
     for batch in DataLoader(rows, batch_size=8, collate_fn=collator):
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
         out, _ = fl.at_head(model, lambda p: fl.dpo_loss(p, batch["labels"], ref, shift=True), **inputs)

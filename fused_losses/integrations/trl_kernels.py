@@ -1,6 +1,6 @@
 """Our operators behind the entry points of TRL 1.16's own kernels, so that its trainers run on them as they are.
 
-    with trl_patch.patched():
+    with trl_kernels.patched():
         trainer.train()
 
     trl.kernels    ChunkedLogProbFunction.apply, ChunkedDivergenceFunction.apply, selective_log_softmax_and_entropy
@@ -178,7 +178,7 @@ def _hidden(
         if hasattr(x, "ds_id"):
             raise NotImplementedError(
                 f"{name}: is sharded by ZeRO-3, where the backward would find it scattered again. Train outside "
-                "trl_patch.patched(), or with ZeRO-2 or FSDP2"
+                "trl_kernels.patched(), or with ZeRO-2 or FSDP2"
             )
     if softcap is not None and scale:
         softcap = softcap / scale

@@ -1,7 +1,7 @@
 """Log-probs of a reference that does not change, computed once, kept on disk, and refused where they no longer belong.
 
-    saved = saved_reference.precompute(reference, rows, collator, "ref", batch_size=16, tokenizer=tokenizer)
-    saved = saved_reference.load("ref", model=reference, collator=collator, tokenizer=tokenizer)   # in another process
+    saved = ref_logps.precompute(reference, rows, collator, "ref", batch_size=16, tokenizer=tokenizer)
+    saved = ref_logps.load("ref", model=reference, collator=collator, tokenizer=tokenizer)   # in another process
     loader = DataLoader(saved.attach(rows), batch_size=8, shuffle=True, collate_fn=collator)
     for batch in loader:
         fl.dpo_loss(policy, batch["labels"], fl.LogProbs(batch["ref_logps"]), shift=True)
@@ -89,8 +89,8 @@ def precompute(
     adapter off (the implicit reference), and the adapter may be trained meanwhile; or, with adapter=, the model under the
     adapter of this name, whichever is active.
 
-    dataset: rows of token ids (of preference_data.tokenize_preferences or tokenize_unpaired); counted, and read twice.
-    collator: preference_data's PreferenceCollator or UnpairedCollator; its truncation counts, packed or padded does not.
+    dataset: rows of token ids (of data.tokenize_preferences or tokenize_unpaired); counted, and read twice.
+    collator: integrations.data's PreferenceCollator or UnpairedCollator; its truncation counts, packed or padded does not.
     tokenizer: if given its fingerprint is kept too.
     part_rows: rows of a file. At most so many are lost where a run is interrupted.
 
@@ -328,9 +328,7 @@ def _other_rows(saved: dict[str, Any], now: dict[str, Any]) -> str:
 def _settings(collator: Any) -> dict[str, Any]:
     if not callable(getattr(collator, "settings", None)) or not hasattr(collator, "columns"):
         kind = type(collator).__name__
-        raise TypeError(
-            f"collator: expected a PreferenceCollator or UnpairedCollator of integrations.preference_data, got {kind}"
-        )
+        raise TypeError(f"collator: expected a PreferenceCollator or UnpairedCollator of integrations.data, got {kind}")
     return collator.settings()
 
 

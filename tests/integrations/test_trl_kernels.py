@@ -12,7 +12,7 @@ import torch
 from helpers import generator_of, python, relative, seed_of, seeded
 
 import fused_losses as fl
-from fused_losses.integrations import trl_patch
+from fused_losses.integrations import trl_kernels
 
 trl = pytest.importorskip("trl")
 from trl.kernels import ChunkedLogProbFunction  # noqa: E402
@@ -40,7 +40,7 @@ def unpatched():
     now = names()  # of modules that the test imported, too
     assert {where: now[where] for where in before} == before
     assert "apply" not in {**vars(ChunkedLogProbFunction), **vars(ChunkedDivergenceFunction)}
-    ours = [f for f in vars(trl_patch).values() if getattr(f, "__module__", "") == trl_patch.__name__]
+    ours = [f for f in vars(trl_kernels).values() if getattr(f, "__module__", "") == trl_kernels.__name__]
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "trl":
             assert not any(x is f for x in list(vars(module).values()) for f in ours), name
@@ -64,7 +64,7 @@ def count(monkeypatch):
         seen.append(args)
         return fl.token_stats(*args, **options)
 
-    monkeypatch.setattr(trl_patch, "token_stats", counted)
+    monkeypatch.setattr(trl_kernels, "token_stats", counted)
     return seen
 
 
@@ -90,7 +90,7 @@ def doubles(leaves):
 def both(call):
     """TRL's own answer, and ours."""
     theirs = call()
-    with trl_patch.patched():
+    with trl_kernels.patched():
         ours = call()
     return theirs, ours
 
@@ -143,16 +143,16 @@ def test_log_probs(name, outputs, frozen, count):
 
 def test_mean_logits_in_many_tiles(monkeypatch):
     """Of rows and of columns, neither of which divides."""
-    monkeypatch.setattr(trl_patch, "ROWS", 5)
-    monkeypatch.setattr(trl_patch, "COLUMNS", 8)
+    monkeypatch.setattr(trl_kernels, "ROWS", 5)
+    monkeypatch.setattr(trl_kernels, "COLUMNS", 8)
     leaves = head(HIDDEN, 2)
     for softcap in (None, 2.0):
-        source = trl_patch._hidden(*leaves, 0.7, softcap, 0.4)
+        source = trl_kernels._hidden(*leaves, 0.7, softcap, 0.4)
         exact = exact_logits(doubles(leaves), 0.7, softcap, 0.4).mean(-1)
-        assert relative(trl_patch.mean_logits(source), exact) <= 1e-6
+        assert relative(trl_kernels.mean_logits(source), exact) <= 1e-6
         rows = torch.tensor([12, 0, 3, 4, 7, 11, 2])
         with torch.autocast("cpu", torch.bfloat16):  # which is no business of sums in float32
-            assert relative(trl_patch.mean_logits(source, rows), exact[rows]) <= 1e-6
+            assert relative(trl_kernels.mean_logits(source, rows), exact[rows]) <= 1e-6
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_no_row_keeps_the_graph():
     """An all-masked microbatch on a GPU gives zero gradients, not an error."""
     leaves, teacher = head(HIDDEN, 9), head(WIDE, 10)
     empty, other = leaves[0][:0], teacher[0][:0]
-    with trl_patch.patched():
+    with trl_kernels.patched():
         for softcap in (None, 2.0):
             out = ChunkedLogProbFunction.apply(
                 empty, *leaves[1:], torch.zeros(0, dtype=torch.long), 1.0, 24, softcap, 1.0, ALL
@@ -291,7 +291,7 @@ def test_the_kernel_of_that_name():
     z = torch.randn(3, 4, VOCAB, dtype=torch.bfloat16).requires_grad_()
     one, keep = torch.randint(0, VOCAB, (3, 4)), torch.rand(3, 4) < 0.6
     exact = utils.selective_log_softmax_and_entropy(z.detach().double(), one, True, 0.7, keep)
-    with trl_patch.patched():
+    with trl_kernels.patched():
         ours = kernels.selective_log_softmax_and_entropy(z, one, 0.7, keep)
         assert utils._fused_logprob_entropy is kernels.selective_log_softmax_and_entropy
     for a, t in zip(ours, exact, strict=True):
@@ -303,10 +303,10 @@ def test_the_kernel_of_that_name():
 
 def test_nested_and_left_by_an_exception():
     theirs = names()
-    with pytest.raises(KeyError), trl_patch.patched():
-        with trl_patch.patched():
+    with pytest.raises(KeyError), trl_kernels.patched():
+        with trl_kernels.patched():
             inner = utils.selective_log_softmax
-        assert utils.selective_log_softmax is inner is trl_patch._selective_log_softmax
+        assert utils.selective_log_softmax is inner is trl_kernels._selective_log_softmax
         assert set(names()) == set(theirs)  # the same names, in every module
         assert not set(names().values()) & set(theirs.values())
         raise KeyError
@@ -315,21 +315,21 @@ def test_nested_and_left_by_an_exception():
 
 def test_by_hand():
     theirs = names()
-    trl_patch.patch()
-    trl_patch.patch()
-    trl_patch.unpatch()
-    assert vars(ChunkedLogProbFunction)["apply"].__func__ is trl_patch._chunked_log_probs
-    trl_patch.unpatch()
+    trl_kernels.patch()
+    trl_kernels.patch()
+    trl_kernels.unpatch()
+    assert vars(ChunkedLogProbFunction)["apply"].__func__ is trl_kernels._chunked_log_probs
+    trl_kernels.unpatch()
     assert names() == theirs
     with pytest.raises(RuntimeError, match="not patched"):
-        trl_patch.unpatch()
+        trl_kernels.unpatch()
 
 
 def test_an_apply_of_somebody_else_comes_back():
     other = staticmethod(lambda *_: "other")
     ChunkedDivergenceFunction.apply = other
     try:
-        with trl_patch.patched():
+        with trl_kernels.patched():
             assert vars(ChunkedDivergenceFunction)["apply"] is not other
         assert vars(ChunkedDivergenceFunction)["apply"] is other
     finally:
@@ -342,16 +342,16 @@ def test_modules_imported_inside(name, monkeypatch):
     """They take our functions, and TRL's once the block is left."""
     if name in sys.modules:
         monkeypatch.delitem(sys.modules, name)
-    with trl_patch.patched():
+    with trl_kernels.patched():
         if name.startswith("trl"):
             module = importlib.import_module(name)
         else:
             module = types.ModuleType(name)
             monkeypatch.setitem(sys.modules, name, module)
             exec("from trl.trainer.utils import selective_log_softmax", vars(module))
-        assert module.selective_log_softmax is trl_patch._selective_log_softmax
+        assert module.selective_log_softmax is trl_kernels._selective_log_softmax
     assert module.selective_log_softmax is utils.selective_log_softmax
-    assert utils.selective_log_softmax is not trl_patch._selective_log_softmax
+    assert utils.selective_log_softmax is not trl_kernels._selective_log_softmax
 
 
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0", "unknown"])
@@ -359,7 +359,7 @@ def test_another_version_is_refused(version, monkeypatch):
     before = names()
     monkeypatch.setattr(trl, "__version__", version)
     with pytest.raises(ImportError, match=rf"expected version 1\.16\.x, tested with 1\.16\.0, got {version}"):
-        with trl_patch.patched():
+        with trl_kernels.patched():
             pass
     assert names() == before
 
@@ -367,12 +367,14 @@ def test_another_version_is_refused(version, monkeypatch):
 def test_without_trl(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match="trl: is not installed"):
-        trl_patch.patch()
+        trl_kernels.patch()
 
 
 @pytest.mark.slow
 def test_importing_it_does_not_import_trl():
-    code = "import sys, fused_losses.integrations.trl_patch; print('trl' in sys.modules, 'transformers' in sys.modules)"
+    code = (
+        "import sys, fused_losses.integrations.trl_kernels; print('trl' in sys.modules, 'transformers' in sys.modules)"
+    )
     done = python("-c", code, cwd=None, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -397,7 +399,7 @@ def test_what_cannot_be_done_is_refused(monkeypatch):
         (lambda: ChunkedLogProbFunction.apply(*leaves, torch.full((N,), -100), 1.0, 24), ValueError, "got -100"),
         (lambda: ChunkedDivergenceFunction.apply(*teacher, *head(WIDE, 1, vocab=9), 0.5), ValueError, "vocabulary"),
     ]  # fmt: skip
-    with trl_patch.patched():
+    with trl_kernels.patched():
         for call, error, words in bad:
             with pytest.raises(error, match=words):
                 call()
@@ -443,7 +445,7 @@ def test_fused_lm_head(backend, options, fp32, count):
         assert torch.equal(a, b) if a.dtype == torch.bool else relative(a, b) <= 1e-5, name
     for name, g in expected.items():
         assert relative(found[name], g) <= 5e-5, name
-    with trl_patch.patched():
+    with trl_kernels.patched():
         other = tiny(**options)
         utils.add_fused_lm_head(other, 0.8, cast_lm_head_to_fp32=fp32, outputs=("log_probs", *ALL))
     assert relative(run(other)[0].loss, theirs.loss) <= 1e-5  # TRL's again
