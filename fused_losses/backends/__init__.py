@@ -11,6 +11,7 @@ import torch
 
 from ..core.inputs import PACKAGE
 from ..core.layout import stats_dtype
+from ..core.names import not_one_of
 from . import torch_backend
 
 BACKENDS = ("triton", "torch")
@@ -27,7 +28,7 @@ def explain(device: torch.device, dtype: torch.dtype | None = None) -> tuple[str
     """(backend, the reason in words)."""
     asked = os.environ.get("FUSED_LOSSES_BACKEND", "")
     if asked and asked not in BACKENDS:
-        raise ValueError(f"FUSED_LOSSES_BACKEND: expected one of {', '.join(BACKENDS)}, got {asked!r}")
+        raise not_one_of("FUSED_LOSSES_BACKEND", asked, BACKENDS)
     interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true")
     able = device.type in TRITON_DEVICES or (device.type == "cpu" and interpreted)
     if asked == "torch":

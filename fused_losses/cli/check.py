@@ -22,6 +22,7 @@ import fused_losses as fl
 from ..backends import BACKENDS, choose, explain
 from ..core.divergences import linkable, names, parse
 from ..core.inputs import as_source
+from ..core.names import unknown
 from ..engine.planner import KINDS
 from ..engine.projection import low_precision, mixed
 from ..losses import LOSSES
@@ -100,8 +101,8 @@ class Case(NamedTuple):
 
 def cases(divergences: Sequence[str] | None = None, losses: Sequence[str] | None = None) -> Iterator[Case]:
     """What to check. A divergence without an f-DPO link is an error where it and a loss were both asked for by name."""
-    if unknown := set(losses or ()) - set(KNOWN):
-        raise ValueError(f"loss: unknown name {unknown.pop()!r}; known: {', '.join(KNOWN)}")
+    if others := set(losses or ()) - set(KNOWN):
+        raise unknown("loss", others.pop(), KNOWN)
     asked = parse(divergences or names())
     if losses is None or TOKEN_STATS in losses:
         for name in ("logps", "ref_logps", "entropy", "lse"):

@@ -41,6 +41,7 @@ from .elementwise import (  # fmt: skip
     where,
 )
 from .inputs import kind_of
+from .names import unknown
 
 Formula = Callable[..., Tensor]
 
@@ -453,10 +454,10 @@ _bound = lru_cache(maxsize=1024)(_bind)
 def get(name: str, **params: float) -> Divergence:
     """The divergence of that name with its parameters bound, e.g. get("alpha", a=0.3). Unknown names raise."""
     if name not in _FACTORIES:
-        raise ValueError(f"divergence: unknown name {name!r}; known: {', '.join(_FACTORIES)}")
+        raise unknown("divergence", name, _FACTORIES)
     defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[name]).parameters.items()}
-    if unknown := params.keys() - defaults.keys():
-        raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(unknown)}; it takes: {list(defaults)}")
+    if others := params.keys() - defaults.keys():
+        raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(others)}; it takes: {list(defaults)}")
     values = defaults | {k: float(v) for k, v in params.items()}
     # torch.compile traces past a cache, and warns of it
     return (_bind if is_compiling() else _bound)(name, tuple(values.items()), values == defaults)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .divergences import Divergence, from_key
 from .inputs import FLOATS, LogProbs, Source, check_labels
+from .names import not_one_of, unknown
 from .validation import check_constant, check_per_sequence, check_positive, check_sequences, check_weights
 
 LARGEST = 80.0  # of a log-ratio or an exponent: its exponential is finite in float32
@@ -89,7 +90,7 @@ def _weighed(
     names = (loss,) if isinstance(loss, str) else tuple(loss)
     for name in names:
         if name not in known:
-            raise ValueError(f"loss: unknown name {name!r}; known: {', '.join(known)}")
+            raise unknown("loss", name, known)
     if not names:
         raise ValueError("loss: expected a name or a sequence of names, got none")
     weights = [1.0] * len(names) if weights is None else weights
@@ -127,7 +128,7 @@ def check_tdpo(
             got = "None" if x is None else "fl.LogProbs"
             raise ValueError(f"{name}: expected fl.Hidden or logits, for TDPO's divergence needs all tokens, got {got}")
     if variant not in VARIANTS:
-        raise ValueError(f"variant: expected 'tdpo1' or 'tdpo2', got {variant!r}")
+        raise not_one_of("variant", variant, VARIANTS)
     if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
     check_positive(beta=beta)
@@ -150,8 +151,9 @@ def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float,
 
 def check_cpo(loss: str, beta: float, cpo_alpha: float, label_smoothing: float) -> None:
     if loss not in CPO:
-        hint = "; for 'simpo' call fl.simpo_loss" if loss == "simpo" else ""
-        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(CPO)}{hint}")
+        if loss == "simpo":
+            raise ValueError("loss: for 'simpo' call fl.simpo_loss")
+        raise unknown("loss", loss, CPO)
     check_positive(beta=beta)
     check_weights(cpo_alpha=cpo_alpha)
     check_smoothing(label_smoothing)
@@ -187,7 +189,7 @@ def check_kto(
 def check_kto_options(loss: str, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
     """Those that no batch is needed for."""
     if loss not in UNPAIRED_LOSSES:
-        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(UNPAIRED_LOSSES)}")
+        raise unknown("loss", loss, UNPAIRED_LOSSES)
     check_positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
 
@@ -244,9 +246,9 @@ def grpo_config(
     kl: str | Divergence, max_completion_length: int | None, use_bias_correction_kl: bool,
 ) -> GRPOConfig:  # fmt: skip
     if loss not in GRPO_LOSSES:
-        raise ValueError(f"loss: unknown name {loss!r}; known: {', '.join(GRPO_LOSSES)}")
+        raise unknown("loss", loss, GRPO_LOSSES)
     if importance not in ("token", "sequence"):
-        raise ValueError(f"importance: expected 'token' or 'sequence', got {importance!r}")
+        raise not_one_of("importance", importance, ("token", "sequence"))
     for name, x in (("epsilon", epsilon), ("epsilon_high", epsilon_high), ("beta", beta)):
         if x is not None and (not isinstance(x, int | float) or not 0 <= x < math.inf):
             raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
@@ -292,7 +294,7 @@ PARTIAL = ("forward_kl", "reverse_kl", "js")  # divergences that mean something 
 
 def check_topk(tail: str, d: Divergence) -> None:
     if tail not in TAILS:
-        raise ValueError(f"tail: expected one of {', '.join(TAILS)}, got {tail!r}")
+        raise not_one_of("tail", tail, TAILS)
     if tail == "ignore" and d.name not in PARTIAL:
         raise ValueError(f"divergence: with tail='ignore' expected one of {', '.join(PARTIAL)}, got {d.key!r}")
 
@@ -323,7 +325,7 @@ def check_matching(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The per-sequence inputs."""
     if form not in FORMS:
-        raise ValueError(f"form: expected 'entropy' or 'sampled', got {form!r}")
+        raise not_one_of("form", form, FORMS)
     check_positive(beta=beta)
     count = check_sequences(labels, cu_seqlens, sequence_group)
     if baseline is None:

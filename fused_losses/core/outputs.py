@@ -47,12 +47,17 @@ class Part(NamedTuple):
 Parts = dict[str, tuple[Part, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LossOutput:
     """loss: scalar ([B] with reduction="none"). metrics: detached 0-d tensors under TRL's keys, means over the batch.
     stats: the TokenStats behind it. parts: of each metric, and of "loss", the terms whose values it is the sum of."""
 
     loss: Tensor
-    metrics: dict[str, Tensor] = field(repr=False)
-    stats: TokenStats = field(repr=False)
-    parts: Parts = field(default_factory=dict, repr=False)
+    metrics: dict[str, Tensor]
+    stats: TokenStats
+    parts: Parts = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Show the loss and the metrics, which are read from their device, and the names of the rest."""
+        metrics = ", ".join(f"{name}={x.item():.6g}" for name, x in self.metrics.items())
+        return f"LossOutput(loss={self.loss}, metrics: {metrics or 'none'}; also .stats, .parts)"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .inputs import FLOATS, LogProbs, kind_of, ordinary
 from .layout import stats_dtype
+from .names import not_one_of
 from .running_delta import RunningDelta
 
 Count = int | float | Tensor  # num_items, num_nll_tokens: of the whole batch
@@ -44,7 +45,7 @@ def check_per_sequence(name: str, x: object, count: int, device: torch.device, d
 def check_reduction(reduction: str, num_items: Count | None) -> Count | None:
     """num_items, as read_count() gives it."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+        raise not_one_of("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: only goes with reduction='mean', got reduction={reduction!r}")
     return read_count("num_items", num_items)

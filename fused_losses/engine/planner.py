@@ -22,6 +22,7 @@ import os
 from typing import NamedTuple, NoReturn
 
 from ..backends.torch_backend import BLOCK_BYTES
+from ..core.names import not_one_of
 from .projection import MANY
 
 DEFAULT_WORKSPACE = 256 << 20
@@ -165,7 +166,7 @@ def choose_kind(facts: Facts, kind: str, budget: int) -> tuple[str, str]:
     """The kind of that plan, and why. Apart from its tiles, whose shape is another for every number of rows: this is all
     that torch.compile traces, and guards."""
     if kind not in ("auto", *KINDS):
-        raise ValueError(f"plan: expected one of auto, {', '.join(KINDS)}, got {kind!r}")
+        raise not_one_of("plan", kind, ("auto", *KINDS))
     if not facts.backward and kind in ("frozen", "rows", "whole"):  # what they are about is not there
         return "slices", f"nothing asks for a gradient, so plan {kind!r} is the forward of this one"
     if kind != "auto":

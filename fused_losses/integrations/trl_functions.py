@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.inputs import Logits, TokenStats
+from ..core.names import not_one_of
 from ..core.validation import divided, read_count
 from ..engine.logits_at import stats_at
 from ..engine.token_stats import token_stats
@@ -70,7 +71,7 @@ def generalized_jsd_loss(
         _check_logits(name, x)
     num_items_in_batch = read_count("num_items_in_batch", num_items_in_batch)
     if reduction not in REDUCTIONS and num_items_in_batch is None:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise not_one_of("reduction", reduction, REDUCTIONS)
     y = _none(student_logits) if labels is None else torch.where(labels == -100, SKIPPED, 0)
     student, teacher = (Logits(x, temperature=temperature) for x in (student_logits, teacher_logits))
     total = distillation_loss(student, y, teacher, beta=beta, reduction="sum", ignore_index=SKIPPED).loss

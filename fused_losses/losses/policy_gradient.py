@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import FLOATS, LogProbs, Source, check_labels
+from ..core.names import not_one_of
 from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, grpo_config
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_reduction, check_sequences, divided
@@ -206,7 +207,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> 
     scored) counts for nothing and gets 0; one alone in its group gets 0 as well.
     """
     if scale not in ("group", "batch", "none"):
-        raise ValueError(f"scale: expected 'group', 'batch' or 'none', got {scale!r}")
+        raise not_one_of("scale", scale, ("group", "batch", "none"))
     if not isinstance(rewards, Tensor) or rewards.dtype not in FLOATS:
         raise TypeError(f"rewards: expected a float tensor, got {getattr(rewards, 'dtype', type(rewards).__name__)}")
     if rewards.dim() != 1 or type(group_size) is not int or group_size < 1 or len(rewards) % group_size:

@@ -304,7 +304,7 @@ def test_a_tensor_is_hashed_in_pieces(monkeypatch):
 
 def test_tied_weights_are_read_once(monkeypatch):
     model, seen = make(tie_word_embeddings=True), []
-    real = saved_reference._content
+    real = ref_logps._content
     monkeypatch.setattr(ref_logps, "_content", lambda x: seen.append(x.shape) or real(x))
     found = ref_logps._weights(model, None)
     assert found["lm_head.weight"] == found["model.embed_tokens.weight"] and len(seen) == len(found) - 1

@@ -371,7 +371,7 @@ BAD = [
     (lambda: fl.grpo_loss(Z, Y, A, old_logps=A), ValueError, r"old_logps: expected \[3, 4\] on cpu, got \[3\]"),
     (lambda: fl.grpo_loss(Z[0], Y[0], A), ValueError, r"labels: expected \[S, T\]"),
     (lambda: fl.grpo_loss(Z, Y, A, loss="ppo"), ValueError, "loss: unknown name 'ppo'; known: grpo, dr_grpo, bnpo"),
-    (lambda: fl.grpo_loss(Z, Y, A, importance="gspo"), ValueError, "importance: expected 'token' or 'sequence', got 'gspo'"),
+    (lambda: fl.grpo_loss(Z, Y, A, importance="gspo"), ValueError, "importance: expected one of token, sequence, got 'gspo'"),
     (lambda: fl.grpo_loss(Z, Y, A, epsilon=-0.1), ValueError, "epsilon: expected a finite number >= 0, got -0.1"),
     (lambda: fl.grpo_loss(Z, Y, A, epsilon_high="x"), ValueError, "epsilon_high: expected a finite number >= 0"),
     (lambda: fl.grpo_loss(Z, Y, A, loss="cispo"), ValueError, "epsilon_high: expected the largest ratio for loss='cispo'"),
@@ -385,14 +385,14 @@ BAD = [
     (lambda: fl.grpo_loss(Z, Y, A, ref=fl.LogProbs(P), kl="reverse_kl", beta=0.1), ValueError, "'reverse_kl' needs ref as"),
     (lambda: fl.grpo_loss(Z, Y, A, loss="dr_grpo"), ValueError, "max_completion_length: is .* needed there"),
     (lambda: fl.grpo_loss(Z, Y, A, max_completion_length=9), ValueError, "max_completion_length: is for loss='dr_grpo'"),
-    (lambda: fl.grpo_loss(Z, Y, A, reduction="avg"), ValueError, "reduction: expected 'mean', 'sum' or 'none'"),
+    (lambda: fl.grpo_loss(Z, Y, A, reduction="avg"), ValueError, "reduction: expected one of mean, sum, none"),
     (lambda: fl.grpo_loss(Z, Y, A, loss="dapo", reduction="sum", num_items=3), ValueError, "num_items: only goes with"),
     (lambda: fl.grpo_loss(Z, Y, A, loss="dapo", num_items=-1), ValueError, "num_items: expected a finite number >= 0"),
     (lambda: fl.grpo_loss(Z, Y, A, loss_type="dapo"), TypeError, "loss_type"),
     (lambda: fl.group_advantages(A, 2), ValueError, r"rewards: expected \[groups \* group_size\] for group_size=2, got \[3\]"),
     (lambda: fl.group_advantages(A, 0), ValueError, "rewards: expected"),
     (lambda: fl.group_advantages(A.long(), 3), TypeError, "rewards: expected a float tensor"),
-    (lambda: fl.group_advantages(A, 3, "std"), ValueError, "scale: expected 'group', 'batch' or 'none', got 'std'"),
+    (lambda: fl.group_advantages(A, 3, "std"), ValueError, "scale: expected one of group, batch, none, got 'std'"),
 ]  # fmt: skip
 
 

@@ -205,7 +205,7 @@ Z, Y = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.long)
 S, T = torch.zeros(4), torch.zeros(4, 3)
 PM, CPM, REWARD = fl.preference_matching_loss, fl.conditional_preference_matching_loss, fl.preference_matching_reward
 BAD = [
-    (lambda: PM(Z, Y, form="exact"), ValueError, "form: expected 'entropy' or 'sampled', got 'exact'"),
+    (lambda: PM(Z, Y, form="exact"), ValueError, "form: expected one of entropy, sampled, got 'exact'"),
     (lambda: PM(Z, Y, beta=0), ValueError, "beta: expected a finite number > 0, got 0"),
     (lambda: PM(Z, Y, baseline=S), ValueError, "baseline: is for form='sampled'"),
     (lambda: PM(Z, Y, form="sampled", baseline=S[:3]), ValueError, r"baseline: expected \[4\].*got \[3\]"),

@@ -136,7 +136,7 @@ def test_micro_batches(device, monkeypatch):
 
 Z, Y = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.long)
 BAD = [
-    (lambda f: f(Z, Y, Z, variant="tdpo"), ValueError, "variant: expected 'tdpo1' or 'tdpo2', got 'tdpo'"),
+    (lambda f: f(Z, Y, Z, variant="tdpo"), ValueError, "variant: expected one of tdpo1, tdpo2, got 'tdpo'; did you mean"),
     (lambda f: f(Z, Y, Z, alpha=-1), ValueError, "alpha: expected a finite number >= 0, got -1"),
     (lambda f: f(Z, Y, Z, beta=0), ValueError, "beta: expected a finite number > 0, got 0"),
     (lambda f: f(Z, Y, Z, divergence="kl"), ValueError, "unknown name 'kl'; known"),

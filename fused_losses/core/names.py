@@ -1,0 +1,28 @@
+"""Errors for names that are not known: each says which name is nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(got: object, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the names that resemble got, or an empty string."""
+    if not isinstance(got, str) or not got:
+        return ""
+    names, word = list(known), got.lower()
+    found = get_close_matches(word, names, n=2, cutoff=0.7)
+    found = found or [name for name in names if word in name.split("_") or name.startswith(word)][:2]
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+def unknown(what: str, got: object, known: Iterable[str]) -> ValueError:
+    """Return the error for a name that is none of the known."""
+    names = list(known)
+    return ValueError(f"{what}: unknown name {got!r}; known: {', '.join(names)}{nearest(got, names)}")
+
+
+def not_one_of(what: str, got: object, known: Iterable[str]) -> ValueError:
+    """Return the error for an option that has a few values, of which got is none."""
+    names = list(known)
+    return ValueError(f"{what}: expected one of {', '.join(names)}, got {got!r}{nearest(got, names)}")
