@@ -206,7 +206,7 @@ def test_logits_beside_hidden_states_need_no_common_dtype(backend, device):
         assert relative(stats.divergence["js"], truth.divergence["js"]) <= 1e-5
         found = gradients_of(stats.divergence["js"].sum(), leaves)
         for g, t, x in zip(found, gradients_of(truth.divergence["js"].sum(), exact), asking(leaves), strict=True):
-            assert g.dtype == x.dtype and relative(g, t) <= (0.6 * EPS[x.dtype] if x.dtype != torch.float32 else 1e-5)
+            assert g.dtype == x.dtype and relative(g, t) <= max(1e-5, EPS[x.dtype])  # one rounding
 
 
 VIEWS = {
@@ -767,7 +767,7 @@ def test_hidden_and_weight_of_different_dtypes(backend, device, dtypes, plan):
     truth = fl.reference.dpo_loss(fl.Hidden(*exact), y).loss
     assert relative(loss, truth) <= 1e-6
     for g, t, x in zip(gradients_of(loss, leaves), gradients_of(truth, exact), leaves, strict=True):
-        assert g.dtype == x.dtype and relative(g, t) <= (1e-5 if x.dtype == torch.float32 else 0.6 * EPS[x.dtype])
+        assert g.dtype == x.dtype and relative(g, t) <= max(1e-5, EPS[x.dtype])  # one rounding
 
 
 @pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "tiles"])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import double, gradient_errors, gradients, logits, outputs, relative
+from helpers import ONE_PASS, curvature, double, gradient_errors, gradients, logits, outputs, relative
 
 import fused_losses as fl
 from fused_losses import divergences
@@ -35,18 +35,8 @@ def test_near_the_reference(backend, device, kl, noise, allowed, offset):
         assert (ours[name] >= 0).all() and error <= (2 * allowed if offset else allowed), f"{name}: {error:.1e}"
 
 
-ONE_PASS = [n for n in NAMES if divergences.get(n).row is not None]
 SPREADS = torch.tensor([0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4])
 OFFSETS = torch.tensor([0.0, 0.7, -7.3, 30.0, -200.0])
-
-
-def curvature(name):
-    """D / KL where p and q are close, and for the power family how much of the noise of its logarithm reaches D."""
-    d = divergences.get(name)
-    if d.power is None:
-        return (2.0 if d.parts else 1.0), 1.0
-    s, weight = d.params
-    return weight, (1 + s * s) / min(1.0, abs(s * (s - 1)))
 
 
 @pytest.mark.parametrize(("scale", "parts"), [(0.3, 1), (1.0, 1), (6.0, 1), (3.0, 3)])

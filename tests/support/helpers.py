@@ -16,6 +16,7 @@ from lifetime import ends_with
 from torch.autograd.profiler import profile
 
 import fused_losses as fl
+from fused_losses import divergences
 from fused_losses.backends import torch_backend
 from fused_losses.core.layout import PairProblem, Problem
 from fused_losses.engine import evaluate, hidden_ops, logits_ops
@@ -127,6 +128,26 @@ def gradient_errors(ours, truth, leaves, exact, weight=None, pick=lambda g: g):
         yield f"the mean, leaf {i}", (pick(g).double() - sum(wanted[n][i] / sizes[n] for n in names)).norm().item()
 
 
+ONE_PASS = [name for name in divergences.names() if divergences.get(name).row is not None]
+
+
+def curvature(name):
+    """D / KL where p and q are close, and for the power family how much of the noise of its logarithm reaches D."""
+    d = divergences.from_key(name)
+    if d.power is None:
+        return (2.0 if d.parts else 1.0), 1.0
+    s, weight = d.params
+    return weight, (1 + s * s) / min(1.0, abs(s * (s - 1)))
+
+
+def promised(name, apart):
+    """What the README promises of the value of a divergence, beside 2e-5 of it, where the models lie so far apart."""
+    if name.partition("(")[0] not in ONE_PASS:
+        return 0.0  # of outputs that are no divergences, too
+    weight, noise = curvature(name)
+    return 2.0**-23 * (4 + apart) * weight * noise
+
+
 def check_collision(mine, truth, tolerance):
     """Of two TokenStats: to so much of the larger of the number and 1, for it is a difference of logarithms; no graph."""
     assert (mine.collision is None) == (truth.collision is None)
@@ -138,19 +159,28 @@ def check_collision(mine, truth, tolerance):
 
 
 def compare(z, w, y, tolerance, wrap=fl.Logits, wrap_ref=None, **options):
-    """Every output and both gradients of fl.token_stats against the float64 twin; tolerance(kind) bounds the error."""
+    """Every output and both gradients of fl.token_stats against the float64 twin, as a Judge; tolerance(kind) bounds the
+    error."""
     wrap_ref = wrap_ref or wrap
-    ours = fl.token_stats(wrap(z), y, wrap_ref(w), **options)
-    z64, w64 = double(z), double(w)
-    truth = fl.reference.token_stats(wrap(z64), y, wrap_ref(w64), **options)
+
+    def call(library):
+        return lambda leaves: library.token_stats(wrap(leaves[0]), y, wrap_ref(leaves[1]), **options)
+
+    judge = Judge(call(fl), call(fl.reference), [z, w], tolerance("value"))
+    ours, truth = judge.mine, judge.truth
     assert torch.equal(ours.mask, truth.mask)
     check_collision(ours, truth, tolerance("value"))
-    found, true = outputs(ours), outputs(truth)
-    for name, value in true.items():
-        assert found[name].shape == value.shape and found[name].isfinite().all(), name
-        assert relative(found[name], value) <= tolerance("value"), f"{name}: {relative(found[name], value):.1e}"
-    for what, error in gradient_errors(found, true, (z, w), (z64, w64), torch.randn_like(ours.logps)):
-        assert error <= tolerance("gradient"), f"{what}: {error:.1e}"
+    means = [x.detach().mean(-1) for x in judge.exact]
+    apart = (means[0] - means[1]).abs().max().item() if z.numel() else 0.0
+    for name in outputs(truth):
+        judge.value(name, lambda stats, name=name: outputs(stats)[name], promised(name, apart))
+    judge.tolerance, weight = tolerance("gradient"), torch.randn_like(ours.logps)
+
+    def errors(leaves, output):
+        return dict(gradient_errors(outputs(output), outputs(truth), leaves, judge.exact, weight))
+
+    for what, error in errors([z, w], ours).items():
+        judge.check(what, error, lambda leaves, output, what=what: errors(leaves, output)[what])
     return ours, truth
 
 
@@ -196,7 +226,7 @@ class Judge:
         self.twin, self.mine, self.truth = twin, mine(leaves), twin(self.exact)
         self.roughs = []  # of the twin: eager, and on inputs of which one rounding is lost
 
-    def _check(self, what, error, others):
+    def check(self, what, error, others):
         if error <= self.tolerance:
             return
         if not self.roughs:
@@ -212,12 +242,13 @@ class Judge:
         words = f"{what}: {error:.1e}, eager {eager:.1e}, moved {max(moved):.1e}"
         assert error <= max(30 * max(moved), self.slack * eager), words  # eager may be NaN
 
-    def value(self, what, pick):
-        """pick(output) -> a tensor."""
+    def value(self, what, pick, allowed=0.0):
+        """pick(output) -> a tensor. allowed: of the error of each number, in any case."""
         mine, true = pick(self.mine), pick(self.truth)
         assert mine.shape == true.shape and mine.isfinite().all(), what
         assert mine.requires_grad == true.requires_grad, what
-        self._check(what, relative(mine, true), lambda _, output: relative(pick(output), true))
+        if (mine.detach().double() - true).abs().gt(allowed).any():
+            self.check(what, relative(mine, true), lambda _, output: relative(pick(output), true))
 
     def gradients(self, what, pick):
         """pick(output) -> a scalar."""
@@ -228,7 +259,7 @@ class Judge:
             g = torch.zeros_like(x) if g is None and not t.any() else g
             assert g.shape == x.shape and g.dtype == x.dtype and g.isfinite().all(), where
             other = lambda leaves, output, i=i, t=t: relative(gradients_of(pick(output), leaves)[i], t)  # noqa: E731
-            self._check(where, relative(g, t), other)
+            self.check(where, relative(g, t), other)
 
 
 def compare_sources(build, leaves, y, tolerance=1e-5, slack=4.0, each=True, how=None, **options):
