@@ -9,8 +9,13 @@ Notation: p = policy, q = reference probability of one token, t = log p - log q,
                       or summed over terms >= 0 once the normalisers are known (two passes) -> term
     f-DPO link        s(h) = f'(e^h) of a sequence's log-ratio h, with ds/dh               -> link
 
-To add one: write grad_p, grad_q and row or term as plain functions of the words in elementwise.py, and a factory with the
-textbook f, f' and definition. Both backends, the reference twin, `check`, the docs table and the tests pick it up.
+To add one: write grad_p, grad_q and row or term as plain functions of those in elementwise.py, and a factory with the textbook
+f, f' and definition. Both backends, the reference, `check` and the tests iterate over the registry. See CONTRIBUTING.md.
+
+What a formula must hold, for the kernels call it on every column, those of suppressed tokens and of padding included:
+    - It is 0 at p = q = 0, where log p and log q are about -1e37 and t is anything up to 1e37 in size.
+    - It divides by nothing that can be 0: p, q, p + q. Write such ratios as functions of t: p / (p + q) is sigmoid(t).
+    - It is finite for every finite t: exponentials are those of finite_exp, or capped.
 """
 
 from __future__ import annotations

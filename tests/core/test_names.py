@@ -1,0 +1,32 @@
+"""Errors for unknown names say which name is nearest, and a result shows its metrics."""
+
+import pytest
+import torch
+
+import fused_losses as fl
+
+Z, Y = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: fl.dpo_loss(Z, Y, Z, divergence="kl"), "did you mean 'reverse_kl' or 'forward_kl'"),
+        (lambda: fl.token_stats(Z, Y, Z, divergence="foward_kl"), "did you mean 'forward_kl'"),
+        (lambda: fl.preference_loss(Z, Y, Z, loss="sigmod"), "did you mean 'sigmoid'"),
+        (lambda: fl.reference.preference_loss(Z, Y, Z, loss="sigmod"), "did you mean 'sigmoid'"),
+        (lambda: fl.grpo_loss(Z, Y, Z[:, 0, 0], loss="drgrpo"), "did you mean 'dr_grpo'"),
+        (lambda: fl.dpo_loss(Z, Y, Z, reduction="avg"), "expected one of mean, sum, none, got 'avg'$"),
+        (lambda: fl.dpo_loss(fl.Hidden(Z, Z[0]), Y, plan="slice"), "did you mean 'slices'"),
+        (lambda: fl.dpo_loss(Z, Y, Z, divergence=""), "unknown name ''; known: reverse_kl, .*alpha_beta$"),
+    ],
+)
+def test_the_nearest_name(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_result_shows_its_metrics():
+    shown = repr(fl.dpo_loss(Z.requires_grad_(), Y, Z.detach(), shift=True))
+    assert shown.startswith("LossOutput(loss=") and "rewards/margins=" in shown and len(shown) < 400
+    assert "metrics: none" in repr(fl.LossOutput(Z.sum(), {}, fl.token_stats(Z, Y)))
