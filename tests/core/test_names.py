@@ -18,7 +18,7 @@ Z, Y = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.long)
         (lambda: fl.grpo_loss(Z, Y, Z[:, 0, 0], loss="drgrpo"), "did you mean 'dr_grpo'"),
         (lambda: fl.dpo_loss(Z, Y, Z, reduction="avg"), "expected one of mean, sum, none, got 'avg'$"),
         (lambda: fl.dpo_loss(fl.Hidden(Z, Z[0]), Y, plan="slice"), "did you mean 'slices'"),
-        (lambda: fl.dpo_loss(Z, Y, Z, divergence=""), "unknown name ''; known: reverse_kl, .*alpha_beta$"),
+        (lambda: fl.dpo_loss(Z, Y, Z, divergence="qqq"), "unknown name 'qqq'; known: reverse_kl, .*alpha_beta$"),
     ],
 )
 def test_the_nearest_name(call, words):
