@@ -207,6 +207,7 @@ def test_modules_reloaded():
     run(RELOAD)
 
 
+@pytest.mark.slow
 def test_kernels_are_those_of_the_copy():
     pytest.importorskip("triton")
     run(KERNELS)
@@ -216,6 +217,7 @@ def test_another_version_from_a_folder(folder):
     run(FOREIGN + FOLDERS, FOLDER=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [COMPILED, COMPILED_LATER], ids=["before", "after"])
 def test_compiled(folder, code):
     run(code, FOLDER=folder)

@@ -636,6 +636,7 @@ def check_two_ranks(rank, group, path, truth):
 RANKED = ("dpo_loss", "kto_loss", "cross_entropy_loss")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_two_ranks_are_one_batch(tmp_path):
     truth = {
