@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -15,7 +16,57 @@ from torch import Tensor
 from .divergences import Divergence, from_key
 from .inputs import FLOATS, LogProbs, Source, check_labels
 from .names import not_one_of, unknown
-from .validation import check_constant, check_per_sequence, check_positive, check_sequences, check_weights
+from .validation import Count, check_constant, check_per_sequence, check_positive, check_sequences, check_weights
+
+
+class Execution(TypedDict, total=False):
+    """How a call is carried out."""
+
+    plan: str
+    workspace: int | None
+    static_shapes: bool
+    inplace_backward: bool
+
+
+class Reports(Execution, total=False):
+    """And what is reported beside the loss."""
+
+    entropy: bool
+
+
+class TimeAxis(Reports, total=False):
+    """And how labels lie along the time axis."""
+
+    shift: bool
+    ignore_index: int
+    sequence_group: object
+
+
+class Reduced(TimeAxis, total=False):
+    """And what the losses are divided by."""
+
+    reduction: str
+    num_items: Count | None
+
+
+class BatchOptions(Reduced, total=False):
+    """Options of a batch that every loss takes: those of preference_loss, which describes them."""
+
+    cu_seqlens: Tensor | None
+
+
+class PreferenceOptions(BatchOptions, total=False):
+    """The options of preference_loss, but for its loss."""
+
+    loss_weights: Sequence[float] | None
+    divergence: str | Divergence
+    beta: float
+    label_smoothing: float | None
+    discopop_tau: float
+    ld_alpha: float | None
+    use_weighting: bool
+    num_nll_tokens: Count | None
+
 
 LARGEST = 80.0  # of a log-ratio or an exponent: its exponential is finite in float32
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ..core.divergences import get
 from ..core.inputs import Logits, LogProbs, Source, as_source, check_labels
+from ..core.options import BatchOptions
 from ..core.outputs import LossOutput
 from ..core.validation import check_weights
 from ..engine.evaluate import Tokens
 from ..engine.shards import shard_of
 from .distillation import token_means
-from .shared import Entry, Needs, fused, output
+from .shared import Entry, Needs, fused, output, takes
 
 __all__ = ["cross_entropy_loss"]
 
 
+@takes(BatchOptions)
 def cross_entropy_loss(
-    policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, **batch: Any
+    policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, **batch: Unpack[BatchOptions]
 ) -> LossOutput:
     """Cross entropy of the labels, as torch.nn.functional.cross_entropy, token by token over the V valid tokens of the head:
 

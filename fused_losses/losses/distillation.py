@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from ..core.divergences import Divergence, from_key, get
 from ..core.inputs import Source, as_source, check_labels
+from ..core.options import BatchOptions
 from ..core.outputs import LossOutput, Part
 from ..core.validation import check_weights
 from ..engine.evaluate import Tokens
-from .shared import Entry, Fused, Needs, fused, output, token_part
+from .shared import Entry, Fused, Needs, fused, output, takes, token_part
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
 
 
+@takes(BatchOptions)
 def distillation_loss(
     student: Source, labels: Tensor, teacher: Source, *, divergence: str | Divergence | None = None, beta: float = 0.5,
-    soft: float = 1.0, hard: float = 0.0, **batch: Any,
+    soft: float = 1.0, hard: float = 0.0, **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
     """Knowledge distillation, token by token over the whole vocabulary, p the student and q the teacher:
 
@@ -49,7 +51,10 @@ def distillation_loss(
     return output(found, token_means(found, kl=found.tokens.divergence[d.key]))
 
 
-def sampled_distillation_loss(student: Source, labels: Tensor, teacher: Source, **batch: Any) -> LossOutput:
+@takes(BatchOptions)
+def sampled_distillation_loss(
+    student: Source, labels: Tensor, teacher: Source, **batch: Unpack[BatchOptions]
+) -> LossOutput:
     """Reverse KL of tokens that the student sampled, from the log-probs of these alone, p the student and q the teacher:
 
         sg(log p(label) - log q(label)) log p(label),    the mean over the tokens that count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -11,15 +11,16 @@ from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import FLOATS, LogProbs, Source, check_labels
 from ..core.names import not_one_of
-from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, grpo_config
+from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, Reports, grpo_config
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_reduction, check_sequences, divided
 from ..engine.evaluate import Tokens
-from .shared import Entry, Fused, Needs, fused, output, sequence_part
+from .shared import Entry, Fused, Needs, fused, output, sequence_part, takes
 
 __all__ = ["group_advantages", "grpo_loss"]
 
 
+@takes(Reports)
 def grpo_loss(
     policy: Source,
     labels: Tensor,
@@ -42,7 +43,7 @@ def grpo_loss(
     shift: bool = False,
     ignore_index: int = -100,
     sequence_group: object = None,
-    **batch: Any,
+    **batch: Unpack[Reports],
 ) -> LossOutput:
     """GRPO (2402.03300) and its relatives, under the names of TRL's GRPOTrainer. Of token t of sequence s, with advantage A,
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ..core.divergences import Divergence
 from ..core.inputs import LogProbs, Source, as_source, check_labels
-from ..core.options import PairLossConfig, pair_loss_config
+from ..core.options import PairLossConfig, PreferenceOptions, pair_loss_config
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_pairs, check_reduction, read_count
 from ..engine.evaluate import Tokens
 from ..engine.shards import Span, span_of
 from .pair_losses import LOSSES, Pairs, desensitised, wpo_weights
-from .shared import Entry, Fused, Needs, counting_mask, fused, loss_and_nll, output, pair_metrics
+from .shared import Entry, Fused, Needs, counting_mask, fused, loss_and_nll, output, pair_metrics, takes
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
 
@@ -164,19 +164,25 @@ def _sft_parts(found: Fused, o: PairLossConfig, batch: Count, chosen: Count) -> 
     return loss_and_nll(found, nll, sum(weight for name, weight in o.losses if name == "sft"), batch, chosen)
 
 
-def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
-    """preference_loss(loss="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence). PairLossConfig as there."""
+@takes(PreferenceOptions, "loss")
+def dpo_loss(
+    policy: Source, labels: Tensor, ref: Source | None = None, **options: Unpack[PreferenceOptions]
+) -> LossOutput:
+    """preference_loss(loss="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence). Options as there."""
     return _fixed("dpo_loss", "sigmoid", policy, labels, ref, options)
 
 
-def ipo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
+@takes(PreferenceOptions, "loss")
+def ipo_loss(
+    policy: Source, labels: Tensor, ref: Source | None = None, **options: Unpack[PreferenceOptions]
+) -> LossOutput:
     """preference_loss(loss="ipo"): IPO (2310.12036) with means over tokens, as its authors and TRL have it. Options as there;
     beta is the paper's tau."""
     return _fixed("ipo_loss", "ipo", policy, labels, ref, options)
 
 
 def _fixed(
-    name: str, loss: str, policy: Source, labels: Tensor, ref: Source | None, options: dict[str, Any]
+    name: str, loss: str, policy: Source, labels: Tensor, ref: Source | None, options: PreferenceOptions
 ) -> LossOutput:
     if "loss" in options:
         raise TypeError(f"{name}: `loss` is fixed to {loss!r}; use preference_loss to choose another")

@@ -7,7 +7,7 @@ and what they return is a tensor.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from torch.nn.functional import softplus
 
 from ..core.inputs import FLOATS, Source, check_labels
 from ..core.layout import stats_dtype
-from ..core.options import check_matching, check_threshold
+from ..core.options import Reduced, check_matching, check_threshold
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_positive
 from ..engine.evaluate import Tokens
-from .shared import Entry, Needs, fused, output, reduced, sequence_part
+from .shared import Entry, Needs, fused, output, reduced, sequence_part, takes
 
 __all__ = [
     "bradley_terry_loss", "conditional_preference_matching_loss", "plackett_luce_loss", "preference_matching_gap",
@@ -27,9 +27,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+@takes(Reduced)
 def preference_matching_loss(
     policy: Source, labels: Tensor, *, form: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, **batch: Any,
+    cu_seqlens: Tensor | None = None, **batch: Unpack[Reduced],
 ) -> LossOutput:  # fmt: skip
     """The preference-matching regulariser of PM-RLHF (2405.16455), R(pi) = -log pi, as a loss to add to -E[reward]:
 
@@ -70,9 +71,10 @@ def preference_matching_loss(
     return output(found, _parts(found.tokens))
 
 
+@takes(Reduced)
 def conditional_preference_matching_loss(
     policy: Source, labels: Tensor, ref: Source, *, threshold: float = 0.01, beta: float = 1.0,
-    baseline: Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+    baseline: Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Unpack[Reduced],
 ) -> LossOutput:  # fmt: skip
     """Conditional preference matching (2405.16455): matching among the tokens that the reference finds likely, a KL to the
     reference elsewhere. As preference_matching_loss(form="sampled"), with the sum over tokens of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -17,19 +17,20 @@ from torch.nn.functional import logsigmoid
 
 from ..core.elementwise import cap
 from ..core.inputs import Source, check_labels
-from ..core.options import SURE, check_cpo, check_nll_labels, check_simpo
+from ..core.options import SURE, BatchOptions, check_cpo, check_nll_labels, check_simpo
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_pairs, check_positive, divided, read_count
 from ..engine.evaluate import Tokens
 from ..engine.shards import span_of
-from .shared import Entry, Fused, Needs, counting_mask, fused, loss_and_nll, output, pair_metrics
+from .shared import Entry, Fused, Needs, counting_mask, fused, loss_and_nll, output, pair_metrics, takes
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
 
 
+@takes(BatchOptions)
 def simpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
-    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, num_nll_tokens: Count | None = None, **batch: Any,
+    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
     """SimPO (2405.14734 eq. 6): the reward is the mean log-prob of a response's tokens, and no reference is needed,
 
@@ -62,9 +63,10 @@ def simpo_loss(
     return output(found, pair_metrics(found.tokens, beta * reward(x), x) | nll)
 
 
+@takes(BatchOptions)
 def cpo_loss(
     policy: Source, labels: Tensor, *, loss: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
-    label_smoothing: float = 0.0, num_nll_tokens: Count | None = None, **batch: Any,
+    label_smoothing: float = 0.0, num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
     """CPO (2401.08417): DPO with a uniform reference, and the negative log-likelihood of the chosen responses,
 
@@ -97,9 +99,10 @@ def cpo_loss(
     return output(found, pair_metrics(found.tokens, beta * x, x) | nll)
 
 
+@takes(BatchOptions)
 def orpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None,
-    num_nll_tokens: Count | None = None, **batch: Any,
+    num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
     """ORPO (2403.07691 eq. 6): the negative log-likelihood of the chosen responses, and their odds against the rejected,
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..core.divergences import Divergence
 from ..core.inputs import Source, TokenStats
 from ..core.layout import labels_mask, shift_packed
+from ..core.names import nearest
 from ..core.outputs import LossOutput, Part, Parts
 from ..core.validation import (
     Count,
@@ -22,6 +25,32 @@ from ..core.validation import (
 from ..engine.evaluate import Formula, Tokens, evaluate
 from ..engine.prepare import How
 from ..engine.shards import Span
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a loss raise where an option is unknown, in words that name the loss and the nearest option.
+
+    options: the TypedDict of its keywords. more: names that the loss refuses itself.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        known = (*own, *options.__annotations__)
+
+        @wraps(function)
+        def call(*args: P.args, **given: P.kwargs) -> R:
+            for name in given:
+                if name not in known and name not in more:
+                    what = f"fl.{function.__name__}: unknown option {name!r}{nearest(name, known)}"
+                    raise TypeError(f"{what}; its options: {', '.join(known[2:])}")
+            return function(*args, **given)
+
+        return call
+
+    return decorate
 
 
 @dataclass(frozen=True)

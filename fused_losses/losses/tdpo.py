@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..core.divergences import Divergence
 from ..core.inputs import Source, check_labels
-from ..core.options import check_tdpo
+from ..core.options import BatchOptions, check_tdpo
 from ..core.outputs import LossOutput, Part
 from ..core.validation import check_pairs
 from ..engine.evaluate import Tokens
-from .shared import Entry, Needs, fused, output, pair_metrics
+from .shared import Entry, Needs, fused, output, pair_metrics, takes
 
 __all__ = ["tdpo_loss"]
 
 
+@takes(BatchOptions)
 def tdpo_loss(
     policy: Source, labels: Tensor, ref: Source, *, variant: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
-    divergence: str | Divergence = "forward_kl", **batch: Any,
+    divergence: str | Divergence = "forward_kl", **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
     """TDPO (2404.11999): DPO with each response's divergence from the reference, token by token over the whole vocabulary,
 

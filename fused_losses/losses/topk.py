@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.divergences import Divergence, from_key
 from ..core.inputs import Logits, LogProbs, Source, TokenStats, as_source, check_labels
 from ..core.layout import labels_mask, shift_packed
-from ..core.options import check_teacher, check_topk
+from ..core.options import Execution, check_teacher, check_topk
 from ..core.outputs import LossOutput
 from ..core.validation import Count, check_reduction, check_sequences, check_weights, divided
 from ..engine.evaluate import Tokens
@@ -20,18 +20,19 @@ from ..engine.logits_at import stats_at
 from ..engine.shards import span_of
 from ..engine.token_stats import token_stats
 from .distillation import token_means
-from .shared import Entry, Fused, output
+from .shared import Entry, Fused, output, takes
 
 __all__ = ["topk_distillation_loss"]
 
 NOTHING = -1e30  # log-prob of an entry that is not there: finite, so that differences are
 
 
+@takes(Execution)
 def topk_distillation_loss(
     student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, *, tail: str = "bucket",
     divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, reduction: str = "mean",
     num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
-    sequence_group: object = None, entropy: bool = False, **batch: Any,
+    sequence_group: object = None, entropy: bool = False, **batch: Unpack[Execution],
 ) -> LossOutput:  # fmt: skip
     """Distillation where only the teacher's log-probs of K tokens are known, p the student and q the teacher:
 

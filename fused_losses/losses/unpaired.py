@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ..core.inputs import Source, check_labels
-from ..core.options import check_bco, check_kto
+from ..core.options import Reduced, TimeAxis, check_bco, check_kto
 from ..core.outputs import LossOutput, Part
 from ..core.running_delta import RunningDelta, mean_over_ranks
 from ..core.validation import check_constant, check_sequences
 from ..engine.evaluate import Tokens
-from .shared import Entry, Needs, fused, output, sequence_part
+from .shared import Entry, Needs, fused, output, sequence_part, takes
 
 __all__ = ["RunningDelta", "bco_loss", "kto_baseline", "kto_loss"]
 
 
+@takes(Reduced)
 def kto_loss(
     policy: Source,
     labels: Tensor,
@@ -30,7 +31,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     cu_seqlens: Tensor | None = None,
-    **batch: Any,
+    **batch: Unpack[Reduced],
 ) -> LossOutput:
     """KTO (2402.01306 eq. 7): responses that are desirable or not, without pairs. The mean over sequences of
 
@@ -64,10 +65,11 @@ def kto_loss(
     return output(found, _parts(found.tokens, beta, kl=z0))
 
 
+@takes(TimeAxis, "reduction", "num_items")
 @torch.no_grad()
 def kto_baseline(
     policy: Source, labels: Tensor, ref: Source | None, *, process_group: object = None, cu_seqlens: Tensor | None = None,
-    **batch: Any,
+    **batch: Unpack[TimeAxis],
 ) -> Tensor:  # fmt: skip
     """KTO's z0, an estimate of KL(policy || ref) that kto_loss takes as baseline: max(0, mean_s h_s), a 0-d tensor.
 
@@ -88,6 +90,7 @@ def kto_baseline(
     return mean_over_ranks(found.loss, process_group)[0].clamp(min=0)
 
 
+@takes(Reduced)
 def bco_loss(
     policy: Source,
     labels: Tensor,
@@ -98,7 +101,7 @@ def bco_loss(
     weights: Tensor | None = None,
     beta: float = 0.1,
     cu_seqlens: Tensor | None = None,
-    **batch: Any,
+    **batch: Unpack[Reduced],
 ) -> LossOutput:
     """BCO (2404.04656), a classifier whose logit is the reward less a shift. The mean over sequences of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -10,13 +10,13 @@ from torch.nn.functional import cross_entropy, normalize
 
 from ...core.inputs import FLOATS, Source, check_labels
 from ...core.layout import stats_dtype
-from ...core.options import check_lta_weights
+from ...core.options import TimeAxis, check_lta_weights
 from ...core.outputs import LossOutput, Part
 from ...core.validation import Count, check_positive, check_reduction, check_sequences, divided, read_count
 from ...engine.evaluate import Tokens
 from ...engine.shards import span_of
 from ...engine.token_stats import token_stats
-from ..shared import Entry, Needs, counting_mask, fused, loss_and_nll, output, reduced, sequence_part
+from ..shared import Entry, Needs, counting_mask, fused, loss_and_nll, output, reduced, sequence_part, takes
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
@@ -84,11 +84,12 @@ def reasoning_focus_loss(
     return reduced(losses.where(there.any(-1), 0), reduction, num_items)
 
 
+@takes(TimeAxis)
 def lta_thinker_loss(
     policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
     weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
     step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
-    num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Any,
+    num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Unpack[TimeAxis],
 ) -> LossOutput:  # fmt: skip
     """LTA-Thinker (2509.12875): with the released code's weights
 
