@@ -127,7 +127,7 @@ def preference_loss(
         discopop_tau,
         ld_alpha,
         use_weighting,
-        LOSSES,
+        known=LOSSES,
     )
     pairs = check_pairs(labels, cu_seqlens, sequence_group) // 2
     span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=static_shapes)

@@ -147,7 +147,7 @@ def preference_loss(
         discopop_tau,
         ld_alpha,
         use_weighting,
-        LOSSES,
+        known=(*LOSSES, *SORTED, "sft"),
     )
     num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     check_pairs(check_labels(labels), cu_seqlens)
