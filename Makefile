@@ -16,7 +16,7 @@ install = $(BIN)/python -m pip install -c constraints.txt -e ".[$(1)]"
 help:
 	@echo "make test    ruff, mypy and pytest, in $(VENV) (made on first use; PYTHON=... chooses the interpreter)"
 	@echo "make test-fast    pytest without what is marked slow: something of every module, in a tenth of the time"
-	@echo "make lint    ruff and mypy only"
+	@echo "make lint    ruff (checks and format) and mypy only"
 	@echo "make demo    python -m fused_losses demo, in $(VENV); no GPU needed"
 	@echo "make bench   python -m bench: ours beside every peer that runs here, tables and pictures in bench/out; under ten minutes"
 	@echo "make gpu     bench/gpu.py with \$$(GPU_PYTHON), which has torch and triton already; installs nothing"
@@ -31,6 +31,7 @@ test-fast: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 demo: $(VENV)/.demo
