@@ -1,7 +1,5 @@
 """The operators as torch sees them: opcheck, torch.compile, checkpointing, memory, and a bare import."""
 
-import time
-
 import pytest
 import torch
 from helpers import labels_for, logits, python
@@ -132,7 +130,7 @@ def test_second_derivative_is_refused_in_words(backend, device):
 
 @pytest.mark.slow
 def test_nothing_of_vocabulary_size_but_the_gradient(device, monkeypatch, one_thread):
-    """At most a twentieth of the twin's memory beyond inputs and gradient, in no more time."""
+    """At most a twentieth of the twin's memory beyond inputs and gradient. `python -m bench` has the time."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton" if device.type != "cpu" else "torch")
     z, w = logits((512, 50304), device)
     w = w.detach()
@@ -143,12 +141,6 @@ def test_nothing_of_vocabulary_size_but_the_gradient(device, monkeypatch, one_th
         stats = f.token_stats(z, y, w, divergence="forward_kl")
         (stats.logps.sum() + stats.divergence["forward_kl"].sum()).backward()
 
-    seconds = {fl.reference: float("inf"), fl: float("inf")}
-    for f in (fl.reference, fl) * 2:  # on one thread, and the better of two: other work on the machine must not decide
-        start = time.perf_counter()
-        run(f)
-        seconds[f] = min(seconds[f], time.perf_counter() - start)
-    assert seconds[fl] <= seconds[fl.reference], {k.__name__: v for k, v in seconds.items()}
     z.grad = None
     gradient = z.numel() * 4
     extra = {f: peak_bytes(lambda f=f: run(f)) - gradient for f in (fl, fl.reference)}

@@ -88,7 +88,13 @@ def build(cls, config, tokenizer, path, mode="full", data=None, model=None, eval
     if mode == "precomputed":
         options["precompute_ref_log_probs"] = True
     args = config(**arguments | options)
-    return cls(policy, args=args, train_dataset=rows() if data is None else data, processing_class=tokenizer, **more)
+    made = cls(policy, args=args, train_dataset=rows() if data is None else data, processing_class=tokenizer, **more)
+    if mode == "lora":  # near its base, for TRL's discopop is inf * 0 where an f-divergence makes margins large
+        with torch.no_grad():
+            for name, p in made.model.named_parameters():
+                if "lora_B" in name:
+                    p.mul_(0.1)
+    return made
 
 
 def run(trainer, state, **settings):
