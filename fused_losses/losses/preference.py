@@ -118,17 +118,9 @@ def preference_loss(
     """
     labels = check_labels(labels)
     o = pair_loss_config(
-        ref is not None,
-        loss,
-        loss_weights,
-        divergence,
-        beta,
-        label_smoothing,
-        discopop_tau,
-        ld_alpha,
-        use_weighting,
+        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting,
         known=LOSSES,
-    )
+    )  # fmt: skip
     pairs = check_pairs(labels, cu_seqlens, sequence_group) // 2
     span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=static_shapes)
     num_items, chosen = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)

@@ -103,7 +103,8 @@ check(first, second, third)
 """
 
 RELOAD = """
-for name in ("ops", "hidden_ops", "ops", "divergences", "stats", "objective", "torch_backend", "losses.preference"):
+ENGINE = [f"engine.{name}" for name in ("logits_ops", "hidden_ops", "logits_ops", "token_stats", "evaluate")]
+for name in (*ENGINE, "core.divergences", "backends.torch_backend", "backends", "losses.preference"):
     before = list(losses(first))
     importlib.reload(sys.modules["fused_losses." + name])
     check(first)
