@@ -284,11 +284,17 @@ class Judge:
     def gradients(self, what, pick):
         """pick(output) -> a scalar."""
         found, wanted = gradients_of(pick(self.mine), self.leaves), gradients_of(pick(self.truth), self.exact)
+        largest = max((t.norm() for t in wanted if t is not None), default=torch.zeros(()))
         for i, (g, t, x) in enumerate(zip(found, wanted, asking(self.leaves), strict=True)):
             where = f"{what}: gradient at leaf {i} {list(x.shape)}"
             t = torch.zeros_like(x) if t is None else t
             g = torch.zeros_like(x) if g is None and not t.any() else g
             assert g.shape == x.shape and g.dtype == x.dtype and g.isfinite().all(), where
+            if (
+                t.norm() <= 1e-12 * largest
+            ):  # nothing depends on it, and what is left are roundings of terms that cancel
+                assert g.double().norm() <= max(1e-5, self.tolerance) * largest, where
+                continue
             other = lambda leaves, output, i=i, t=t: relative(gradients_of(pick(output), leaves)[i], t)  # noqa: E731
             self.check(where, relative(g, t), other)
 
