@@ -1,11 +1,14 @@
-"""Launch configurations: fixed, by what a kernel holds per step. Nothing is tuned at run time."""
+"""Fixed launch configurations, which depend on how much data a kernel keeps in each step.
+
+Nothing is tuned at run time.
+"""
 
 from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    lanes: int  # vocabulary entries side by side: one accumulator of each kind for every lane
-    unroll: int  # of which a step reads this many rows, so that checks made once a step cost little
+    lanes: int  # vocabulary entries processed in parallel; each lane has one accumulator of each kind
+    unroll: int  # groups of lanes that one step reads, so that checks made once per step cost little
     warps: int
     stages: int  # steps in flight in the asynchronous loads
 
