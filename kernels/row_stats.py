@@ -14,7 +14,7 @@ LOW = tl.constexpr(
     -elementwise.HUGE
 )  # a logit below this counts as suppressed; also the shift of a side that has only had such logits
 INF = tl.constexpr(elementwise.INF)
-TIED = tl.constexpr(40.0)  # bits
+TIED = tl.constexpr(40.0)  # bits: shifts() ties both sides if each shift is less than this above its maximum
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Compute log-probs, divergences and entropy of each token from one read of each logit, and gradients from one more read.
+"""Compute log-probs, divergences and entropy of each token from one read of each logit, gradients from one more.
 
     token_stats_forward    one program for each row (token): sweep() over it, then its outputs; a second sweep computes the
                            term divergences

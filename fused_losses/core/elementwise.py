@@ -1,4 +1,4 @@
-"""The elementwise functions that formulas call: torch functions here, Triton device functions in kernels/elementwise.py.
+"""The elementwise functions that formulas call: torch functions here, Triton functions in kernels/elementwise.py.
 
 A formula (the gradient of a divergence, a link, a pair term, the final arithmetic of a row) is written once, as a plain
 function of these elementwise functions and of + - * /. The torch backend calls it directly. The Triton backend compiles

@@ -140,9 +140,9 @@ class Lora(NamedTuple):
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden states [..., H] and the head that computes logits [..., V] from them; all logits are never in memory at once.
+    """Hidden states [..., H] and the head that computes logits [..., V] from them.
 
-    The logits are
+    The logits are never all in memory at once. They are
 
         softcap tanh(z / softcap) * scale / temperature,    z = hidden @ weight.T + scaling * (hidden @ a.T) @ b.T + bias
 
