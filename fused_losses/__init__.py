@@ -1,5 +1,8 @@
-"""Fused loss head of preference optimisation: log-probs, divergences and losses of policy and reference without a
-vocabulary-size temporary. Start at token_stats (engine/token_stats.py) and losses/; reference/ defines what is correct."""
+"""Compute log-probs, divergences and losses of preference optimisation without a vocabulary-size temporary.
+
+The fused loss head takes a policy and a reference. To read the code, start at token_stats (engine/token_stats.py) and losses/.
+The reference implementations in reference/ define which results are correct.
+"""
 
 from . import losses, reference
 from .core import divergences

@@ -1,4 +1,4 @@
-"""python -m fused_losses env | check | memory | demo: what runs here, is it right, what will it take, show me."""
+"""Show which backend runs here, check its results, measure the memory of a loss step, or run a small demo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ COMMANDS = {  # name: (summary, example)
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """All commands by name; the options, and so the import, of one of them only."""
+    """Build the parser of all commands.
+
+    Only the given command gets its options, so only its module is imported.
+    """
     parser = argparse.ArgumentParser(prog="python -m fused_losses", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fused_losses {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -41,7 +44,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 fine, 1 the command found something wrong, 2 bad input."""
+    """Run a command and return its exit code: 0 for success, 1 if it found an error, 2 for invalid input."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:

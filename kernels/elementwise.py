@@ -1,4 +1,4 @@
-"""Triton device functions: the words of core/elementwise.py, and jit() that compiles a formula written in them."""
+"""Triton versions of the functions of core/elementwise.py, and jit(), which compiles a formula that calls them."""
 
 import functools
 import types
@@ -16,7 +16,7 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def in_bits(x, shift):
-    """x log2(e) - shift, rounded once: the interpreter's own fma rounds twice."""
+    """Compute x log2(e) - shift with one rounding; the fma of the interpreter would round twice."""
     if INTERPRET:
         return (x.to(tl.float64) * LOG2E - shift.to(tl.float64)).to(tl.float32)
     else:
@@ -90,9 +90,10 @@ def expm1(t):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for -1 < x <= 1 to 1e-7 relative: x itself is kept where 1 + x needs no scaling, so none of it is lost.
+    """Compute log(1 + x) for -1 < x <= 1 with a relative error of at most 1e-7.
 
-    1 + x = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]; the cubic's tail is a least-squares fit, relative error 7e-9.
+    1 + x = 2^e (1 + f) with f in [sqrt(1/2) - 1, sqrt(2) - 1]. Where 1 + x needs no scaling (e = 0), f is x itself, so no digit
+    of x is lost. The terms from the cubic on are a least-squares fit with a relative error of 7e-9.
     """
     y = 1.0 + x
     bits = y.to(tl.int32, bitcast=True)
@@ -154,7 +155,11 @@ def frame(c, mp, mq):
 
 @functools.cache
 def jit(formula):
-    """The Triton twin of a formula: the same source, its words looked up here, its constants made constexpr."""
+    """Compile a formula for Triton.
+
+    The source is the same. Functions that it calls are replaced by those of this module with the same name (others are
+    compiled too), and its global constants become constexpr.
+    """
     names = {"__builtins__": __builtins__, "__name__": formula.__module__, "tl": tl}  # the interpreter looks for tl
     for name in formula.__code__.co_names:
         if name in globals():

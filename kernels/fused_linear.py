@@ -1,13 +1,15 @@
-"""The sums of rows from hidden states and head weights: logits exist one tile [BLOCK_T, BLOCK_V] at a time, in registers.
+"""Compute the sums of rows from hidden states and head weights.
 
-    tile_sums   one program a block of rows and a range of the vocabulary, over whose tiles it loops:
-                z = head(X W^T + scaling XA B^T + bias), and w likewise; then either
-                the tile's state (moments.SIDES), merged into the rows' own: the first sweep, or
-                sums of the term divergences, from the rows' saved numbers: the second
+Only one tile [BLOCK_T, BLOCK_V] of logits exists at a time, in registers.
 
-Bytes asked for, with R blocks of rows: R times the weights, V / BLOCK_V times the hidden states. Programs are numbered so
-that those which run together are the row blocks of one group, whose hidden states stay in L2, times all ranges: a tile of
-W is read from memory once a group. Ranges of one row are merged afterwards by merge_states.
+    tile_sums   one program for each block of rows and each range of the vocabulary; it loops over the tiles of the range:
+                z = head(X W^T + scaling XA B^T + bias), and w in the same way; then
+                first sweep: the state of the tile (moments.SIDES) is merged into that of the rows, or
+                second sweep: the sums of the term divergences are computed from the saved numbers of the rows
+
+Bytes requested, with R blocks of rows: R times the weights, V / BLOCK_V times the hidden states. Programs are numbered so
+that the programs which run at the same time are the row blocks of one group times all ranges. The hidden states of a group
+stay in L2, so a tile of W is read from memory once per group. merge_states merges the ranges of a row afterwards.
 """
 
 import triton
@@ -20,7 +22,10 @@ from .vocab_chunks import merged
 
 @triton.jit
 def dot(x, w, acc):
-    """acc + x w^T, fp32 without TF32. The interpreter would multiply the bit patterns of bf16."""
+    """Compute acc + x w^T in fp32 without TF32.
+
+    The interpreter converts to fp32 first; it would multiply the bit patterns of bf16.
+    """
     w = w.to(x.dtype)
     if INTERPRET:
         x, w = x.to(tl.float32), w.to(tl.float32)
@@ -32,7 +37,7 @@ def product(
     acc, X, x_stride, W, w_stride, K, t, live, v, V,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """acc + X[t] W[v]^T over K columns; rows that are not live and v >= V are not read."""
+    """Compute acc + X[t] W[v]^T over K columns; rows where live is False and columns v >= V are not read."""
     k = tl.arange(0, BLOCK)
     X += t[:, None].to(tl.int64) * x_stride + k[None, :]
     W += v[:, None].to(tl.int64) * w_stride + k[None, :]
@@ -49,7 +54,10 @@ def logits(
     side, t, live, start, V,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one side as the loss sees it, FLOOR beyond V. side: see launch._hidden."""
+    """Compute a tile of logits of one side after the head, FLOOR for columns beyond V.
+
+    side: see launch._hidden.
+    """
     X, x_stride, W, w_stride, H, bias, lora, transform = side
     v = start + tl.arange(0, BLOCK_V)
     acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
@@ -67,7 +75,7 @@ def logits(
 
 @triton.jit
 def empty(rows: tl.constexpr, n: tl.constexpr):
-    """The state of no column."""
+    """Return the state of a part of the vocabulary without columns."""
     zero = tl.zeros([rows], tl.float32)
     low = zero + LOW
     P = ()
@@ -78,7 +86,7 @@ def empty(rows: tl.constexpr, n: tl.constexpr):
 
 @triton.jit
 def column(x, v, y, old):
-    """x of column y, old where it is not in this tile."""
+    """Return x of column y, or old if y is not in this tile."""
     here = v[None, :] == y[:, None]
     return tl.where(tl.max(here.to(tl.int32), 1) > 0, tl.sum(tl.where(here, x, 0.0), 1), old)
 
@@ -88,7 +96,10 @@ def tile_state(
     z, w, v, y, c, fresh, powers,
     REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr,
 ):  # fmt: skip
-    """The state of one tile alone; its constant is c, or where that is not chosen yet (fresh), the maxima's difference."""
+    """Compute the state of one tile alone.
+
+    Its constant is c. Where c is not chosen yet (fresh), it is the difference of the maxima of z and w.
+    """
     zmax = tl.max(z, 1)
     zero = tl.zeros_like(zmax)
     zy, wy, E, B, excess, A1, B1, B2, S = zero - INF, zero - INF, zero, zero, zero, zero, zero, zero, zero
@@ -130,7 +141,10 @@ def tile_state(
 
 @triton.jit
 def kept(sums, zero, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr):
-    """What a state holds that is asked for, zero in place of the rest: no registers, no instructions."""
+    """Return the sums of a state, with zero for those that are not needed.
+
+    The zeros need no registers and no instructions.
+    """
     mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2, S = sums
     if not ENTROPY:
         E = zero
@@ -145,7 +159,7 @@ def kept(sums, zero, REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.const
 
 @triton.jit
 def add_tile(z, w, saved, sums, numbers, TERMS: tl.constexpr, GRADS: tl.constexpr):
-    """sums + sum_v c, sum_v h of every term divergence."""
+    """Add sum_v c and sum_v h of every term divergence in this tile to sums and return the result."""
     p, q, t, lp, lq = normalised(z, w, saved)
     new = ()
     for i in tl.static_range(len(TERMS)):

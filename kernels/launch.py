@@ -1,5 +1,8 @@
-"""Launchers: strides, flags and grids for the kernels. No checks here (the public functions did them), no allocation
-of vocabulary size beyond the gradients handed in."""
+"""Launch the kernels: compute their strides, flags and grids.
+
+Arguments are not checked here, because the public functions check them. Nothing of vocabulary size is allocated here; the
+caller passes the tensors for the gradients.
+"""
 
 import contextlib
 import math
@@ -14,12 +17,15 @@ from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
 
 
 def on(device: torch.device):
-    """Makes the tensor's device current: Triton launches on the current one."""
+    """Return a context in which the given device is current, because Triton launches on the current device."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _side(x, softcap, multiplier):
-    """(pointer, row layout, vocabulary stride, head) of one side; absent parts are None, and so is a stride of 1."""
+    """Return (tensor, row layout, vocabulary stride, head) of one side.
+
+    Absent parts are None. A stride of 1 is also given as None.
+    """
     if x is None:
         return None, (1, 0, 0), None, (None, None)
     head = (softcap or None, None if multiplier == 1.0 else multiplier)
@@ -48,7 +54,7 @@ def forward_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
 
 
 def fold_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
-    """Of one sweep."""
+    """Return the launch configuration of one sweep over logits."""
     wide = problem.entropy or problem.collision or dtype == torch.float32
     more = any(d.power is not None for d in problem.divergences) or (wide and problem.divergences)
     return configs.FORWARD_MORE if more else configs.FORWARD
@@ -70,7 +76,10 @@ def forward(
 
 
 def backward(problem: Problem, policy, labels, ref, saved, grads, dz, dw) -> None:
-    """grads: of logps, ref_logps, lse, entropy [rows] and divergences [n, rows], each contiguous or None."""
+    """Launch the kernel that writes dz and dw.
+
+    grads: the gradients of logps, ref_logps, lse, entropy [rows] and divergences [n, rows], each contiguous or None.
+    """
     d_div = grads[-1]
     divergences = problem.divergences if d_div is not None else ()
     ref = ref if divergences or dw is not None else None
@@ -97,7 +106,10 @@ def _sides(problem: Problem, z, w):
 
 
 def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
-    """Folds logits [rows, columns] of the vocabulary from problem.first on into state [fields, rows]."""
+    """Add logits [rows, columns] to the running sums in state [fields, rows].
+
+    Column 0 is the token problem.first of the vocabulary. fresh: the state holds no sums yet and is overwritten.
+    """
     config = fold_config(problem, z.dtype)
     formulas = _formulas(problem.divergences)
     with on(z.device):
@@ -110,7 +122,7 @@ def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
 
 
 def terms(problem: Problem, z, labels, w, saved, sums) -> None:
-    """Adds sum_v c and sum_v h of logits [rows, columns] to sums [2 n, rows], for term divergences."""
+    """Add sum_v c and sum_v h of the term divergences of logits [rows, columns] to sums [2 n, rows]."""
     config = configs.FORWARD_TWO_PASS
     with on(z.device):
         vocab_chunks.add_terms[(z.shape[0],)](
@@ -121,23 +133,23 @@ def terms(problem: Problem, z, labels, w, saved, sums) -> None:
 
 
 def saved_log(x: torch.Tensor) -> torch.Tensor:
-    """The logarithm of a total as it is saved: here in bits."""
+    """Return the logarithm of a total in the unit in which it is saved: here in bits."""
     return x.log2()
 
 
 def in_nats(x: torch.Tensor) -> torch.Tensor:
-    """A shift, or the logarithm of a total, as it is saved: here in bits."""
+    """Convert a saved shift, or a saved logarithm of a total, to nats: here it is in bits."""
     return x * math.log(2.0)
 
 
 def frame(c: torch.Tensor, mp: torch.Tensor, mq: torch.Tensor) -> torch.Tensor:
-    """As device.frame, of tensors."""
+    """Compute the same as frame() of kernels/elementwise.py, for torch tensors."""
     apart = mp - mq
     return (c - apart * LN2_HI.value) - apart * LN2_LO.value
 
 
 def merge_states(problem: Problem, state, other) -> None:
-    """state <- state merged with other, both [fields, rows]."""
+    """Merge other into state in place, both [fields, rows]."""
     with on(state.device):
         vocab_chunks.merge_states[(state.shape[1],)](
             state, state.stride(0), other, other.stride(0), _formulas(problem.divergences)["powers"], num_warps=1
@@ -145,7 +157,10 @@ def merge_states(problem: Problem, state, other) -> None:
 
 
 def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, hit, collision, saved) -> None:
-    """The outputs of all rows from the sums over the whole vocabulary; term divergences come from terms()."""
+    """Write the outputs of all rows, computed from the sums over the whole vocabulary.
+
+    Term divergences are not written here; terms() computes them.
+    """
     with on(state.device):
         vocab_chunks.close_states[(state.shape[1],)](
             state, state.stride(0), labels, problem.ignore_index, logps, ref_logps, lse, entropy, div, hit, collision,
@@ -166,7 +181,10 @@ def pair_forward(problem: PairProblem, logps, ref, mask, cu_seqlens, losses, seq
 
 
 def pair_backward(problem: PairProblem, grads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
-    """grads: of losses [B], seq_logps [2B], seq_ref [2B], each contiguous or None."""
+    """Launch the kernel that writes d_logps and d_ref.
+
+    grads: the gradients of losses [B], seq_logps [2B] and seq_ref [2B], each contiguous or None.
+    """
     with on(coef.device):
         pair_loss.pair_backward[(coef.numel(),)](
             *grads, coef, mask, cu_seqlens, d_logps, d_ref, coef.numel() // 2,
@@ -176,7 +194,10 @@ def pair_backward(problem: PairProblem, grads, coef, mask, cu_seqlens, d_logps, 
 
 
 def _hidden(side, softcap, multiplier):
-    """One side for fused_linear.py: (X, row stride, W, row stride, H, bias, LoRA, head); absent parts are None."""
+    """Return one side for fused_linear.py: (X, row stride, W, row stride, H, bias, LoRA, head).
+
+    Absent parts are None.
+    """
     if side is None:
         return None
     x, weight, bias, lora = side
@@ -202,15 +223,21 @@ def tile_config(problem: Problem, dtype: torch.dtype, ref: bool, second: bool) -
 
 
 def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:
-    """Ranges of the vocabulary: so many that one group of row blocks fills the device, and fewest steps in a row."""
+    """Return the number of ranges into which the vocabulary is split.
+
+    With it, one group of row blocks fills the device; among such numbers it gives the fewest steps in sequence.
+    """
     low = min(columns, max(1, processors // max(1, min(group, blocks))))
     steps = lambda n: -(-blocks * n // processors) * -(-columns // n)  # noqa: E731
     best = min(range(low, min(columns, 2 * low) + 1), key=steps)
-    return -(-columns // -(-columns // best))  # none is empty
+    return -(-columns // -(-columns // best))  # so no range is empty
 
 
 def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas) -> torch.Tensor:
-    """tile_sums into out [fields, rows], or into a new [fields, splits, rows] where there is more than one split."""
+    """Launch tile_sums and return the tensor that it writes, [fields, splits, rows].
+
+    In the first sweep with one split it is a view of out [fields, rows]; otherwise it is a new tensor.
+    """
     x, second = policy[0], saved is not None
     with on(x.device):
         config = tile_config(problem, x.dtype, ref is not None, second)
@@ -238,17 +265,18 @@ def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas
 
 
 def tile_states(problem: Problem, policy, labels, ref, state, splits: int | None = None) -> None:
-    """Writes state [fields, rows] of the vocabulary from problem.first on; rows that do not count are left alone.
+    """Write the state [fields, rows] of a part of the vocabulary; rows that are ignored keep their values.
 
-    policy, ref: (x [rows, H], weight [V, H], bias [V] or None, (x a^T [rows, r], b [V, r], scaling) or None), the last
-    dimension of each contiguous; ref may be None. splits: into how many ranges the vocabulary is cut; None: by device.
+    Row 0 of the weights is the token problem.first. policy, ref: (x [rows, H], weight [V, H], bias [V] or None,
+    (x a^T [rows, r], b [V, r], scaling) or None), the last dimension of each contiguous; ref may be None. splits: the number
+    of ranges into which the vocabulary is split; None: chosen for the device.
     """
     formulas = _take(_formulas(problem.divergences), "numbers", "powers")
     parts = _tiles(problem, policy, labels, ref, None, state, splits, **formulas)
     n = parts.shape[1]
     if n == 1:
         return
-    while n > 1:  # the last half onto the first
+    while n > 1:  # merge the last half into the first
         half = n // 2
         merge_states(problem, parts[:, :half].flatten(1), parts[:, n - half : n].flatten(1))
         n -= half
@@ -256,6 +284,9 @@ def tile_states(problem: Problem, policy, labels, ref, state, splits: int | None
 
 
 def tile_terms(problem: Problem, policy, labels, ref, saved, sums, splits: int | None = None) -> None:
-    """Adds sum_v c and sum_v h to sums [2 n, rows], for term divergences, from what close() saved. See tile_states."""
+    """Add sum_v c and sum_v h of the term divergences to sums [2 n, rows], from the numbers that close() saved.
+
+    The arguments are those of tile_states.
+    """
     formulas = _take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS")
     sums += _tiles(problem, policy, labels, ref, saved, sums, splits, **formulas).sum(1)

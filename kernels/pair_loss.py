@@ -1,9 +1,9 @@
-"""The pairwise kernel: masked sequence sums, log-ratios, link, margin and pair term of a preference batch.
+"""Compute masked sequence sums, log-ratios, link, margin and pair term of a preference batch.
 
-    pair_forward    one program a pair; also leaves dloss/dh of each sequence, so that backward only scales
-    pair_backward   one program a sequence: spreads the sequence's gradient over its tokens
+    pair_forward    one program for each pair; it also stores dloss/dh of each sequence, so that backward only scales it
+    pair_backward   one program for each sequence; it writes the gradient of the sequence to each of its tokens
 
-Sequences lie in rows of T tokens, or packed between cu_seqlens[i] and cu_seqlens[i + 1]; chosen first, rejected second.
+Sequences are rows of T tokens, or are packed from cu_seqlens[i] to cu_seqlens[i + 1]; chosen first, then rejected.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def bounds(Cu, s, tokens, T):
-    """First token and end of sequence s, inside the batch whatever Cu says."""
+    """Return the first token and the end of sequence s, clipped to the batch for any values in Cu."""
     if Cu is None:
         return s * T, s * T + T
     else:
@@ -23,7 +23,10 @@ def bounds(Cu, s, tokens, T):
 
 @triton.jit
 def sequence_sums(Logp, Ref, Mask, Cu, s, tokens, T, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """sum of log p and of log p - log q over the tokens that count: the ratio token by token, where it is small."""
+    """Compute the sums of log p and of log p - log q over the tokens where the mask is True.
+
+    With REF_TOKENS the ratio is subtracted token by token, where it is small.
+    """
     first, end = bounds(Cu, s, tokens, T)
     policy = tl.zeros([BLOCK], tl.float32)
     ratio = tl.zeros([BLOCK], tl.float32)
@@ -50,7 +53,7 @@ def pair_forward(
     tokens, T, beta, link_numbers, term_numbers,
     LINK: tl.constexpr, TERM: tl.constexpr, REF_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """loss = TERM(beta (s(h_chosen) - s(h_rejected))), h = sum log p - sum log q."""
+    """Compute loss = TERM(beta (s(h_chosen) - s(h_rejected))) with h = sum log p - sum log q."""
     b = tl.program_id(0).to(tl.int64)
     pairs = tl.num_programs(0).to(tl.int64)
     policy_w, h_w = sequence_sums(Logp, Ref, Mask, Cu, b, tokens, T, REF_TOKENS, BLOCK)

@@ -1,6 +1,6 @@
-"""Device functions of a row of logits: its layout, one step of it, the running sums, normalised probabilities, slopes.
+"""Device functions for a row of logits: its layout, one step of it, running sums, normalised probabilities, slopes.
 
-The mathematics of sweep() and of its accuracy near p = q is in fused_losses/moments.py. Accumulation is in fp32, in base 2.
+The mathematics of sweep() and of its accuracy near p = q is in core/moments.py. Accumulation is in fp32, in base 2.
 """
 
 import triton
@@ -12,14 +12,17 @@ from .elementwise import LN2, LOG2E, in_bits, tanh
 FLOOR = tl.constexpr(elementwise.FLOOR)  # suppressed logits are raised to this
 LOW = tl.constexpr(
     -elementwise.HUGE
-)  # below this a logit counts as suppressed; the shift of a side that has shown no other
+)  # a logit below this counts as suppressed; also the shift of a side that has only had such logits
 INF = tl.constexpr(elementwise.INF)
-TIED = tl.constexpr(40.0)  # bits
+TIED = tl.constexpr(40.0)  # bits: shifts() ties both sides if each shift is less than this above its maximum
 
 
 @triton.jit
 def head(x, side):
-    """softcap tanh(x / softcap) * multiplier, and its derivative. side = (softcap or None, multiplier or None)."""
+    """Compute softcap tanh(x / softcap) * multiplier, raised to at least FLOOR, and its derivative.
+
+    side = (softcap or None, multiplier or None).
+    """
     slope = 1.0
     x = x.to(tl.float32)
     if side[0] is not None:
@@ -34,7 +37,7 @@ def head(x, side):
 
 @triton.jit
 def pointers(X, v, stride):
-    """Addresses of vocabulary entries v of a row: the usual stride 1 (None) stays in 32 bits."""
+    """Return the addresses of vocabulary entries v of a row; with stride 1 (None) offsets stay in 32 bits."""
     if stride is None:
         return X + v
     else:
@@ -43,7 +46,10 @@ def pointers(X, v, stride):
 
 @triton.jit
 def tile(X, v, V, stride, side, MASKED: tl.constexpr):
-    """One step of a row: logits as the loss sees them, FLOOR beyond V, and the slope of the head."""
+    """Load one step of a row.
+
+    Return the logits after the head, FLOOR for columns beyond V, and the slope of the head.
+    """
     if MASKED:
         x, slope = head(tl.load(pointers(X, v, stride), mask=v < V, other=0.0), side)
         return tl.where(v < V, x, FLOOR), slope
@@ -53,7 +59,7 @@ def tile(X, v, V, stride, side, MASKED: tl.constexpr):
 
 @triton.jit
 def pair(Z, z_stride, z_side, W, w_stride, w_side, v, V, MASKED: tl.constexpr):
-    """z, w and their heads' slopes of one step; without a reference w stands for z."""
+    """Return z, w and the slopes of their heads for one step; without a reference, z takes the place of w."""
     z, slope_z = tile(Z, v, V, z_stride, z_side, MASKED)
     if W is not None:
         w, slope_w = tile(W, v, V, w_stride, w_side, MASKED)
@@ -64,15 +70,19 @@ def pair(Z, z_stride, z_side, W, w_stride, w_side, v, V, MASKED: tl.constexpr):
 
 @triton.jit
 def row_offset(row, layout):
-    """int64 offset of a row in a tensor of two leading strides: layout = (inner size, outer stride, inner stride)."""
+    """Return the int64 offset of a row in a tensor with two leading strides.
+
+    layout = (inner size, outer stride, inner stride).
+    """
     return (row // layout[0]) * layout[1] + (row % layout[0]) * layout[2]
 
 
 @triton.jit
 def shifts(zmax, wmax, c):
-    """Integer base-2 shifts above both maxima, apart by round(c log2 e): then a/b = e^d up to a known constant.
+    """Return integer base-2 shifts of both sides that are at least their maxima.
 
-    A side whose own maximum would lie 2^40 below its shift gets a shift of its own: no underflow, nor of squares.
+    The shifts differ by round(c log2 e), so a/b = e^d up to a known constant. If a side's own maximum would be a factor of 2^40
+    below its shift, the sides get independent shifts, so that neither exponentials nor their squares underflow.
     """
     p = tl.maximum(tl.ceil(zmax * LOG2E), LOW)
     q = tl.maximum(tl.ceil(wmax * LOG2E), LOW)
@@ -87,8 +97,10 @@ def sweep(
     z, w, state, c, powers,
     REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold one step [UNROLL, LANES] into the row's sums, kept per lane. The shifts move only when a maximum has outgrown
-    them by a factor 4: a branch that few steps take."""
+    """Add one step [UNROLL, LANES] to the sums of the row, which are stored per lane.
+
+    The shifts change only when a maximum exceeds them by a factor of 4; few steps take this branch.
+    """
     mp, mq, zmax, wmax, A, B, A1, B1, B2, E, S, R = state
     zmax = tl.maximum(zmax, tl.max(tl.max(z, 0), 0))
     grown = zmax * LOG2E - mp
@@ -129,7 +141,7 @@ def sweep(
             B1 += tl.sum(bd, 0)
             B2 += tl.sum(bd * d, 0)
         added = ()
-        for i in tl.static_range(len(powers)):  # each has a shift of its own: outside 0 < s < 1 nothing else bounds it
+        for i in tl.static_range(len(powers)):  # each has its own shift, because e has no other bound outside 0 < s < 1
             e = powers[i] * x + (1.0 - powers[i]) * y
             shift = tl.maximum(R[i][1], tl.ceil(tl.max(tl.max(e, 0), 0)))
             added = added + ((R[i][0] * tl.exp2(R[i][1] - shift) + tl.sum(tl.exp2(e - shift), 0), shift),)
@@ -139,7 +151,7 @@ def sweep(
 
 @triton.jit
 def normalised(z, w, row):
-    """p, q, t = log p - log q, log p, log q of one step, from the row's saved numbers."""
+    """Return p, q, t = log p - log q, log p and log q of one step, from the saved numbers of the row."""
     mp, log_a, mq, log_b, c, k = row
     lp = in_bits(z, mp) - log_a
     lq = in_bits(w, mq) - log_b
@@ -148,7 +160,7 @@ def normalised(z, w, row):
 
 @triton.jit
 def terms(z, w, row, sums, numbers, TERMS: tl.constexpr, GRADS: tl.constexpr):
-    """Second sweep: sum_v c_v and sum_v h_v of every term divergence."""
+    """Add one step of the second sweep to sum_v c_v and sum_v h_v of every term divergence."""
     p, q, t, lp, lq = normalised(z, w, row)
     new = ()
     for i in tl.static_range(len(TERMS)):
@@ -162,7 +174,10 @@ def terms(z, w, row, sums, numbers, TERMS: tl.constexpr, GRADS: tl.constexpr):
 
 @triton.jit
 def token_label(Labels, layout, row, T, ignore_index, SHIFT: tl.constexpr):
-    """The label of a row; with SHIFT that of the next position, none at the last."""
+    """Return the label of a row.
+
+    With SHIFT it is the label of the next position, and ignore_index at the last position.
+    """
     if SHIFT:
         last = row % T == T - 1
         label = tl.load(Labels + row_offset(tl.where(last, row, row + 1), layout)).to(tl.int64)
@@ -173,7 +188,7 @@ def token_label(Labels, layout, row, T, ignore_index, SHIFT: tl.constexpr):
 
 @triton.jit
 def finite(x):
-    """x, and 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
+    """Return x with 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
     return tl.where(tl.abs(x) == INF, 0.0, x)
 
 
@@ -183,7 +198,7 @@ def slopes(
     GRADS_P: tl.constexpr, GRADS_Q: tl.constexpr, REF: tl.constexpr, ENTROPY: tl.constexpr,
     WANT_P: tl.constexpr, WANT_Q: tl.constexpr,
 ):  # fmt: skip
-    """dz and dw of one step."""
+    """Compute the gradients dz and dw of one step."""
     z, w, slope_z, slope_w = tiles
     g_logp, g_ref, g_entropy, coef_p, coef_q = coefs
     if REF:

@@ -1,10 +1,11 @@
-"""The per-token primitive on logits: log-probs, divergences, entropy from one read of each logit; gradients from one more.
+"""Compute log-probs, divergences and entropy of each token from one read of each logit, gradients from one more.
 
-    token_stats_forward    one program a row (token): sweep() over it, then its numbers; a second sweep for term divergences
-    token_stats_backward   one program a row: reads z (and w), writes dz (and dw)
+    token_stats_forward    one program for each row (token): sweep() over it, then its outputs; a second sweep computes the
+                           term divergences
+    token_stats_backward   one program for each row: it reads z (and w) and writes dz (and dw)
 
-Bytes, V entries of b bytes: forward bV or 2bV (4bV with a term divergence), backward 2bV or 3bV. The pieces are in
-row_stats.py, the closing arithmetic in core/moments.py, each divergence's formulas in core/divergences.py.
+Bytes, V entries of b bytes: forward bV or 2bV (4bV with a term divergence), backward 2bV or 3bV. The device functions are in
+row_stats.py, the final arithmetic of a row in core/moments.py, the formulas of each divergence in core/divergences.py.
 """
 
 import triton
@@ -18,7 +19,7 @@ from .row_stats import INF, LOW, TIED, finite, head, pair, pointers, row_offset,
 
 close_pair, close_power, log_totals = jit(_close_pair), jit(_close_power), jit(_log_totals)
 
-# Errors in fp32: of a log-ratio of two sums of exponentials near 1, and of z - w relative to its size.
+# Errors in fp32: that of a log-ratio of two sums of exponentials near 1, and that of z - w relative to its size.
 NOISE = tl.constexpr(3e-7)
 HALF_ULP = tl.constexpr(2.0**-24)
 
@@ -29,8 +30,10 @@ def row_sums(
     ENTROPY: tl.constexpr, COLLISION: tl.constexpr, MOMENTS: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One sweep over a row from column y on which to centre: its sums in the order of moments.SIDES, those of each power,
-    and z and w of column y."""
+    """Sweep once over a row and return its sums in the order of moments.SIDES, and those of each power.
+
+    The logits are centred on those of column y; z and w of this column are among the sums.
+    """
     REF: tl.constexpr = W is not None
     zy = head(tl.load(pointers(Z, y, z_stride)), z_side)[0]
     wy = zy
@@ -39,7 +42,7 @@ def row_sums(
     known = (zy > LOW) & (wy > LOW)
     c = tl.where(
         known, zy - wy, 0.0
-    )  # a constant about z - w: that of column y, unless it is an outlier: then of column 0
+    )  # a constant close to z - w: that of column y, or that of column 0 if column y is an outlier
     if REF:
         z0, w0 = (
             head(tl.load(pointers(Z, y * 0, z_stride)), z_side)[0],
@@ -84,7 +87,7 @@ def term_sums(
     Z, z_stride, z_side, W, w_stride, w_side, V, saved, numbers,
     TERMS: tl.constexpr, GRADS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The second sweep: sum_v c and sum_v h of each term divergence, (0, 0) for the others."""
+    """Compute sum_v c and sum_v h of each term divergence in a second sweep; other divergences get (0, 0)."""
     BLOCK: tl.constexpr = UNROLL * LANES
     v = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     zero = tl.zeros([LANES], tl.float32)
@@ -114,7 +117,7 @@ def term_sums(
 def store_ignored(
     row, rows, n: tl.constexpr, REF: tl.constexpr, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved
 ):  # fmt: skip
-    """Zeros for a row that does not count."""
+    """Write zeros to all outputs of a row that is ignored."""
     tl.store(Logp + row, 0.0)
     tl.store(Lse + row, 0.0)
     if REF:
@@ -132,8 +135,10 @@ def store_ignored(
 
 @triton.jit
 def log_total(total, y, shift):
-    """log2 of a row's total, and whether the label's term is all of it: the logarithm is then that term's exponent and the
-    label's probability 1, however exp2 and log2 round."""
+    """Return log2 of the total of a row, and whether the term of the label is the whole total.
+
+    If it is, the logarithm is the exponent of this term, so the probability of the label is 1, whatever exp2 and log2 round to.
+    """
     exponent = in_bits(y, shift)
     alone = (y > LOW) & (tl.exp2(exponent) == total)
     return tl.where(alone, exponent, tl.log2(total)), alone
@@ -144,7 +149,10 @@ def close_row(
     row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,
     ROWS: tl.constexpr, POWER: tl.constexpr, MOMENTS: tl.constexpr, REF: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of a row from its sums, but for term divergences; returns its numbers for term_sums."""
+    """Write the outputs of a row, except term divergences, from its sums.
+
+    Return the saved numbers that term_sums needs, and whether the row has at least one token on each side.
+    """
     n: tl.constexpr = len(ROWS)
     mp, total_a, zmax, zy, E, mq, total_b, wy, c, excess, A1, B1, B2, S = sums
     bad = float("nan")
@@ -212,7 +220,10 @@ def token_stats_forward(
     SHIFT: tl.constexpr, MOMENTS: tl.constexpr, SECOND: tl.constexpr,
     UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """log p(y), log q(y), lse, entropy, divergences, whether y is the argmax, log sum p^2. Saved: see token_stats_backward."""
+    """Compute log p(y), log q(y), lse, entropy, divergences, whether y is the argmax, and log sum p^2.
+
+    Saved: see token_stats_backward.
+    """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     REF: tl.constexpr = W is not None
@@ -251,7 +262,10 @@ def token_stats_backward(
     V, first, width_z, width_w, numbers,  # column 0 is the token `first`
     GRADS_P: tl.constexpr, GRADS_Q: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], through the head; columns beyond V get 0."""
+    """Compute dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], times the slope of the head.
+
+    Columns beyond V get 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     n: tl.constexpr = len(GRADS_P)

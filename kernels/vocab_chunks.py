@@ -1,12 +1,12 @@
-"""A vocabulary in pieces: kernels on states, the running sums of rows (moments.SIDES) over the part of it seen so far.
+"""Process a vocabulary in parts: kernels on states, which are the running sums of rows over the parts read so far.
 
-    fold_slice     one program a row: sums of one slice of logits, merged into the row's state
-    add_terms      the second sweep over a slice, once the states have closed: sums of the term divergences
-    merge_states   states of two disjoint parts -> of both (tiles, and later ranks)
-    close_states   states of the whole vocabulary -> log-probs, divergences, entropy, and what backward needs
+    fold_slice     one program for each row: computes the sums of one slice of logits and merges them into the row's state
+    add_terms      the second sweep over a slice, after close_states: adds to the sums of the term divergences
+    merge_states   merges the states of two disjoint parts (tiles, and later ranks)
+    close_states   computes log-probs, divergences, entropy and the numbers for backward from states of the whole vocabulary
 
-Backward needs no kernel of its own: token_stats_backward takes a slice as it is. State: [fields, rows], each field apart
-by `stride`. Ignored rows are left alone.
+Backward needs no separate kernel: token_stats_backward also accepts a slice. A state is [fields, rows], with the fields of
+moments.SIDES and of each power; `stride` is the distance between fields. The states of ignored rows are not changed.
 """
 
 import triton

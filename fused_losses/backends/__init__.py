@@ -1,4 +1,7 @@
-"""Which backend runs, and why. Importing this package imports torch alone; Triton comes with the first Triton call."""
+"""Choose the backend for a device and a dtype, and explain the choice.
+
+Importing this package imports only torch. Triton is imported with the first call that runs on the Triton backend.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,15 @@ INSTALLED = importlib.util.find_spec("triton") is not None  # without importing 
 
 
 def choose(device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The backend for tensors on a device; raises where FUSED_LOSSES_BACKEND asks for what cannot run."""
+    """Return the name of the backend for tensors on a device.
+
+    Raise an error if FUSED_LOSSES_BACKEND asks for a backend that cannot run.
+    """
     return explain(device, dtype)[0]
 
 
 def explain(device: torch.device, dtype: torch.dtype | None = None) -> tuple[str, str]:
-    """(backend, the reason in words)."""
+    """Return the name of the backend and the reason why it was chosen, as text."""
     asked = os.environ.get("FUSED_LOSSES_BACKEND", "")
     if asked and asked not in BACKENDS:
         raise not_one_of("FUSED_LOSSES_BACKEND", asked, BACKENDS)
@@ -51,7 +57,7 @@ def explain(device: torch.device, dtype: torch.dtype | None = None) -> tuple[str
 
 @cache
 def backend_module(name: str) -> ModuleType:
-    """The module of a backend; that of Triton is imported with the first call that runs there."""
+    """Return the module of a backend; the first call for Triton imports its module."""
     if name == "torch":
         return torch_backend
     from ..kernels import launch

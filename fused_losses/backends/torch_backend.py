@@ -1,6 +1,6 @@
-"""token_stats in plain torch: the same sums and formulas as the Triton kernels, a few rows at a time.
+"""Compute token_stats in plain torch, with the same sums and formulas as the Triton kernels, a few rows at a time.
 
-A block of rows is small enough for the processor's cache, so on a CPU this is also faster than whole-tensor code.
+A block of rows is small enough for the processor's cache, so on a CPU this is also faster than code on whole tensors.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ..core.elementwise import FLOOR, HUGE, INF, frame
 from ..core.layout import PairProblem, Problem, rows_view, shifted_labels, stats_dtype
 from ..core.moments import SIDES, close_pair, close_power, merge, merge_power
 
-__all__ = ["frame"]  # that of a row's shifts, which plan_frozen.py asks of either backend
+__all__ = ["frame"]  # frame() of a row's shifts: plan_frozen.py calls it on either backend
 
 LOG2E = 1.4426950408889634
-BLOCK_BYTES = 1 << 20  # of one temporary: ten or so of them stay in a processor's cache
+BLOCK_BYTES = 1 << 20  # size of one temporary: about ten of them fit in a processor's cache
 Sums = tuple[list[Tensor], list[list[Tensor]]]  # moments.SIDES of some rows, and three numbers for each power
 
 
 def _blocks(labels: Tensor, problem: Problem, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row numbers, columns of the labels) of each block of rows that count."""
+    """Yield the row numbers and the label columns of each block of rows that are not ignored."""
     y = labels.reshape(-1).long()
     rows = (y != problem.ignore_index).nonzero().squeeze(1)
     for block in rows.split(max(1, BLOCK_BYTES // max(1, row_bytes))):
@@ -33,7 +33,10 @@ def _blocks(labels: Tensor, problem: Problem, row_bytes: int) -> Iterator[tuple[
 
 
 def _at(x: Tensor, rows: Tensor) -> tuple:
-    """Index of rows in x [outer, inner, V]: a view where they follow one another, else a copy of this block."""
+    """Return an index of the given rows in x [outer, inner, V].
+
+    Indexing with it gives a view if the rows are consecutive, otherwise a copy of this block.
+    """
     inner = x.shape[1]
     first, last = int(rows[0]), int(rows[-1])
     if last - first + 1 == rows.numel() and first // inner == last // inner:
@@ -42,7 +45,7 @@ def _at(x: Tensor, rows: Tensor) -> tuple:
 
 
 def _head(x: Tensor, softcap: float, multiplier: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """softcap tanh(x / softcap) * multiplier, at least FLOOR, and its derivative."""
+    """Compute softcap tanh(x / softcap) * multiplier, raised to at least FLOOR, and its derivative."""
     x = x.to(dtype)
     slope: Tensor | float = multiplier
     if softcap:
@@ -59,19 +62,25 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _exp(x: Tensor, inplace: bool = False) -> Tensor:
-    """e^x by exp2, which takes torch a third of the time of exp on a CPU, and whose argument's rounding is that of x."""
+    """Compute e^x with exp2; float64 uses exp.
+
+    On a CPU, torch needs a third of the time for exp2 that it needs for exp. The rounding of the argument is that of x.
+    """
     if x.dtype == torch.float64:
         return x.exp_() if inplace else x.exp()
     return (x.mul_(LOG2E) if inplace else x * LOG2E).exp2_()
 
 
 class _Side:
-    """One side's rows of a block, exponentiated about their maximum. y: columns of the labels, any where they are not here.
-    alone: nobody wants its logits about the maximum but for their exponentials."""
+    """The rows of one side (policy or reference) in a block: logits, their maxima, exponentials and totals.
+
+    y: the columns of the labels; a column outside [0, V) means that the label is not in these columns. alone: the centred
+    logits are needed only for their exponentials, so the exponentials overwrite them.
+    """
 
     def __init__(self, x: Tensor, y: Tensor, alone: bool):
         self.x = x
-        self.shift = x.amax(1).clamp_(min=-HUGE)  # so a row without any token sums to 0; its log-probs are NaN
+        self.shift = x.amax(1).clamp_(min=-HUGE)  # a row without any token sums to 0; its log-probs are NaN
         self.centred = torch.sub(x, self.shift[:, None])
         self.exp = _exp(self.centred, inplace=alone)
         self.total = self.exp.sum(1)
@@ -80,7 +89,7 @@ class _Side:
 
 
 def _normalised(z: Tensor, w: Tensor, row: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """p, q, t = log p - log q, log p, log q."""
+    """Return p, q, t = log p - log q, log p and log q of a block."""
     mp, log_a, mq, log_b, c, k = (r[:, None] for r in row)
     lp = (z - mp).sub_(log_a)
     lq = (w - mq).sub_(log_b)
@@ -97,7 +106,7 @@ def _powers(problem: Problem) -> list[float]:
 
 
 def _sums(p: _Side, q: _Side | None, problem: Problem) -> Sums:
-    """The sums of a block of rows, in the order of moments.SIDES, and those of each power."""
+    """Compute the sums of a block of rows, in the order of moments.SIDES, and the sums of each power."""
     zero = torch.zeros_like(p.shift)
     e = _dot(p.exp, p.centred) if problem.entropy else zero
     squares = _dot(p.exp, p.exp) if problem.collision else zero
@@ -117,14 +126,14 @@ def _sums(p: _Side, q: _Side | None, problem: Problem) -> Sums:
     powers = []
     for s in _powers(problem):
         x = torch.add(p.centred * s, q.centred, alpha=1 - s)
-        top = x.amax(1) if s * (s - 1) > 0 else zero  # between 0 and 1 nothing exceeds 0
+        top = x.amax(1) if s * (s - 1) > 0 else zero  # for s between 0 and 1, x is at most 0
         r = _exp(x.sub_(top[:, None]), inplace=True)
         powers.append([r.sum(1), top, r.mul_(top.exp()[:, None]).sub_(q.exp).sum(1)])
     return pair, powers
 
 
 class _Row(NamedTuple):
-    """What the sums of a row close into."""
+    """The results that are computed from the sums of some rows."""
 
     logp: Tensor
     lse: Tensor
@@ -161,7 +170,7 @@ def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
     log_b = log_b.masked_fill(b == 0, 0)
     if not problem.divergences:
         return _Row(logp, lse, log_a, entropy, collision, logq, log_b, c, c, [], empty)
-    # Of a log-ratio of two sums whose largest term is 1 without error, and of z - w relative to its size.
+    # The error of a log-ratio of two sums (their largest term is exactly 1), plus that of z - w relative to its size.
     eps = torch.finfo(c.dtype).eps
     noise = 6 * eps * (1 - 1 / b) + eps / 2 * c.abs()
     k, reverse, forward, log_ab, curve, j = close_pair(pair, noise)
@@ -179,7 +188,7 @@ def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
 
 
 def _terms(z: Tensor, w: Tensor, saved: Tensor, problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(i, sum_v c, sum_v h) of every term divergence of a block, from the rows' saved numbers."""
+    """Yield (i, sum_v c, sum_v h) of every term divergence of a block, computed from the saved numbers of its rows."""
     x = _normalised(z, w, list(saved[:6]))
     for i, div in enumerate(problem.divergences):
         if div.term is not None:
@@ -187,12 +196,15 @@ def _terms(z: Tensor, w: Tensor, saved: Tensor, problem: Problem) -> Iterator[tu
 
 
 def finite(x: Tensor) -> Tensor:
-    """x, and 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
+    """Return x with 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
     return x.masked_fill(x.isinf(), 0)
 
 
 def check_labels(labels: Tensor, problem: Problem) -> None:
-    """Out-of-range ids are an error here; the Triton backend gives NaN for their row instead of reading out of bounds."""
+    """Raise an error if a label is out of range.
+
+    The Triton backend instead gives NaN for such a row; it does not read out of bounds.
+    """
     bad = (labels != problem.ignore_index) & ((labels < 0) | (labels >= problem.vocab))
     if labels.is_cpu:
         if bad.any():
@@ -215,7 +227,7 @@ def forward(
         if x is not None:
             x.zero_()
     terms = any(d.term is not None for d in problem.divergences)
-    held: list[tuple[Tensor, Tensor]] = []  # rows and their sums: to close many at once takes the time of closing a few
+    held: list[tuple[Tensor, Tensor]] = []  # rows and their sums: closing many at once takes as long as closing a few
     for rows, y, z, w in _tiles(problem, policy, labels, ref if ref_logps is not None else None):
         sums = _sums(*_pair_of(problem, z, w, y), problem)
         if not terms or w is None or div is None or ref_logps is None:
@@ -230,14 +242,17 @@ def forward(
 
 
 def _packed(sums: Sums) -> Tensor:
-    """One tensor [fields, rows]."""
+    """Stack the sums into one tensor [fields, rows]."""
     return torch.stack([*sums[0], *(x for power in sums[1] for x in power)])
 
 
 def _tiles(
     problem: Problem, policy: Tensor, labels: Tensor, ref: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """(rows, labels' columns, z, w) of each block of rows that count, logits as the loss sees them."""
+    """Yield (rows, label columns, z, w) of each block of rows that are not ignored.
+
+    z and w are the logits after softcap and multiplier, as the loss uses them.
+    """
     dtype, v = stats_dtype(policy), problem.vocab
     z_rows, w_rows = rows_view(policy, 1), rows_view(ref, 1) if ref is not None else None
     for rows, y in _blocks(labels, problem, v * dtype.itemsize):
@@ -252,7 +267,10 @@ def _write(
     problem: Problem, rows: Tensor, sums: Sums, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
     entropy: Tensor | None, div: Tensor | None, hit: Tensor, collision: Tensor | None, saved: Tensor,
 ) -> None:  # fmt: skip
-    """The outputs of some rows from their sums; divergences that need a second sweep are left to write_divergence."""
+    """Write the outputs of some rows, computed from their sums.
+
+    Divergences that need a second sweep are not written here; the caller writes them with write_divergence.
+    """
     row, pair = _close(sums, problem, ref_logps is not None), sums[0]
     logps[rows] = row.logp
     lse[rows] = row.lse
@@ -278,7 +296,7 @@ def write_divergence(
     problem: Problem, i: int, value: Tensor, slope: Tensor, rows: Tensor | slice, logps: Tensor, ref_logps: Tensor,
     div: Tensor, saved: Tensor,
 ) -> None:  # fmt: skip
-    """A divergence of some rows, and what backward needs of it: sum_v h and sum_v k."""
+    """Write a divergence of some rows, and the sums sum_v h and sum_v k that backward needs."""
     empty = (logps[rows] + ref_logps[rows]).isnan()  # no token on one side
     value = value.clamp(min=0).masked_fill(value > HUGE, INF)
     other = finite(problem.divergences[i].degree * value) - finite(slope)
@@ -288,8 +306,11 @@ def write_divergence(
 
 
 def fold(problem: Problem, z: Tensor, labels: Tensor, w: Tensor | None, state: Tensor, fresh: bool) -> None:
-    """Folds logits [rows, columns] of the vocabulary from problem.first on into state [fields, rows]."""
-    held = [  # rows and their sums: to merge many at once takes the time of merging a few
+    """Add logits [rows, columns] to the running sums in state [fields, rows].
+
+    Column 0 is the token problem.first of the vocabulary. fresh: the state holds no sums yet and is overwritten.
+    """
+    held = [  # rows and their sums: merging many at once takes as long as merging a few
         (rows, _packed(_sums(*_pair_of(problem, z_block, w_block, y), problem)))
         for rows, y, z_block, w_block in _tiles(problem, z, labels, w)
     ]
@@ -308,7 +329,7 @@ def _unpack(state: Tensor) -> Sums:
 
 
 def merge_sums(s: Sums, t: Sums, powers: list[float]) -> Sums:
-    """The sums of two disjoint parts of the vocabulary -> of both."""
+    """Merge the sums of two disjoint parts of the vocabulary into the sums of both."""
     pair, moves = merge(s[0], t[0])
     bases = s[0][6], t[0][6]
     merged = [merge_power(r, u, bases, moves, a) for r, u, a in zip(s[1], t[1], powers, strict=True)]
@@ -316,7 +337,7 @@ def merge_sums(s: Sums, t: Sums, powers: list[float]) -> Sums:
 
 
 def merge_states(problem: Problem, state: Tensor, other: Tensor) -> None:
-    """state <- state merged with other, both [fields, rows]."""
+    """Merge other into state in place, both [fields, rows]."""
     state.copy_(_packed(merge_sums(_unpack(state), _unpack(other), _powers(problem))))
 
 
@@ -324,7 +345,10 @@ def close(
     problem: Problem, state: Tensor, labels: Tensor, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
     entropy: Tensor | None, div: Tensor | None, hit: Tensor, collision: Tensor | None, saved: Tensor,
 ) -> None:  # fmt: skip
-    """The outputs of all rows from the sums over the whole vocabulary; term divergences come from terms()."""
+    """Write the outputs of all rows, computed from the sums over the whole vocabulary.
+
+    Term divergences are not written here; terms() computes them.
+    """
     out = (logps, ref_logps, lse, entropy, div, hit, collision, saved)
     for x in out:
         if x is not None:
@@ -334,17 +358,17 @@ def close(
 
 
 def saved_log(x: Tensor) -> Tensor:
-    """The logarithm of a total as it is saved."""
+    """Return the logarithm of a total in the unit in which it is saved: here in nats."""
     return x.log()
 
 
 def in_nats(x: Tensor) -> Tensor:
-    """A shift, or the logarithm of a total, as it is saved."""
+    """Convert a saved shift, or a saved logarithm of a total, to nats: here it is in nats already."""
     return x
 
 
 def terms(problem: Problem, z: Tensor, labels: Tensor, w: Tensor, saved: Tensor, sums: Tensor) -> None:
-    """Adds sum_v c and sum_v h of logits [rows, columns] to sums [2 n, rows], for term divergences."""
+    """Add sum_v c and sum_v h of the term divergences of logits [rows, columns] to sums [2 n, rows]."""
     for rows, _, z_block, w_block in _tiles(problem, z, labels, w):
         assert w_block is not None
         for i, value, slope in _terms(z_block, w_block, saved[:, rows], problem):
@@ -364,7 +388,10 @@ def _slopes(
     y: Tensor,
     g: Tensor | None,
 ) -> Tensor:
-    """prob * coef + sum_i g_i h_i + g 1[v = y]; grads holds (divergence, policy side?, g_i). Without x, in place of prob."""
+    """Compute prob * coef + sum_i g_i h_i + g 1[v = y].
+
+    grads holds (divergence, whether it is for the policy side, g_i). If x is empty, the result overwrites prob.
+    """
     out = prob * coef[:, None] if x else prob.mul_(coef[:, None])
     for div, policy_side, g_i in grads:
         formula = div.grad_p if policy_side else div.grad_q
@@ -379,7 +406,7 @@ def backward(
     problem: Problem, policy: Tensor, labels: Tensor, ref: Tensor | None, saved: Tensor,
     grads: tuple[Tensor | None, ...], dz: Tensor | None, dw: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes dz and dw; dz may be the policy logits themselves."""
+    """Write the gradients dz and dw; dz may be the tensor of the policy logits itself."""
     g_logp, g_ref, g_lse, g_entropy, g_div = grads
     labels = shifted_labels(labels, problem.shift, problem.ignore_index)
     dtype, v = stats_dtype(policy), problem.vocab
@@ -433,7 +460,7 @@ def backward(
 
 
 def _zero_outside(out: Tensor, labels: Tensor, problem: Problem) -> None:
-    """Zeros in ignored rows and in padded columns."""
+    """Write zeros to ignored rows and to padded columns."""
     inner = out.shape[1]
     rows = (labels.reshape(-1) == problem.ignore_index).nonzero().squeeze(1)
     out[rows // inner, rows % inner] = 0
@@ -450,7 +477,7 @@ def _sequence_sums(
 
 
 def _spread(x: Tensor, mask: Tensor, problem: PairProblem, cu_seqlens: Tensor | None) -> Tensor:
-    """Each sequence's number on its tokens that count."""
+    """Copy the number of each sequence to its tokens where the mask is True, and 0 to the other tokens."""
     if cu_seqlens is None:
         tokens = x[:, None].expand(-1, mask.numel() // problem.sequences).reshape(-1)
     else:
@@ -466,7 +493,7 @@ def pair_forward(
     h = seq_logps.clone()
     if ref is not None and problem.ref_summed:
         h -= ref
-    elif ref is not None:  # the ratio token by token, where it is small
+    elif ref is not None:  # subtract token by token, where the ratio is small
         h = _sequence_sums(logps.to(coef.dtype) - ref.to(coef.dtype), mask, problem, cu_seqlens, coef.dtype)
     torch.sub(seq_logps, h, out=seq_ref)
     pairs = losses.numel()

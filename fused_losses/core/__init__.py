@@ -1,1 +1,1 @@
-"""Mathematics and contracts: inputs, outputs, checks, options, divergences. It imports torch alone."""
+"""Define inputs, outputs, checks, options, divergences and their mathematics; this package imports only torch."""

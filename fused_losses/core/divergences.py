@@ -1,4 +1,4 @@
-"""The divergence registry: every D(policy, reference) over the vocabulary, each one entry below.
+"""The divergence registry: every divergence D(policy, reference) over the vocabulary has one entry below.
 
 Notation: p = policy, q = reference probability of one token, t = log p - log q, u = p / q.
 
@@ -9,13 +9,14 @@ Notation: p = policy, q = reference probability of one token, t = log p - log q,
                       or summed over terms >= 0 once the normalisers are known (two passes) -> term
     f-DPO link        s(h) = f'(e^h) of a sequence's log-ratio h, with ds/dh               -> link
 
-To add one: write grad_p, grad_q and row or term as plain functions of those in elementwise.py, and a factory with the textbook
-f, f' and definition. Both backends, the reference, `check` and the tests iterate over the registry. See CONTRIBUTING.md.
+To add a divergence, write grad_p, grad_q and either row or term as plain functions that call only the functions of
+elementwise.py. Then write a factory with the textbook f, f' and definition. Both backends, the reference implementation,
+`check` and the tests iterate over the registry. See CONTRIBUTING.md.
 
-What a formula must hold, for the kernels call it on every column, those of suppressed tokens and of padding included:
-    - It is 0 at p = q = 0, where log p and log q are about -1e37 and t is anything up to 1e37 in size.
-    - It divides by nothing that can be 0: p, q, p + q. Write such ratios as functions of t: p / (p + q) is sigmoid(t).
-    - It is finite for every finite t: exponentials are those of finite_exp, or capped.
+The kernels call a formula on every column, also on those of suppressed tokens and of padding. So every formula must satisfy:
+    - It is 0 at p = q = 0, where log p and log q are about -1e37 and t can have any size up to 1e37.
+    - It does not divide by a number that can be 0: p, q, p + q. Write such ratios as functions of t: p / (p + q) is sigmoid(t).
+    - It is finite for every finite t: compute exponentials with finite_exp, or cap their argument.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ Formula = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Divergence:
-    """One divergence with its parameters bound. Formulas take (p, q, t, log p, log q, *params) unless noted."""
+    """One divergence with its parameters bound; formulas take (p, q, t, log p, log q, *params) unless noted."""
 
     define: Callable[[Tensor, Tensor], Tensor]  # textbook value from log p, log q [..., V] -> [...]
     grad_p: Formula  # h = dD/dlog p
@@ -65,15 +66,15 @@ class Divergence:
     scaling: Callable | None = (
         None  # (x, y, *params) -> a, b:  grad_p(e^x p, e^y q) = a grad_p(p, q) + b p, for x, y <= 0
     )
-    parts: tuple[str, ...] = ()  # those it is the sum of
+    parts: tuple[str, ...] = ()  # names of the divergences that it is the sum of
     degree: float = 1.0  # D(x p, x q) = x^degree D(p, q); 1 for every f-divergence
     f: Callable[[Tensor], Tensor] | None = None
     f_prime: Callable[[Tensor], Tensor] | None = None
     link: Callable | None = None  # (h, *params) -> s(h), ds/dh
-    score: Callable[[Tensor], Tensor] | None = None  # the same s(h) in textbook form
+    score: Callable[[Tensor], Tensor] | None = None  # the same s(h) as a textbook formula
     no_link: str = ""  # why f-DPO does not allow it
     name: str = ""
-    key: str = ""  # name, or name(a=0.3) where a parameter is not the default: what from_key() reads
+    key: str = ""  # name, or name(a=0.3) where a parameter is not the default; from_key() parses it
 
     def __str__(self) -> str:
         return self.key
@@ -82,7 +83,10 @@ class Divergence:
         return from_key, (self.key,)
 
     def f_dpo_link(self) -> Callable:
-        """The link s(h) of f-DPO (Wang et al. 2024, 2309.16240), or a ValueError that says why there is none."""
+        """Return the link s(h) of f-DPO (Wang et al. 2024, 2309.16240).
+
+        Raise a ValueError with the reason if this divergence has no link.
+        """
         if self.link is None:
             raise ValueError(
                 f"divergence: {self.key!r} cannot be used as an f-DPO link: {self.no_link}. "
@@ -272,24 +276,27 @@ def _between(name: str, value: float, low: float, high: float, hint: str = "") -
         raise ValueError(f"{name}: expected a number in ({low:g}, {high:g}), got {value!r}{hint}")
 
 
-# Definitions take log-probs: of probabilities, small ones are 0 in float32 where their logarithms, and ratios, are not.
+# Definitions take log-probs: a small probability can be 0 in float32 where its logarithm, and ratios, are not.
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
-    """sum p log p - p log q, of a = log p and b = log q"""
+    """Compute sum (p log p - p log q) from a = log p and b = log q."""
     p = a.exp()
     return (p * a.where(p > 0, 0) - p * b.where(p > 0, 0)).sum(-1)
 
 
 def _mix(a: Tensor, b: Tensor, w: float) -> Tensor:
-    """log(w e^a + (1 - w) e^b)"""
+    """Compute log(w e^a + (1 - w) e^b)."""
     absent = (a == -math.inf) & (b == -math.inf)  # where logaddexp has no slope
     return logaddexp(a.masked_fill(absent, 0) + math.log(w), b + math.log1p(-w)).masked_fill(absent, -math.inf)
 
 
 @_divergence
 def reverse_kl() -> Divergence:
-    """KL(policy || ref) = sum p log(p/q). f = u log u. The divergence of DPO and of KL-regularised RL."""
+    """Return the reverse KL divergence, KL(policy || ref) = sum p log(p/q).
+
+    f = u log u. DPO and KL-regularised RL use this divergence.
+    """
     return Divergence(
         _kl, _reverse_grad_p, _reverse_grad_q, _reverse_row,
         f=lambda u: u * log(u), f_prime=lambda u: log(u) + 1, link=_reverse_link, score=lambda h: h,
@@ -298,7 +305,10 @@ def reverse_kl() -> Divergence:
 
 @_divergence
 def forward_kl() -> Divergence:
-    """KL(ref || policy) = sum q log(q/p). f = -log u. TDPO's sequential KL, and the usual distillation loss."""
+    """Return the forward KL divergence, KL(ref || policy) = sum q log(q/p).
+
+    f = -log u. It is the sequential KL of TDPO and the usual distillation loss.
+    """
     return Divergence(
         lambda lp, lq: _kl(lq, lp), _forward_grad_p, _forward_grad_q, _forward_row, scaling=_forward_scaling,
         f=lambda u: -log(u), f_prime=lambda u: -1 / u, link=_forward_link, score=lambda h: -cap(-h).exp(),
@@ -307,7 +317,7 @@ def forward_kl() -> Divergence:
 
 @_divergence
 def jeffreys() -> Divergence:
-    """KL(policy || ref) + KL(ref || policy). f = (u - 1) log u."""
+    """Return the Jeffreys divergence, KL(policy || ref) + KL(ref || policy), with f = (u - 1) log u."""
     return Divergence(
         lambda lp, lq: _kl(lp, lq) + _kl(lq, lp), _jeffreys_grad_p, _jeffreys_grad_q, _jeffreys_row,
         f=lambda u: (u - 1) * log(u), f_prime=lambda u: log(u) + 1 - 1 / u, link=_jeffreys_link,
@@ -317,11 +327,12 @@ def jeffreys() -> Divergence:
 
 @_divergence
 def js(beta: float = 0.5) -> Divergence:
-    """beta KL(ref || m) + (1 - beta) KL(policy || m), m = beta ref + (1 - beta) policy, 0 < beta < 1 (TRL, GKD).
+    """Return the generalised Jensen-Shannon divergence, beta KL(ref || m) + (1 - beta) KL(policy || m).
 
-    Its f' is (1 - beta) log(u / (beta + (1 - beta) u)); the link leaves the factor 1 - beta to DPO's beta, so at
-    beta = 1/2 it is f-DPO's log(2u / (1 + u)), whose JSD is twice ours. At the ends of the range this tends to 0;
-    TRL's special cases beta = 0 and 1 are forward_kl and reverse_kl.
+    m = beta ref + (1 - beta) policy, 0 < beta < 1 (the convention of TRL and GKD). f' is
+    (1 - beta) log(u / (beta + (1 - beta) u)). The link omits the factor 1 - beta, which can be part of DPO's beta: at
+    beta = 1/2 the link is f-DPO's log(2u / (1 + u)), and the JSD of f-DPO is twice this one. The divergence tends to 0 as
+    beta tends to 0 or 1. TRL treats beta = 0 and 1 as special cases; they are forward_kl and reverse_kl here.
     """
     _between("js beta", beta, 0, 1, " (0 and 1 are forward_kl and reverse_kl in TRL: ask for those)")
 
@@ -358,10 +369,11 @@ def _power(s: float, weight: float) -> Divergence:
 
 @_divergence
 def alpha(a: float = 0.5) -> Divergence:
-    """(1 - sum p^(1-a) q^a) / (a (1 - a)), 0 < a < 1: f-DPO's convention, f' = (1 - u^-a) / a.
+    """Return the alpha divergence, (1 - sum p^(1-a) q^a) / (a (1 - a)), for 0 < a < 1.
 
-    a -> 0 is reverse_kl and a -> 1 forward_kl. TRL's `f_alpha_divergence_coef` is 1 - a: the same number only at 0.5
-    (TRL 0, 1 are forward_kl, reverse_kl; TRL up to 0.28 used our a).
+    This is f-DPO's convention, with f' = (1 - u^-a) / a. The limit a -> 0 is reverse_kl and a -> 1 is forward_kl. TRL's
+    `f_alpha_divergence_coef` is 1 - a, so the two numbers are equal only at 0.5: TRL's 0 and 1 are forward_kl and
+    reverse_kl. TRL up to version 0.28 used the same a as here.
     """
     _between("alpha a", a, 0, 1, " (the ends are reverse_kl and forward_kl)")
     return _power(1 - a, 1.0)
@@ -369,25 +381,28 @@ def alpha(a: float = 0.5) -> Divergence:
 
 @_divergence
 def pearson_chi2() -> Divergence:
-    """sum p^2/q - 1. f = (u - 1)^2."""
+    """Return the Pearson chi-squared divergence, sum p^2/q - 1, with f = (u - 1)^2."""
     return _power(2.0, 2.0)
 
 
 @_divergence
 def neyman_chi2() -> Divergence:
-    """sum q^2/p - 1. f = (u - 1)^2 / u, f' = 1 - 1/u^2."""
+    """Return the Neyman chi-squared divergence, sum q^2/p - 1, with f = (u - 1)^2 / u and f' = 1 - 1/u^2."""
     return _power(-1.0, 2.0)
 
 
 @_divergence
 def squared_hellinger() -> Divergence:
-    """1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q). f = (sqrt u - 1)^2 / 2."""
+    """Return the squared Hellinger distance, 1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q).
+
+    f = (sqrt u - 1)^2 / 2.
+    """
     return replace(_power(0.5, 0.25), define=lambda lp, lq: 0.5 * (exp(lp / 2) - exp(lq / 2)).square().sum(-1))
 
 
 @_divergence
 def total_variation() -> Divergence:
-    """1/2 sum |p - q|. f = |u - 1| / 2."""
+    """Return the total variation distance, 1/2 sum |p - q|, with f = |u - 1| / 2."""
     return Divergence(
         lambda lp, lq: 0.5 * (exp(lp) - exp(lq)).abs().sum(-1), _tv_grad_p, _tv_grad_q, term=_tv_term,
         f=lambda u: 0.5 * (u - 1).abs(), f_prime=lambda u: 0.5 * (u - 1).sign(),
@@ -397,7 +412,10 @@ def total_variation() -> Divergence:
 
 @_divergence
 def skew_forward_kl(lam: float = 0.1) -> Divergence:
-    """KL(ref || lam ref + (1 - lam) policy), 0 < lam < 1: DistiLLM's SKL with its teacher entropy kept."""
+    """Return the skew forward KL divergence, KL(ref || lam ref + (1 - lam) policy), for 0 < lam < 1.
+
+    This is the SKL of DistiLLM, including the entropy of the teacher.
+    """
     _between("skew_forward_kl lam", lam, 0, 1)
     return Divergence(
         lambda lp, lq: _kl(lq, _mix(lq, lp, lam)), _skew_forward_grad_p, _skew_forward_grad_q,
@@ -409,7 +427,10 @@ def skew_forward_kl(lam: float = 0.1) -> Divergence:
 
 @_divergence
 def skew_reverse_kl(lam: float = 0.1) -> Divergence:
-    """KL(policy || (1 - lam) ref + lam policy), 0 < lam < 1: DistiLLM's SRKL."""
+    """Return the skew reverse KL divergence, KL(policy || (1 - lam) ref + lam policy), for 0 < lam < 1.
+
+    This is the SRKL of DistiLLM.
+    """
     _between("skew_reverse_kl lam", lam, 0, 1)
     odds = math.log(lam) - math.log1p(-lam)
     return Divergence(
@@ -423,10 +444,11 @@ def skew_reverse_kl(lam: float = 0.1) -> Divergence:
 
 @_divergence
 def alpha_beta(a: float = 0.2, b: float = 0.7) -> Divergence:
-    """sum [a/(a+b) q^(a+b) + b/(a+b) p^(a+b) - q^a p^b] / (a b), a, b > 0 (ABKD: a on the teacher = ref, b on policy).
+    """Return the alpha-beta divergence, sum [a/(a+b) q^(a+b) + b/(a+b) p^(a+b) - q^a p^b] / (a b), for a, b > 0.
 
-    (a, b) -> (1, 0) is forward_kl, (0, 1) reverse_kl, (1, 1) is 1/2 |p - q|^2. Summed over terms (two passes): its three
-    power sums cancel to noise near p = q, the terms do not.
+    The convention is that of ABKD: a is the exponent of the teacher (ref), b that of the policy. The limit
+    (a, b) -> (1, 0) is forward_kl, (0, 1) is reverse_kl, and (1, 1) is 1/2 |p - q|^2. The value is a sum of terms over the
+    vocabulary (two passes), because near p = q the three power sums cancel and only noise remains; the terms do not cancel.
     """
     _between("alpha_beta a", a, 0, float("inf"), " (the limit a = 0 at b = 1 is reverse_kl)")
     _between("alpha_beta b", b, 0, float("inf"), " (the limit b = 0 at a = 1 is forward_kl)")
@@ -439,12 +461,12 @@ def alpha_beta(a: float = 0.2, b: float = 0.7) -> Divergence:
 
 
 def names() -> tuple[str, ...]:
-    """Every registered name."""
+    """Return the names of all registered divergences."""
     return tuple(_FACTORIES)
 
 
 def linkable() -> tuple[str, ...]:
-    """The names that f-DPO allows."""
+    """Return the names of the divergences that f-DPO allows, with their default parameters."""
     return tuple(n for n in _FACTORIES if get(n).link is not None)
 
 
@@ -457,21 +479,24 @@ _bound = lru_cache(maxsize=1024)(_bind)
 
 
 def get(name: str, **params: float) -> Divergence:
-    """The divergence of that name with its parameters bound, e.g. get("alpha", a=0.3). Unknown names raise."""
+    """Return the divergence of the given name with its parameters bound, e.g. get("alpha", a=0.3).
+
+    An unknown name raises a ValueError, an unknown parameter a TypeError.
+    """
     if name not in _FACTORIES:
         raise unknown("divergence", name, _FACTORIES)
     defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[name]).parameters.items()}
     if others := params.keys() - defaults.keys():
         raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(others)}; it takes: {list(defaults)}")
     values = defaults | {k: float(v) for k, v in params.items()}
-    # torch.compile traces past a cache, and warns of it
+    # torch.compile ignores a cache and warns about it
     return (_bind if is_compiling() else _bound)(name, tuple(values.items()), values == defaults)
 
 
 def from_key(key: str | Divergence) -> Divergence:
-    """Reads "js" or "js(beta=0.3)", or hands a Divergence through."""
+    """Return the divergence that a string such as "js" or "js(beta=0.3)" names; return a Divergence unchanged."""
     if isinstance(key, Divergence):
-        # torch.compile traces past the cache that makes them unique
+        # under torch.compile the cache that makes them unique is not used
         if key.name not in _FACTORIES or not (is_compiling() or from_key(key.key) is key):
             raise ValueError(f"divergence: expected one made by fl.divergences.get(), got {key.key or key!r}")
         return key
@@ -490,12 +515,12 @@ def from_key(key: str | Divergence) -> Divergence:
 
 
 def parse(divergence: str | Divergence | Sequence[str | Divergence] | None) -> tuple[Divergence, ...]:
-    """What a caller gave (nothing, one or several) as a tuple of distinct divergences."""
+    """Convert the argument of a caller (None, one or several) to a tuple of distinct divergences."""
     if divergence is None:
         return ()
     if isinstance(divergence, str | Divergence):
         divergence = (divergence,)
-    if not isinstance(divergence, Sequence):  # of a dict, the values would be ignored
+    if not isinstance(divergence, Sequence):  # the values of a dict would be ignored
         raise TypeError(
             f"divergence: expected a name, a Divergence or a sequence of them, got {kind_of(divergence, Divergence)}"
         )

@@ -1,13 +1,14 @@
-"""The words that formulas are written in: each is a torch function here and a Triton device function in kernels/elementwise.py.
+"""The elementwise functions that formulas call: torch functions here, Triton functions in kernels/elementwise.py.
 
-A formula (a divergence's gradient, a link, a pair term, the closing arithmetic of a row) is written once, as a plain
-function of these words and of + - * /. The torch backend calls it as it stands; the Triton backend compiles the same
-source with the words bound to kernels/elementwise.py. So the two backends cannot drift apart, and a formula has one home.
+A formula (the gradient of a divergence, a link, a pair term, the final arithmetic of a row) is written once, as a plain
+function of these elementwise functions and of + - * /. The torch backend calls it directly. The Triton backend compiles
+the same source with the functions of kernels/elementwise.py. So both backends always compute the same formula.
 
-Shifts of running sums are in nats here and whole bits in Triton: rescale(), nats() and frame() hide which.
+Shifts of running sums are in nats here and in whole bits in Triton. Formulas that call rescale(), nats() and frame() do not
+depend on this unit.
 
-Logits below FLOOR (and -inf) are raised to it before anything else happens. exp() still maps them to exactly 0, but no
-inf - inf and no 0 * inf can arise: p * t is 0 where p is 0. A sum that a suppressed token does reach is then beyond
+Logits below FLOOR (and -inf) are raised to FLOOR before any other step. exp() still maps them to exactly 0, but inf - inf
+and 0 * inf cannot occur: p * t is 0 where p is 0. If a suppressed token does contribute to a sum, the sum is larger than
 HUGE and is reported as inf.
 """
 
@@ -31,28 +32,37 @@ sigmoid, sign, where = torch.sigmoid, torch.sign, torch.where
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), exact to rounding everywhere (torch's own cuts off at x = 20)."""
+    """Compute log(1 + e^x), exact to rounding for every x.
+
+    torch's own softplus switches to x above x = 20.
+    """
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def cap(x: Tensor) -> Tensor:
-    """min(x, 80), for links that grow exponentially: they stay finite in fp32 (the cap that TRL uses)."""
+    """Compute min(x, 80), so that links that grow exponentially stay finite in fp32; TRL uses the same bound."""
     return x.clamp(max=80.0)
 
 
 def finite_exp(x: Tensor) -> Tensor:
-    """exp(x), and 0 where that would be infinite: as bounded(), for a slope that is an exponential."""
+    """Compute exp(x), and 0 where it would be infinite: as bounded(), for a slope that is an exponential."""
     e = exp(x)
     return e.masked_fill_(e == INF, 0.0)
 
 
 def difference(p: Tensor, q: Tensor, t: Tensor) -> Tensor:
-    """p - q from t = log p - log q: exact to rounding even where p and q agree in every digit but the last."""
+    """Compute p - q from t = log p - log q.
+
+    The result is exact to rounding even where p and q differ only in the last digit.
+    """
     return expm1(absolute(t).neg_()).mul_(maximum(p, q)).mul_(sign(t)).neg_()
 
 
 def logmix(t: Tensor, w: float) -> tuple[Tensor, Tensor]:
-    """log(m/q) and log(m/p) of the mixture m = w p + (1 - w) q, 0 < w < 1: no overflow, and no loss near t = 0."""
+    """Compute log(m/q) and log(m/p) of the mixture m = w p + (1 - w) q, for 0 < w < 1.
+
+    It does not overflow, and near t = 0 it loses no accuracy.
+    """
     inner = expm1(absolute(t).neg_())
     weight = sign(t).mul_(0.5 - w).add_(0.5)  # 1 - w where t > 0, w where t < 0; irrelevant at 0
     common = inner.mul_(weight).log1p_()
@@ -60,22 +70,22 @@ def logmix(t: Tensor, w: float) -> tuple[Tensor, Tensor]:
 
 
 def bounded(t: Tensor) -> Tensor:
-    """t, and 0 where one side is suppressed: the slope of an infinite value is left out of the gradient."""
+    """Return t, and 0 where one side is suppressed: the slope of an infinite value is left out of the gradient."""
     return t * (absolute(t) < HUGE)
 
 
 def rescale(x: Tensor) -> Tensor:
-    """The factor that a move of a shift by x <= 0 means."""
+    """Compute the factor by which a sum changes when its shift changes by x <= 0."""
     return exp(x)
 
 
 def nats(x: Tensor) -> Tensor:
-    """A shift in nats."""
+    """Convert a shift to nats: here it is in nats already."""
     return x
 
 
 def frame(c: Tensor, mp: Tensor, mq: Tensor) -> Tensor:
-    """c - (mp - mq) in nats, without the rounding of mp - mq."""
+    """Compute c - (mp - mq) in nats, without the rounding error of mp - mq."""
     apart = mp - mq
     back = apart - mp
     lost = (mp - (apart - back)) - (mq + back)

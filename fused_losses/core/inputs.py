@@ -1,4 +1,4 @@
-"""Where distributions come from, and what token_stats returns."""
+"""The inputs from which distributions are computed, and the output of token_stats."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-PACKAGE = __package__.rpartition(".")[0]  # of this copy
+PACKAGE = __package__.rpartition(".")[0]  # the name of this copy of the package
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TRAINED = ("policy", "student")  # names of the sources that a loss is there to train
-# Of gathering a DTensor that is no part of a head
+TRAINED = ("policy", "student")  # names of the inputs that a loss trains
+# Other ways to pass a DTensor that is not part of a head: the ends of error messages
 INSTEAD = {"logits": ", or pass this rank's columns, .to_local(), with their process_group", "logps": "", "labels": ""}
 
 
@@ -34,7 +34,7 @@ def _float_tensor(name: str, x: object) -> Tensor:
 
 
 def _dense(name: str, x: Tensor) -> None:
-    """That all its elements are here, at strides."""
+    """Check that x is a strided tensor with all its elements on this rank: no DTensor, no sparse layout."""
     if type(x).__name__ == "DTensor":
         instead = INSTEAD.get(name, ", or call fl.FusedHead as a module, so that the sharding engine's hooks do")
         raise TypeError(f"{name}: got a DTensor; gather it first (.full_tensor()){instead}")
@@ -52,7 +52,7 @@ def _head_options(source: Logits | Hidden, v: int, what: str) -> None:
 
 
 def _whole(name: str, x: object, dim: int | None) -> None:
-    """A dense tensor of so many dimensions with all its elements here."""
+    """Check that x is a dense tensor with dim dimensions (None: any number) and all its elements on this rank."""
     _float_tensor(name, x)
     assert isinstance(x, Tensor)
     if name != "hidden" and x.numel() == 0:
@@ -65,7 +65,10 @@ def _whole(name: str, x: object, dim: int | None) -> None:
 
 
 def _own_rows(name: str, x: Tensor, group: object) -> Tensor:
-    """A DTensor's rows on this rank of the group; their gradient is a DTensor again."""
+    """Return the rows of a DTensor that are on this rank of the group; return other tensors unchanged.
+
+    The gradient of a DTensor is a DTensor again.
+    """
     if type(x).__name__ != "DTensor":
         return x
     if len(x.placements) != 1 or not x.placements[0].is_shard(0):  # type: ignore[attr-defined]
@@ -79,16 +82,22 @@ def _own_rows(name: str, x: Tensor, group: object) -> Tensor:
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits [..., V] with the head's options: softmax of  softcap tanh(z / softcap) * scale / temperature.
+    """Logits [..., V] with the options of the head.
 
-    softcap: as Gemma's final_logit_softcapping; None is none.  scale: as Cohere's logit_scale (Granite's logits_scaling
-    divides: pass its inverse).  valid_vocab: only the first so many columns are tokens, the rest is padding, left out of
-    the softmax and given zero gradient.
+    The distribution is the softmax of softcap tanh(z / softcap) * scale / temperature.
 
-    process_group: the vocabulary is split over the ranks of this group (torch.distributed), and these columns are this
-    rank's: slices of any sizes, in the order of the ranks; labels hold ids of the whole vocabulary and are the same on all
-    ranks, and so is all that comes out. shard: (the first column's id, tokens of all ranks), if the ranks need not tell one
-    another.
+    Args:
+        logits: The logits z [..., V].
+        softcap: The softcap, as Gemma's final_logit_softcapping. None means no softcap.
+        scale: The factor on the logits, as Cohere's logit_scale. Granite's logits_scaling divides: pass its inverse.
+        temperature: The divisor of the logits.
+        valid_vocab: The number of columns, counted from the first, that are tokens. The other columns are padding: they are
+            not part of the softmax and get zero gradient. None means that all columns are tokens.
+        process_group: The torch.distributed group over whose ranks the vocabulary is split, or None. `logits` then holds the
+            columns of this rank. The slices may have any sizes and are in the order of the ranks. The labels hold ids of
+            the whole vocabulary. Labels and results are the same on all ranks.
+        shard: The id of the first column and the number of tokens of all ranks together. With it, the ranks need not
+            exchange these numbers. None: they exchange them.
     """
 
     logits: Tensor
@@ -116,9 +125,12 @@ class Logits:
 
 
 class Lora(NamedTuple):
-    """Low-rank factors on a head: the weight becomes weight + scaling * b @ a, which is never formed.
+    """Low-rank factors on a head: the weight becomes weight + scaling * b @ a, but this sum is never computed.
 
-    a [r, H], b [V, r]: peft's lora_A.weight and lora_B.weight, scaling = lora_alpha / r.
+    Args:
+        a: The factor [r, H], peft's lora_A.weight.
+        b: The factor [V, r], peft's lora_B.weight.
+        scaling: The factor lora_alpha / r.
     """
 
     a: Tensor
@@ -128,17 +140,28 @@ class Lora(NamedTuple):
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden states [..., H] and the head that turns them into logits [..., V], which are never all in memory:
+    """Hidden states [..., H] and the head that computes logits [..., V] from them.
+
+    The logits are never all in memory at once. They are
 
         softcap tanh(z / softcap) * scale / temperature,    z = hidden @ weight.T + scaling * (hidden @ a.T) @ b.T + bias
 
-    weight: [V, H]. bias: [V]. lora: fl.Lora(a, b, scaling). The other options are those of fl.Logits. Each tensor that
-    requires grad gets its gradient, summed in float32 and rounded once to its own dtype. The matrix products run in the
-    dtype of hidden (under autocast: in autocast's), the weight is cast a slice at a time.
+    Each tensor that requires grad gets its gradient, summed in float32 and rounded once to its own dtype. The matrix
+    products run in the dtype of hidden (under autocast, in the dtype of autocast); the weight is cast one slice at a time.
 
-    process_group: weight, bias and lora.b are this rank's rows of a head that is split over the group (see fl.Logits);
-    hidden and lora.a are the same on all ranks, and their gradients are summed over the group. DTensors sharded on dim 0 (as
-    tensor parallelism leaves a column-wise head) are taken as they are.
+    Args:
+        hidden: The hidden states [..., H].
+        weight: The weight of the head [V, H].
+        bias: The bias of the head [V], or None.
+        softcap: As in fl.Logits.
+        scale: As in fl.Logits.
+        temperature: As in fl.Logits.
+        valid_vocab: As in fl.Logits.
+        lora: The low-rank factors fl.Lora(a, b, scaling), or None.
+        process_group: The group over which the head is split, or None (see fl.Logits). weight, bias and lora.b are then the
+            rows of this rank. hidden and lora.a are the same on all ranks, and their gradients are summed over the group.
+            weight and bias may be DTensors sharded on dim 0, as tensor parallelism creates them for a column-wise head.
+        shard: As in fl.Logits.
     """
 
     hidden: Tensor
@@ -200,8 +223,12 @@ def _check_shard(x: Logits | Hidden) -> None:
 
 @dataclass(frozen=True)
 class LogProbs:
-    """Precomputed log-probs of the labels: one per token, aligned with the outputs of token_stats, or (reference side of
-    a preference loss) one per sequence [S], already summed."""
+    """Precomputed log-probs of the labels.
+
+    Args:
+        logps: One log-prob for each token, aligned with the outputs of token_stats. On the reference side of a preference
+            loss it may also be one for each sequence [S], already summed over its tokens.
+    """
 
     logps: Tensor
 
@@ -214,16 +241,19 @@ Source = Tensor | Logits | Hidden | LogProbs
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Numbers per token, float32 (float64 for float64 logits), zero where mask is False. Natural units (nats).
+    """The numbers that token_stats returns for each token, in nats.
 
-    logps       log p(label)                         differentiable to the policy
-    ref_logps   log q(label), None without ref       differentiable to the reference if that requires grad
-    divergence  {name: D(p, q)} as asked for         both
-    entropy     H(p) if asked for, else None         policy
-    lse         log sum_v exp z_v                    policy; None for LogProbs
-    mask        label != ignore_index
-    correct     the label has the highest policy logit (ties count)
-    collision   log sum_v p_v^2 if asked for, else None  none
+    They are float32 (float64 for float64 logits), and zero where mask is False.
+
+    Attributes:
+        logps: log p(label). Differentiable with respect to the policy.
+        ref_logps: log q(label), or None without ref. Differentiable with respect to the reference, if it requires grad.
+        divergence: {name: D(p, q)} for the requested divergences. Differentiable with respect to both.
+        entropy: H(p) if requested, else None. Differentiable with respect to the policy.
+        lse: log sum_v exp z_v; None for LogProbs. Differentiable with respect to the policy.
+        mask: True where label != ignore_index.
+        correct: True where the label has the highest policy logit; a tie counts as correct.
+        collision: log sum_v p_v^2 if requested, else None. Not differentiable.
     """
 
     logps: Tensor
@@ -237,7 +267,10 @@ class TokenStats:
 
 
 def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
-    """A bare tensor means Logits. Tensors of torch.inference_mode become ordinary()."""
+    """Return x as a source; a bare tensor becomes Logits.
+
+    Tensors made under torch.inference_mode are replaced by ordinary() ones.
+    """
     x = Logits(x) if isinstance(x, Tensor) else x
     if not isinstance(x, Logits | Hidden | LogProbs):
         got = kind_of(x, Logits, Hidden, LogProbs)  # type: ignore[unreachable]
@@ -261,7 +294,10 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
 
 
 def ordinary(x: Tensor) -> Tensor:
-    """A tensor that was made under torch.inference_mode as a constant that autograd takes, over the same memory."""
+    """Return x itself, or, if it was made under torch.inference_mode, a constant over the same memory.
+
+    Autograd accepts this constant. Under torch.compile, or inside torch.inference_mode, x is returned unchanged.
+    """
     if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
         return x
     empty = torch.empty(0, dtype=x.dtype, device=x.device)
@@ -269,7 +305,10 @@ def ordinary(x: Tensor) -> Tensor:
 
 
 def kind_of(x: object, *expected: type) -> str:
-    """The class of an x that is none of the expected, in words: it may be one of them from another copy of this package."""
+    """Return the name of the class of x, for an error message that it is none of the expected classes.
+
+    If the class is one of them from another copy of this package, the text says so.
+    """
 
     def names(kind: type) -> tuple[str, str]:
         return kind.__module__.rpartition(".")[2], kind.__name__
@@ -283,9 +322,12 @@ def kind_of(x: object, *expected: type) -> str:
 
 
 def _check_compiled() -> None:
-    """That torch.compile, which looks functions up by the names of their modules, finds those of this copy of the package."""
+    """Check that torch.compile finds the functions of this copy of the package.
+
+    torch.compile looks up functions by the names of their modules.
+    """
     dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
-    load = getattr(dynamo, "_import_module", import_module)  # it remembers what it found once
+    load = getattr(dynamo, "_import_module", import_module)  # torch.compile stores the modules that it has found
     if vars(load(__name__)) is not globals():
         raise RuntimeError(
             f"{PACKAGE}: torch.compile looks functions up by the names of their modules, and finds those of another copy "
@@ -294,7 +336,7 @@ def _check_compiled() -> None:
         )
 
 
-# torch.compiler.assume_constant_result, which would import torch._dynamo, and that Triton, with this package.
+# The same as torch.compiler.assume_constant_result, which would import torch._dynamo, and so Triton, with this package.
 _check_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -323,7 +365,7 @@ def check_aligned(name: str, x: Logits | Hidden, labels: Tensor) -> None:
 
 
 def _check_head(name: str, x: Hidden) -> None:
-    """Shapes and devices of one side, in words for what people really do."""
+    """Check the shapes and devices of one side; the error messages name common mistakes."""
     h, (v, width) = x.hidden.shape[-1] if x.hidden.dim() else 0, x.weight.shape
     if x.hidden.dim() < 1 or h != width:
         hint = ""
@@ -347,13 +389,13 @@ def _check_head(name: str, x: Hidden) -> None:
 
 
 def check_pair(policy: Logits | Hidden, ref: Logits | Hidden) -> None:
-    """That both can be gone through in one pass, as a divergence needs it."""
+    """Check that both sources can be read in one pass, which a divergence needs; raise an error otherwise."""
     if (error := unlike(policy, ref)) is not None:
         raise error
 
 
 def unlike(policy: Logits | Hidden, ref: Logits | Hidden) -> Exception | None:
-    """Why the two cannot be gone through in one pass; None where they can."""
+    """Return an error that says why the two sources cannot be read in one pass, or None if they can."""
     if isinstance(policy, Logits) and isinstance(ref, Logits) and policy.logits.dtype != ref.logits.dtype:
         return TypeError(f"ref: expected {policy.logits.dtype} as the policy has, got {ref.logits.dtype}")
     if policy.process_group is not ref.process_group or policy.shard != ref.shard:

@@ -1,4 +1,4 @@
-"""How rows lie in memory, and the description of one token_stats problem that ops hand to a backend."""
+"""The memory layout of rows, and the description of one token_stats problem that is passed to a backend."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .divergences import Divergence
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
-    """Statistics are float32, or float64 for float64 logits."""
+    """Return the dtype of the statistics of x: float64 if x is float64, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class Problem(NamedTuple):
-    """Everything about a token_stats call that is not a tensor."""
+    """All arguments of a token_stats call that are not tensors."""
 
     divergences: tuple[Divergence, ...]
     entropy: bool
@@ -25,51 +25,54 @@ class Problem(NamedTuple):
     shift: bool
     ignore_index: int
     vocab: int  # valid columns, the same on both sides
-    softcap: float  # 0.0: none
+    softcap: float  # 0.0: no softcap
     multiplier: float  # scale / temperature
     ref_softcap: float
     ref_multiplier: float
-    first: int = 0  # the token that column 0 stands for: not 0 in a slice of the vocabulary
+    first: int = 0  # the token id of column 0; it can differ from 0 for a slice of the vocabulary
 
 
 class PairProblem(NamedTuple):
-    """Everything about a pair_loss call that is not a tensor."""
+    """All arguments of a pair_loss call that are not tensors."""
 
     divergence: Divergence
     term: Callable  # the loss as a formula of the margin: (margin, *term_params) -> loss, dloss/dmargin
     term_params: tuple[float, ...]
     beta: float
     sequences: int  # 2 B
-    ref_summed: bool  # reference log-probs come one per sequence
+    ref_summed: bool  # reference log-probs are given as one per sequence
 
 
-Grads = tuple[Tensor | None, ...]  # to logps, ref_logps, lse, entropy [n], divergences [n_div, n]; None: none
+Grads = tuple[Tensor | None, ...]  # of logps, ref_logps, lse, entropy [n], divergences [n_div, n]; None: no gradient
 
 
 def effective(grads: Grads, vocab: int) -> Grads:
-    """Those of the incoming gradients that reach a logit. A distribution over one token is a constant, of which only lse moves:
-    exactly so, while sums of terms that cancel would be rounded."""
+    """Return the incoming gradients that have an effect on a logit.
+
+    A distribution over one token is a constant: only lse depends on the logit. The other gradients are then replaced by
+    None, which is exact; their terms would cancel only up to rounding.
+    """
     return (None, None, grads[2], None, None) if vocab == 1 else grads
 
 
 def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:
-    """The label that each position predicts; none at the last."""
+    """Return the label that each position predicts; the last position gets ignore_index."""
     if not shift or labels.shape[-1] == 0:
         return labels
     return torch.cat([labels[..., 1:], labels.new_full((*labels.shape[:-1], 1), ignore_index)], dim=-1)
 
 
 def shift_packed(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
-    """The next token's label inside each sequence; none at its end."""
+    """Return the label of the next token within each packed sequence; the last token gets ignore_index."""
     if labels.numel() == 0:
         return labels
-    # An empty sequence marks its predecessor's end once more; one at the very start, the last token, which ends a sequence.
+    # An empty sequence marks the end of the sequence before it again; one at the start marks the last token, also an end.
     ends = (cu_seqlens[1:].long() - 1) % labels.numel()
     return labels.roll(-1).index_fill_(0, ends, ignore_index)
 
 
 def collapse(x: Tensor, trailing: int) -> list[tuple[int, int]]:
-    """(size, stride) of the leading dimensions, merged as far as the strides allow without a copy."""
+    """Return (size, stride) of the leading dimensions, merged as far as the strides allow without a copy."""
     lead = x.dim() - trailing
     dims: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:lead], x.stride()[:lead], strict=True):
@@ -83,7 +86,7 @@ def collapse(x: Tensor, trailing: int) -> list[tuple[int, int]]:
 
 
 def _outer_inner(x: Tensor, trailing: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(size, stride) of an outer and an inner dimension that hold the rows between them."""
+    """Return (size, stride) of an outer and of an inner dimension that together index the rows."""
     dims = collapse(x, trailing)
     if len(dims) > 2:
         raise AssertionError(f"rows of {tuple(x.shape)} with strides {x.stride()} do not lie on two strides")
@@ -92,17 +95,17 @@ def _outer_inner(x: Tensor, trailing: int) -> tuple[tuple[int, int], tuple[int, 
 
 
 def row_layout(x: Tensor, trailing: int) -> tuple[int, int, int]:
-    """(inner size, outer stride, inner stride): row i lies at (i // inner) * outer + (i % inner) * inner stride.
+    """Return (inner size, outer stride, inner stride) of the rows.
 
-    Rows on one stride are (1, stride, 0): the row count stays out of it, for Triton would compile anew for counts of
-    another divisibility.
+    Row i is at offset (i // inner size) * outer stride + (i % inner size) * inner stride. Rows on one stride give
+    (1, stride, 0), without the number of rows: Triton would compile again for numbers with another divisibility.
     """
     outer, inner = _outer_inner(x, trailing)
     return (1, inner[1], 0) if outer[0] == 1 else (inner[0], outer[1], inner[1])
 
 
 def rows_view(x: Tensor, trailing: int) -> Tensor:
-    """x as [outer, inner, *trailing], a view."""
+    """Return x as a view [outer, inner, *trailing dimensions]."""
     outer, inner = _outer_inner(x, trailing)
     lead = x.dim() - trailing
     return x.as_strided(

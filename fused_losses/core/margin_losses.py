@@ -1,7 +1,7 @@
-"""Bradley-Terry shaped losses: formulas of the margin m = beta (s(h_chosen) - s(h_rejected)) that the pair kernel evaluates.
+"""Losses of the Bradley-Terry form: formulas of the margin m that the pair kernel evaluates.
 
-Each returns the loss and its derivative. Losses that are not a function of the margin alone belong in
-losses/pair_losses.py, as plain torch on the sequence log-probs.
+The margin is m = beta (s(h_chosen) - s(h_rejected)). Each function returns the loss and its derivative. Losses that
+depend on more than the margin belong in losses/pair_losses.py, as plain torch on the sequence log-probs.
 """
 
 from __future__ import annotations
@@ -13,34 +13,43 @@ from .elementwise import cap, exp, sigmoid, softplus, where
 
 
 def sigmoid_term(m, smoothing):
-    """-(1 - eps) log sigmoid(m) - eps log sigmoid(-m): DPO (Rafailov et al. 2023, eq. 7), with label smoothing cDPO."""
+    """Compute -(1 - eps) log sigmoid(m) - eps log sigmoid(-m).
+
+    This is DPO (Rafailov et al. 2023, eq. 7); with label smoothing it is cDPO.
+    """
     loss = (1.0 - smoothing) * softplus(-m) + smoothing * where(m < 1e30, softplus(m), 1e30)  # no 0 * inf
     return loss, smoothing * sigmoid(m) - (1.0 - smoothing) * sigmoid(-m)
 
 
 def robust_term(m, smoothing):
-    """(-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps): unbiased where a share eps of the labels is flipped."""
+    """Compute (-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps).
+
+    This loss is unbiased if a share eps of the labels is flipped.
+    """
     gain = 1.0 / (1.0 - 2.0 * smoothing)
     loss = (1.0 - smoothing) * softplus(-m) - smoothing * where(m < 1e30, softplus(m), 1e30)
     return gain * loss, -gain * ((1.0 - smoothing) * sigmoid(-m) + smoothing * sigmoid(m))
 
 
 def hinge_term(m):
-    """max(0, 1 - m): SLiC-HF and RSO. The slope at the kink is 0, as relu has it."""
+    """Compute max(0, 1 - m), the loss of SLiC-HF and RSO; the slope at m = 1 is 0, as that of relu at 0."""
     return where(m >= 1.0, 0.0, 1.0 - m), where(m >= 1.0, 0.0, -1.0)
 
 
 def exo_term(m, log_keep, log_flip):
-    """KL((sigmoid(m), sigmoid(-m)) || (1 - eps, eps)) from log(1 - eps) and log eps: EXO (Ji et al. 2024, eq. 16)."""
+    """Compute KL((sigmoid(m), sigmoid(-m)) || (1 - eps, eps)) from log(1 - eps) and log eps.
+
+    This is EXO (Ji et al. 2024, eq. 16).
+    """
     w, l = sigmoid(m), sigmoid(-m)
     loss = -w * (softplus(-m) + log_keep) - l * (softplus(m) + log_flip)
     return loss, w * l * (m + log_flip - log_keep)
 
 
 def discopop_term(m, tau):
-    """-(1 - w) log sigmoid(m) + w e^-m, w = sigmoid(m / tau): DiscoPOP (Lu et al. 2024, eq. 5).
+    """Compute -(1 - w) log sigmoid(m) + w e^-m with w = sigmoid(m / tau): DiscoPOP (Lu et al. 2024, eq. 5).
 
-    w e^-m is the exponential of one number: for tau < 1 it vanishes as m -> -inf, where e^-m alone overflows.
+    w e^-m is computed as the exponential of one number: for tau < 1 it tends to 0 as m -> -inf, where e^-m alone overflows.
     """
     w, rest = sigmoid(m / tau), sigmoid(-m / tau)
     far = m < -1e30  # where a product with the infinite loss would be NaN

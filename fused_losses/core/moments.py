@@ -1,33 +1,35 @@
-"""A row's running sums: how those of two parts of the vocabulary merge, and how they close into its divergences.
+"""The running sums of a row: how the sums of two parts of the vocabulary merge, and how divergences follow from them.
 
-One sweep over a row of policy logits z and reference logits w keeps, for constants c, m_p, m_q of the row,
+One sweep over a row of policy logits z and reference logits w accumulates, for constants c, m_p, m_q of the row,
 
-    a = e^(z - m_p)   b = e^(w - m_q)   d = z - w - c     (c about z - w, so d is small where the models agree)
+    a = e^(z - m_p)   b = e^(w - m_q)   d = z - w - c     (c is close to z - w, so d is small where the models agree)
     A = sum a   B = sum b   A1 = sum a d   B1 = sum b d   B2 = sum b d^2   R = sum a^s b^(1-s)   S = sum a^2
 
 With delta = c - m_p + m_q and K = log E_q[e^d], log p - log q = d - K and
 
     KL(p||q) = E_p[d] - K      KL(q||p) = K - E_q[d]      log sum p^s q^(1-s) = log R/B - s log A/B
 
-and log sum p^2 = log S - 2 log A. Near p = q these differences cancel to noise: K comes from exponentials that are all about
-1, with an absolute error of about the machine epsilon, while the KLs are of second order in d. But K is also G(1) for
-G(s) = log E_q[e^(s d)], whose slopes G'(0) = E_q[d], G'(1) = E_p[d] and curvature G''(0) = Var_q[d] the sums give with an
-error that is small against d itself. Their interpolation, with J = E_p[d] - E_q[d] and v = Var_q[d],
+and log sum p^2 = log S - 2 log A. Near p = q these differences cancel and only noise remains: K is computed from
+exponentials that are all about 1, with an absolute error of about the machine epsilon, while the KLs are of second order in
+d. But K is also G(1) for G(s) = log E_q[e^(s d)]. The sums give the slopes G'(0) = E_q[d], G'(1) = E_p[d] and the curvature
+G''(0) = Var_q[d] with an error that is small compared with d. Their interpolation, with J = E_p[d] - E_q[d] and v = Var_q[d],
 
     G(s) = s E_q[d] + v s^2/2 + (J - v) s^3/3
 
-is therefore used wherever it agrees with the exponentials to within their noise: the more readily, the smaller v, since
-its own error grows as v^2. That noise includes the rounding of z - w, which d has and the exponentials have not: relative to
-|c|, for the models may lie a large constant apart. The power family is treated alike, by G(s) - s K.
+is therefore used where it agrees with the exponentials to within their noise. The smaller v is, the larger the difference
+that is accepted, because the error of the interpolation grows as v^2. The noise includes the rounding error of z - w, which
+d has and the exponentials do not have. It is relative to |c|, because the logits of the models may differ by a large
+constant. The power family uses the same method with G(s) - s K.
 
-Differences of large sums (A - B, R - B) are carried beside them, so that neither merging nor closing has to cancel.
+The differences of large sums (A - B, R - B) are accumulated separately, so that nothing cancels when sums are merged or
+when results are computed from them.
 """
 
 from __future__ import annotations
 
 from .elementwise import HUGE, INF, absolute, difference, frame, log, log1p, maximum, nats, rescale, where
 
-# A row's sums over a part of the vocabulary, in this order. Then for every power s: R, its own shift, R e^shift - B.
+# The sums of a row over a part of the vocabulary, in this order. Then for each power s: R, its own shift, R e^shift - B.
 SIDES = ("m_p", "A", "max z", "z_y", "E", "m_q", "B", "w_y", "c", "A - B", "A1", "B1", "B2", "S")  # E = sum a (z - m_p)
 
 
@@ -36,17 +38,20 @@ def fields(powers: int) -> int:
 
 
 def _scaled(x, factor):
-    """x * factor, and 0 where factor is 0: a sum may be infinite."""
+    """Compute x * factor, and 0 where factor is 0, because the sum x may be infinite."""
     return where(factor == 0.0, 0.0 * factor, x * factor)
 
 
 def merge(s, t):
-    """The sums of two disjoint parts of the vocabulary -> of both, and how far each part's shifts moved (for merge_power)."""
+    """Merge the sums of two disjoint parts of the vocabulary.
+
+    Return the sums of both, and by how much the shifts of each part changed (for merge_power).
+    """
     mp, mq = maximum(s[0], t[0]), maximum(s[5], t[5])
     xs, ys, xt, yt = s[0] - mp, s[5] - mq, t[0] - mp, t[5] - mq
     fs, gs, ft, gt = rescale(xs), rescale(ys), rescale(xt), rescale(yt)
     bs, bt = _scaled(s[6], gs), _scaled(t[6], gt)
-    c = where(bt > bs, t[8], s[8])  # the part that counts for more
+    c = where(bt > bs, t[8], s[8])  # that of the part with the larger total
     us, ut = s[8] - c, t[8] - c
     both = (
         mp,
@@ -68,12 +73,12 @@ def merge(s, t):
 
 
 def _moved(excess, base, f, g, x):
-    """sum f a - g b from sum a - b; x = log f - log g."""
+    """Compute sum (f a - g b) from sum (a - b), where x = log f - log g."""
     return _scaled(excess, f) + _scaled(difference(f, g, nats(x)), base)
 
 
 def merge_power(r, u, b, moves, s):
-    """(R, shift, R e^shift - B) of two parts whose B are b[0] and b[1]."""
+    """Compute (R, shift, R e^shift - B) of both parts together; b[0] and b[1] are the sums B of the two parts."""
     xs, ys, gs, xt, yt, gt = moves
     vs, vt = r[1] + (s * xs + (1.0 - s) * ys), u[1] + (s * xt + (1.0 - s) * yt)
     shift = maximum(vs, vt)
@@ -83,24 +88,24 @@ def merge_power(r, u, b, moves, s):
 
 
 def log_ratio(excess, total, base):
-    """log(total / base), excess = total - base summed without cancellation."""
+    """Compute log(total / base) from excess = total - base, which was summed without cancellation."""
     x = excess / base
     return where(absolute(x) < 0.5, log1p(x), log(total) - log(base))
 
 
 def _agree(x, y, v, noise):
-    """Where interpolation and exponentials differ by no more than the noise that counts at this variance."""
+    """Return where the interpolation x and the exponentials y agree: the noise bounds |x - y| (1 + 2000 v)."""
     return absolute(x - y) * (1.0 + 2000.0 * v) <= noise
 
 
 def log_totals(sums):
-    """log A/B, and K from the exponentials alone."""
+    """Compute log A/B, and K from the exponentials alone."""
     log_ab = log_ratio(sums[9], sums[1], sums[6])
     return log_ab, log_ab - frame(sums[8], sums[0], sums[5])
 
 
 def close_pair(sums, noise):
-    """K, KL(p||q), KL(q||p), and for close_power log A/B, v, J."""
+    """Compute K, KL(p||q) and KL(q||p), and log A/B, v and J for close_power."""
     log_ab, k = log_totals(sums)
     mean_p = sums[10] / sums[1]
     mean_q = sums[11] / sums[6]
@@ -117,7 +122,10 @@ def close_pair(sums, noise):
 
 
 def close_power(r, base, log_ab, v, j, s, noise):
-    """log sum p^s q^(1-s) from r = (R, shift, R e^shift - B) and B: <= 0 for s in (0, 1), >= 0 beyond."""
+    """Compute log sum p^s q^(1-s) from r = (R, shift, R e^shift - B) and base = B.
+
+    The result is <= 0 for s in (0, 1) and >= 0 for other s.
+    """
     x = r[2] / base
     log_rb = log(r[0]) + nats(r[1]) - log(base)
     exact = where(absolute(x) < 0.5, log1p(x), log_rb) - s * log_ab

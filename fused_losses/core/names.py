@@ -1,4 +1,4 @@
-"""Errors for names that are not known: each says which name is nearest."""
+"""Errors for unknown names: each message suggests the nearest known names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def nearest(got: object, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the names that resemble got, or an empty string."""
+    """Return "; did you mean 'x'?" for the known names similar to got, or an empty string."""
     if not isinstance(got, str) or not got:
         return ""
     names, word = list(known), got.lower()
@@ -17,12 +17,12 @@ def nearest(got: object, known: Iterable[str]) -> str:
 
 
 def unknown(what: str, got: object, known: Iterable[str]) -> ValueError:
-    """Return the error for a name that is none of the known."""
+    """Return the error for a name that is not one of the known names."""
     names = list(known)
     return ValueError(f"{what}: unknown name {got!r}; known: {', '.join(names)}{nearest(got, names)}")
 
 
 def not_one_of(what: str, got: object, known: Iterable[str]) -> ValueError:
-    """Return the error for an option that has a few values, of which got is none."""
+    """Return the error for an option with a few allowed values, if got is not one of them."""
     names = list(known)
     return ValueError(f"{what}: expected one of {', '.join(names)}, got {got!r}{nearest(got, names)}")

@@ -1,6 +1,6 @@
-"""The options of the losses: their names, and the checks that the losses and their references share.
+"""The options of the losses: their names, and the checks that the losses and their reference implementations share.
 
-What is read here is the same for fused_losses.losses and fused_losses.reference, which import nothing from one another.
+fused_losses.losses and fused_losses.reference both use this module; they import nothing from each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .validation import Count, check_constant, check_per_sequence, check_positiv
 
 
 class Execution(TypedDict, total=False):
-    """How a call is carried out."""
+    """Options that select how a call is executed."""
 
     plan: str
     workspace: int | None
@@ -29,13 +29,13 @@ class Execution(TypedDict, total=False):
 
 
 class Reports(Execution, total=False):
-    """And what is reported beside the loss."""
+    """Options of Execution, and of the numbers that are reported in addition to the loss."""
 
     entropy: bool
 
 
 class TimeAxis(Reports, total=False):
-    """And how labels lie along the time axis."""
+    """Options of Reports, and of how labels are arranged along the time axis."""
 
     shift: bool
     ignore_index: int
@@ -43,20 +43,20 @@ class TimeAxis(Reports, total=False):
 
 
 class Reduced(TimeAxis, total=False):
-    """And what the losses are divided by."""
+    """Options of TimeAxis, and of the number by which the losses are divided."""
 
     reduction: str
     num_items: Count | None
 
 
 class BatchOptions(Reduced, total=False):
-    """Options of a batch that every loss takes: those of preference_loss, which describes them."""
+    """Options of a batch that every loss takes; the docstring of preference_loss describes them."""
 
     cu_seqlens: Tensor | None
 
 
 class PreferenceOptions(BatchOptions, total=False):
-    """The options of preference_loss, but for its loss."""
+    """The options of preference_loss, except its loss."""
 
     loss_weights: Sequence[float] | None
     divergence: str | Divergence
@@ -68,7 +68,7 @@ class PreferenceOptions(BatchOptions, total=False):
     num_nll_tokens: Count | None
 
 
-LARGEST = 80.0  # of a log-ratio or an exponent: its exponential is finite in float32
+LARGEST = 80.0  # bound of a log-ratio or an exponent: its exponential is finite in float32
 
 # smoothing
 
@@ -80,15 +80,15 @@ def check_smoothing(eps: float) -> None:
 
 # preference_loss
 
-EXO_EPSILON = 1e-3  # what its paper recommends
-SORTED = {"aot", "aot_unpaired"}  # over the batch
-UNLINKED = {"apo_zero", *SORTED}  # of h itself; sft has no h
-SMOOTHED = {"sigmoid", "cdpo", "robust", "exo_pair", *SORTED}  # that read label_smoothing
+EXO_EPSILON = 1e-3  # the value that the paper of EXO recommends
+SORTED = {"aot", "aot_unpaired"}  # losses that sort over the batch
+UNLINKED = {"apo_zero", *SORTED}  # losses that use h itself, without a link; sft has no h
+SMOOTHED = {"sigmoid", "cdpo", "robust", "exo_pair", *SORTED}  # losses that use label_smoothing
 
 
 @dataclass(frozen=True)
 class PairLossConfig:
-    """What preference_loss was asked for, checked."""
+    """The options of preference_loss, checked."""
 
     losses: tuple[tuple[str, float], ...]  # names and weights
     link: Divergence  # of f-DPO
@@ -115,7 +115,10 @@ def pair_loss_config(
     ref: bool, loss: str | Sequence[str], loss_weights: Sequence[float] | None, divergence: str | Divergence, beta: float,
     label_smoothing: float | None, discopop_tau: float, ld_alpha: float | None, use_weighting: bool, known: Collection[str],
 ) -> PairLossConfig:  # fmt: skip
-    """Check the options of preference_loss. ref: whether there is a reference. known: the names of losses."""
+    """Check the options of preference_loss and return them.
+
+    ref: whether there is a reference. known: the names of the losses.
+    """
     check_positive(beta=beta, discopop_tau=discopop_tau)
     link = from_key(divergence)
     link.f_dpo_link()
@@ -189,7 +192,7 @@ def check_tdpo(
 # simpo_loss, cpo_loss, orpo_loss
 
 CPO = ("sigmoid", "hinge", "ipo")
-SURE = -1e-12  # the largest mean log-prob whose odds ORPO tells from infinite ones
+SURE = -1e-12  # the largest mean log-prob whose odds ORPO does not treat as infinite
 
 
 def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float, cpo_alpha: float) -> None:
@@ -228,7 +231,7 @@ def check_kto(
     labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, loss: str, baseline: Tensor | float | None, beta: float,
     desirable_weight: float, undesirable_weight: float, sequence_group: object = None,
 ) -> Tensor | float:  # fmt: skip
-    """z0."""
+    """Check the options of kto_loss and return the baseline z0, which is 0.0 for baseline=None."""
     check_kto_options(loss, beta, desirable_weight, undesirable_weight)
     sequences = check_sequences(labels, cu_seqlens, sequence_group)
     check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
@@ -238,7 +241,7 @@ def check_kto(
 
 
 def check_kto_options(loss: str, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
-    """Those that no batch is needed for."""
+    """Check the options of kto_loss that can be checked without a batch."""
     if loss not in UNPAIRED_LOSSES:
         raise unknown("loss", loss, UNPAIRED_LOSSES)
     check_positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
@@ -248,7 +251,7 @@ def check_bco(
     labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, weights: Tensor | None, beta: float,
     sequence_group: object = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The numbers of the sequences."""
+    """Check the options of bco_loss and return the inputs that have one entry for each sequence."""
     check_positive(beta=beta)
     sequences = check_sequences(labels, cu_seqlens, sequence_group)
     check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
@@ -268,7 +271,7 @@ ESTIMATORS = ("k1", "k2", "k3")
 @dataclass(frozen=True)
 class GRPOConfig:
     loss: str
-    sequence: bool  # importance ratios are the sequences'
+    sequence: bool  # importance ratios are those of sequences, not of tokens
     low: float  # epsilon
     high: float  # epsilon_high
     delta: float | None
@@ -278,7 +281,7 @@ class GRPOConfig:
     length: int | None  # max_completion_length, for dr_grpo
     corrected: bool  # the KL term has the importance ratio as a factor
 
-    # Bounds of the logarithm of a ratio: against its advantage, and of what is left where that is negative
+    # Bounds of the logarithm of a ratio: highest where the advantage is positive, lowest and largest where it is not
     @property
     def lowest(self) -> float:
         return math.log1p(-self.low) if self.low < 1 else -math.inf
@@ -340,7 +343,7 @@ def _estimator(kl: str | Divergence) -> tuple[str, tuple[Divergence, ...]]:
 # topk_distillation_loss
 
 TAILS = ("bucket", "renormalise", "ignore")
-PARTIAL = ("forward_kl", "reverse_kl", "js")  # divergences that mean something of a part of the tokens
+PARTIAL = ("forward_kl", "reverse_kl", "js")  # divergences that are meaningful on a part of the tokens
 
 
 def check_topk(tail: str, d: Divergence) -> None:
@@ -374,7 +377,7 @@ def check_matching(
     labels: Tensor, cu_seqlens: Tensor | None, form: str, beta: float, baseline: Tensor | None,
     sequence_group: object = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The per-sequence inputs."""
+    """Check the options of preference_matching_loss and return its inputs that have one entry for each sequence."""
     if form not in FORMS:
         raise not_one_of("form", form, FORMS)
     check_positive(beta=beta)
@@ -388,7 +391,7 @@ def check_matching(
 
 
 def check_threshold(threshold: float) -> float:
-    """Its logarithm."""
+    """Check that threshold is in (0, 1] and return its logarithm."""
     if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a probability in (0, 1], got {threshold!r}")
     return math.log(threshold)

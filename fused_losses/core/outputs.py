@@ -1,4 +1,4 @@
-"""What a loss returns."""
+"""The classes that a loss returns."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from .inputs import TokenStats
 
 
 class Part(NamedTuple):
-    """What a metric is made of, unit by unit: a unit is a pair, a sequence, or a row of tokens.
+    """The amounts and counts of each unit from which a metric is computed.
 
-    Metrics of several batches (micro-batches, ranks, an evaluation) cannot be averaged, for batches hold different numbers of
-    pairs and tokens. Amounts and counts can be added up, and units that count twice can be left out.
+    A unit is a pair, a sequence, or a row of tokens. Metrics of several batches (micro-batches, ranks, an evaluation) cannot be
+    averaged, because batches hold different numbers of pairs and tokens. Amounts and counts can be summed, and units that
+    would count twice can be left out.
     """
 
     amounts: Tensor  # [units, ...], no graph, 0 where nothing counts
-    # [units, ...]: what the sum of the amounts is divided by the sum of; None: 1 for each unit
+    # [units, ...]: the sum of the amounts is divided by the sum of these; None: 1 for each unit
     counts: Tensor | None = None
-    kind: str = "mean"  # 0 where the counts are 0; "mean or nan": NaN there; "sum": it is not divided
+    kind: str = "mean"  # "mean": 0 if the counts are 0; "mean or nan": NaN then; "sum": no division
 
     def value(self) -> Tensor:
         total = self.amounts.sum()
@@ -33,13 +34,13 @@ class Part(NamedTuple):
         return total / (count if self.kind == "mean or nan" else count.clamp(min=1))
 
     def sums(self, dtype: torch.dtype) -> Tensor:
-        """[2]: of the amounts and of the counts."""
+        """Return a tensor [2]: the sum of the amounts and the sum of the counts."""
         total = self.amounts.sum()
         count = torch.full_like(total, len(self.amounts)) if self.counts is None else self.counts.sum()
         return torch.stack([total.to(dtype), count.to(dtype)])
 
     def first(self, kept: int, of: int) -> Part:
-        """Without the units of the last rows of a batch, of which the first `kept` of `of` rows remain."""
+        """Return the part with only the units of the first `kept` of the `of` rows of a batch."""
         units = len(self.amounts) * kept // of
         return self._replace(amounts=self.amounts[:units], counts=None if self.counts is None else self.counts[:units])
 
@@ -49,8 +50,14 @@ Parts = dict[str, tuple[Part, ...]]
 
 @dataclass(frozen=True, repr=False)
 class LossOutput:
-    """loss: scalar ([B] with reduction="none"). metrics: detached 0-d tensors under TRL's keys, means over the batch.
-    stats: the TokenStats behind it. parts: of each metric, and of "loss", the terms whose values it is the sum of."""
+    """The result of a loss.
+
+    Attributes:
+        loss: The loss, a scalar ([B] with reduction="none").
+        metrics: Detached 0-d tensors under TRL's keys, means over the batch.
+        stats: The TokenStats from which the loss was computed.
+        parts: For each metric, and for "loss", the parts whose values add up to it.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -58,6 +65,6 @@ class LossOutput:
     parts: Parts = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Show the loss and the metrics, which are read from their device, and the names of the rest."""
+        """Return a text with the loss, the metrics (read from their device) and the names of the other attributes."""
         metrics = ", ".join(f"{name}={x.item():.6g}" for name, x in self.metrics.items())
         return f"LossOutput(loss={self.loss}, metrics: {metrics or 'none'}; also .stats, .parts)"

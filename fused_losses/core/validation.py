@@ -1,4 +1,4 @@
-"""Checks of arguments that several functions take, and the numbers that are read from them."""
+"""Check arguments that several functions take, and return the values that are read from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layout import stats_dtype
 from .names import not_one_of
 from .running_delta import RunningDelta
 
-Count = int | float | Tensor  # num_items, num_nll_tokens: of the whole batch
+Count = int | float | Tensor  # the type of num_items and num_nll_tokens, which count over the whole batch
 
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -32,7 +32,7 @@ def check_weights(**weights: float) -> None:
 
 
 def check_per_sequence(name: str, x: object, count: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    """That x is a tensor [count] with one of these dtypes."""
+    """Check that x is a tensor [count] on the given device with one of these dtypes."""
     if not isinstance(x, Tensor) or x.dtype not in dtypes:
         kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected a {kinds} tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -43,7 +43,7 @@ def check_per_sequence(name: str, x: object, count: int, device: torch.device, d
 
 
 def check_reduction(reduction: str, num_items: Count | None) -> Count | None:
-    """num_items, as read_count() gives it."""
+    """Check reduction and num_items, and return num_items as read_count() does."""
     if reduction not in REDUCTIONS:
         raise not_one_of("reduction", reduction, REDUCTIONS)
     if num_items is not None and reduction != "mean":
@@ -52,11 +52,14 @@ def check_reduction(reduction: str, num_items: Count | None) -> Count | None:
 
 
 def read_count(name: str, x: Any) -> Count | None:
-    """A number, or a tensor of one element made 0-d. The value of a tensor is not looked at."""
+    """Return x as a number or as a 0-d tensor; None stays None.
+
+    A tensor must have one element. Its value is not read.
+    """
     if x is None or isinstance(x, int | float | Tensor):
         count = x
     elif isinstance(x, Real):
-        count = float(x)  # of numpy
+        count = float(x)  # a number of numpy
     else:
         count = torch.as_tensor(x) if hasattr(x, "__array__") else x
     if isinstance(count, Tensor) and count.numel() == 1:
@@ -68,8 +71,11 @@ def read_count(name: str, x: Any) -> Count | None:
 
 
 def divided(x: Tensor, count: Count) -> Tensor:
-    """x / count. Where count is 0, an empty window of gradient accumulation, both this and the gradient of x are 0, whatever
-    x is and whatever gradient comes in. A tensor on another device is read by the host."""
+    """Compute x / count.
+
+    If count is 0 (an empty window of gradient accumulation), the result and the gradient of x are 0, for any x and any
+    incoming gradient. If count is a tensor on another device than x, the host reads it.
+    """
     if isinstance(count, Tensor) and count.device != x.device and not torch.compiler.is_compiling():
         count = count.item()
     if isinstance(count, Tensor):
@@ -80,7 +86,10 @@ def divided(x: Tensor, count: Count) -> Tensor:
 
 
 def check_pairs(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: object = None) -> int:
-    """The number of sequences. With sequence_group labels are this rank's, and offsets those of all."""
+    """Check that labels hold pairs of sequences and return the number of sequences.
+
+    With sequence_group, labels are those of this rank, and the offsets cu_seqlens are those of all ranks.
+    """
     if cu_seqlens is None:
         if labels.dim() != 2 or labels.shape[0] % 2:
             raise ValueError(
@@ -91,7 +100,7 @@ def check_pairs(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: objec
 
 
 def check_sequences(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: object = None) -> int:
-    """The number of sequences. As check_pairs."""
+    """Check the shape of labels and return the number of sequences, as check_pairs() does for pairs."""
     if cu_seqlens is not None:
         return _check_offsets(labels, cu_seqlens, sequence_group, "[S + 1]", 1)
     if labels.dim() != 2:
@@ -111,25 +120,25 @@ def _check_offsets(labels: Tensor, cu_seqlens: Tensor, sequence_group: object, s
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens: expected on {labels.device} as the labels are, got {cu_seqlens.device}")
     if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-        end = labels.numel() if sequence_group is None else int(cu_seqlens[-1])  # which span_of looks at
+        end = labels.numel() if sequence_group is None else int(cu_seqlens[-1])  # span_of() checks it
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != end or (cu_seqlens.diff() < 0).any():
             raise ValueError(f"cu_seqlens: expected offsets rising from 0 to {end}, got {cu_seqlens.tolist()}")
     return cu_seqlens.numel() - 1
 
 
 def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
-    """Precomputed per-token log-probs, zero where the mask is False."""
+    """Check precomputed log-probs for each token and return them, zero where the mask is False."""
     if source.logps.shape != mask.shape:
         raise ValueError(
             f"{name}: expected fl.LogProbs {list(mask.shape)}, one for each output token, got {list(source.logps.shape)}"
         )
     if source.logps.device != mask.device:
         raise ValueError(f"{name}: expected fl.LogProbs on {mask.device} as the labels are, got {source.logps.device}")
-    return source.logps.to(stats_dtype(source.logps)).masked_fill(~mask, 0)  # sums of bfloat16 numbers saturate
+    return source.logps.to(stats_dtype(source.logps)).masked_fill(~mask, 0)  # sums in bfloat16 stop growing
 
 
 def check_constant(name: str, x: Tensor | float) -> Tensor | float:
-    """A number or a 0-d tensor, without its graph."""
+    """Check that x is a number or a 0-d tensor, and return it detached from its graph."""
     if isinstance(x, Tensor):
         if x.dim() != 0 or x.dtype not in FLOATS:
             raise ValueError(f"{name}: expected a number or a 0-d float tensor, got {x.dtype} {list(x.shape)}")
