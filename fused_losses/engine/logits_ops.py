@@ -1,4 +1,4 @@
-"""Define the operators that torch sees: schema, shapes (fake), autograd. Dispatch is handled by operators only.
+"""Define the operators that torch sees: schema, shapes (fake), autograd. No other layer handles dispatch.
 
     fused_losses::token_stats            -> token_stats_backward | token_stats_backward_ (gradient in place of the logits)
     fused_losses::pair_loss              -> pair_loss_backward
@@ -26,7 +26,7 @@ from ..core.margin_losses import TERMS
 
 
 def operator(name: str, schema: str, mutates_args: tuple[str, ...] = ()) -> Callable:
-    """Return torch.library.custom_op in the first namespace of fused_losses, fused_losses_2, ... where the name is free.
+    """Return custom_op (torch.library) in the first namespace of fused_losses, fused_losses_2, ... without this name.
 
     The name is not free where this package was loaded before in the process: from another folder, in another version, after
     sys.modules lost it, or where a module is reloaded. custom_op would destroy that operator, which graphs and callers use.
