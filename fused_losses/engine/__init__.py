@@ -1,1 +1,1 @@
-"""How a call is carried out: operators, plans, products, parallelism. No loss is known here by its name."""
+"""Compute calls: operators, plans, matrix products, parallelism. No loss is known here by its name."""

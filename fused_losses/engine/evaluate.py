@@ -1,10 +1,10 @@
-"""From sources to a loss: every loss here is a formula of per-token numbers, evaluated by evaluate().
+"""Compute a loss from sources: every loss is a formula of per-token numbers, which evaluate() computes.
 
-    formula     Tokens -> losses of the units, in plain torch on small tensors
-    evaluate    token_stats, then the formula; or, for hidden states in the plan "rows", both block by block, with the
-                gradient found in the forward (plan_rows.py)
+    formula     a function from Tokens to the losses of the units, in plain torch on small tensors
+    evaluate    calls token_stats, then the formula; for hidden states in the plan "rows", it computes both block by
+                block, and the gradient in the forward (plan_rows.py)
 
-A formula sees all units or a few of them, and must not care which: units do not depend on one another.
+A formula gets all units or only some of them. The loss of a unit must not depend on other units, except for unit="batch".
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from .prepare import How, Request, request
 from .shards import Span, span_of
 from .token_stats import apart, check_sources, pack_stats, token_stats
 
-EACH = {"sequence": 1, "pair": 2}  # sequences a unit
-REF = "ref_logps"  # among the extras, where the reference comes as log-probs
-NUMBERS = ("logps", REF, "lse", "entropy", "collision")  # of a token, beside divergences and extras
+EACH = {"sequence": 1, "pair": 2}  # number of sequences in a unit
+REF = "ref_logps"  # name among the extras, where the reference is given as log-probs
+NUMBERS = ("logps", REF, "lse", "entropy", "collision")  # per token, apart from divergences and extras
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a formula sees of some sequences: numbers of their n tokens, one sequence after another; where mask is False they
-    are 0. For pairs, the chosen sequences come first and the rejected second.
+    """The numbers that a formula gets for some sequences with n tokens, one sequence after another.
+
+    They are 0 where mask is False. For pairs, the chosen sequences come first and the rejected second.
 
     logps, ref_logps, lse, entropy, collision, correct [n] and divergence {name: [n]}: as in TokenStats. ref_logps is [S] where
     only sums over sequences are known (ref_summed). extra: the caller's per_token [n] and per_sequence [S] tensors, by name.
@@ -57,14 +58,14 @@ class Tokens:
     correct: Tensor | None = None
 
     def sums(self, x: Tensor) -> Tensor:
-        """[n] -> [S], over the tokens that count."""
+        """Return the sums [S] of x [n] over the tokens of each sequence that count."""
         x = x.masked_fill(~self.mask, 0)
         if self.cu_seqlens is None:
             return x.view(self.sequences, len(x) // max(1, self.sequences)).sum(1)
         return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens.long(), initial=0.0, unsafe=True)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[S] -> [n]: each sequence's number at its tokens."""
+        """Return x [S] repeated [n]: each token gets the number of its sequence."""
         n = len(self.mask)
         if self.cu_seqlens is None:
             return x[:, None].expand(-1, n // max(1, self.sequences)).reshape(-1)
@@ -72,17 +73,22 @@ class Tokens:
 
     @property
     def lengths(self) -> Tensor:
-        """[S], the tokens that count."""
+        """Return the number of tokens that count in each sequence [S]."""
         return self.sums(self.mask.to(self.logps.dtype))
 
     def log_ratios(self) -> Tensor:
-        """[S], sum_t log p - log q, token by token where both are known so, for there it is small."""
+        """Return sum_t (log p - log q) for each sequence [S], or sum_t log p without a reference.
+
+        Where the reference is known per token, the difference is computed per token, because it is small there.
+        """
         if self.ref_logps is None:
             return self.sums(self.logps)
         ref = self.ref_logps.to(self.logps.dtype)
         return self.sums(self.logps) - ref if self.ref_summed else self.sums(self.logps - ref)
 
     def detached(self) -> Tokens:
+        """Return the same numbers without a graph."""
+
         def bare(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.detach()
 
@@ -91,7 +97,10 @@ class Tokens:
         return replace(self, divergence=divergence, extra={n: x.detach() for n, x in self.extra.items()}, **numbers)  # type: ignore[arg-type]
 
     def whole(self, span: Span, tokenwise: Sequence[str]) -> Tokens:
-        """Of all ranks' parts of the time axis. tokenwise: the extras that are per token."""
+        """Return the tokens of all ranks' parts of the time axis.
+
+        tokenwise: the names of the extras that have one number per token.
+        """
         if span.group is None:
             return self
         own = {n: getattr(self, n) for n in (*NUMBERS, "mask", "correct") if n != REF or not self.ref_summed}
@@ -105,7 +114,7 @@ class Tokens:
         )
 
     def pair_term(self, name: str, link: Divergence, beta: float, *params: float) -> Tensor:
-        """A margin-shaped loss of core/margin_losses.py [B], in one kernel."""
+        """Compute a loss of core/margin_losses.py [B], which is a function of the margin, in one kernel."""
         logits_ops.check_plain("preference_loss", self.logps, self.ref_logps)
         dtype = self.logps.dtype if self.logps.dtype == torch.float64 else None
         return logits_ops.pair_loss(
@@ -118,7 +127,9 @@ Formula = Callable[[Tokens], Tensor]
 
 
 class Evaluated(NamedTuple):
-    losses: Tensor  # of the units: [S], [B]; for tokens as the mask is shaped, or flat where reduced
+    """The result of evaluate()."""
+
+    losses: Tensor  # of the units: [S], [B]; for tokens in the shape of the mask, or flat where reduced
     stats: TokenStats
     tokens: Tokens  # of all sequences, without a graph: for metrics
 
@@ -143,14 +154,15 @@ def evaluate(
     inplace_backward: bool = False,
     how: How = How(),  # noqa: B008
 ) -> Evaluated:
-    """The losses of all units, with their graph.
+    """Compute the losses of all units, with their graph.
 
-    unit: "token"; "sequence": row s of labels [S, T], or of packed labels from cu_seqlens[s] to [s + 1]; "pair": sequences
-    s and B + s of 2B; or "batch", for a formula that cannot be split. per_token: tensors shaped as the mask; per_sequence:
-    [S]. reduced: the caller sums or averages the losses, so that the gradient may be found in the forward.
+    unit: "token"; "sequence": row s of labels [S, T], or the packed labels from cu_seqlens[s] to cu_seqlens[s + 1]; "pair":
+    sequences s and B + s of 2B; or "batch", for a formula that cannot be split. per_token: tensors in the shape of the mask;
+    per_sequence: tensors [S]. reduced: the caller sums or averages the losses, so the gradient may be computed in the forward.
 
-    sequence_group: the time axis is split over its ranks (shards.py). The formula sees all tokens. The stats are this rank's,
-    and so are losses of tokens that are not reduced; of what comes in, per_token is this rank's and per_sequence is all.
+    sequence_group: the time axis is split over its ranks (shards.py). The formula gets all tokens. The returned stats are
+    those of this rank, and so are losses of tokens that are not reduced. The inputs per_token are those of this rank, the
+    inputs per_sequence those of all ranks.
     """
     policy, source = as_source("policy", policy), None if ref is None else as_source("ref", ref)
     cu_seqlens = None if cu_seqlens is None else ordinary(cu_seqlens)
@@ -195,7 +207,7 @@ def evaluate(
     else:
         if isinstance(source, LogProbs):
             (extra if summed else tokenwise)[REF] = source.logps if summed else given_logps("ref", source, mask)
-        for n, x in tokenwise.items():  # shifted, the last position predicts nothing
+        for n, x in tokenwise.items():  # with shift, the last position predicts nothing
             extra[n] = (torch.nn.functional.pad(x, (0, 1)) if shift else x).reshape(-1)
         job = _Job(
             formula, call._replace(tensors=()), divergences, units, sequences, tuple(tokenwise), tuple(extra), summed,
@@ -210,7 +222,10 @@ def evaluate(
 
 
 def _summed(source: LogProbs, labels: Tensor, sequences: int, span: Span, how: How) -> bool:
-    """Whether log-probs are one per sequence. A rank with as many tokens as there are sequences cannot tell, others can."""
+    """Return whether the reference's log-probs are one number per sequence.
+
+    On a rank with as many tokens as there are sequences the shape does not show it; the other ranks of the group decide.
+    """
     one_each = source.logps.shape == (sequences,)
     own = one_each and labels.shape != (sequences,)
     if labels.dim() > 1 or how.static_shapes or span.group is None:
@@ -226,7 +241,7 @@ def _summed(source: LogProbs, labels: Tensor, sequences: int, span: Span, how: H
 
 
 def _units(unit: str, labels: Tensor, cu_seqlens: Tensor | None, how: How) -> Units | None:
-    """The units as the plan "rows" needs them; None where it is out of the question."""
+    """Return the units as the plan "rows" needs them, or None where that plan is not possible."""
     if torch.compiler.is_compiling() or unit == "batch":
         if how.plan == "rows":
             why = "this loss looks at the whole batch" if unit == "batch" else "torch.compile does not see through it"
@@ -245,7 +260,7 @@ def _request(
     policy: Hidden, labels: Tensor, source: Logits | Hidden | LogProbs | None, divergences: tuple[Divergence, ...],
     options: dict[str, Any], how: How, units: Units,
 ) -> Request | None:  # fmt: skip
-    """The call, where its plan is "rows"."""
+    """Return the request of the call if its plan is "rows", else None."""
     check_sources(policy, labels, source, divergences)
     y = shifted_labels(labels, options["shift"], options["ignore_index"])
     other = None if isinstance(source, LogProbs) else source
@@ -256,10 +271,13 @@ def _request(
 
 @contextmanager
 def _graph_of_our_own() -> Iterator[None]:
-    """Autograd, inside a forward too, whose saved tensors do not meet the caller's hooks. A checkpoint around model and loss
-    would run the model again when such a tensor is read; offloading would copy it to and fro."""
+    """Enable autograd, also inside a forward, without the caller's hooks for saved tensors.
+
+    With these hooks, a checkpoint around model and loss would run the model again when such a tensor is read, and
+    offloading would copy the tensor to other memory and back.
+    """
     with torch.enable_grad():
-        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:  # then there are none
+        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:  # none can be set
             yield
             return
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
@@ -267,7 +285,7 @@ def _graph_of_our_own() -> Iterator[None]:
 
 
 class _Job(NamedTuple):
-    """A call in the plan "rows", without its tensors."""
+    """Describe a call in the plan "rows", without its tensors."""
 
     formula: Formula
     call: Request
@@ -275,7 +293,7 @@ class _Job(NamedTuple):
     units: Units
     sequences: int
     tokenwise: tuple[str, ...]  # extras that have a number per row; the others have one per sequence
-    names: tuple[str, ...]  # of all extras, in order
+    names: tuple[str, ...]  # the names of all extras, in order
     summed: bool
     ref: bool  # the reference is a distribution
 
@@ -284,7 +302,10 @@ class _Job(NamedTuple):
         return labels.reshape(-1) != self.call.options.ignore_index
 
     def outputs(self, found: list[Tensor]) -> Outputs:
-        """From the operator's tensors, empty where nothing was asked for. (The last, what backward needs, is not looked at.)"""
+        """Return the operator's tensors as Outputs, with None for those that were not asked for.
+
+        The field saved, which backward needs, is not used here: logps fills its place.
+        """
         logps, ref_logps, lse, entropy, div, hit, collision = found[:7]
         options = self.call.options
         return Outputs(
@@ -304,7 +325,10 @@ class _Job(NamedTuple):
         self, out: Outputs, extra: dict[str, Tensor], mask: Tensor, cu: Tensor | None, sequences: int,
         g: Tensor | None = None,
     ) -> tuple[Tensor, Grads, list[Tensor | None]]:  # fmt: skip
-        """The losses; and of g . losses, or their sum, the gradients at the statistics and at the extras that want one."""
+        """Return the losses, and the gradients at the statistics and at the extras that require one.
+
+        The gradients are those of the sum of g * losses, or of the sum of the losses where g is None.
+        """
         with _graph_of_our_own():
             own = {name: getattr(out, name) for name in ("logps", "lse", "entropy", "div")}
             leaves = {name: x.detach().requires_grad_() for name, x in own.items() if x is not None}
@@ -320,24 +344,30 @@ class _Job(NamedTuple):
 
 
 class _Scale(NamedTuple):
-    """By what gradients that were found for 1 are multiplied, so that those of another g are finite, or not, where
-    hidden_stats_backward leaves them so: zeros of what does not count stay zeros."""
+    """The factors that turn gradients for an incoming gradient of 1 into gradients for another incoming gradient g.
 
-    rows: Tensor  # [rows], for what has one row for each
-    head: Tensor  # 0-d, for what all rows are summed up in
+    The results are finite, or not finite, at the same places as those of hidden_stats_backward. Zeros of what does not count
+    stay zeros.
+    """
+
+    rows: Tensor  # [rows], for gradients that have one row for each
+    head: Tensor  # 0-d, for gradients that are sums over all rows
     vocab: int
 
     @classmethod
     def of(cls, g: Tensor, to_rows: list[Tensor | None], counts: Tensor, vocab: int) -> _Scale:
-        """to_rows: what the formula makes of g, gradients [..., rows]."""
+        """Return the factors for g. to_rows: the gradients [..., rows] that the formula computes from g."""
         known = [x.isfinite().view(-1, len(counts)).all(0) for x in to_rows if x is not None and x.numel()]
         lost = counts & ~torch.stack(known).all(0) if known else torch.zeros_like(counts)
-        g = g.masked_fill(~g.isfinite(), 0)  # what such a g reaches is lost
+        g = g.masked_fill(~g.isfinite(), 0)  # rows that such a g reaches are in lost
         return cls(g.masked_fill(lost, float("nan")), g.masked_fill(lost.any(), float("nan")), vocab)
 
     def __call__(self, x: Tensor, dtype: torch.dtype, over: str) -> Tensor:
-        """x scaled, in its place where it has this dtype. over: what its first dimension is, "tokens" of the vocabulary with
-        padding at the end, or "rows" with what follows it."""
+        """Return x scaled, in the memory of x where x has this dtype.
+
+        over: "rows" if all dimensions of x but the last are the rows; "tokens" if its first dimension is the vocabulary with
+        padding at the end, which becomes 0; "all" if there is no padding.
+        """
         out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
         if over == "rows":
             n, width = len(self.rows), x.shape[-1]
@@ -350,7 +380,10 @@ class _Scale(NamedTuple):
 
 
 class _Known(torch.autograd.Function):
-    """The losses of the units and the outputs of hidden_stats, with the gradient of the sum of the losses on the way."""
+    """Compute the losses of the units and the outputs of hidden_stats.
+
+    The forward also computes the gradient of the sum of the losses.
+    """
 
     @staticmethod
     def forward(ctx, job, cu_seqlens, labels, *tensors):  # type: ignore[no-untyped-def]
@@ -386,9 +419,12 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @logits_ops.once("token_stats")
     def backward(ctx, g_losses, *grads):  # type: ignore[no-untyped-def]
-        """The gradients found in the forward hold for equal gradients of all losses, and are given away, scaled where they
-        lie; anything else, and a second time, takes them anew. The formula is differentiated in either case: it is small, and
-        says which rows a gradient that is not finite reaches."""
+        """Return the gradients that the forward computed, scaled, or compute them again.
+
+        Those of the forward are correct where the incoming gradients of all losses are equal. They are scaled in place and
+        returned once. In all other cases, and in a second backward, hidden_stats_backward computes them again. The formula is
+        differentiated in both cases: it is small, and shows which rows a gradient that is not finite reaches.
+        """
         job, saved, flags = ctx.job, ctx.saved_tensors, ctx.needs_input_grad[3:]
         end = 12 + len(job.names)
         cu_seqlens, labels, tensors, extras = saved[0], saved[1], saved[2:12], saved[12:end]

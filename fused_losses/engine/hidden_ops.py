@@ -1,4 +1,4 @@
-"""The operators for hidden states: schema, fake shapes, autograd. The work is in plan_chunks.py.
+"""Define the operators for hidden states: schema, fake shapes, autograd. The computation is in plan_chunks.py.
 
 fused_losses::hidden_stats -> hidden_stats_backward
 """
@@ -29,6 +29,8 @@ _OPTIONS = (
 
 
 class Options(NamedTuple):
+    """The arguments of the operators that are not tensors, in their order."""
+
     scaling: float
     ref_scaling: float
     divergences: str
@@ -58,6 +60,7 @@ class Options(NamedTuple):
 
 
 def sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
+    """Return the tensors of the policy, and of the reference or None."""
     for side, head in (("policy", tensors[2]), ("ref", tensors[7])):
         if head is not None and head.dim() != 2:
             raise RuntimeError(
@@ -71,12 +74,15 @@ def sides(tensors: tuple, options: Options) -> tuple[Inputs, Inputs | None]:
 
 
 def sides_of(request) -> tuple[Inputs, Inputs | None]:  # type: ignore[no-untyped-def]
-    """Policy and reference of a hidden.Request."""
+    """Return the tensors of policy and reference of a prepare.Request."""
     return sides(request.tensors, request.options)
 
 
 def _factors(policy: Inputs, ref: Inputs | None, i: int) -> list[tuple[Any, Any, torch.dtype]]:
-    """Each side that has a head, its hidden states (0) or weight (1), and the dtype in which they are multiplied."""
+    """Return each side that has a head, with one of its factors and the dtype in which the factors are multiplied.
+
+    i: 0 for the hidden states, 1 for the weight.
+    """
     sides = [s for s in (policy, ref) if s is not None and s.weight is not None]
     return [(s, s[i], s.x.dtype if mixed(s.x.device) else stats_dtype(s.x)) for s in sides]
 
@@ -85,7 +91,10 @@ def facts_of(
     problem: Problem, policy: Inputs, ref: Inputs | None, rows: int, backend: str, wanted: tuple[bool, ...] | list[bool],
     unit: int = 0, static: bool = False,
 ) -> Facts:  # fmt: skip
-    """What the planner asks. wanted: gradients of the ten tensors, in the order of the op."""
+    """Return what the planner needs to know of a call.
+
+    wanted: for each of the ten tensors, in the order of the operator, whether its gradient is needed.
+    """
     sums = max(stats_dtype(s.x).itemsize for s in (policy, ref) if s is not None)
     casts = [0, 0]
     for i in (0, 1):
@@ -106,7 +115,7 @@ def facts_of(
 
 
 def check_labels(problem: Problem, backend: str, labels: Tensor) -> None:
-    """The torch backend raises on a label out of range; Triton gives NaN for its row."""
+    """Raise on a label out of range, on the torch backend only: Triton returns NaN for its row."""
     if backend == "torch":
         torch_backend.check_labels(labels, problem)
 
@@ -123,13 +132,16 @@ def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plan_chunks.C
 
 
 def dtype_of(policy: Inputs, ref: Inputs | None) -> torch.dtype:
-    """Of the statistics."""
+    """Return the dtype of the statistics."""
     dtypes = {stats_dtype(s.x) for s in (policy, ref) if s is not None}
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _kept_shape(tensors: tuple, options: Options, wanted: list[bool]) -> tuple[int, ...]:
-    """Of what forward keeps beside the rows' numbers: sums of a frozen head, or all logits; the rows that count come first."""
+    """Return the shape of what forward keeps for backward in addition to the numbers of the rows.
+
+    It keeps sums in the plan "frozen", all logits in the plan "whole". The rows that count come first.
+    """
     problem, rows = options.problem(), tensors[0].numel()
     if options.plan == "frozen":
         return 1 + problem.entropy + len(plan_frozen.bases(problem)), rows, sides(tensors, options)[0].hidden
@@ -139,7 +151,10 @@ def _kept_shape(tensors: tuple, options: Options, wanted: list[bool]) -> tuple[i
 
 
 def _allocate(tensors: tuple, options: Options, wanted: list[bool]) -> list[Tensor]:
-    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, collision, saved, and what _kept_shape says."""
+    """Return zeros for logps, ref_logps, lse, entropy [rows], divergences [n, rows], hit, collision, saved and keep.
+
+    keep has the shape that _kept_shape returns.
+    """
     labels, ref_x = tensors[0], tensors[6]
     problem, rows = options.problem(), labels.numel()
     dtype = dtype_of(*sides(tensors, options))
@@ -183,7 +198,7 @@ _GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy
 
 
 def _like(tensors: tuple, wanted: list[bool]) -> list[Tensor]:
-    """Shapes of the gradients: logits' are laid out as the logits, others are contiguous."""
+    """Return empty gradients: those of logits have the memory layout of the logits, the others are contiguous."""
     kept = torch.preserve_format
     logits = [tensors[i] is None and x is not None for i, x in ((2, tensors[1]), (7, tensors[6]))]
     formats = [kept if logits[0] else torch.contiguous_format] * 5 + [
@@ -198,13 +213,13 @@ def _like(tensors: tuple, wanted: list[bool]) -> list[Tensor]:
     f"({_GRADS}, Tensor logps, Tensor saved, Tensor keep, {_TENSORS}, {_OPTIONS}, bool[] wanted) -> Tensor[]",
 )  # fmt: skip
 def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
-    """Gradients of the wanted ones of the ten tensors, in their order."""
+    """Return the gradients of those of the ten tensors that need one, in their order."""
     grads, (logps, saved, keep), tensors = args[:5], args[5:8], args[8:19]
     options, wanted = Options(*args[19:-1]), args[-1]
-    if options.plan == "rows":  # what forward found does not hold: anew
+    if options.plan == "rows":  # the gradients that forward found are not valid here: compute them again
         options = options._replace(plan="slices")
     if not any(wanted[5:]) and (args[4] is None or not args[4].numel()):
-        tensors = (*tensors[:6], *[None] * 5)  # w is not needed: nor are the reference's rows
+        tensors = (*tensors[:6], *[None] * 5)  # neither w nor the reference's rows are needed
     call = _call(tensors, options, wanted)
 
     def compact(x: Tensor) -> Tensor:
@@ -224,9 +239,9 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
         (3, tensors[2]),
         (5, tensors[7]),
         (8, tensors[7]),
-    ):  # x and a: the same on all ranks
+    ):  # x and a are the same on all ranks
         if wanted[i] and weight is not None and (gradient := found[i]) is not None:
-            found[i] = options.shard.summed(gradient).to(tensors[i + 1].dtype)  # after the sum, for parts cancel
+            found[i] = options.shard.summed(gradient).to(tensors[i + 1].dtype)  # after the sum: parts may cancel
     return [g for g, flag in zip(found, wanted, strict=True) if flag]
 
 
@@ -243,7 +258,7 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gradients(ctx, grads, tensors, logps, saved, keep):  # type: ignore[no-untyped-def]
-    """Of all eleven tensors, None where not wanted."""
+    """Return the gradients of all eleven tensors, None where not wanted."""
     wanted = list(ctx.needs_input_grad[1:11])
     found = iter(hidden_stats_backward(*grads, logps, saved, keep, *tensors, *ctx.options, wanted))
     return [None, *(next(found) if flag else None for flag in wanted)]
@@ -259,7 +274,10 @@ once_differentiable(hidden_stats_backward, "token_stats")
 
 
 def log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:
-    """The reference's per row, in slices: so row blocks hold the logits of one model only."""
+    """Return the reference's log-probs per row, computed in slices of the vocabulary.
+
+    So blocks of rows hold the logits of one model only.
+    """
     problem = Problem((), False, False, False, options.ignore_index, options.vocab, *options[9:11], 0.0, 1.0)
     facts = facts_of(problem, ref, None, labels.numel(), options.backend, [False] * 10)
     backend, plan = backend_module(options.backend), choose(facts, "slices", options.workspace)

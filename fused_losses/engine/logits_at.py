@@ -1,7 +1,7 @@
-"""token_stats, and the logits at K tokens of each row: what a teacher's top-k log-probs are compared with.
+"""Compute token_stats and the logits at K tokens of each row, to compare with a teacher's top-k log-probs.
 
 From logits they are gathered, and the gradients of both are one tensor of the logits' size, rounded once. From hidden states
-they are x . W[ids], a few rows at a time: the rows of the head that are gathered take BYTES at most, or one row's.
+they are x . W[ids], a few rows at a time: the gathered rows of the head take at most BYTES, or what one row x needs.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def stats_at(
     policy: Logits | Hidden, labels: Tensor, ids: Tensor, keep: Tensor, *, entropy: bool = False, shift: bool = False,
     ignore_index: int = -100, inplace_backward: bool = False, **how: Any,
 ) -> tuple[TokenStats, Tensor]:  # fmt: skip
-    """token_stats, and the logits [..., K] at ids [..., K] as the head's options leave them, in the dtype of the statistics.
+    """Return token_stats, and the logits [..., K] at ids [..., K] in the dtype of the statistics.
 
-    keep [..., K]: the entries that matter; others are 0, and no gradient reaches them. Ids may repeat. One that is not a token
-    is an error on a CPU, and NaN elsewhere. A second differentiation is an error.
+    The head's options (softcap, multiplier) are applied to the logits. keep [..., K]: the entries that count; the others are
+    0, and get no gradient. Ids may repeat. An id that is not a token raises on a CPU, and gives NaN elsewhere. A second
+    differentiation raises.
     """
     if policy.process_group is not None:
         raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
@@ -82,7 +83,7 @@ def _from_logits(
 
 
 class _LogitsAt(torch.autograd.Function):
-    """Log-probs of the labels, lse, entropy and hits [rows], and the logits at ids."""
+    """Compute log-probs of the labels, lse, entropy and hits [rows], and the logits at ids."""
 
     @staticmethod
     def forward(ctx, x, labels, ids, keep, problem, inplace):  # type: ignore[no-untyped-def]
@@ -101,7 +102,10 @@ class _LogitsAt(torch.autograd.Function):
     @staticmethod
     @logits_ops.once("token_stats")
     def backward(ctx, g_logps, g_lse, g_entropy, _, g_z):  # type: ignore[no-untyped-def]
-        """dz_v = g_lse p_v - g_entropy p_v (log p_v + H), and at an id what arrives there: that sum is rounded once."""
+        """Compute dz_v = g_lse p_v - g_entropy p_v (log p_v + H), and add the incoming gradients at their ids.
+
+        That sum is rounded once.
+        """
         x, labels, ids, keep, counts, raw, lse, entropy, saved = ctx.saved_tensors
 
         def shaped(g):  # type: ignore[no-untyped-def]
@@ -124,7 +128,7 @@ class _LogitsAt(torch.autograd.Function):
 
 
 def summed(ids: Tensor, x: Tensor) -> Tensor:
-    """x [..., K] summed over equal ids of a row: the same at each of them."""
+    """Sum x [..., K] over equal ids of a row, and return the same sum at each of them."""
     ordered, order = ids.sort(-1)
     group = pad(ordered[..., 1:] != ordered[..., :-1], (1, 0)).cumsum(-1)
     group = torch.empty_like(group).scatter_(-1, order, group)
@@ -139,15 +143,15 @@ def _tensors(inputs: Inputs) -> tuple[Any, ...]:
 
 
 class _Gathered:
-    """Rows of hidden states beside those rows of the head that they are multiplied with, block by block."""
+    """The rows of hidden states and the rows of the head that they are multiplied with, block by block."""
 
     def __init__(self, ids: Tensor, keep: Tensor, inputs: Inputs):
         self.side = HiddenSide(inputs, None)
         self.ids, self.keep = ids.reshape(-1, ids.shape[-1]), keep.reshape(-1, ids.shape[-1])
-        self.counts = self.keep.any(-1, keepdim=True)  # what other rows hold may be anything
+        self.counts = self.keep.any(-1, keepdim=True)  # other rows may hold any value
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Numbers of rows, (x, x A') [rows, H + rank], and (W, B) at their ids [rows, K, H + rank]."""
+        """Yield a slice of the rows, (x, x A') [rows, H + rank], and (W, B) at their ids [rows, K, H + rank]."""
         side, (n, k) = self.side, self.ids.shape
         heads = [w for w in (side.inputs.weight, side.inputs.b) if w is not None]
         width = sum(w.shape[1] for w in heads)
@@ -159,7 +163,7 @@ class _Gathered:
 
 
 class _HiddenAt(torch.autograd.Function):
-    """The logits [..., K] of hidden states [..., H] at ids [..., K], 0 where keep is False."""
+    """Compute the logits [..., K] of hidden states [..., H] at ids [..., K], 0 where keep is False."""
 
     @staticmethod
     def forward(ctx, ids, keep, softcap, multiplier, scaling, *tensors):  # type: ignore[no-untyped-def]
@@ -191,7 +195,7 @@ class _HiddenAt(torch.autograd.Function):
         for r, x, gathered in rows.blocks():
             flat = rows.ids[r].reshape(-1)
             if to_x or to_a:
-                back = torch.bmm(g[r].unsqueeze(1), gathered).squeeze(1)  # at x, and beside it at x A'
+                back = torch.bmm(g[r].unsqueeze(1), gathered).squeeze(1)  # at x, and in the last columns at x A'
                 low = back[:, width:] * ctx.scaling
                 if dx is not None:
                     dx.view(-1, width)[r] = back[:, :width] if tensors[3] is None else torch.addmm(

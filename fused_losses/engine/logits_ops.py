@@ -1,9 +1,10 @@
-"""The operators that torch sees: schema, shapes (fake), autograd. Nothing else knows about dispatch.
+"""Define the operators that torch sees: schema, shapes (fake), autograd. No other layer handles dispatch.
 
     fused_losses::token_stats            -> token_stats_backward | token_stats_backward_ (gradient in place of the logits)
     fused_losses::pair_loss              -> pair_loss_backward
 
-Divergences and losses travel by name. A second differentiation raises, and so does what torch would leave out in silence.
+Operators take divergences and losses by name. A second differentiation raises, and so do derivatives that torch would
+silently omit.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from ..core.margin_losses import TERMS
 
 
 def operator(name: str, schema: str, mutates_args: tuple[str, ...] = ()) -> Callable:
-    """torch.library.custom_op, in the first of the namespaces fused_losses, fused_losses_2, ... that has no such name.
+    """Return custom_op (torch.library) in the first namespace of fused_losses, fused_losses_2, ... without this name.
 
-    The name is taken where this package was loaded before in the process: from another folder, in another version, after
-    sys.modules lost it, or where a module is reloaded. custom_op would destroy that operator, which graphs and callers hold.
+    The name is not free where this package was loaded before in the process: from another folder, in another version, after
+    sys.modules lost it, or where a module is reloaded. custom_op would destroy that operator, which graphs and callers use.
     """
     namespaces = chain(["fused_losses"], (f"fused_losses_{i}" for i in count(2)))
     free = next(space for space in namespaces if not hasattr(getattr(torch.ops, space), name))
@@ -36,7 +37,10 @@ def operator(name: str, schema: str, mutates_args: tuple[str, ...] = ()) -> Call
 
 
 def check_plain(name: str, *tensors: Tensor | None) -> None:
-    """Refuses torch.func, and forward-mode derivatives of tensors: through the operators the latter would be zero."""
+    """Raise under torch.func, and for tensors with forward-mode derivatives.
+
+    Through the operators, forward-mode derivatives would be zero.
+    """
     what = "those of torch.func (grad, vjp, jvp, vmap, ...)" if torch._C._are_functorch_transforms_active() else ""
     if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
         what = what or "forward-mode derivatives"
@@ -47,7 +51,7 @@ def check_plain(name: str, *tensors: Tensor | None) -> None:
         )
 
 
-# One row of arguments describes the problem in every op below, in the order of layout.Problem.
+# These arguments describe the problem in every operator below, in the order of layout.Problem.
 _PROBLEM = (
     "str divergences, bool entropy, bool collision, bool shift, int ignore_index, int vocab, "
     "float softcap, float multiplier, float ref_softcap, float ref_multiplier, str backend"
@@ -84,7 +88,10 @@ def _allocate(policy: Tensor, ref: Tensor | None, problem: Problem) -> list[Tens
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def token_stats(policy, labels, ref, *rest):  # type: ignore[no-untyped-def]
-    """logps, ref_logps, lse, entropy [rows], divergences [n, rows], argmax hit, collision [rows], and what backward needs."""
+    """Compute logps, ref_logps, lse, entropy, divergences, argmax hit, collision, and what backward needs.
+
+    Divergences are [n, rows], the other statistics [rows].
+    """
     problem, backend = _problem(*rest[:-1])
     out = _allocate(policy, ref, problem)
     if out[0].numel():
@@ -106,7 +113,7 @@ _GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy
 
 
 def _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw):  # type: ignore[no-untyped-def]
-    grads = tuple(None if g is None or g.numel() == 0 else g.contiguous() for g in grads)  # empty: not an output here
+    grads = tuple(None if g is None or g.numel() == 0 else g.contiguous() for g in grads)  # empty: no output here
     grads = effective(grads, problem.vocab)
     if saved.shape[1]:
         backend_module(backend).backward(problem, policy, labels, ref, saved, grads, dz, dw)
@@ -117,7 +124,7 @@ def _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw): 
     f"({_GRADS}, Tensor policy, Tensor labels, Tensor? ref, {_PROBLEM}, bool to_policy, bool to_ref) -> Tensor[]",
 )  # fmt: skip
 def token_stats_backward(*args):  # type: ignore[no-untyped-def]
-    """[gradient to the policy logits] and [gradient to the reference logits], each where wanted."""
+    """Return a list of the gradient of the policy logits and that of the reference logits, each where wanted."""
     grads, (saved, policy, labels, ref), rest = args[:5], args[5:9], args[9:]
     (problem, backend), (to_policy, to_ref) = _problem(*rest[:-2]), rest[-2:]
     dz = torch.empty_like(policy) if to_policy else None
@@ -138,8 +145,11 @@ def _(*args):  # type: ignore[no-untyped-def]
     mutates_args=("policy",),
 )  # fmt: skip
 def token_stats_backward_(*args):  # type: ignore[no-untyped-def]
-    """As token_stats_backward, the policy gradient written over the policy logits; returns that to the reference (empty:
-    none). Not a list, which torch.compile does not take from an operator that writes."""
+    """Write the policy gradient over the policy logits, and return that of the reference (empty: none).
+
+    All else is as in token_stats_backward. The result is not a list, because torch.compile does not accept a list from an
+    operator that writes to its inputs.
+    """
     grads, (saved, policy, labels, ref), rest = args[:5], args[5:9], args[9:]
     (problem, backend), (_, to_ref) = _problem(*rest[:-2]), rest[-2:]
     dw = torch.empty_like(ref) if to_ref else None
@@ -178,7 +188,7 @@ def _again(name: str) -> RuntimeError:
 
 
 def once_differentiable(op, name: str) -> None:  # type: ignore[no-untyped-def]
-    """A second derivative is an error in words, not a missing-formula message."""
+    """Make a second derivative raise a clear error, instead of torch's message about a missing formula."""
 
     def refuse(ctx, *grads):  # type: ignore[no-untyped-def]
         raise _again(name)
@@ -187,7 +197,7 @@ def once_differentiable(op, name: str) -> None:  # type: ignore[no-untyped-def]
 
 
 class _Refuse(torch.autograd.Function):
-    """A gradient that depends on others, in a way that is an error to ask for."""
+    """Return a gradient that depends on other tensors. To differentiate it with respect to them raises."""
 
     @staticmethod
     def forward(ctx, name, gradient, *others):  # type: ignore[no-untyped-def]
@@ -200,8 +210,11 @@ class _Refuse(torch.autograd.Function):
 
 
 def once(name: str) -> Callable[[Callable], Callable]:
-    """The same for the backward of an autograd.Function that saves its inputs. (torch's own once_differentiable joins no
-    graph: a second derivative with respect to given tensors is None, which torch.autograd.functional takes for zero.)"""
+    """Return a decorator for the backward of an autograd.Function that makes a second derivative raise.
+
+    The Function must save its inputs. (torch's own once_differentiable adds nothing to the graph: a second derivative with
+    respect to given tensors is None, which torch.autograd.functional treats as zero.)
+    """
 
     def decorate(backward: Callable) -> Callable:
         @wraps(backward)
@@ -238,7 +251,7 @@ def _allocate_pairs(logps: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Per-token numbers, small beside the logits."""
+    """Return contiguous tensors. They hold per-token numbers, which are small compared with the logits."""
     return [None if x is None else x.contiguous() for x in tensors]
 
 
@@ -247,7 +260,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     f"(Tensor logps, Tensor? ref_logps, Tensor mask, Tensor? cu_seqlens, {_PAIR}) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 def pair_loss(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
-    """losses [B], sequence log-probs of policy and reference [2B], dloss/dh [2B] for backward."""
+    """Compute losses [B], sequence log-probs of policy and reference [2B], and dloss/dh [2B] for backward."""
     problem, backend = pair_problem(*rest)
     out = _allocate_pairs(logps, problem.sequences)
     if problem.sequences:

@@ -1,5 +1,7 @@
-"""Statistics of a part of the vocabulary, and the rule by which disjoint parts merge: what slices do, and what ranks that
-share a vocabulary need. The arithmetic is moments.merge."""
+"""Compute statistics of a part of the vocabulary, and merge those of disjoint parts.
+
+Slices of the vocabulary are merged in the same way, and so are ranks that share a vocabulary. The arithmetic is moments.merge.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,12 @@ from .prepare import How, request
 
 @dataclass(frozen=True)
 class PartialStats:
-    """The sums of rows over some tokens of the vocabulary. No gradient.
+    """The sums of rows over some tokens of the vocabulary. They have no gradient.
 
     state: [14 + 3 powers, rows], the rows of moments.SIDES: shift, sum of exponentials, largest logit, label's logit
-    (-inf if it is elsewhere) of the policy, the like of the reference, the moments of their difference, and the policy's
-    sum of squares; then three for each power that a divergence needs. One tensor, so that ranks can exchange it. Shifts are
-    in nats on the torch backend, in bits on Triton: parts of one backend merge.
+    (-inf if it is elsewhere) of the policy, the same of the reference, the moments of their difference, and the policy's
+    sum of squares; then three rows for each power that a divergence needs. It is one tensor, so that ranks can exchange it.
+    Shifts are in nats on the torch backend, in bits on Triton: only parts of the same backend can be merged.
     """
 
     state: Tensor
@@ -38,7 +40,7 @@ class PartialStats:
     backend: str
 
     def close(self) -> TokenStats:
-        """What token_stats gives, once the parts make up the whole vocabulary."""
+        """Return what token_stats returns. The merged parts must make up the whole vocabulary."""
         problem = plan_chunks.plain_problem(self.divergences, self.entropy, self.collision, self.ignore_index, self.end)
         labels = self.labels.reshape(-1)
         out = plan_chunks.blank(problem, labels, self.ref, self.state.dtype)
@@ -58,13 +60,15 @@ def partial_stats(
     policy: Source, labels: Tensor, ref: Source | None = None, *, first: int = 0, divergence: Asked = None,
     entropy: bool = False, collision: bool = False, ignore_index: int = -100, workspace: int | None = None,
 ) -> PartialStats:  # fmt: skip
-    """token_stats over the tokens `first` onwards that these columns (of logits, or rows of a head) stand for.
+    """Compute token_stats over a part of the vocabulary: the tokens from `first` onwards.
+
+    The sources hold only the columns of the logits, or the rows of the head, of these tokens.
 
         logits = torch.cat(columns, -1):   merge_stats([partial_stats(c, labels, first=at) for c, at in ...]).close()
                                            equals token_stats(logits, labels)
 
-    Arguments as there; labels hold ids of the whole vocabulary. Divergences that need a second sweep over normalised
-    probabilities (js, total_variation, the skewed KLs, alpha_beta) raise.
+    The other arguments are those of token_stats; labels hold ids of the whole vocabulary. Divergences that need a second
+    sweep over normalised probabilities (js, total_variation, the skewed KLs, alpha_beta) raise ValueError.
     """
     labels, asked = check_labels(labels), parse(divergence)
     if second := [d.key for d in asked if d.row is None]:
@@ -94,7 +98,7 @@ def partial_stats(
 
 
 def merge_stats(parts: Sequence[PartialStats]) -> PartialStats:
-    """The sums over disjoint parts together, in any order and any grouping."""
+    """Merge the sums over disjoint parts of the vocabulary, in any order and any grouping."""
     if not parts:
         raise ValueError("parts: expected at least one PartialStats, got none")
     first, *others = parts

@@ -1,6 +1,6 @@
-"""The loops over tiles behind fl.Hidden: forward and backward. Beside it: plan_frozen.py, and plan_rows.py.
+"""Loop over tiles of logits for fl.Hidden sources, forward and backward. See also plan_frozen.py and plan_rows.py.
 
-A backend (torch_backend or kernels/launch) does what happens to a tile of logits, projection.py does the products.
+A backend (torch_backend or kernels/launch) computes on a tile of logits; projection.py computes the matrix products.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .shards import Shard
 
 
 class Outputs(NamedTuple):
-    """Of the rows that count; what was not asked for is None. saved: what backward needs."""
+    """The statistics of the rows that count; those not asked for are None. saved: what backward needs."""
 
     logps: Tensor
     ref_logps: Tensor | None
@@ -35,13 +35,13 @@ class Outputs(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A problem with its rows compacted, and how to carry it out."""
+    """A problem with only the rows that count, and how to compute it."""
 
     problem: Problem
     backend: ModuleType
     plan: Plan
     labels: Tensor  # of the rows that count
-    rows: Tensor | None  # their numbers among all; None: all rows, of which some may be ignored
+    rows: Tensor | None  # their indices among all rows; None: all rows, of which some may be ignored
     policy: Side
     ref: Side | None
     dtype: torch.dtype
@@ -51,7 +51,10 @@ class Call(NamedTuple):
 def open_call(
     problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, static: bool
 ) -> Call:
-    """Drops the rows that do not count, before any product; with static shapes (and no look at a value) keeps them."""
+    """Return the call without the rows that do not count, which are dropped before any product.
+
+    static: keep all rows, and read no value of the labels.
+    """
     labels = labels.reshape(-1).contiguous()
     rows = None
     if not static:
@@ -72,12 +75,12 @@ def _count(inputs: Inputs) -> int:
 def plain_problem(
     divergences: tuple[Divergence, ...], entropy: bool, collision: bool, ignore_index: int, vocab: int
 ) -> Problem:
-    """Without head options: for states, which have them behind them."""
+    """Return a problem without head options, for states: the options were applied when these were computed."""
     return Problem(divergences, entropy, collision, False, ignore_index, vocab, 0.0, 1.0, 0.0, 1.0)
 
 
 def blank(problem: Problem, labels: Tensor, ref: bool, dtype: torch.dtype) -> Outputs:
-    """Zeros for the outputs of rows with these labels."""
+    """Return zeros for the outputs of rows with these labels."""
     n, count = len(labels), len(problem.divergences)
 
     def new(*shape: int) -> Tensor:
@@ -95,8 +98,10 @@ def allocate(call: Call) -> Outputs:
 
 
 class Tiles:
-    """Buffers for z and w, and the walk over slices of the vocabulary and blocks of rows. In the plan "whole" the one tile
-    is kept [1 or 2, rows, V], and is computed at most once."""
+    """Buffers for the logits z and w, and the iteration over slices of the vocabulary and blocks of rows.
+
+    In the plan "whole" there is one tile. It is kept [1 or 2, rows, V], and is computed at most once.
+    """
 
     def __init__(self, call: Call, with_ref: bool = True, kept: Tensor | None = None, filled: bool = False):
         self.call, self.keeps, self.filled = call, kept is not None, filled
@@ -126,7 +131,7 @@ class Tiles:
         return (slice(r, min(r + self.rows, n)) for r in range(0, n, self.rows))
 
     def load(self, r: slice, c: slice) -> tuple[Problem, Tensor, Tensor | None]:
-        """The tile as a problem of its own, z and w."""
+        """Compute the tile, unless it is kept already. Return it as a problem of its own, with z and w."""
         call, height, width = self.call, r.stop - r.start, c.stop - c.start
         z = self.z[:height, :width]
         w = None if self.w is None else self.w[:height, :width]
@@ -143,7 +148,10 @@ def powers(problem: Problem) -> int:
 
 
 def states(call: Call, tiles: Tiles | None) -> Tensor:
-    """The rows' sums (moments.SIDES) over the columns there are: slice by slice, or (None) in the tile kernel."""
+    """Compute the rows' sums (moments.SIDES) over the columns that this call has.
+
+    They are computed slice by slice, or in the tile kernel where tiles is None.
+    """
     problem, n = call.problem, len(call.labels)
     state = call.labels.new_empty((fields(powers(problem)), n), dtype=call.dtype)
     if tiles is None:
@@ -157,7 +165,7 @@ def states(call: Call, tiles: Tiles | None) -> Tensor:
 
 
 def forward(call: Call, kept: Tensor | None = None) -> Outputs:
-    """Row statistics; `kept` receives all logits in the plan "whole"."""
+    """Compute the statistics of the rows; `kept` receives all logits in the plan "whole"."""
     out, problem = allocate(call), call.problem
     if not len(call.labels):
         return out
@@ -170,7 +178,10 @@ def forward(call: Call, kept: Tensor | None = None) -> Outputs:
 
 
 def second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable | None = None) -> None:
-    """Divergences that are sums of terms, from normalised tiles; visit(r, c, problem, z, w) sees each tile afterwards."""
+    """Compute the divergences that are sums of terms, from normalised tiles.
+
+    visit(r, c, problem, z, w) is called for each tile afterwards.
+    """
     problem = call.problem
     sums = torch.zeros((2 * len(problem.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
     if tiles is None:
@@ -206,7 +217,10 @@ def _tile_arguments(call: Call) -> tuple:
 def backward(
     call: Call, saved: Tensor, grads: Grads, wanted: list[bool], ref_wanted: list[bool], kept: Tensor | None = None
 ) -> list[Tensor | None]:
-    """Gradients of the ten tensors of both sides: logits again (unless kept), tile by tile, then dz, then its products."""
+    """Compute the gradients of the ten tensors of both sides.
+
+    For each tile, compute the logits again (unless they are kept), then dz, then its products.
+    """
     to_policy, to_ref = any(wanted), any(ref_wanted)
     pair = grads[4] is not None
     tiles = Tiles(call, pair or to_ref, kept, filled=kept is not None)
@@ -240,7 +254,10 @@ def backward(
 
 
 def spare_buffer(s: Side | None, tile: Tensor | None, kept: bool = False) -> Tensor | None:
-    """A buffer for dz where the logits are kept, or the products want another dtype; None: it goes in their place."""
+    """Return a buffer for dz where the logits are kept, or where the products need another dtype.
+
+    None means that dz is written over the logits.
+    """
     if s is None or tile is None:
         return None
     dtype = s.dtype if isinstance(s, HiddenSide) else tile.dtype
@@ -248,7 +265,10 @@ def spare_buffer(s: Side | None, tile: Tensor | None, kept: bool = False) -> Ten
 
 
 def spread_out(out: Outputs, rows: Tensor | None, count: int) -> list[Tensor]:
-    """The outputs of the rows that count among zeros for the others, rows the last dimension; what is None becomes empty."""
+    """Return the outputs for all rows, with zeros for those that do not count.
+
+    Rows are the last dimension. An output that is None becomes an empty tensor.
+    """
 
     def one(name: str, x: Tensor | None) -> Tensor:
         if x is None:

@@ -1,10 +1,13 @@
-"""The plan for a head without gradients: expectations of its rows beside the sums, as flash attention keeps its output.
+"""Compute the plan "frozen", for a head without gradients: keep expectations of the head's rows for backward.
 
-Per row E[h W] = sum_v h_v s_v W_v (s_v the slope of the head) for h = p, for p log p where the entropy has a gradient,
-and for h = dD/dlog p of each divergence. During the first sweep p and q are normalised by the totals so far. Those grow by
-e^-x and e^-y: Divergence.scaling then gives h = a h' + b p', two numbers a row that bring a sum up to date. (Sums of
-numbers that are not normalised would do in exact arithmetic, but p' may be huge against h.) Divergences without a scaling
-have their sums from a second sweep, over tiles that are normalised for good.
+They are updated together with the running sums, as flash attention updates its output. For each row of logits these are
+E[h W] = sum_v h_v s_v W_v (s_v is the slope of the head) for h = p, for h = p log p where the entropy has a gradient, and
+for h = dD/dlog p of each divergence.
+
+During the first sweep p and q are normalised by the totals so far. When these totals grow by the factors e^-x and e^-y,
+Divergence.scaling returns a and b, two numbers per row, such that h = a h' + b p'; with them a sum is updated. (Sums of
+numbers that are not normalised would be enough in exact arithmetic, but p' may be huge compared with h.) The sums of
+divergences without a scaling come from a second sweep, over tiles with their final normalisation.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from .projection import HiddenSide
 
 
 def bases(problem: Problem) -> list[Divergence]:
-    """The divergences that are no sum of others, each once."""
+    """Return the problem's divergences, each once, where a sum of others is replaced by its parts."""
     return [from_key(k) for k in dict.fromkeys(k for d in problem.divergences for k in (d.parts or (d.key,)))]
 
 
 class _Frozen:
-    """The sums keep[i] of a call: 0 for p, then the entropy's, then one for each base."""
+    """The sums keep[i] of a call: keep[0] for p, then one for the entropy, then one for each base."""
 
     def __init__(self, call: Call, keep: Tensor, tiles: Tiles):
         assert isinstance(call.policy, HiddenSide)
@@ -40,7 +43,10 @@ class _Frozen:
     def _add(
         self, i: int, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor, g: int
     ) -> None:
-        """keep[i] += sum_v h_v s_v W_v: what backward writes as dz when only output g has a gradient, of 1 (entropy: -1)."""
+        """Add sum_v h_v s_v W_v to keep[i].
+
+        h_v s_v is the dz that backward writes when only output g has a gradient, of 1 (entropy: -1).
+        """
         dz = self.dz[: z.shape[0], : z.shape[1]]
         grads: list[Tensor | None] = [None] * 5
         one = self.one[:, : z.shape[0]]
@@ -63,7 +69,7 @@ class _Frozen:
                 self._add(i, r, c, part._replace(divergences=(d,)), z, w, frame, 4)
 
     def rescale(self, r: slice, x: Tensor, y: Tensor) -> None:
-        """From p and q to e^x p and e^y q."""
+        """Update the sums where p and q become e^x p and e^y q."""
         keep = self.keep[:, r]
         if self.call.problem.entropy:
             keep[1].mul_(x.exp()[:, None]).addcmul_(keep[0], (x.exp() * x)[:, None])
@@ -75,7 +81,7 @@ class _Frozen:
 
 
 def frozen_forward(call: Call, keep: Tensor) -> Outputs:
-    """As forward(), and keep filled for frozen_backward()."""
+    """Compute the outputs as plan_chunks.forward() does, and fill keep for frozen_backward()."""
     out, problem, backend = allocate(call), call.problem, call.backend
     n = len(call.labels)
     if not n:
@@ -83,7 +89,7 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
     state = call.labels.new_zeros((fields(powers(problem)), n), dtype=call.dtype)
     tiles = Tiles(call)
     sums = _Frozen(call, keep, tiles)
-    frames = state.new_zeros((9, n))  # what backward takes for saved numbers, of the vocabulary so far
+    frames = state.new_zeros((9, n))  # the numbers saved for backward, of the vocabulary so far
     for c in tiles.columns_of():
         for r in tiles.rows_of():
             part, z, w = tiles.load(r, c)
@@ -91,7 +97,7 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
             old, new = frames[:, r], _frame(backend, state[:, r], call.ref is not None)
             if c.start:
                 x, y = (backend.in_nats((old[i] - new[i]) + (old[i + 1] - new[i + 1])) for i in (0, 2))
-                near = x - ((old[4] - new[4]) + (old[5] - new[5]))  # the same y with the digits that x - y needs
+                near = x - ((old[4] - new[4]) + (old[5] - new[5]))  # y again, with the digits that x - y needs
                 sums.rescale(r, x, torch.where((near - y).abs() < 1e-3, near, y))
             old.copy_(new)
             sums.add_slice(r, c, part, z, w, new)
@@ -107,7 +113,7 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
 
 
 def _frame(backend: ModuleType, state: Tensor, ref: bool) -> Tensor:
-    """m_p, log A, m_q, log B, c, K, and zeros for sums of slopes, from running sums."""
+    """Compute m_p, log A, m_q, log B, c and K from running sums, and add zeros for the sums of slopes."""
     frame = torch.zeros((9, state.shape[1]), dtype=state.dtype, device=state.device)
     a, b = (state[i].masked_fill(state[i] == 0, 1) for i in (1, 6))
     frame[0], frame[1] = state[0], backend.saved_log(a)
@@ -118,7 +124,7 @@ def _frame(backend: ModuleType, state: Tensor, ref: bool) -> Tensor:
 
 
 def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grads: Grads) -> Tensor:
-    """The gradient at the policy's hidden states: kept rows, scaled."""
+    """Compute the gradient at the policy's hidden states from the kept rows, which are scaled and added."""
     problem, policy = call.problem, call.policy
     assert isinstance(policy, HiddenSide)
     n, here = len(call.labels), call.labels != problem.ignore_index
@@ -145,7 +151,7 @@ def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grad
     if g[0] is not None:
         slope = torch.full_like(coef, problem.multiplier)
         if problem.softcap:
-            y = logps + call.backend.in_nats(saved[0] + saved[1])  # the label's logit as the loss sees it
+            y = logps + call.backend.in_nats(saved[0] + saved[1])  # the label's logit with the head's options
             slope *= 1 - (y / (problem.multiplier * problem.softcap)).clamp(-1, 1).square()
         slope *= g[0]
         ids = call.labels.long().clamp(0, problem.vocab - 1)

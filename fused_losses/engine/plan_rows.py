@@ -1,7 +1,7 @@
-"""The plan for a loss that is known: blocks of rows over the whole vocabulary, with the gradient found on the way.
+"""Compute the plan "rows", for a known loss: blocks of rows over the whole vocabulary, gradient in the forward.
 
 A block holds whole units, whose losses do not depend on one another: tokens, sequences, or pairs of sequences. Its logits
-are there when its loss is, so nothing is projected twice: z, w, dX and dW are all the products.
+still exist when its loss is computed, so nothing is projected twice: the only products are z, w, dX and dW.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from .projection import HiddenSide, Inputs, side
 
 
 class Units(NamedTuple):
-    """Which rows belong together: unit u of U is the sequences u, u + U, ..., `each` of them; sequence s is the rows from
-    offsets[s] to offsets[s + 1]. Without offsets every row is a unit."""
+    """The units of a call: which rows belong together.
+
+    Unit u of U consists of the sequences u, u + U, ..., which are `each` in number. Sequence s consists of the rows from
+    offsets[s] to offsets[s + 1]. Without offsets every row is a unit.
+    """
 
     offsets: list[int] | None
     each: int = 1
 
     @property
     def longest(self) -> int:
-        """Rows of the longest unit."""
+        """Return the number of rows of the longest unit."""
         if self.offsets is None:
             return 1
         lengths = [b - a for a, b in pairwise(self.offsets)]
@@ -38,9 +41,9 @@ class Units(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a loss is told of a block. Its rows are those that count, sequence after sequence."""
+    """The description of a block that a loss gets. Its rows are those that count, one sequence after another."""
 
-    rows: Tensor  # their numbers
+    rows: Tensor  # their indices among all rows
     sequences: list[int]
     cu_seqlens: Tensor | None  # where each sequence starts among the rows, and the end; None: rows are units
 
@@ -49,7 +52,10 @@ Loss = Callable[[Block, Outputs], tuple[Tensor, Grads]]  # the units' losses, an
 
 
 def grouped(sizes: list[int], most: int) -> list[tuple[int, int]]:
-    """Runs [first, last) of units of so many rows, at most `most` rows or one unit together."""
+    """Return groups [first, last) of successive units, each with at most `most` rows or with one unit only.
+
+    sizes: the number of rows of each unit.
+    """
     groups, start, size = [], 0, 0
     for u, rows in enumerate(sizes):
         if u > start and size + rows > most:
@@ -60,7 +66,10 @@ def grouped(sizes: list[int], most: int) -> list[tuple[int, int]]:
 
 
 def _layout(labels: Tensor, ignore_index: int, units: Units, most: int) -> tuple[Tensor, list[tuple[int, list, list]]]:
-    """The rows that count in the order of the blocks; of each block its end among them, its sequences and where they end."""
+    """Return the rows that count, in the order of the blocks, and a description of each block.
+
+    The description is the block's end among those rows, its sequences, and the ends of these inside the block.
+    """
     counts = (labels != ignore_index).nonzero().squeeze(1)
     if units.offsets is None:
         n = len(counts)
@@ -84,8 +93,10 @@ def row_blocks(
     problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, units: Units,
     wanted: list[bool], dtype: torch.dtype, loss: Loss,
 ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:  # fmt: skip
-    """Statistics of all rows, losses of all units (rows that do not count have 0), and the policy's gradients of the sum of
-    the losses, not rounded."""
+    """Compute statistics of all rows, losses of all units, and the policy's gradients of the sum of the losses.
+
+    Rows that do not count have a loss of 0. The gradients are not rounded.
+    """
     labels = labels.reshape(-1).contiguous()
     rows, blocks = _layout(labels, problem.ignore_index, units, plan.tile[0])
     other = None if ref is None else side(ref, rows)
@@ -121,6 +132,6 @@ def row_blocks(
 
 
 def _part(out: Outputs, r: slice) -> Outputs:
-    """Contiguous outputs for some rows."""
+    """Return contiguous outputs for some rows, filled with zeros."""
     fresh = [None if x is None else x.new_zeros((*x.shape[:-1], r.stop - r.start)) for x in out]
     return Outputs(*fresh)  # type: ignore[arg-type]

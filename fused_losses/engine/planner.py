@@ -1,18 +1,19 @@
-"""How a call with hidden states is carried out: which plan, in tiles of which size, in how many bytes, and why.
+"""Choose how to compute a call with hidden states: which plan, in tiles of which size, in how many bytes, and why.
 
-    rows     blocks of whole units (tokens, sequences, pairs) over the whole vocabulary, gradients computed in the forward;
-             w first, in slices, where only its log-probs are needed
-             GEMMs of N rows, V columns: z, w, dX, dW
+The plans, with their GEMMs of N rows and V columns as "forward | backward":
+
+    rows     blocks of whole units (tokens, sequences, pairs) over the whole vocabulary; gradients are computed in the
+             forward: z, w, dX, dW. Where only the log-probs of w are needed, they are computed first, in slices
     whole    all logits fit the workspace and are kept: z, w | dX, dW
     slices   slices of the vocabulary; backward computes the logits again
              z, w | z, w, dX, dW     (w in backward only where a divergence, or the reference, has a gradient)
-    frozen   slices, for a head without gradients: E_p[W] beside the sums as flash attention keeps its output; backward
-             scales rows: z, w, E_p[W], and one more for the entropy and each divergence
-    tiles    a Triton kernel that keeps logits on the chip: z, w. Meant for calls that want no gradient. Asked for with one,
-             the backward of slices rounds its logits differently from this forward, which shows where policy and reference
-             nearly agree (ten times eager's error at differences of 1e-3)
+    frozen   slices, for a head without gradients: E_p[W] is updated together with the sums, as flash attention updates its
+             output; backward scales rows: z, w, E_p[W], and one more for the entropy and each divergence
+    tiles    a Triton kernel that keeps logits on the chip: z, w. It is meant for calls that need no gradient. With a
+             gradient, the backward of slices rounds its logits differently from this forward, which is visible where policy
+             and reference nearly agree (ten times eager's error at differences of 1e-3)
 
-Divergences that need a second sweep, and in a frozen head those without a scaling, compute z and w twice.
+Divergences that need a second sweep, and in the plan "frozen" those without a scaling, compute z and w twice.
 Everything is decided from shapes and flags: nothing is measured, no value is read from a device.
 """
 
@@ -28,16 +29,16 @@ from .projection import MANY
 DEFAULT_WORKSPACE = 256 << 20
 VARIABLE = "FUSED_LOSSES_WORKSPACE"
 KINDS = ("tiles", "frozen", "rows", "whole", "slices")
-ROWS = 8192  # of a tile at most: beyond, columns are worth more
-CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where products gain nothing from more
+ROWS = 8192  # of a tile at most: beyond this, more columns are better
+CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where larger products are not faster
 CPU_BLOCK = 96 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
-BLOCKS = (6, 16)  # temporaries of torch_backend.BLOCK_BYTES that it holds at its peak, without and with a divergence
+BLOCKS = (6, 16)  # temporaries of torch_backend.BLOCK_BYTES held at the same time, without and with a divergence
 
 
 class Facts(NamedTuple):
-    """What planning needs to know of a call. Sizes in elements; itemsize and sums in bytes."""
+    """The facts of a call that planning needs. Sizes are in elements; itemsize and sums are in bytes."""
 
-    rows: int  # at most: those that do not count are only found when the call runs
+    rows: int  # an upper bound: those that do not count are only found when the call runs
     vocab: int
     hidden: tuple[int, int]  # H of policy and reference, with the rank of their factors; 0 where logits are given
     itemsize: int  # of the tensors that are multiplied
@@ -45,27 +46,30 @@ class Facts(NamedTuple):
     ref: bool  # the reference is a distribution, not None or log-probs
     device: str = "cpu"
     backend: str = "torch"
-    bases: int = 0  # divergences and entropy: what a frozen head needs a product for
-    pair: bool = False  # some divergence is asked for
+    bases: int = 0  # divergences and entropy: each needs a product in the plan "frozen"
+    pair: bool = False  # a divergence is asked for
     second: bool = False  # one of them needs a second sweep
-    frozen_second: bool = False  # so does its sum for a frozen head
+    frozen_second: bool = False  # in the plan "frozen", one of them needs a second sweep for its sum
     to_hidden: bool = False  # gradients wanted: policy's hidden states (or logits)
     to_head: bool = False  # policy's weight, bias or factors
     to_weight: bool = False  # policy's weight itself
     to_ref: bool = False  # anything of the reference
-    unit: int = 0  # rows of the longest unit (token, sequence, pair) of a loss that is known inside; 0: not known
-    casts: tuple[int, int] = (0, 0)  # bytes that a row and a column take to have factors in the dtype of the products
+    unit: int = 0  # rows of the longest unit (token, sequence, pair) where the loss is known; 0: not known
+    casts: tuple[int, int] = (0, 0)  # bytes per row and per column of factors cast to the dtype of the products
     static: bool = False  # static_shapes
-    extra: bool = False  # one tile more than z and w: a frozen head's dz
+    extra: bool = False  # one tile more than z and w: dz of the plan "frozen"
     dense: bool = True  # rows of the heads are contiguous, as the tile kernel reads them
     weight: int = 0  # elements of the policy's head
 
     @property
     def backward(self) -> bool:
+        """Return whether any gradient is wanted."""
         return self.to_hidden or self.to_head or self.to_ref
 
 
 class Plan(NamedTuple):
+    """The plan of a call. str(plan) describes it."""
+
     kind: str
     tile: tuple[int, int]  # rows, columns
     forward: str  # the products of N rows, V columns
@@ -77,6 +81,7 @@ class Plan(NamedTuple):
 
     @property
     def gemms(self) -> int:
+        """Return the number of products of N rows and V columns, forward and backward together."""
         return _count((self.forward, self.backward))
 
     def __str__(self) -> str:
@@ -92,7 +97,7 @@ class Plan(NamedTuple):
 
 
 def workspace_bytes(asked: int | None) -> int:
-    """The budget: the argument, else FUSED_LOSSES_WORKSPACE, else 256 MiB."""
+    """Return the budget in bytes: the argument, else FUSED_LOSSES_WORKSPACE, else 256 MiB."""
     value: object = asked
     name = "workspace"
     if asked is None:
@@ -106,7 +111,7 @@ def workspace_bytes(asked: int | None) -> int:
 
 
 def _bytes(facts: Facts, rows: int, columns: int) -> int:
-    """What tiles of this shape and their temporaries take, forward or backward, whichever is more."""
+    """Return the bytes of tiles of this shape and their temporaries: the maximum of forward and backward."""
     low = facts.itemsize < facts.sums
     logit = facts.sums * (1 + facts.ref + facts.extra)
     if facts.backward and low and facts.device == "cuda":  # dz beside z; elsewhere in its place
@@ -121,7 +126,10 @@ def _bytes(facts: Facts, rows: int, columns: int) -> int:
 
 
 def tile_shape(facts: Facts, budget: int) -> tuple[int, int]:
-    """The widest tile of as many rows as there are that fits the budget; fewer rows where it would become narrow."""
+    """Return the rows and columns of the widest tile that fits the budget.
+
+    It has as many rows as there are (at most ROWS), and fewer where the tile would become narrow.
+    """
     rows, vocab = max(1, min(facts.rows, ROWS)), facts.vocab
     step = 16
     while True:
@@ -144,7 +152,10 @@ def _too_small(least: int, budget: int, logits: int) -> NoReturn:
 
 
 def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
-    """The most columns, a multiple of 128 where that many fit, else of `step`, else all there are; 0: none fit."""
+    """Return how many columns fit the budget, at most `most`; 0 if none fit.
+
+    The result is `most`, or a multiple of 128 where at least 128 fit, or else a multiple of `step`.
+    """
     low, high = 0, -(-most // step)
     while low < high:  # the bytes grow with the columns
         middle = (low + high + 1) // 2
@@ -157,17 +168,20 @@ def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
 
 
 def choose(facts: Facts, kind: str = "auto", workspace: int | None = None) -> Plan:
-    """The plan of that kind, or the one with the fewest products that fits the workspace."""
+    """Return the plan of that kind; for "auto", the one with the fewest products that fits the workspace."""
     budget = workspace_bytes(workspace)
     return _plan(facts, *choose_kind(facts, kind, budget), budget)
 
 
 def choose_kind(facts: Facts, kind: str, budget: int) -> tuple[str, str]:
-    """The kind of that plan, and why. Apart from its tiles, whose shape is another for every number of rows: this is all
-    that torch.compile traces, and guards."""
+    """Return the kind of that plan, and why.
+
+    Tiles are chosen elsewhere, because their shape differs for every number of rows. So torch.compile traces, and guards,
+    this choice only.
+    """
     if kind not in ("auto", *KINDS):
         raise not_one_of("plan", kind, ("auto", *KINDS))
-    if not facts.backward and kind in ("frozen", "rows", "whole"):  # what they are about is not there
+    if not facts.backward and kind in ("frozen", "rows", "whole"):  # they differ only in how they compute gradients
         return "slices", f"nothing asks for a gradient, so plan {kind!r} is the forward of this one"
     if kind != "auto":
         reason = _refusal(facts, kind, budget, asked=True)
@@ -175,7 +189,7 @@ def choose_kind(facts: Facts, kind: str, budget: int) -> tuple[str, str]:
             raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
         return kind, "asked for"
     fewest, least = "slices", 0
-    for candidate in KINDS:  # the first of equals
+    for candidate in KINDS:  # of equal counts the first is chosen
         count = _count(_products(facts, candidate))
         if not _refusal(facts, candidate, budget, asked=False) and (count < least or not least):
             fewest, least = candidate, count
@@ -202,7 +216,7 @@ TILES_HIDDEN = 1024  # up to this H a tile kernel is expected to keep up with a 
 
 
 def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
-    """Why not."""
+    """Return why this plan cannot run (or, if not asked for, should not), or an empty string."""
     if kind == "tiles":
         if facts.backend != "triton":
             return "it is a Triton kernel, and this runs on the torch backend"
@@ -224,7 +238,7 @@ def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
         if not facts.backward:
             return "nothing asks for a gradient"
         size = _whole_bytes(facts)
-        if size > budget:  # torch.compile would guard a number in words
+        if size > budget:  # torch.compile would guard a number in a message
             return f"logits and their gradient take {size} bytes of {budget}" if asked else "not all logits fit"
     if kind == "rows":
         if facts.static:
@@ -249,14 +263,21 @@ def _kept_whole(facts: Facts) -> int:
 
 
 def _whole_bytes(facts: Facts) -> int:
-    """Kept logits, and a gradient of each side that wants one, which may not take their place."""
+    """Return the bytes of the kept logits, and of a gradient for each side that wants one.
+
+    The gradients may not be written over the kept logits.
+    """
     dz = (facts.to_hidden or facts.to_head) + facts.to_ref
     return _kept_whole(facts) + _bytes(facts._replace(ref=False), facts.rows, facts.vocab * max(1, dz))
 
 
 def rows_bytes(facts: Facts, rows: int) -> int:
-    """A block of so many rows over the whole vocabulary beside the sum of dW; then that sum, where it is wider, beside dW
-    itself. The reference's log-probs are there before, from slices, unless its distribution is needed."""
+    """Return the bytes that a block of so many rows over the whole vocabulary needs.
+
+    This is the maximum over two moments: the block exists together with the sum of dW; later that sum, where it is in a wider
+    dtype, exists together with dW itself. The reference's log-probs were computed before, in slices, unless its distribution
+    is needed.
+    """
     wide, final = (facts.weight * size * facts.to_weight for size in (facts.sums, facts.itemsize))
     return max(
         _bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide * (wide > final)
@@ -264,13 +285,16 @@ def rows_bytes(facts: Facts, rows: int) -> int:
 
 
 def worth(device: str) -> int:
-    """Rows of a block from which the products it saves cost more than adding to a float32 dW once more: 2 flops a row and
-    weight against 8 bytes a weight, at about 8 flops a byte for a CPU and 160 for a GPU (an H200's; not measured)."""
+    """Return from how many rows on a block saves more than it costs.
+
+    It saves products, and costs one more addition to a float32 dW: 2 flops per row and weight against 8 bytes per weight, at
+    about 8 flops per byte for a CPU and 160 for a GPU (an H200; not measured).
+    """
     return 32 if device == "cpu" else 640
 
 
 def _block_rows(facts: Facts, budget: int) -> int:
-    """Of a block of whole units: as many as fit, in blocks of equal size."""
+    """Return the rows of a block of whole units: as many as fit, where all blocks have equal size."""
     few, most = 1, max(1, -(-facts.rows // facts.unit))
     total, room = most, budget
     if facts.device == "cpu":

@@ -1,4 +1,4 @@
-"""From fl.Hidden sources to the operators' arguments, and the plan that a call would follow."""
+"""Convert fl.Hidden sources to the operators' arguments, and choose the plan of a call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .shards import shard_of
 
 
 class How(NamedTuple):
-    """How to carry a call out: what users pass as plan, workspace and static_shapes."""
+    """The options for computing a call that users pass as plan, workspace and static_shapes."""
 
     plan: str = "auto"
     workspace: int | None = None
@@ -27,7 +27,7 @@ class How(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A call as the operators take it."""
+    """A call in the form that the operators take."""
 
     tensors: tuple[Tensor | None, ...]  # labels, then five of each side
     options: hidden_ops.Options
@@ -37,17 +37,20 @@ class Request(NamedTuple):
 
     @property
     def plan(self) -> Plan:
-        """The one of options.plan, with its tiles."""
+        """Return the plan of kind options.plan, with its tiles."""
         return choose(self.facts, self.asked, self.options.workspace)
 
     @property
     def asks(self) -> tuple[bool, bool]:
-        """Whether policy and reference ask for a gradient."""
+        """Return whether the policy asks for a gradient, and whether the reference does."""
         return any(self.wanted[:5]), any(self.wanted[5:])
 
 
 def under_autocast(source: Hidden) -> Hidden:
-    """The products run in autocast's dtype where it is on, as those of a linear layer would."""
+    """Return the source with hidden states in autocast's dtype where autocast is on.
+
+    So the products run in that dtype, as those of a linear layer would. float64 states are not converted.
+    """
     device = source.hidden.device.type
     if not torch.is_autocast_enabled(device) or source.hidden.dtype == torch.float64:
         return source
@@ -66,7 +69,10 @@ def request(
     policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | None, asked: tuple[Divergence, ...], entropy: bool,
     collision: bool, ignore_index: int, how: How, unit: int = 0,
 ) -> Request:  # fmt: skip
-    """labels are aligned with the rows already. unit: rows of the longest unit of a loss that is known."""
+    """Return the call in the form that the operators take. labels must be aligned with the rows already.
+
+    unit: rows of the longest unit where the loss is known; 0: not known.
+    """
     z, w = _inputs(policy), None if ref is None else _inputs(ref)
     tensors = (labels, *z[:5], *((None,) * 5 if w is None else w[:5]))
     check_plain("token_stats", *tensors)
@@ -88,5 +94,5 @@ def request(
 
 
 def is_hidden(*sources: Logits | Hidden | LogProbs | None) -> bool:
-    """Whether it takes the operator for hidden states, which also knows of split vocabularies."""
+    """Return whether the operator for hidden states is needed, which also handles split vocabularies."""
     return any(isinstance(s, Hidden) or (isinstance(s, Logits) and s.process_group is not None) for s in sources)

@@ -1,7 +1,7 @@
-"""One side's logits a tile at a time, from hidden states or from logits that exist, and the way back of their gradient.
+"""Compute one side's logits tile by tile, from hidden states or existing logits, and propagate the gradient back.
 
 All matrix products of the package are here. A tile is [some rows, some columns] of the valid vocabulary in the dtype of
-the statistics; rows are numbered among those that count.
+the statistics; row indices count only the rows that count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
     @property
     def hidden(self) -> int:
-        """H, and with it the rank of the factors."""
+        """Return H plus the rank of the factors a and b; 0 for logits."""
         return 0 if self.weight is None else self.weight.shape[1] + (0 if self.a is None else self.a.shape[0])
 
 
@@ -37,12 +37,15 @@ def low_precision(dtype: torch.dtype) -> bool:
 
 
 def mixed(device: torch.device) -> bool:
-    """Whether products of low-precision factors can be summed and returned in float32."""
+    """Return whether products of low-precision factors can be summed and returned in float32."""
     return device.type == "cuda"
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: bool = False) -> None:
-    """out <- alpha a @ b, added to out unless fresh; summed in the dtype of out or wider."""
+    """Compute alpha a @ b, and add it to out, or overwrite out if fresh.
+
+    The product is summed in the dtype of out or a wider one.
+    """
     beta = 0.0 if fresh else 1.0
     if a.dtype != out.dtype and b.dtype == a.dtype and mixed(out.device):
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
@@ -51,7 +54,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, fresh: bo
 
 
 class LogitSide:
-    """Logits that exist; rows: their numbers among all rows, None for all."""
+    """One side given as existing logits. rows: the indices of the rows that are used, None for all."""
 
     def __init__(self, inputs: Inputs, rows: Tensor | None):
         x = inputs.x
@@ -81,7 +84,7 @@ class LogitSide:
 
 
 class HiddenSide:
-    """Hidden states and a head. want() says which gradients push() is to sum up."""
+    """One side given as hidden states and a head. want() selects the gradients that push() sums."""
 
     def __init__(self, inputs: Inputs, rows: Tensor | None):
         x, weight = inputs.x, inputs.weight
@@ -90,7 +93,7 @@ class HiddenSide:
         self.flat = x.reshape(-1, x.shape[-1])
         self.x = self.flat if rows is None else self.flat.index_select(0, rows)
         self.sums = stats_dtype(x)
-        # what dz is handed over in: the dtype of the products, where those can be summed in float32
+        # the dtype of dz: that of the products, where those can be summed in float32
         self.dtype = x.dtype if mixed(x.device) else self.sums
         self.xa: Tensor | None = None
         if inputs.a is not None:
@@ -100,19 +103,22 @@ class HiddenSide:
         self.wanted = [False] * 5
 
     def _cast(self, w: Tensor) -> Tensor:
-        """A piece of a weight in the dtype of the products."""
+        """Return a piece of a weight in the dtype of the products."""
         return w.to(self.dtype)
 
     def want(
         self, wanted: list[bool], several_blocks: bool, slices: int = 1, wide: bool = False, shared: bool = False
     ) -> None:
-        """Prepares sums for gradients of x, weight, bias, a, b. several_blocks: a slice is pushed in more than one call.
-        wide: gradients() does not round them. shared: nor those of x and a, which other ranks add to."""
+        """Prepare the sums for the gradients of x, weight, bias, a, b.
+
+        several_blocks: a slice is pushed in more than one call. wide: gradients() does not round any of them. shared:
+        gradients() does not round those of x and a, to which other ranks add theirs.
+        """
         self.wanted, self.wide, self.shared, self.slices = wanted, wide, wide or shared, 0
         n, width = self.x.shape
         new = self.x.new_zeros
         self.dx = new((n, width), dtype=self.sums) if wanted[0] else None
-        # the error of a sum of many slices grows with their number: sum up sums of RUN
+        # the error of a sum of many slices grows with their number: sum RUN slices first, then these sums
         self.run = torch.zeros_like(self.dx) if self.dx is not None and slices > MANY else None
         self.dxa = new(self.xa.shape, dtype=self.sums) if self.xa is not None and (wanted[0] or wanted[3]) else None
         _, weight, bias, _, b, _ = self.inputs
@@ -124,7 +130,7 @@ class HiddenSide:
         self.pending: list[Tensor | None] = [None, None]
 
     def _final(self, x: Tensor, shared: bool = False) -> torch.dtype:
-        """Of the gradient of x."""
+        """Return the dtype of the gradient of x."""
         return self.sums if self.wide or (shared and self.shared) else x.dtype
 
     def tile(self, r: slice, c: slice, out: Tensor) -> None:
@@ -137,7 +143,7 @@ class HiddenSide:
             out.add_(bias[c].to(out.dtype))
 
     def push(self, r: slice, c: slice, dz: Tensor) -> None:
-        """Adds what dz [rows, columns] means for every wanted gradient."""
+        """Add the contribution of dz [rows, columns] to every wanted gradient."""
         _, weight, _, _, b, scaling = self.inputs
         assert weight is not None
         if self.dx is not None:
@@ -152,7 +158,7 @@ class HiddenSide:
             self._push_slice(1, self.db[c], dz, self.xa[r])
 
     def pull(self, out: Tensor, c: slice, dz: Tensor) -> None:
-        """out [rows, H + rank] += dz W, and dz B beside it."""
+        """Add dz W to the first H columns of out [rows, H + rank], and dz B to the last columns."""
         _, weight, _, _, b, _ = self.inputs
         assert weight is not None
         width = weight.shape[1]
@@ -161,7 +167,7 @@ class HiddenSide:
             add_product(out[:, width:], dz, self._cast(b[c]))
 
     def pulled(self, out: Tensor) -> Tensor:
-        """The gradient at the hidden states [rows, H] from what pull() summed up."""
+        """Compute the gradient at the hidden states [rows, H] from the sums of pull()."""
         _, weight, _, a, _, scaling = self.inputs
         assert weight is not None
         if a is None:
@@ -171,13 +177,16 @@ class HiddenSide:
         return dx
 
     def rows_of_head(self, ids: Tensor) -> Tensor:
-        """W_y [rows, H], and B_y beside it."""
+        """Return W_y [rows, H], followed by B_y in further columns, where y are the ids."""
         _, weight, _, _, b, _ = self.inputs
         assert weight is not None
         return torch.cat([x[ids].to(self.sums) for x in (weight, b) if x is not None], dim=1)
 
     def _push_slice(self, i: int, out: Tensor, dz: Tensor, x: Tensor) -> None:
-        """out = dz^T x, rounded once: summed over blocks of rows in the dtype of the sums."""
+        """Compute out = dz^T x, rounded once.
+
+        Over several blocks of rows it is summed in the dtype of the sums.
+        """
         if out.dtype == self.sums or (not self.several and out.dtype == x.dtype == dz.dtype):
             add_product(out, dz.T, x, fresh=not self.several)
             return
@@ -201,7 +210,10 @@ class HiddenSide:
         self.run.zero_()
 
     def gradients(self) -> list[Tensor | None]:
-        """Of x, weight, bias, a, b, each rounded once to the dtype of its tensor, unless want() says otherwise. Contiguous."""
+        """Return the gradients of x, weight, bias, a, b. They are contiguous.
+
+        Each is rounded once to the dtype of its tensor, unless want() was called with wide or shared.
+        """
         x, _, bias, a, _, _ = self.inputs
         if self.run is not None:
             self._add_run()
@@ -222,11 +234,11 @@ class HiddenSide:
 
 
 def spread(x: Tensor, rows: Tensor | None, count: int, dtype: torch.dtype) -> Tensor:
-    """x [n, H] of the rows that count among zeros for the others, in a dtype."""
+    """Return x [n, H] of the rows that count as [count, H] with zeros for the other rows, in the given dtype."""
     if rows is None:
         return x.to(dtype)
     out = x.new_zeros((count, *x.shape[1:]), dtype=dtype)
-    for part, ids in zip(x.split(4096), rows.split(4096), strict=True):  # no copy of all rows
+    for part, ids in zip(x.split(4096), rows.split(4096), strict=True):  # in parts: avoids a copy of all rows
         out.index_copy_(0, ids, part.to(dtype))
     return out
 

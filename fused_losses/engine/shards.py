@@ -1,12 +1,13 @@
-"""A vocabulary (Shard) or the time axis of sequences (Span) split over the ranks of a process group: what they tell one
-another. Everything else is local.
+"""Exchange data between ranks that share a vocabulary (Shard) or the time axis of sequences (Span).
+
+All other computation is local to a rank.
 
 Vocabulary, forward: the rows' running sums (moments.SIDES) are gathered and merged, as those of slices are, in the order of
-the ranks, so all ranks close the same numbers. Backward: gradients of what all ranks hold, hidden states and LoRA's a, are
-summed.
+the ranks, so all ranks compute the same results. Backward: the gradients of tensors that all ranks hold, hidden states and
+LoRA's a, are summed.
 
-Time axis, forward: the numbers of the tokens are gathered in the order of the ranks, and all ranks put the same formula on the
-whole. Backward: nothing; of those numbers only a rank's own have a graph.
+Time axis, forward: the numbers of the tokens are gathered in the order of the ranks, and all ranks apply the same formula to
+all of them. Backward: nothing is exchanged; of those numbers only a rank's own have a graph.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from ..core.layout import Problem
 
 
 class Shard(NamedTuple):
-    """This rank's part, as operators take it. group: the process group's name, "" for none."""
+    """This rank's part of the vocabulary, as operators take it. group: the process group's name, "" for none."""
 
     group: str = ""
     first: int = 0
     total: int = 0
 
     def whole(self, problem: Problem) -> Problem:
-        """Of all ranks."""
+        """Return the problem over the vocabulary of all ranks."""
         return problem._replace(vocab=self.total, first=0) if self.group else problem
 
     def merged(self, problem: Problem, backend: ModuleType, state: Tensor) -> Tensor:
-        """The sums over all ranks' columns."""
+        """Return the running sums over the columns of all ranks."""
         if not self.group:
             return state
         group = _group(self.group)
@@ -46,7 +47,7 @@ class Shard(NamedTuple):
         return parts[0]
 
     def summed(self, x: Tensor) -> Tensor:
-        """Over all ranks, in place."""
+        """Sum x over all ranks, in place."""
         if self.group:
             dist.all_reduce(x, group=_group(self.group))
         return x
@@ -57,7 +58,10 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 def shard_of(source: Logits | Hidden) -> Shard:
-    """Where a source's columns lie. Without `shard` the ranks exchange their sizes: a collective, and a synchronisation."""
+    """Return which part of the vocabulary the columns of a source are.
+
+    If the source has no `shard`, the ranks exchange their sizes, which is a collective and a synchronisation.
+    """
     group = source.process_group
     if group is None:
         return Shard()
@@ -72,20 +76,26 @@ def shard_of(source: Logits | Hidden) -> Shard:
 
 
 class Span(NamedTuple):
-    """This rank's part of a time axis that is split over the ranks of a group. group None: all of it, and nothing happens."""
+    """This rank's part of a time axis that is split over the ranks of a group.
+
+    If group is None it is the whole axis, and no method communicates.
+    """
 
     group: dist.ProcessGroup | None = None
     rank: int = 0
-    lead: int = 1  # sequences, or whatever comes before the time axis
-    sizes: tuple[int, ...] = ()  # tokens of each rank in each of these
+    lead: int = 1  # number of sequences: the product of the dimensions before the time axis
+    sizes: tuple[int, ...] = ()  # for each rank, the number of its tokens in each sequence
 
     @property
     def first(self) -> int:
-        """Tokens before this rank's, of each sequence, or packed of all."""
+        """Return how many tokens come before this rank's, of each sequence, or of the packed sequences together."""
         return sum(self.sizes[: self.rank])
 
     def whole(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Numbers of this rank's tokens -> of all, flat [lead * total]. This rank's keep their graph, the others have none."""
+        """Return numbers of the tokens of all ranks, flat [lead * total], from those of this rank.
+
+        The numbers of this rank keep their graph, the others have none.
+        """
         if self.group is None or not (longest := max(self.sizes)):
             return tensors
         shape = self.lead, self.sizes[self.rank]
@@ -105,19 +115,19 @@ class Span(NamedTuple):
         return [joined(i, x) for i, x in enumerate(own)]
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's of whole()'s."""
+        """Return this rank's part of a tensor of the shape that whole() returns."""
         if self.group is None:
             return x
         return x.view(self.lead, sum(self.sizes))[:, self.first : self.first + self.sizes[self.rank]]
 
     def summed(self, x: Tensor) -> Tensor:
-        """A number without a graph, over all ranks."""
+        """Sum a number without a graph over all ranks, in place."""
         if self.group is not None:
             dist.all_reduce(x, group=self.group)
         return x
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is true on some rank."""
+        """Return whether the flag is true on at least one rank."""
         return flag if self.group is None else bool(self.summed(torch.tensor(int(flag), device=device)))
 
 
@@ -125,8 +135,11 @@ def span_of(
     labels: Tensor, sequence_group: object = None, *, cu_seqlens: Tensor | None = None, shift: bool = False,
     static_shapes: bool = False, **_: Any,
 ) -> Span:  # fmt: skip
-    """Where a rank's labels [..., T_rank] lie on the time axis. The ranks exchange their sizes, a collective and a
-    synchronisation; with static_shapes they are taken to be equal. A Span is handed back as it is."""
+    """Return where the labels [..., T_rank] of this rank lie on the time axis.
+
+    The ranks exchange their sizes, which is a collective and a synchronisation; with static_shapes the sizes are assumed to
+    be equal. If sequence_group is a Span it is returned unchanged.
+    """
     if sequence_group is None or isinstance(sequence_group, Span):
         return sequence_group or Span()
     if not (dist.is_available() and dist.is_initialized()):

@@ -1,4 +1,7 @@
-"""token_stats: the one differentiable primitive. Checks its input, calls the operator, shapes the result."""
+"""Define token_stats, the one differentiable primitive.
+
+It checks its input, calls the operator, and reshapes the result.
+"""
 
 from __future__ import annotations
 
@@ -43,35 +46,40 @@ def token_stats(
     workspace: int | None = None,
     static_shapes: bool = False,
 ) -> TokenStats:
-    """Log-probs, divergences and entropy per token, from hidden states and head weights or from logits.
+    """Compute log-probs, divergences and entropy per token, from hidden states and head weights or from logits.
 
         p = softmax(policy), q = softmax(ref)      logps = log p(y)    ref_logps = log q(y)    D(p, q)    H(p)
 
-    From logits: one pass over them, and one more for the gradient, which is all that is allocated of their size. From
-    hidden states: in tiles that fit a workspace, and logits of all rows never exist. Each output may be differentiated on
-    its own, with any incoming gradient; the reference gets a gradient only if one of its tensors requires one.
+    From logits, one pass over them computes the outputs and one more the gradient, the only allocation of their size. From
+    hidden states, logits are computed in tiles that fit a workspace; logits of all rows never exist. Each output may be
+    differentiated on its own, with any incoming gradient. The reference gets a gradient only if one of its tensors requires
+    one.
 
     Args:
         policy: fl.Hidden (states [..., H] and the head), logits [..., V] or fl.Logits with head options, or fl.LogProbs
-            [...]. float32 | float16 | bfloat16, float64 on the torch backend. Any strides.
-        labels: token ids [...], any integer type. With shift=True labels [..., T] belong to logits [..., T, V] of the
-            same positions, the causal shift is done inside, and outputs are [..., T - 1].
-        ref: as policy, or None. Any source goes with any other, and H may differ. A divergence wants the same number of
-            valid tokens, the same dtype of logits and the same process_group on both sides. Without one these may differ too:
-            each side is then gone through on its own, and the labels must be tokens of both.
-        divergence: a name such as "forward_kl" or "js(beta=0.3)", a fl.divergences.get(...), or several.
+            [...]. The dtype is float32, float16 or bfloat16, on the torch backend also float64. Strides may be arbitrary.
+        labels: token ids [...], of any integer type.
+        ref: the reference, given like policy, or None. Policy and reference may be different kinds of source, and H may
+            differ. For a divergence both sides must have the same number of valid tokens, the same dtype of logits and the
+            same process_group. Without a divergence these may differ too: each side is then computed on its own, and the
+            labels must be tokens of both.
+        divergence: a name such as "forward_kl" or "js(beta=0.3)", a fl.divergences.get(...), or several of these. None: no
+            divergence.
         entropy: also return H(p).
-        collision: also return log sum_v p_v^2, minus the Renyi entropy of order 2 (WPO, 2406.11827). It has no gradient.
-        ignore_index: tokens with this label count for nothing and get zero gradient.
-        inplace_backward: write the policy's gradient over its logits, which are lost.
+        collision: also return log sum_v p_v^2, which is minus the Renyi entropy of order 2 (WPO, 2406.11827,
+            https://arxiv.org/abs/2406.11827). It has no gradient.
+        shift: labels [..., T] belong to logits [..., T, V] of the same positions; the causal shift is done inside, and outputs
+            are [..., T - 1].
+        ignore_index: tokens with this label are ignored and get zero gradient.
+        inplace_backward: write the policy's gradient over its logits, whose values are lost.
         plan: for hidden states: "auto", or one of "slices", "frozen", "tiles" (planner.py); results do not depend on it.
-        workspace: for hidden states: bytes that tiles of logits may take; None: FUSED_LOSSES_WORKSPACE, else 256 MiB.
-        static_shapes: for hidden states: also project rows that do not count, whose states must then be finite. Without it
-            they are dropped first, for which the host has to learn their number: a synchronisation, which a CUDA graph does
-            not allow.
+        workspace: for hidden states: the bytes that tiles of logits may take. None: FUSED_LOSSES_WORKSPACE, else 256 MiB.
+        static_shapes: for hidden states: also project rows that are ignored; their states must then be finite. Without it
+            these rows are dropped first. For that the host has to read their number, which is a synchronisation that a CUDA
+            graph does not allow.
 
-    Raises TypeError or ValueError naming the argument. Label ids out of range raise on the torch backend and give NaN
-    log-probs on Triton, never a read out of bounds.
+    Raises TypeError or ValueError with the name of the argument. Label ids out of range raise on the torch backend and give
+    NaN log-probs on Triton; they never cause a read out of bounds.
     """
     policy, labels = as_source("policy", policy), check_labels(labels)
     source = None if ref is None else as_source("ref", ref)
@@ -110,7 +118,7 @@ def token_stats(
 def check_sources(
     policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...]
 ) -> None:
-    """Shapes, devices and vocabularies of both sides."""
+    """Check shapes, devices and vocabularies of both sides."""
     check_aligned("policy", policy, labels)
     if isinstance(ref, Logits | Hidden):
         check_aligned("ref", ref, labels)
@@ -159,8 +167,11 @@ def pack_stats(
     found: Sequence[Tensor], asks: tuple[bool, bool], labels: Tensor, ref: Logits | Hidden | LogProbs | None,
     asked: tuple[Divergence, ...], entropy: bool, collision: bool, shift: bool, ignore_index: int,
 ) -> TokenStats:  # fmt: skip
-    """The operator's logps, ref_logps, lse, entropy, divergences, hits and collisions, as the labels are shaped. asks: whether
-    policy and reference ask for a gradient; what depends on neither has no graph."""
+    """Return TokenStats in the shape of the labels from the operator's tensors.
+
+    found: logps, ref_logps, lse, entropy, divergences, hits and collisions. asks: whether the policy asks for a gradient, and
+    whether the reference does; outputs that depend on neither have no graph.
+    """
     mask = labels_mask(labels, shift, ignore_index)
     logps, ref_logps, lse, ent, div, hit, squares = found
 
@@ -189,7 +200,10 @@ def pack_stats(
 
 
 def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest) -> TokenStats:  # type: ignore[no-untyped-def]
-    """Rows on more than two strides (a slice of a slice): one call for each entry of the first dimension."""
+    """Compute token_stats with one call for each entry of the first dimension.
+
+    This is for rows that lie on more than two strides (a slice of a slice).
+    """
 
     def parts_of(x: Logits | LogProbs | None) -> list:
         if x is None:
@@ -214,8 +228,11 @@ def apart(
     policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...], shift: bool,
     ignore_index: int, how: How,
 ) -> tuple[Logits | Hidden | LogProbs | None, How]:  # fmt: skip
-    """The reference, and how to carry the call out. Where the two sides cannot go through one pass, and no divergence asks for
-    that, the reference comes back as its log-probs, from a pass of its own."""
+    """Return the reference, and the options for computing the call.
+
+    Where the two sides cannot be computed in one pass, and no divergence requires that, the reference is returned as its
+    log-probs, computed in a separate pass.
+    """
     if asked or not isinstance(ref, Logits | Hidden) or unlike(policy, ref) is None:
         return ref, how
     check_aligned("policy", policy, labels)
