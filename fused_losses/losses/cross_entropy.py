@@ -55,7 +55,7 @@ def cross_entropy_loss(
             raise ValueError("policy: label_smoothing and z_loss need fl.Hidden or logits, got fl.LogProbs")
     elif eps:
         x = source.logits if isinstance(source, Logits) else source.hidden
-        zero = torch.zeros((), dtype=x.dtype, device=x.device)  # of the uniform distribution: one element, strides of 0
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)  # the uniform distribution: one element, strides of 0
         uniform = zero.expand(*labels.shape, source.vocab)
         ref = Logits(uniform, process_group=source.process_group, shard=source.shard)
         needs, vocab = Needs("token", (get("forward_kl"),)), shard_of(source).total or source.vocab

@@ -176,7 +176,7 @@ def _ratios(tokens: Tokens, o: GRPOConfig) -> tuple[Tensor, Tensor]:
     """Return the logarithms of the importance ratios and the advantages: [S] if _by_sequence, else [n]."""
     old, dtype = tokens.extra.get("old_logps"), tokens.logps.dtype
     x = tokens.logps - (tokens.logps.detach() if old is None else old.to(dtype))
-    x = x.masked_fill(~tokens.mask, 0)  # old_logps may hold anything there
+    x = x.masked_fill(~tokens.mask, 0)  # old_logps may have any value there
     if o.sequence:
         x = tokens.sums(x) / tokens.lengths.clamp(min=1)
     if "advantages" in tokens.extra:

@@ -219,7 +219,7 @@ def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0
         )
     rewards, logps = (x.to(torch.promote_types(stats_dtype(rewards), stats_dtype(logps))) for x in (rewards, logps))
     off = rewards - beta * logps
-    squares = (off - off.mean(-1, keepdim=True)).square().sum()  # sum_{i < j} (x_i - x_j)^2 is K times that
+    squares = (off - off.mean(-1, keepdim=True)).square().sum()  # sum_{i < j} (x_i - x_j)^2 is K times this
     return 2 * squares / max((off.shape[-1] - 1) * off.shape[:-1].numel(), 1)
 
 
@@ -278,7 +278,7 @@ def plackett_luce_loss(
     if mask is not None:
         r = r.masked_fill(~mask, 0)
         rest = rest & mask[..., None, :] & mask[..., :, None]
-    # Each place is in its own sum even where it is not taken, which makes its term 0, in the gradient too.
+    # Each place is in its own sum, even a place that is not used: its term is then 0, and so is its gradient.
     rest = rest | torch.eye(k, dtype=torch.bool, device=r.device)
     sums = r[..., None, :].masked_fill(~rest, -math.inf).logsumexp(-1)
     return reduced((sums - r).sum(-1), reduction, num_items)

@@ -186,7 +186,7 @@ def _pairs(
         nll_labels = check_nll_labels(nll_labels, labels).where(chosen, ignore)
         labels, extra = labels.where(labels != ignore, nll_labels), {"scored": scored}
     here = span.summed((counting_mask(labels, **batch) & chosen).sum()).clamp(min=1)
-    # The reduction divides by pairs, or by num_items; the mean over tokens is to be left.
+    # The reduction divides by pairs, or by num_items: `times` cancels this, so that the mean over tokens remains.
     by = here if num_nll_tokens is None else num_nll_tokens
     times = pairs if num_items is None or num_nll_tokens is None else num_items
 

@@ -24,7 +24,7 @@ from .shared import Entry, Fused, output, takes
 
 __all__ = ["topk_distillation_loss"]
 
-NOTHING = -1e30  # log-prob of an entry that is not there: finite, so that differences are
+NOTHING = -1e30  # log-prob of an entry that does not exist: finite, so that differences are finite
 
 
 @takes(Execution)
