@@ -1,6 +1,8 @@
-"""python -m fused_losses check: how far values and gradients are from the truth on your shapes, eager torch's and ours.
+"""The command python -m fused_losses check: it measures errors of values and gradients on your shapes.
 
-`run` does the measuring and returns the rows of the table; `measure` takes tensors of your own."""
+It compares eager torch and this library with float64. `run` measures and returns the rows of the table; `measure` takes your
+own tensors.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from ..engine.planner import KINDS
 from ..engine.projection import low_precision, mixed
 from ..losses import LOSSES
 
-TOKEN_STATS = "token_stats"  # stands for the numbers per token where losses are asked for
+TOKEN_STATS = "token_stats"  # the name of the numbers per token in a list of losses
 KNOWN = (TOKEN_STATS, *LOSSES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD = ("softcap", "scale", "temperature")
@@ -35,11 +37,11 @@ PLANS = ("auto", *KINDS)
 Side = fl.Logits | fl.Hidden
 Skipped = dict[tuple[str, str], list[str]]  # (plan, why): cases
 
-# Ours computes in float32 whatever the input is and rounds a gradient once, so that is what it is held to: a bound on
-# eager bfloat16 would pass a kernel that has lost all but two digits. Where the problem itself magnifies rounding
-# (models that are close, links that grow like e^h) no fp32 code reaches 1e-5; eager torch then says what one may
-# expect, twice that as either error is one draw. The rounding of a gradient is measured: unit roundoff times its norm
-# would be too much for most, and too little where fp16 gradients are subnormal.
+# This library computes in float32 for every input dtype and rounds a gradient once, and the bound is based on this: a
+# bound on eager bfloat16 would accept a kernel that has lost all but two digits. Where the problem itself magnifies
+# rounding (models that are close, links that grow like e^h), no fp32 code reaches 1e-5; the error of eager torch then
+# gives the bound, times two, because either error is one random draw. The rounding of a gradient is measured: unit
+# roundoff times its norm would be too much for most, and too little where fp16 gradients are subnormal.
 BASE, CHANCE = 1e-5, 2.0
 RULE = """\
 error    ||x - truth|| / ||truth|| over the whole tensor, masked rows included. The truth is fused_losses.reference in
@@ -51,7 +53,7 @@ allowed  1e-5 or, if larger, twice the error of eager torch: in the dtype or in 
          three roundings for dz and what it gives; twice the error of eager torch in the dtype where X A^T, p of a
          frozen head, or tensors of a wider dtype are rounded."""
 
-NOTHING = 1e-11  # a root of mean squares below this is the truth's own rounding noise: errors are relative to this then
+NOTHING = 1e-11  # a root of mean squares below this is rounding noise of the truth: errors are then relative to this
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,15 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return self.ours <= self.allowed  # never where ours is NaN
+        return self.ours <= self.allowed  # False if ours is NaN
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Policy and reference with rows [2B, T], in the dtype to check, labels [2B, T], incoming gradients [2B T]. Gradients
-    are compared for the tensors that require one, for all where none does."""
+    """Policy and reference with rows [2B, T] in the dtype to check, labels [2B, T], and incoming gradients [2B T].
+
+    Gradients are compared for the tensors that require one, or for all tensors if none does.
+    """
 
     policy: Tensor | Side
     ref: Tensor | Side
@@ -100,7 +104,10 @@ class Case(NamedTuple):
 
 
 def cases(divergences: Sequence[str] | None = None, losses: Sequence[str] | None = None) -> Iterator[Case]:
-    """What to check. A divergence without an f-DPO link is an error where it and a loss were both asked for by name."""
+    """Yield the cases to check.
+
+    It is an error if a divergence without an f-DPO link and a loss were both requested by name.
+    """
     if others := set(losses or ()) - set(KNOWN):
         raise unknown("loss", others.pop(), KNOWN)
     asked = parse(divergences or names())
@@ -121,8 +128,11 @@ def make_inputs(
     shape: Sequence[int], spread: float, seed: int, device: torch.device, dtype: torch.dtype,
     hidden: Sequence[int] = (), bias: bool = False, lora: int = 0,
 ) -> Inputs:  # fmt: skip
-    """Random logits, policy = reference + spread * noise; labels drawn from the reference, every fifth one masked.
-    hidden: H of policy and reference, for heads with such logits; the states share the features that both have."""
+    """Return random logits, policy = reference + spread * noise, and labels drawn from the reference.
+
+    Every fifth label is masked. `hidden` is the H of policy and reference: the inputs are then hidden states and heads with
+    such logits. The states share the features that both have.
+    """
     rng = torch.Generator().manual_seed(seed)
     sides: list[Any]
     pairs, length, vocab = shape
@@ -151,7 +161,7 @@ def make_inputs(
 
 
 def _mapped(source: Side, side: str, f: Callable[[str, Tensor], Tensor]) -> Side:
-    """The source with f(part, tensor) in place of each of its tensors."""
+    """Return the source with f(part, tensor) in place of each of its tensors."""
     if isinstance(source, fl.Logits):
         return replace(source, logits=f(f"d{side}", source.logits))
     d = "ref_d" if side == "w" else "d"
@@ -169,8 +179,11 @@ def measure(
     case: Case, x: Inputs, head: dict[str, Any] | None = None, plans: Sequence[str] = ("auto",),
     workspace: int | None = None, skipped: Skipped | None = None,
 ) -> list[Row]:  # fmt: skip
-    """The rows of one case: for each part and, from hidden states, plan. head: options of fl.Logits, for both sides.
-    skipped: takes the plans that do not apply, which are errors otherwise."""
+    """Return the rows of one case: for each part and, from hidden states, for each plan.
+
+    `head` has options of fl.Logits, for both sides. Plans that are not possible are added to `skipped`; without it they raise
+    an error.
+    """
     sides = x.sides(**(head or {}))
     given: dict[str, Tensor] = {}  # all tensors by part
     for source, side in zip(sides, "zw", strict=True):
@@ -184,7 +197,7 @@ def measure(
         how["reduction"] = "mean" if hidden else "none"
 
     def outcome(library: Any, dtype: torch.dtype | None = None, plan: str = "auto") -> dict[str, Tensor]:
-        """Value and gradients by part, computed by a library in a dtype (None: that of each tensor)."""
+        """Return the value and the gradients by part, computed by a library in a dtype (None: that of each tensor)."""
         leaves: dict[str, Tensor] = {}
 
         def leaf(part: str, t: Tensor) -> Tensor:
@@ -238,8 +251,12 @@ def run(
     device: torch.device | str = "cpu", spread: float = 1.0, seed: int = 0,
     progress: Callable[[int, int], None] | None = None, **head: Any,
 ) -> list[Row]:  # fmt: skip
-    """All rows of the table. shape: B, T, V. hidden: H of policy and reference, where hidden states are to be checked, with
-    a bias, factors of rank lora, and these plans. head: options of fl.Logits, for both sides. skipped: see measure."""
+    """Return all rows of the table.
+
+    `shape` is B, T, V. `hidden` is the H of policy and reference, if hidden states are to be checked, with a bias, LoRA
+    factors of rank `lora`, and these plans. `head` has options of fl.Logits, for both sides. `skipped` is described in
+    measure.
+    """
     if len(shape) != 3 or min(*shape, *hidden) < 1 or not 0 <= spread < math.inf or lora < 0:
         what = f"got {shape}, {hidden}, {spread}, {lora}"
         raise ValueError(f"expected shape B,T,V and hidden of numbers >= 1, spread and lora >= 0, {what}")
@@ -258,7 +275,10 @@ def run(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each row that fails, and of those that pass in several plans for the one nearest to failing."""
+    """Return the table of the rows that fail, and of the worst rows that pass.
+
+    Of the rows that pass in several plans, the table has only the one nearest to failing.
+    """
     worst = {(row.dtype, row.what, row.part): row for row in sorted(rows, key=lambda row: row.share)}
     rows = [row for row in rows if not row.ok or worst[row.dtype, row.what, row.part] is row]
     what, plan, part = (max(len(getattr(row, name)) for row in rows) for name in ("what", "plan", "part"))
@@ -320,7 +340,7 @@ def main(args: argparse.Namespace) -> int:
         if args.backend:
             _use(args.backend, device)
         backend, reason = explain(device)
-    except (RuntimeError, AssertionError) as problem:  # what cannot run here is bad input, not a failed check
+    except (RuntimeError, AssertionError) as problem:  # an unusable device is bad input, not a failed check
         raise ValueError(str(problem).splitlines()[0]) from None
     if args.hidden is None and (args.ref_hidden or args.bias or args.lora or args.plan or args.workspace):
         raise ValueError("ref-hidden, bias, lora, plan, workspace: go with --hidden")

@@ -1,8 +1,9 @@
-"""A small DPO training, from preference pairs to a picture: with the loss as most people write it, with fl.dpo_loss on
-logits, and with fl.dpo_loss on hidden states, where the logits of all rows never exist.
+"""The command python -m fused_losses demo: a small DPO training, from preference pairs to a picture.
 
-The runs start from the same weights and see the same batches, so their losses must agree; memory and time need not.
-The policy is an untrained two-layer Llama with a vocabulary of full size: the vocabulary is what a loss pays for.
+It trains with the loss as most people write it, with fl.dpo_loss on logits, and with fl.dpo_loss on hidden states, where the
+logits of all rows never exist. The runs start from the same weights and see the same batches, so their losses must agree;
+memory and time may differ. The policy is an untrained two-layer Llama with a vocabulary of full size, because the cost of a
+loss depends on the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .memory_probe import peak_bytes
 
 COLUMNS = ("prompt", "chosen", "rejected")
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-TOKENS = 4096  # all that a few hundred pairs can fill; the rest of the model's vocabulary is never seen, but paid for
+TOKENS = 4096  # enough for a few hundred pairs; the rest of the model's vocabulary never occurs, but has its cost
 PAD, EOS, IGNORE = 0, 1, -100
 PLAIN = ("naive", "from logits", "from hidden")  # the three runs of plain DPO that have to agree
 
@@ -51,7 +52,10 @@ def logits(source: fl.Hidden) -> Tensor:
 
 
 def naive(policy: fl.Hidden, ref: fl.Hidden, labels: Tensor, beta: float) -> Loss:
-    """The code to replace. Hidden states [2B, T, H] and labels [2B, T], chosen rows first."""
+    """Compute DPO with the code that fl.dpo_loss replaces.
+
+    Hidden states are [2B, T, H] and labels [2B, T], chosen rows first.
+    """
     labels = labels[:, 1:].clone()
     mask = labels != IGNORE
     labels[~mask] = 0
@@ -72,7 +76,10 @@ def from_logits(policy: fl.Hidden, ref: fl.Hidden, labels: Tensor, **options: An
 
 
 def from_hidden(policy: fl.Hidden, ref: fl.Hidden, labels: Tensor, library: Any = fl, **options: Any) -> Loss:
-    """What replaces it: no logits. `fl.reference` as the library is the eager twin that defines what is correct."""
+    """Compute DPO without logits, with the code that replaces `naive`.
+
+    With `fl.reference` as the library this is the eager reference implementation, which defines what is correct.
+    """
     out = library.dpo_loss(policy, labels, ref, shift=True, **options)
     return out.loss, out.metrics
 
@@ -102,7 +109,10 @@ class Step(NamedTuple):
 
 
 def plain_text(value: Any, column: str) -> str:
-    """A string as it is; of a list of chat messages all of the prompt, but only the assistant's part of an answer."""
+    """Return a string unchanged, and the text of a list of chat messages.
+
+    Of a prompt this is the text of all messages, of an answer only the assistant's part.
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -112,7 +122,7 @@ def plain_text(value: Any, column: str) -> str:
 
 
 def load_pairs(name: str, limit: int) -> list[Pair]:
-    """The first pairs of a local file, or of the train split of a dataset on the hub."""
+    """Return the first pairs of a local file, or of the train split of a dataset on the hub."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -126,7 +136,10 @@ def load_pairs(name: str, limit: int) -> list[Pair]:
 
 
 def train_tokenizer(pairs: list[Pair], vocab: int) -> Any:
-    """Byte-level BPE on the pairs themselves: nothing to download, and no text is out of vocabulary."""
+    """Train a byte-level BPE on the pairs themselves.
+
+    Nothing is downloaded, and no text is out of vocabulary.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -139,7 +152,7 @@ def train_tokenizer(pairs: list[Pair], vocab: int) -> Any:
 
 
 def make_batches(pairs: list[Pair], tokenizer: Any, args: argparse.Namespace) -> list[Batch]:
-    """One right-padded batch per step, the pairs in a seeded order."""
+    """Return one right-padded batch per step, with the pairs in a seeded order."""
 
     def encode(prompt: str, answer: str) -> tuple[Tensor, Tensor]:
         start, end = tokenizer.encode(prompt + "\n\n").ids, tokenizer.encode(answer).ids + [EOS]
@@ -177,8 +190,10 @@ def clock(device: torch.device) -> float:
 
 
 def forward_and_backward(loss_function: LossFunction, policy: fl.Hidden, ref: fl.Hidden, labels: Tensor) -> list[Any]:
-    """Loss, its gradients at the policy's hidden states and head, and the metrics. The graph is cut at the hidden states,
-    so head and loss can be measured alone."""
+    """Return the loss, its gradients at the policy's hidden states and head, and the metrics.
+
+    The graph is cut at the hidden states, so that head and loss can be measured alone.
+    """
     leaf = policy.hidden.detach().requires_grad_()
     loss, metrics = loss_function(replace(policy, hidden=leaf), ref, labels)
     return [loss.detach(), *torch.autograd.grad(loss, [leaf, policy.weight]), metrics]
@@ -201,7 +216,10 @@ def train_step(policy: Model, optimizer: Any, reference: Model, batch: Batch, lo
 
 
 def error_of_loss(loss_function: partial[Loss], policy: fl.Hidden, ref: fl.Hidden, labels: Tensor) -> float:
-    """The largest relative difference to the eager twin in float64: of the loss or of one of its gradients."""
+    """Return the largest relative difference of the loss, or of one of its gradients, to the reference implementation.
+
+    The eager reference implementation runs in float64.
+    """
     few = slice(None), slice(None, None, max(1, labels.shape[1] // 16))  # float64 logits of all tokens would take long
     z, w = (replace(s, hidden=s.hidden[few].detach(), weight=s.weight.detach()) for s in (policy, ref))
     z64, w64 = (replace(s, hidden=s.hidden.double(), weight=s.weight.double()) for s in (z, w))
@@ -242,7 +260,7 @@ def draw(path: Path, runs: dict[str, list[Step]], peaks: dict[str, float], gradi
     figure = Figure(figsize=(14, 4.4), facecolor="white", layout="constrained")  # white: for dark pages too
     curves, memory, times = figure.subplots(1, 3, width_ratios=(5, 3, 3))
     colors = dict(zip(PLAIN, ("#c4c4c4", "#7fb8d4", "#0b6e99"), strict=True))
-    widths = dict(zip(PLAIN, (8, 4, 1.2), strict=True))  # all three on one another, and all to be seen
+    widths = dict(zip(PLAIN, (8, 4, 1.2), strict=True))  # the curves overlap: all three must be visible
     curves.set_prop_cycle(color=["#d1495b", "#e09f3e"])
     for name, run in runs.items():
         style = {"color": colors[name], "linewidth": widths[name]} if name in PLAIN else {"linestyle": "--"}
@@ -284,7 +302,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """0: all codes agree. 1: they do not. 2: something is missing."""
+    """Return 0 if all codes agree, 1 if they do not, and 2 if something is missing."""
     try:
         import matplotlib  # noqa: F401  (missing? say so before the training)
         from tqdm import tqdm
@@ -314,7 +332,7 @@ def main(args: argparse.Namespace) -> int:
     peaks, errors = dict[str, float](), dict[str, float]()
     with tqdm(total=sum(steps.values()), unit="step") as progress:
         for i, batch in enumerate(batches):
-            for name, loss_function in losses.items():  # in turns: what else the machine does slows them all alike
+            for name, loss_function in losses.items():  # in turns, so that other load on the machine slows all alike
                 if i < steps[name]:
                     runs[name].append(train_step(policies[name], optimizers[name], reference, batch, loss_function))
                     progress.update()

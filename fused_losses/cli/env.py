@@ -1,4 +1,7 @@
-"""python -m fused_losses env: versions, devices, and for each type of device the backend that runs there and why."""
+"""The command python -m fused_losses env: it prints versions and devices.
+
+For each type of device it also prints the backend that runs there, and why.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _version(name: str) -> str:
-    """The version of an optional package; imported, because a package that is there may still be broken."""
+    """Return the version of an optional package, or why it cannot be used.
+
+    The package is imported, because an installed package may be broken.
+    """
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         return "not installed" if error.name == name else f"cannot be imported: {error}"
-    except Exception as error:  # a broken installation may raise anything, and that is what people come here to see
+    except Exception as error:  # a broken installation may raise any error, which is printed
         return f"cannot be imported: {error}"
     return f"{module.__version__}, can be imported"
 
@@ -60,7 +66,7 @@ def _cpu() -> str:
 
 
 def devices() -> Iterator[tuple[str, str]]:
-    """(name, what it is) of every device that torch can use."""
+    """Yield (name, description) of every device that torch can use."""
     yield "cpu", _cpu()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
@@ -78,7 +84,7 @@ def devices() -> Iterator[tuple[str, str]]:
 
 
 def backend_of(device: torch.device) -> tuple[str | None, str]:
-    """(backend or None, a sentence that says why)."""
+    """Return (backend or None, a sentence that says why)."""
     try:
         name, reason = explain(device)
     except (RuntimeError, ValueError) as error:

@@ -1,6 +1,7 @@
-"""python -m fused_losses memory: what a loss step allocates beyond its input, in naive eager code and in ours.
+"""The command python -m fused_losses memory: it prints what a loss step allocates beyond its input.
 
-The input is logits, or with --hidden H hidden states and head weights. Ours is predicted from the shapes alone.
+It compares naive eager code with this library. The input is logits or, with --hidden H, hidden states and head weights. The
+memory of this library is predicted from the shapes alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def naive_loss(policy: Tensor, labels: Tensor, ref: Tensor | None, divergences: Sequence[Divergence]) -> Tensor:
-    """The naive code that is measured: fp32 log-softmaxes and textbook divergences of probabilities."""
+    """Compute the loss with the naive code that is measured: fp32 log-softmaxes and textbook divergences."""
     log_p = policy.float().log_softmax(-1)
     loss = log_p.gather(-1, labels.unsqueeze(-1)).sum()
     if ref is None:
@@ -36,7 +37,7 @@ def naive_loss(policy: Tensor, labels: Tensor, ref: Tensor | None, divergences: 
 
 
 def naive_bytes(rows: int, step: Step) -> int:
-    """Peak of naive_loss, forward and backward, measured on `rows` rows of a small vocabulary on the CPU."""
+    """Measure the peak of naive_loss, forward and backward, on `rows` rows of a small vocabulary on the CPU."""
     dtype = torch.float32 if step.itemsize == 4 else torch.bfloat16
     z, w = (torch.randn(rows, SMALL).to(dtype).requires_grad_(asks) for asks in (True, step.both))
     labels = torch.zeros(rows, dtype=torch.long)
@@ -54,7 +55,7 @@ BLOCKS, BLOCKS_DIVERGENCE = (5, 6), (13, 15)
 
 @dataclass(frozen=True)
 class Step:
-    """A loss step on logits [rows, vocab], twice that with a reference."""
+    """A loss step on logits [rows, vocab], and on as many logits again with a reference."""
 
     rows: int
     vocab: int
@@ -69,11 +70,14 @@ class Step:
 
     @property
     def logits(self) -> int:
-        """Bytes of the logits of one model: also those of its gradient."""
+        """Return the bytes of the logits of one model, which are also those of its gradient."""
         return self.rows * self.vocab * self.itemsize
 
     def naive_per_logit(self) -> float:
-        """Bytes per logit of one model: the slope between two small sizes, so that whole-row numbers cancel."""
+        """Return the bytes per logit of one model.
+
+        This is the slope between two small sizes, so that numbers that do not depend on the rows cancel.
+        """
         rows = (32, 160)
         few, many = (naive_bytes(n, self) for n in rows)
         return (many - few) / ((rows[1] - rows[0]) * SMALL)
@@ -82,7 +86,10 @@ class Step:
         return round(self.rows * self.vocab * self.naive_per_logit())
 
     def fused(self, backend: str, inplace: bool = False) -> int:
-        """Gradients that do not go in place, numbers per row, and what the torch backend works in."""
+        """Return the bytes of this library's code.
+
+        They are gradients that are not written in place, numbers per row, and the temporaries of the torch backend.
+        """
         gradients = (not inplace) + self.both
         n = len(self.divergences)
         per_row = 4 * (3 + n) + 4 * (7 + 2 * n) + 4 * (2 + n) + 2  # outputs, saved, incoming gradients, two bools
@@ -103,26 +110,32 @@ class HeadStep(Step):
     hidden: int = 1
     ref_hidden: int = 1
     frozen: bool = False  # the head has no gradient
-    unit: int = 0  # rows of a unit of a loss that is known
+    unit: int = 0  # rows of a unit of the loss, 0 if the loss is not known
 
     def input(self) -> int:
-        """Bytes of states and heads."""
+        """Return the bytes of states and heads."""
         return (self.rows + self.vocab) * (self.hidden + self.ref * self.ref_hidden) * self.itemsize
 
     def gradients(self) -> dict[str, int]:
-        """Bytes of what either code has to return."""
+        """Return the bytes of the gradients that either code has to return."""
         states, head = self.rows * self.itemsize, self.vocab * self.itemsize
         policy = {"states": states * self.hidden, "head": head * self.hidden * (not self.frozen)}
         return policy | {"reference": (states + head) * self.ref_hidden * self.both}
 
     def naive_per_logit(self) -> float:
-        """The part that grows with rows times vocabulary: the second difference between small sizes."""
+        """Return the bytes per logit that grow with rows times vocabulary.
+
+        This is the second difference between small sizes.
+        """
         rows, vocab = (32, 160), (512, SMALL)
         few, more = ([naive_head_bytes(n, v, self) for n in rows] for v in vocab)
         return (more[1] - more[0] - few[1] + few[0]) / ((rows[1] - rows[0]) * (vocab[1] - vocab[0]))
 
     def naive(self) -> int:
-        """The peak is in the log-softmaxes' backward or, with large states, in the products after it."""
+        """Return the bytes at the peak of the naive code.
+
+        The peak is in the backward of the log-softmaxes or, with large states, in the products after it.
+        """
         return max(super().naive(), self.logits * (1 + self.both) + sum(self.gradients().values()))
 
     def facts(self, device: str) -> planner.Facts:
@@ -138,7 +151,10 @@ class HeadStep(Step):
         )  # fmt: skip
 
     def ours(self, device: str, plan: planner.Plan) -> dict[str, int]:
-        """Bytes at the peak, by what they are for: gradients(), what is held beside the tiles, and the tiles."""
+        """Return the bytes at the peak of this library's code, by purpose.
+
+        The purposes are gradients(), what is stored in addition to the tiles, and the tiles.
+        """
         gradients = {f"gradient of {name}": count for name, count in self.gradients().items() if count}
         states, other = (self.rows * h * self.itemsize for h in (self.hidden, self.ref_hidden))
         facts = self.facts(device)
@@ -161,7 +177,7 @@ class HeadStep(Step):
 
 
 def naive_head_bytes(rows: int, vocab: int, step: HeadStep) -> int:
-    """Peak of naive_loss behind both heads, on small ones of H = 8."""
+    """Measure the peak of naive_loss behind both heads, on small heads of H = 8."""
     dtype = torch.float32 if step.itemsize == 4 else torch.bfloat16
     asks = (True, not step.frozen, step.both, step.both)
     x, head, ref_x, ref_head = (
@@ -178,7 +194,7 @@ def naive_head_bytes(rows: int, vocab: int, step: HeadStep) -> int:
 
 
 def report(step: Step) -> dict[str, int]:
-    """Bytes: the input, then what each code allocates on top of it."""
+    """Return bytes: the input, then what each code allocates in addition."""
     return {
         "policy_logits": step.logits,
         "reference_logits": step.logits * step.ref,
@@ -205,7 +221,7 @@ def size(count: int) -> str:
 
 
 def byte_count(text: str) -> int:
-    """1048576, 1024K, 256M, 2G."""
+    """Convert text such as 1048576, 1024K, 256M or 2G to a number of bytes."""
     power = "KMG".find(text[-1:].upper()) + 1
     return int(text[:-1] if power else text) << 10 * power
 

@@ -1,4 +1,7 @@
-"""Peak memory of a piece of PyTorch code, to the byte: what it asked the allocators for, not what the process holds."""
+"""Measure the peak memory of a piece of PyTorch code, to the byte.
+
+The result is what the code requested from the allocators, not what the process holds.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from torch.autograd.profiler import profile
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
-    """Largest number of bytes that `fn()` holds at any moment beyond what is live when it starts.
+    """Return the largest number of bytes that `fn()` holds at any moment, beyond what is allocated when it starts.
 
-    Counts every tensor, temporary, saved activation, gradient and return value that torch allocates during the call, in
-    custom ops and in backward as well, whether or not it is still alive at the end. Not counted: memory of other
-    libraries (NumPy arrays, packing buffers inside BLAS) and, on the CPU, of Python threads other than the caller's.
-    Freeing a tensor that was live before the call does not lower the count on the CPU.
+    This counts every tensor, temporary, saved activation, gradient and return value that torch allocates during the call,
+    also in custom ops and in backward, whether or not it still exists at the end. It does not count memory of other libraries
+    (NumPy arrays, packing buffers inside BLAS) and, on the CPU, of Python threads other than the caller's. Freeing a tensor
+    that was allocated before the call does not lower the count on the CPU.
 
-    With CUDA in use this is the larger of the host's and the devices' peaks: code that works on one side asks the other
-    for little. The call runs under the profiler, so time it separately.
+    With CUDA in use this is the larger of the peaks of the host and of the devices: code that works on one side allocates
+    little on the other. The call runs under the profiler, so measure its time separately.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr
     gc.collect()  # garbage of the caller must not be freed in the middle of the measurement
     gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     for gpu in gpus:
@@ -37,9 +40,10 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
 
 def _host_peak(roots: Iterable[Any]) -> int:
-    """Replay the CPU allocator's events in order of time.
+    """Replay the CPU allocator's events in order of time and return the peak.
 
-    The profiler's own running total also sees frees of blocks from an earlier profile, so match blocks by address here.
+    The profiler's own running total also contains frees of blocks from an earlier profile, so this function matches blocks by
+    address.
     """
     events, stack = [], list(roots)
     while stack:

@@ -1,6 +1,8 @@
-"""One module for each kind of loss; FAMILY lists all that tests and the README's table iterate over.
+"""The loss functions: one module for each kind of loss.
 
-common               results, reductions, the way through objective.evaluate, Entry
+FAMILY lists all losses that the tests and the table of the README iterate over.
+
+shared               results, reductions, the call of evaluate, Entry
 preference           pairs: DPO and the loss types of TRL; their formulas are in pair_losses
 tdpo                 pairs: TDPO
 reference_free       pairs without a reference: SimPO, CPO, ORPO
@@ -10,8 +12,8 @@ distillation         from a teacher
 topk                 from a teacher's K best tokens
 cross_entropy        with label smoothing and z-loss
 preference_matching  PM-RLHF, Bradley-Terry, Plackett-Luce
-upo                  UPO
-lta_thinker          LTA-Thinker
+calibration          compares confidence with accuracy, from the statistics that a loss returns
+experimental         upo (UPO) and lta_thinker (LTA-Thinker)
 """
 
 from ..core.outputs import LossOutput

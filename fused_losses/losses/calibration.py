@@ -1,4 +1,4 @@
-"""calibration: whether likely responses are the preferred ones, from the statistics that a loss returns."""
+"""Calibration of a policy: compare confidence with accuracy, from the statistics that a loss returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ __all__ = ["Calibration", "calibration"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sums over the pairs of each bin of confidence, float64 [bins]; those of several batches add with +."""
+    """The sums over the pairs of each bin of confidence, as float64 tensors [bins].
+
+    The results of several batches can be added with +.
+    """
 
     counts: Tensor
     confidence: Tensor  # sum of the confidences
@@ -27,21 +30,30 @@ class Calibration:
 
     @property
     def error(self) -> Tensor:
-        """The expected calibration error, sum_bins |accuracy - confidence| pairs / all pairs: 0-d, 0 of nothing."""
+        """Return the expected calibration error, a 0-d tensor.
+
+        It is sum_bins |accuracy - confidence| pairs / all pairs, and 0 if there are no pairs.
+        """
         return (self.correct - self.confidence).abs().sum() / self.counts.sum().clamp(min=1)
 
 
 @torch.no_grad()
 def calibration(stats: TokenStats, *, cu_seqlens: Tensor | None = None, bins: int = 10) -> Calibration:
-    """The policy's calibration on pairs as f-DPO's released evaluation measures it (2309.16240), without another pass:
+    """Measure the policy's calibration on pairs, as the released evaluation of f-DPO does (arXiv 2309.16240).
 
         confidence    exp of the mean log p(y_t) over the chosen response, in `bins` equal parts of [0, 1]
-        right         where that mean is higher than the rejected response's
+        correct       that mean is higher than the mean of the rejected response
 
-    No reference enters. Pairs with a response of no tokens are left out. (On an edge a pair is of the upper bin.)
+    No other forward pass is needed, and no reference model is used. Pairs in which a response has no tokens are left out. A
+    confidence on the edge between two bins is counted in the upper bin.
 
-    stats: LossOutput.stats of a loss of pairs, the B chosen sequences first: [2B, T], or packed with its cu_seqlens. Add the
-    results of the batches, then read .error: errors themselves do not average.
+    Args:
+        stats: LossOutput.stats of a loss of pairs, the B chosen sequences first: [2B, T], or packed.
+        cu_seqlens: offsets [2B + 1] of the packed sequences. None: stats are [2B, T].
+        bins: the number of bins, >= 1.
+
+    Returns:
+        Sums for each bin. Add the results of all batches, then read .error: errors of batches must not be averaged.
     """
     if not isinstance(stats, TokenStats):
         raise TypeError(f"stats: expected TokenStats, as in LossOutput.stats, got {kind_of(stats, TokenStats)}")

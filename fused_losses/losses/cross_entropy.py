@@ -25,18 +25,24 @@ __all__ = ["cross_entropy_loss"]
 def cross_entropy_loss(
     policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, **batch: Unpack[BatchOptions]
 ) -> LossOutput:
-    """Cross entropy of the labels, as torch.nn.functional.cross_entropy, token by token over the V valid tokens of the head:
+    """Compute the cross entropy of the labels, as torch.nn.functional.cross_entropy does, with an optional z-loss.
 
-        -(1 - eps) log p(label) - eps / V sum_v log p_v + z_loss lse^2,    the mean over the tokens that count
+    The loss of a token, over the V valid tokens of the head, is
 
-    eps is label_smoothing (1512.00567), in [0, 1]; its sum over the vocabulary is V (KL(uniform || p) + log V). z_loss >= 0
-    holds lse = log sum_v exp z_v near 0 (PaLM, 2204.02311, has 1e-4), with z as the head's options leave them.
+        -(1 - eps) log p(label) - eps / V sum_v log p_v + z_loss lse^2,    lse = log sum_v exp z_v
 
-    policy: fl.Hidden or logits [..., V]; fl.LogProbs where eps and z_loss are 0. labels: [...]. The options of a batch are
-    those of preference_loss. There are no class weights; where no token counts the loss is 0, where torch has NaN.
+    and the loss is the mean over the tokens that count (label != ignore_index). There are no class weights. If no token
+    counts, the loss is 0, where torch returns NaN.
 
-    metrics: logps, lse, mean_token_accuracy (labels that have the highest logit, TRL's key), entropy if asked for: means over
-    the tokens.
+    Args:
+        policy: fl.Hidden or logits [..., V]; fl.LogProbs only if label_smoothing and z_loss are 0.
+        labels: token ids [...].
+        label_smoothing: eps (arXiv 1512.00567), in [0, 1]. -sum_v log p_v equals V (KL(uniform || p) + log V).
+        z_loss: >= 0. It keeps lse near 0 (PaLM, 2204.02311, uses 1e-4). z are the logits after the options of the head.
+        **batch: the options of a batch, as in preference_loss.
+
+    The metrics are means over the tokens: logps, lse, mean_token_accuracy (the share of labels that have the highest logit,
+    under TRL's key), and entropy if it is requested.
     """
     source, labels = as_source("policy", policy), check_labels(labels)
     if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
@@ -49,7 +55,7 @@ def cross_entropy_loss(
             raise ValueError("policy: label_smoothing and z_loss need fl.Hidden or logits, got fl.LogProbs")
     elif eps:
         x = source.logits if isinstance(source, Logits) else source.hidden
-        zero = torch.zeros((), dtype=x.dtype, device=x.device)  # of the uniform distribution: one element, strides of 0
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)  # the uniform distribution: one element, strides of 0
         uniform = zero.expand(*labels.shape, source.vocab)
         ref = Logits(uniform, process_group=source.process_group, shard=source.shard)
         needs, vocab = Needs("token", (get("forward_kl"),)), shard_of(source).total or source.vocab

@@ -22,22 +22,30 @@ def distillation_loss(
     student: Source, labels: Tensor, teacher: Source, *, divergence: str | Divergence | None = None, beta: float = 0.5,
     soft: float = 1.0, hard: float = 0.0, **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
-    """Knowledge distillation, token by token over the whole vocabulary, p the student and q the teacher:
+    """Compute a knowledge distillation loss, token by token over the whole vocabulary.
 
-        soft D(p, q) - hard log p(label),    the mean over the tokens that count
+    For p the student and q the teacher, it is the mean over the tokens that count (label != ignore_index) of
 
-    divergence: any of fl.divergences.names(); None is GKD's (2306.13649 eq. 1) generalised JSD with TRL's beta: at 0
-    KL(teacher || student), at 1 KL(student || teacher), which are not the limits of what lies between, and else
-    js(beta) = beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student. Other choices:
-    "skew_forward_kl(lam=0.1)" and "skew_reverse_kl(lam=0.1)" (DistiLLM, 2402.03898: its code leaves out the former's
-    constant, the teacher's entropy, and its js_distance(lam=0.9) is "js(beta=0.1)"), "alpha_beta(a=0.2, b=0.7)" (ABKD: its
-    ends a=1, b=0 and a=0, b=1 are "forward_kl" and "reverse_kl").
-    Temperatures are those of the sources; TRL's GKD has 0.9 for both, and multiplies by no T^2.
+        soft D(p, q) - hard log p(label)
 
-    student, teacher: fl.Hidden or logits [..., V], with another hidden size each if they like; labels [...] mark the tokens
-    that count, and are the targets of the hard part. The options of a batch are those of preference_loss.
+    The temperatures are those of the sources. TRL's GKD uses 0.9 for both and, as here, does not multiply by T^2.
 
-    metrics: kl (the divergence), logps, entropy if asked for: means over the tokens.
+    Args:
+        student: fl.Hidden or logits [..., V].
+        labels: token ids [...]. They mark the tokens that count, and are the targets of the hard part.
+        teacher: fl.Hidden or logits [..., V]; its hidden size may differ from the student's.
+        divergence: D, any of fl.divergences.names(). None: the generalised JSD of GKD (arXiv 2306.13649 eq. 1) with `beta`.
+            Other choices are "skew_forward_kl(lam=0.1)" and "skew_reverse_kl(lam=0.1)" (DistiLLM, 2402.03898: its code leaves
+            out the constant of the former, the teacher's entropy, and its js_distance(lam=0.9) is "js(beta=0.1)"), and
+            "alpha_beta(a=0.2, b=0.7)" (ABKD: its ends a=1, b=0 and a=0, b=1 are "forward_kl" and "reverse_kl").
+        beta: TRL's beta of the generalised JSD, in [0, 1]; only without `divergence`. 0 gives KL(teacher || student) and 1
+            gives KL(student || teacher), which are not the limits of the values between. These give js(beta) =
+            beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta teacher + (1 - beta) student.
+        soft: the weight of the divergence.
+        hard: the weight of the negative log-likelihood of the labels.
+        **batch: the options of a batch, as in preference_loss.
+
+    The metrics are means over the tokens: kl (the divergence), logps, and entropy if it is requested.
     """
     if divergence is not None and beta != 0.5:
         raise ValueError(f"beta: is of GKD's divergence, got {beta!r} beside divergence={divergence!r}")
@@ -55,17 +63,24 @@ def distillation_loss(
 def sampled_distillation_loss(
     student: Source, labels: Tensor, teacher: Source, **batch: Unpack[BatchOptions]
 ) -> LossOutput:
-    """Reverse KL of tokens that the student sampled, from the log-probs of these alone, p the student and q the teacher:
+    """Compute the reverse KL of tokens that the student sampled, from the log-probs of these tokens alone.
 
-        sg(log p(label) - log q(label)) log p(label),    the mean over the tokens that count
+    For p the student and q the teacher, it is the mean over the tokens that count (label != ignore_index) of
 
-    sg is a constant to the gradient, whose expectation over samples of p is that of KL(p || q) (TRL's SDPO and SDFT with
-    distillation_mode "sampled_token"; on-policy distillation). The value means nothing by itself: see the metric.
+        sg(log p(label) - log q(label)) log p(label)
 
-    student, teacher: fl.Hidden, logits [..., V] or fl.LogProbs [...]; no gradient flows to the teacher. labels: the sampled
-    tokens [...]. The options of a batch are those of preference_loss.
+    sg(x) is x without a gradient. The expectation of the gradient over samples of p is the gradient of KL(p || q) (TRL's SDPO
+    and SDFT with distillation_mode "sampled_token"; on-policy distillation). The value of the loss has no meaning by itself:
+    read the metric kl.
 
-    metrics: kl (mean of log p - log q, an estimate of KL(p || q)), logps, entropy if asked for: means over the tokens.
+    Args:
+        student: fl.Hidden, logits [..., V] or fl.LogProbs [...].
+        labels: the sampled tokens [...].
+        teacher: as student. It gets no gradient.
+        **batch: the options of a batch, as in preference_loss.
+
+    The metrics are means over the tokens: kl (log p - log q, an estimate of KL(p || q)), logps, and entropy if it is
+    requested.
     """
     as_source("teacher", teacher)
 
@@ -88,7 +103,7 @@ def _gkd(beta: float) -> Divergence:
 
 
 def token_means(found: Fused, **numbers: Tensor) -> dict[str, Part]:
-    """Of the log-probs, the entropy if there is one, and more, over the tokens that count."""
+    """Return parts of `numbers`, log-probs and, if there is one, entropy: means over the tokens that count."""
     tokens = found.tokens
     numbers |= {"logps": tokens.logps} | ({} if tokens.entropy is None else {"entropy": tokens.entropy})
     return {name: token_part(found, x) for name, x in numbers.items()}

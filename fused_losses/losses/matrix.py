@@ -1,4 +1,4 @@
-"""The table of losses in the README, made from the registry: python -m fused_losses.losses.matrix"""
+"""Make the table of losses in the README from the registry: python -m fused_losses.losses.matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = (
 
 
 def row(entry: Entry) -> list[str]:
-    """What each column says of a loss; test_family_rules.py holds every "no" to an error."""
+    """Return the cells of a loss, one for each of COLUMNS; test_family_rules.py checks that every "no" is an error."""
 
     def yes(flag: bool) -> str:
         return "yes" if flag else "no"
@@ -22,7 +22,7 @@ def row(entry: Entry) -> list[str]:
     return [
         f"`{entry.call.__name__}`", "; ".join(name or "-" for name in entry.variants), "yes", yes(not entry.distribution),
         "yes", yes(entry.ref != "needed"), "-" if entry.ref == "unused" else yes(not entry.distribution),
-        yes(bool({"divergence", "options"} & parameters.keys())), entry.source,  # options: preference_loss has them
+        yes(bool({"divergence", "options"} & parameters.keys())), entry.source,  # or those of preference_loss
     ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""The formulas behind preference_loss. LOSSES is the registry and the place for the next one.
+"""The formulas of preference_loss. LOSSES is the registry; add new losses there.
 
-An entry takes Pairs and returns losses [B]: one line that names a term of core/margin_losses.py where the loss is a function
-of the margin, plain torch on the sequences' sums where it is not.
+An entry takes Pairs and returns losses [B]. If the loss is a function of the margin, it is one line that names a term of
+core/margin_losses.py, otherwise plain torch on the sums of the sequences.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from ..engine.logits_ops import check_plain, once
 
 
 def _once(f: Callable[[Pairs], Tensor]) -> Any:
-    """A property that is computed when first read. functools' takes a lock, which torch.compile does not see through."""
+    """Return a property that is computed when it is first read.
+
+    functools.cached_property takes a lock, which torch.compile cannot trace.
+    """
 
     def read(self: Pairs) -> Tensor:
         if f.__name__ not in self.known:
@@ -37,23 +40,26 @@ def _once(f: Callable[[Pairs], Tensor]) -> Any:
 
 
 class Pairs:
-    """Tokens of some pairs, and their sums: each is taken once, however many losses read it. [2B] are the B chosen
-    sequences, then the B rejected."""
+    """The tokens of some pairs, and their sums.
+
+    Each sum is computed once, however many losses read it. In tensors [2B], the B chosen sequences come first, then the B
+    rejected.
+    """
 
     def __init__(self, tokens: Tokens, o: PairLossConfig, chosen: Count | None, batch: Count) -> None:
         self.all, self.o = tokens, o
         self.tokens = tokens if o.ld_alpha is None else desensitised(tokens, o.ld_alpha)
-        self.chosen, self.batch = chosen, batch  # tokens of all chosen sequences that count, pairs: of the whole batch
+        self.chosen, self.batch = chosen, batch  # of the whole batch: chosen tokens that count, and pairs
         self.known: dict[str, Tensor] = {}
 
     @_once
     def h(self) -> Tensor:
-        """[2B], log p(y) - log q(y)."""
+        """Return log p(y) - log q(y), [2B]."""
         return self.tokens.log_ratios()
 
     @_once
     def scores(self) -> Tensor:
-        """[2B], f-DPO's s(h), less the constant that makes a policy equal to its reference score 0."""
+        """Return the f-DPO scores s(h) - s(0), [2B]: a policy that is equal to its reference has the score 0."""
         link = self.o.link
         if link.name == "reverse_kl":
             return self.h
@@ -67,26 +73,26 @@ class Pairs:
 
     @_once
     def average_margin(self) -> Tensor:
-        """s_w / |y_w| - s_l / |y_l|."""
+        """Return s_w / |y_w| - s_l / |y_l|."""
         chosen, rejected = (self.scores / self.all.lengths.clamp(min=1)).tensor_split(2)
         return chosen - rejected
 
     def term(self, name: str, *params: float) -> Tensor:
-        """A formula of the margin: in one kernel, unless others read the same sums."""
+        """Compute a function of the margin: in one kernel, unless other losses read the same sums."""
         o = self.o
         if len(o.names - {"sft"}) == 1:
             return self.tokens.pair_term(name, o.link, o.beta, *params)
         return _curve(self.margin, TERMS[name], params)
 
     def smoothed(self, margin: Tensor) -> Tensor:
-        """-(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin)."""
+        """Compute -(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin)."""
         eps = self.o.epsilon()
         losses = -(1 - eps) * logsigmoid(margin)
-        return losses - eps * logsigmoid(-margin) if eps else losses  # not 0 * inf
+        return losses - eps * logsigmoid(-margin) if eps else losses  # without the test, 0 * inf would be NaN
 
 
 class _Curve(torch.autograd.Function):
-    """f(x) where f gives y and dy/dx: links and terms, whose words do not all carry a graph."""
+    """The function f(x), where f returns y and dy/dx: not all functions in links and terms support autograd."""
 
     @staticmethod
     def forward(ctx, x, f, params):  # type: ignore[no-untyped-def]
@@ -106,7 +112,10 @@ def _curve(x: Tensor, f: Callable, params: tuple[float, ...]) -> Tensor:
 
 
 def desensitised(tokens: Tokens, alpha: float) -> Tokens:
-    """LD-DPO (2409.06411): tokens beyond the length of the pair's shorter response count alpha."""
+    """Multiply the log-probs of the tokens beyond the length of the shorter response by alpha.
+
+    This is LD-DPO (2409.06411). The length is that of the pair's shorter response.
+    """
     if tokens.ref_summed:
         raise ValueError("ld_alpha: needs the reference's log-probs per token, got fl.LogProbs with one per sequence")
     if tokens.cu_seqlens is None:
@@ -125,7 +134,10 @@ def desensitised(tokens: Tokens, alpha: float) -> Tokens:
 
 
 def wpo_weights(tokens: Tokens) -> Tensor:
-    """WPO (2406.11827 eq. 2), [B]: product over the pair of exp(mean_t(log p(y_t) - log sum_v p_v^2)), without a graph."""
+    """Compute the weights [B] of WPO (2406.11827 eq. 2), without a graph.
+
+    A weight is the product over the pair of exp(mean_t(log p(y_t) - log sum_v p_v^2)).
+    """
     assert tokens.collision is not None
     x = (tokens.logps - tokens.collision).detach()
     chosen, rejected = (tokens.sums(x) / tokens.lengths.clamp(min=1)).tensor_split(2)
@@ -187,7 +199,10 @@ def _apo_down(p: Pairs) -> Tensor:
 
 
 def _sft(p: Pairs) -> Tensor:
-    """A pair's share of the mean over the chosen tokens of the batch. TRL weighs the mean itself, in WPO."""
+    """Return the share of each pair of the mean over the chosen tokens of the batch.
+
+    With WPO the mean itself is returned for each pair, because TRL weights the mean.
+    """
     assert p.chosen is not None
     shares = divided(-p.all.sums(p.all.logps).tensor_split(2)[0] * p.batch, p.chosen)
     return (shares.sum() / max(1, len(shares))).expand_as(shares) if p.o.weighting else shares

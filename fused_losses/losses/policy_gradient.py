@@ -45,40 +45,57 @@ def grpo_loss(
     sequence_group: object = None,
     **batch: Unpack[Reports],
 ) -> LossOutput:
-    """GRPO (2402.03300) and its relatives, under the names of TRL's GRPOTrainer. Of token t of sequence s, with advantage A,
+    """Compute the loss of GRPO (arXiv 2402.03300) or of one of its relatives, under the names of TRL's GRPOTrainer.
 
-        x_t = log p(y_t) - old_t     "token"; "sequence" (GSPO, 2507.18071): the mean of x over the sequence, at all its tokens
-        l_t = -min(e^x A, clip(e^x, 1 - epsilon, 1 + epsilon_high) A) + beta KL_t
+    For token t of sequence s, with advantage A:
+
+        x_t = log p(y_t) - old_t     "token"; "sequence" (GSPO, 2507.18071): the mean of x over the sequence, at all its
+        tokens l_t = -min(e^x A, clip(e^x, 1 - epsilon, 1 + epsilon_high) A) + beta KL_t
         "cispo" (2506.13585):  l_t = -sg(min(e^x, epsilon_high)) A log p(y_t) + beta KL_t
 
-    delta caps e^x in the first of the two (2505.07291), which matters where A < 0. The loss is
+    sg(x) is x without a gradient. The loss is
 
         grpo                 mean_s of sum_t l_t / len_s
         dr_grpo              mean_s of sum_t l_t / max_completion_length  (2503.20783)
         bnpo, dapo, cispo    sum of all l_t / the number of tokens  (dapo: 2503.14476)
 
-    with num_items in place of the number of sequences, or of tokens: of the whole batch when gradients accumulate (as TRL does
-    for dapo and cispo; bnpo with num_items is dapo). reduction="none" gives [S]: what the mean over s is of; in the last row
-    sum_t l_t.
-
     Args:
-        policy, labels: fl.Hidden or logits with labels [S, T] of the completions; or packed with cu_seqlens [S + 1].
-        advantages: [S], or one per output token ([S, T - 1] with shift, as old_logps). A weight >= 0 of the tokens' policy
-            term (a sampler's importance ratio, a mask of tokens by entropy) is a factor of per-token advantages.
-        old_logps: log-probs of the tokens when they were sampled. None: on-policy, e^x is 1 and its gradient that of log p.
-        ref: log-probs per token (fl.LogProbs), hidden states or logits of the reference. Needed if beta > 0.
-        epsilon, epsilon_high: epsilon_high=None is epsilon, and must be given for cispo, where it is the largest ratio itself
-            (no 1 +; 5.0 in 2510.13786).
-        kl: how KL(policy || reference) of a token is had. With d = log q(y) - log p(y): "k1" -d, "k2" d^2 / 2, "k3"
-            e^d - 1 - d (TRL's), whose slopes in log p(y) are 1, -d and 1 - e^d: as losses, k1's gradient is zero on average,
-            and k2's is the KL's on policy. Or the name of any divergence, such as "reverse_kl": the sum over the vocabulary,
-            in the same pass; ref must be a distribution.
-        use_bias_correction_kl: KL_t has the factor e^x, unclipped, as in TRL by default: the tokens were sampled from the old
-            policy (2512.02556).
-        The other options of a batch are those of preference_loss.
+        policy: fl.Hidden, logits or fl.LogProbs of the completions, [S, T] rows or packed with cu_seqlens.
+        labels: token ids [S, T] of the completions, or packed.
+        advantages: [S], or one for each output token ([S, T - 1] with shift, as old_logps). To weight the policy term of each
+            token (by a sampler's importance ratio, or a mask of tokens by entropy), multiply advantages per token by weights
+            >= 0.
+        old_logps: log-probs of the tokens when they were sampled. None: on-policy, e^x is 1 and its gradient is that of log
+            p.
+        ref: log-probs per token (fl.LogProbs), hidden states or logits of the reference. Required if beta > 0.
+        loss: "grpo", "dr_grpo", "bnpo", "dapo" or "cispo".
+        importance: "token" or "sequence", the level of the ratios e^x.
+        epsilon: the lower clipping range.
+        epsilon_high: the upper clipping range. None: epsilon. It is required for cispo, where it is the largest ratio itself
+            (without 1 +; 5.0 in 2510.13786).
+        delta: an upper bound of e^x in the first of the two terms of the minimum (2505.07291); it matters where A < 0. None:
+            no bound.
+        beta: the weight of KL_t.
+        kl: the estimate of KL(policy || reference) of a token. With d = log q(y) - log p(y): "k1" -d, "k2" d^2 / 2, "k3"
+            e^d - 1 - d (TRL's). Their slopes in log p(y) are 1, -d and 1 - e^d: as losses, the gradient of k1 is zero on
+            average, and the gradient of k2 is that of the KL on policy. Or the name of any divergence, such as "reverse_kl":
+            the sum over the vocabulary, in the same pass; ref must then be a distribution.
+        use_bias_correction_kl: multiply KL_t by e^x, unclipped, as TRL does by default, because the tokens were sampled from
+            the old policy (2512.02556).
+        max_completion_length: the divisor of dr_grpo.
+        reduction: "mean", "sum", or "none": [S], the terms whose mean over s is the loss; for bnpo, dapo and cispo
+            sum_t l_t.
+        num_items: divide by this number instead of the number of sequences, or of tokens for bnpo, dapo and cispo: that of
+            the whole batch, when gradients accumulate (as TRL does for dapo and cispo; bnpo with num_items is dapo).
+        cu_seqlens: offsets [S + 1] of the packed sequences. None: labels are [S, T].
+        shift: as in preference_loss.
+        ignore_index: as in preference_loss.
+        sequence_group: as in preference_loss.
+        **batch: the other options of a batch, as in preference_loss.
 
-    metrics: kl where there is a ref; clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean, for cispo
-    cispo_clip_ratio; entropy if asked for. Means over tokens; clip ratios of sequences over these, as TRL's.
+    The metrics are kl if there is a ref; clip_ratio/low_mean, clip_ratio/high_mean and clip_ratio/region_mean, or for cispo
+    cispo_clip_ratio; and entropy if it is requested. They are means over tokens; clip ratios of sequences are means over
+    sequences, as in TRL.
     """
     labels = check_labels(labels)
     o = grpo_config(
@@ -115,7 +132,7 @@ def grpo_loss(
 
 
 def _mean_of_tokens(found: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:
-    """The result where the sum of the losses is divided by tokens."""
+    """Return the result for a loss that is the sum of the losses divided by the number of tokens."""
     tokens = found.tokens
     if found.losses is not None:
         parts["loss"] = Part(found.losses, tokens.lengths)
@@ -127,7 +144,7 @@ def inputs(
     sequences: int, shape: tuple[int, ...], device: torch.device, advantages: Tensor, old_logps: Tensor | None,
     ref: Source | None, o: GRPOConfig,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """The numbers of the sequences, and of the tokens, whose shape is given."""
+    """Return the numbers of the sequences and the numbers of the tokens, which have the given shape."""
     if ref is None and o.beta:
         raise ValueError(f"ref: needed for beta={o.beta!r}, got None")
     if isinstance(ref, LogProbs) and ref.logps.shape != shape:
@@ -151,15 +168,15 @@ def inputs(
 
 
 def _by_sequence(tokens: Tokens, o: GRPOConfig) -> bool:
-    """Whether ratios and advantages are both the sequences'."""
+    """Return whether ratios and advantages are both per sequence."""
     return o.sequence and "advantages" in tokens.extra
 
 
 def _ratios(tokens: Tokens, o: GRPOConfig) -> tuple[Tensor, Tensor]:
-    """Logarithms of the importance ratios and the advantages, [S] if _by_sequence, else [n]."""
+    """Return the logarithms of the importance ratios and the advantages: [S] if _by_sequence, else [n]."""
     old, dtype = tokens.extra.get("old_logps"), tokens.logps.dtype
     x = tokens.logps - (tokens.logps.detach() if old is None else old.to(dtype))
-    x = x.masked_fill(~tokens.mask, 0)  # old_logps may hold anything there
+    x = x.masked_fill(~tokens.mask, 0)  # old_logps may have any value there
     if o.sequence:
         x = tokens.sums(x) / tokens.lengths.clamp(min=1)
     if "advantages" in tokens.extra:
@@ -170,7 +187,7 @@ def _ratios(tokens: Tokens, o: GRPOConfig) -> tuple[Tensor, Tensor]:
 
 
 def _kl(tokens: Tokens, o: GRPOConfig) -> Tensor:
-    """[n]"""
+    """Return the KL term of each token, [n]."""
     if o.divergences:
         return tokens.divergence[o.kl]
     assert tokens.ref_logps is not None
@@ -200,12 +217,17 @@ def _parts(tokens: Tokens, o: GRPOConfig, ref: bool) -> dict[str, Part]:
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
-    """GRPO's advantages [S] of rewards [S], of which each group_size in a row answer one prompt:
+    """Compute the advantages [S] of GRPO from rewards [S].
 
-        A = (r - mean) / (std + 1e-4)        mean of the group; std (n - 1) of the group, or of the whole "batch"
+        A = (r - mean) / (std + 1e-4)        mean of the group; std (n - 1) of the group, or of the whole batch
 
-    as TRL has them; "none" divides by nothing (Dr. GRPO, 2503.20783), "batch" is from 2508.08221. A reward that is NaN (not
-    scored) counts for nothing and gets 0; one alone in its group gets 0 as well.
+    as TRL does. A reward that is NaN (not scored) is ignored and gets the advantage 0. A reward that is alone in its group
+    also gets 0.
+
+    Args:
+        rewards: [S]; each group_size rewards in a row belong to answers to one prompt.
+        group_size: the number of answers to a prompt.
+        scale: where std is taken: "group", "batch" (2508.08221), or "none" to divide by nothing (Dr. GRPO, 2503.20783).
     """
     if scale not in ("group", "batch", "none"):
         raise not_one_of("scale", scale, ("group", "batch", "none"))
@@ -226,7 +248,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> 
 
 
 def _centred(r: Tensor, counts: Tensor) -> Tensor:
-    """Rows less their means, over what counts."""
+    """Subtract from each row its mean, over the entries that count."""
     mean = r.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
     return (r - mean).masked_fill(~counts, 0)
 

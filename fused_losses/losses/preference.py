@@ -1,4 +1,4 @@
-"""Preference losses of (chosen, rejected) pairs: preference_loss does everything around the formulas of pair_losses.py."""
+"""Preference losses of (chosen, rejected) pairs: all of preference_loss except the formulas (pair_losses.py)."""
 
 from __future__ import annotations
 
@@ -47,11 +47,14 @@ def preference_loss(
     workspace: int | None = None,
     static_shapes: bool = False,
 ) -> LossOutput:
-    """A preference loss of (chosen, rejected) pairs, and its gradient, without a vocabulary-size temporary. With
+    """Compute a preference loss of (chosen, rejected) pairs without a temporary tensor of vocabulary size.
+
+    The gradient needs no such temporary tensor either. With
 
         h = sum_t log p(y_t) - log q(y_t)        m = beta (s_w - s_l)        lsg = log sigmoid        eps = label_smoothing
 
-    for w chosen and l rejected, and s = s(h), which is h but for f-DPO, the losses are those of TRL under TRL's names:
+    for p the policy, q the reference, w chosen and l rejected, and with s = s(h), which is h except in f-DPO, the losses are
+    those of TRL under TRL's names:
 
         sigmoid       -(1 - eps) lsg(m) - eps lsg(-m)                               DPO 2305.18290; cdpo is another name of it
         robust        [-(1 - eps) lsg(m) + eps lsg(-m)] / (1 - 2 eps)               2403.00409
@@ -69,52 +72,64 @@ def preference_loss(
         aot_unpaired  the same, d = sort(h_w) - sort(h_l)
         sft           -log p(y_w), the mean over all chosen tokens of the batch     RPO 2404.19733 is sigmoid + sft
 
-    Units: losses are per pair, and the batch's is their mean; for aot* pair i is the i-th of the sorted. sft gives a pair
-    its share, B / tokens times its own sum. Several losses make sum_i loss_weights[i] loss_i (1 each unless given).
+    Each pair has one loss, and the loss of the batch is their mean. For aot and aot_unpaired, pair i is the i-th of the
+    sorted values. For sft, the loss of a pair is B / (chosen tokens of the batch) times the sum over its own tokens, so that
+    the mean over pairs is the mean over tokens. Several losses are added as sum_i loss_weights[i] loss_i.
 
-    Scores are less their value at h = 0: a policy equal to its reference scores 0, and the constant of f' matters only where
-    scores do not enter as s_w - s_l. TRL 1.16 does the same; some of its older versions left the constants in.
+    Scores are reduced by their value at h = 0: a policy that is equal to its reference has the score 0, and the constant of
+    f' matters only where the scores do not enter as s_w - s_l. TRL 1.16 does the same; some older versions kept the
+    constants.
 
-    Where TRL 1.16 differs: alpha(a) here is f-DPO's, TRL's f_alpha_divergence_coef is 1 - a. Its `sigmoid` reads no
-    label_smoothing, and exo_pair has no default for it. It takes f-divergences neither for apo_zero, aot and aot_unpaired,
-    nor for nca_pair, bco_pair, sppo_hard and apo_down, where older versions had them and the scores are read here.
+    TRL 1.16 differs in these points: alpha(a) here is that of f-DPO, and TRL's f_alpha_divergence_coef is 1 - a. TRL's
+    `sigmoid` ignores label_smoothing, and its exo_pair has no default for it. TRL does not accept f-divergences for apo_zero,
+    aot and aot_unpaired, nor for nca_pair, bco_pair, sppo_hard and apo_down. For the last four, older versions of TRL
+    accepted them, and they use the scores here.
 
     Args:
-        policy, labels, ref, shift, ignore_index, inplace_backward, workspace, static_shapes: as in token_stats, with
-            hidden states [2B, T, H] or logits [2B, T, V] and labels [2B, T], the B chosen rows first and the B rejected
-            rows second; or packed, [total, H] or [total, V] and labels [total] with cu_seqlens. ref may also be fl.LogProbs
-            per token or per sequence [2B], or None: h is then the policy's log-prob alone.
+        policy: as in token_stats, with hidden states [2B, T, H] or logits [2B, T, V], the B chosen rows first and the B
+            rejected rows second; or packed, [total, H] or [total, V], with cu_seqlens.
+        labels: token ids [2B, T], or packed [total].
+        ref: as policy; or fl.LogProbs per token or per sequence [2B]; or None: h is then the policy's log-prob alone.
         loss: a name in fused_losses.losses.LOSSES, or several.
-        loss_weights: a number for each loss.
-        divergence: s is its f-DPO link (2309.16240): s(h) = f'(e^h). apo_zero, aot and aot_unpaired have none.
-        beta, discopop_tau: > 0.
-        label_smoothing: in [0, 0.5), not 0 for exo_pair. Also read by aot and aot_unpaired, where it is cDPO's.
-        ld_alpha: LD-DPO (2409.06411) where not None: log-probs of both sides beyond the length of the pair's shorter response
-            count so much, in [0, 1]. Lengths and sft are as they were.
-        use_weighting: WPO (2406.11827 eq. 2): pairs are weighted with the product over both responses of
-            exp(mean_t(log p(y_t) - log sum_v p_v^2)), without a gradient and, as TRL has it, unbounded. Not for aot*; sft
-            is weighted after its mean.
+        loss_weights: a number for each loss. None: 1 each.
+        divergence: s is the f-DPO link (2309.16240) of this divergence: s(h) = f'(e^h). apo_zero, aot and aot_unpaired have
+            none.
+        beta: > 0.
+        label_smoothing: eps, in [0, 0.5), not 0 for exo_pair. aot and aot_unpaired also use it, as cDPO does.
+        discopop_tau: > 0.
+        ld_alpha: a number in [0, 1] for LD-DPO (2409.06411), or None: on both sides, log-probs of tokens beyond the length of
+            the pair's shorter response are multiplied by it. Lengths and sft do not change.
+        use_weighting: WPO (2406.11827 eq. 2): each pair is weighted with the product over both responses of
+            exp(mean_t(log p(y_t) - log sum_v p_v^2)), without a gradient and, as in TRL, without a bound. Not for aot and
+            aot_unpaired; sft is weighted after its mean.
         reduction: "mean" over pairs, "sum", or "none" ([B]).
-        num_items: with "mean", divide the sum by this instead of B: the pairs of the whole batch, when gradients accumulate. A
-            number >= 0, or a tensor of one element on the CPU or where the loss is, whose value is not checked. 0 means that
-            nothing counts in the whole batch: the loss is 0 and so is every gradient, whatever the sum is.
-        num_nll_tokens: for sft, likewise the chosen tokens of the whole batch; else each micro-batch has a mean of its own.
-        cu_seqlens: [2B + 1] int offsets of the packed sequences, chosen first. They are not read on the host on a GPU.
-        sequence_group: the time axis is split over the ranks of this torch.distributed.ProcessGroup (sequence or context
+        num_items: with "mean", divide the sum by this number instead of B: the number of pairs of the whole batch, when
+            gradients accumulate. A number >= 0, or a tensor of one element on the CPU or on the device of the loss, whose
+            value is not checked. 0 means that nothing counts in the whole batch: the loss and all gradients are 0, whatever
+            the sum is.
+        num_nll_tokens: the same for sft: the number of chosen tokens of the whole batch. None: each micro-batch has its own
+            mean.
+        cu_seqlens: int offsets [2B + 1] of the packed sequences, chosen first. On a GPU they are not read on the host.
+        shift: as in token_stats.
+        ignore_index: as in token_stats.
+        sequence_group: a torch.distributed.ProcessGroup. The time axis is split over its ranks (sequence or context
             parallel), in their order: labels are [2B, T_rank], slices of any length; or packed, this rank's run of the
-            tokens, with the cu_seqlens of all. Labels are rolled before they are split (shift=True raises). What goes in per
-            token, fl.LogProbs too, is this rank's; what goes in per sequence is whole on every rank, and so are loss and
+            tokens, with the cu_seqlens of all tokens. Shift the labels before you split them (shift=True raises). Inputs per
+            token, also fl.LogProbs, are this rank's. Inputs per sequence are complete on every rank, and so are loss and
             metrics. stats, and with reduction="none" losses of tokens, are this rank's. A rank gets the gradient at its own
-            hidden states; those of weights are partial, to be summed over the group: engines that average them (DDP, FSDP)
-            want the loss times the group's size. The ranks exchange a few numbers for each token. static_shapes=True takes
-            slices to be of equal length and does not check it; torch.compile(fullgraph=True) needs it.
+            hidden states. Gradients of weights are partial and must be summed over the group: for engines that average them
+            (DDP, FSDP), multiply the loss by the size of the group. The ranks exchange a few numbers for each token.
+            static_shapes=True assumes slices of equal length and does not check it; torch.compile(fullgraph=True) needs it.
         entropy: also report the policy's mean entropy per token.
-        plan: for hidden states: as in token_stats, and "rows": blocks of pairs with the gradient computed in the forward
-            (which reads cu_seqlens on the host, so "auto" takes it for packed sequences on a CPU only). aot* and weighted
-            sft need all pairs at once, and have none; nor has sequence_group.
+        inplace_backward: as in token_stats.
+        plan: for hidden states: as in token_stats, and "rows": blocks of pairs, with the gradient computed in the forward.
+            This reads cu_seqlens on the host, so "auto" chooses it for packed sequences only on a CPU. aot, aot_unpaired and
+            weighted sft need all pairs at once, so "rows" is not possible for them, nor with sequence_group.
+        workspace: as in token_stats.
+        static_shapes: as in token_stats.
 
-    metrics: rewards/chosen, rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
-    rewards/accuracies, logps/chosen, logps/rejected, and entropy if asked for.
+    The metrics are rewards/chosen and rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
+    rewards/accuracies, logps/chosen, logps/rejected, and entropy if it is requested.
     """
     labels = check_labels(labels)
     o = pair_loss_config(
@@ -160,7 +175,10 @@ def _sft_parts(found: Fused, o: PairLossConfig, batch: Count, chosen: Count) -> 
 def dpo_loss(
     policy: Source, labels: Tensor, ref: Source | None = None, **options: Unpack[PreferenceOptions]
 ) -> LossOutput:
-    """preference_loss(loss="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence). Options as there."""
+    """Compute preference_loss(loss="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence).
+
+    The options and the metrics are those of preference_loss.
+    """
     return _fixed("dpo_loss", "sigmoid", policy, labels, ref, options)
 
 
@@ -168,8 +186,10 @@ def dpo_loss(
 def ipo_loss(
     policy: Source, labels: Tensor, ref: Source | None = None, **options: Unpack[PreferenceOptions]
 ) -> LossOutput:
-    """preference_loss(loss="ipo"): IPO (2310.12036) with means over tokens, as its authors and TRL have it. Options as there;
-    beta is the paper's tau."""
+    """Compute preference_loss(loss="ipo"): IPO (arXiv 2310.12036) with means over tokens, as its authors and TRL do.
+
+    The options and the metrics are those of preference_loss; beta is the tau of the paper.
+    """
     return _fixed("ipo_loss", "ipo", policy, labels, ref, options)
 
 
@@ -182,7 +202,7 @@ def _fixed(
 
 
 def _chosen_tokens(mask: Tensor, cu_seqlens: Tensor | None, span: Span) -> Tensor:
-    """How many tokens of chosen sequences count, at least 1."""
+    """Return the number of tokens of chosen sequences that count, at least 1."""
     if cu_seqlens is None:
         return span.summed(mask[: len(mask) // 2].sum()).clamp(min=1)
     end = cu_seqlens[len(cu_seqlens) // 2] - span.first

@@ -1,7 +1,7 @@
 """PM-RLHF: the preference-matching regulariser, rewards and metrics; Bradley-Terry and Plackett-Luce ranking losses.
 
-The two regularisers read a policy and labels. The others read rewards or log-probs that are already numbers: plain torch,
-and what they return is a tensor.
+The two regularisers take a policy and labels, and return LossOutput. The other functions take tensors of rewards or
+log-probs, use plain torch, and return a tensor.
 """
 
 from __future__ import annotations
@@ -32,25 +32,32 @@ def preference_matching_loss(
     policy: Source, labels: Tensor, *, form: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
     cu_seqlens: Tensor | None = None, **batch: Unpack[Reduced],
 ) -> LossOutput:  # fmt: skip
-    """The preference-matching regulariser of PM-RLHF (2405.16455), R(pi) = -log pi, as a loss to add to -E[reward]:
+    """Compute the regulariser R(pi) = -log pi of PM-RLHF (arXiv 2405.16455), as a loss to add to -E[reward].
 
         beta E_y[ log p(y | x) ],    so that  max_p E_y[ r - beta log p ]  is at  p = softmax(r / beta)
 
-    With beta = 1 those are the preferences of a Bradley-Terry or Plackett-Luce reward model. A KL to a reference has its
-    optimum at ref exp(r / beta) instead. The labels are responses drawn from the policy; the mean is over sequences.
+    With beta = 1 this optimum has the preferences of a Bradley-Terry or Plackett-Luce reward model. A KL to a reference has
+    its optimum at ref exp(r / beta) instead. The labels are responses sampled from the policy; the mean is over sequences.
+    The forms are
 
-        "entropy"   -beta sum_t H(p(. | y_<t)): each step's expectation over the whole vocabulary. Its gradient takes the
-                    prefixes as given: it leaves out that a token changes the entropies after it. All of it for one token.
+        "entropy"   -beta sum_t H(p(. | y_<t)): the expectation of each step over the whole vocabulary. Its gradient takes the
+                    prefixes as given: it leaves out that a token changes the entropies after it. It is complete for one
+                    token.
         "sampled"   beta log p(y), with the gradient of its expectation: beta (log p(y) - baseline) grad log p(y), where the
-                    bracket is a constant. Unbiased for whole sequences, and noisy; log p(y) itself as a loss would have the
-                    expected gradient 0.
+                    bracket is a constant. It is unbiased for whole sequences, and noisy; log p(y) itself as a loss would have
+                    an expected gradient of 0.
 
     Args:
-        policy: fl.Hidden or logits; for "sampled" fl.LogProbs too. labels: [S, T], or packed with cu_seqlens [S + 1].
-        baseline: [S], for "sampled": what is subtracted, such as the mean log-prob of other responses to the prompt.
-        The other options of a batch are those of preference_loss; num_items is the number of sequences of the whole batch.
+        policy: fl.Hidden or logits; for "sampled" also fl.LogProbs.
+        labels: token ids [S, T], or packed.
+        form: "entropy" or "sampled".
+        beta: > 0.
+        baseline: [S], only for "sampled": it is subtracted from log p(y), such as the mean log-prob of other responses to the
+            prompt.
+        cu_seqlens: offsets [S + 1] of the packed sequences. None: labels are [S, T].
+        **batch: the other options of a batch, as in preference_loss; num_items is the number of sequences of the whole batch.
 
-    metrics: logps, the mean of log p(y); entropy, the mean of a token (for "sampled" if asked for).
+    The metrics are logps, the mean of log p(y), and entropy, the mean per token (for "sampled" if it is requested).
     """
     labels = check_labels(labels)
     extra = check_matching(labels, cu_seqlens, form, beta, baseline, batch.get("sequence_group"))
@@ -76,19 +83,28 @@ def conditional_preference_matching_loss(
     policy: Source, labels: Tensor, ref: Source, *, threshold: float = 0.01, beta: float = 1.0,
     baseline: Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Unpack[Reduced],
 ) -> LossOutput:  # fmt: skip
-    """Conditional preference matching (2405.16455): matching among the tokens that the reference finds likely, a KL to the
-    reference elsewhere. As preference_matching_loss(form="sampled"), with the sum over tokens of
+    """Compute the conditional preference matching loss (arXiv 2405.16455).
+
+    It matches preferences among the tokens that the reference finds likely, and is a KL to the reference elsewhere. It is
+    preference_matching_loss(form="sampled"), with log p(y) replaced by the sum over tokens of
 
         log p(y_t)                      where q(y_t) > threshold
         log p(y_t) - log q(y_t)         elsewhere
 
-    in place of log p(y). As in the released code the condition is per token, and on the token drawn alone; the code has it in
-    rewards only (preference_matching_reward), and its alpha_ctl is our threshold, with 0.01 to 0.5 in use.
+    As in the released code, the condition is per token and reads only the sampled token. The released code has it only in
+    rewards (preference_matching_reward). Its alpha_ctl is our threshold, with values from 0.01 to 0.5.
 
-    threshold: in (0, 1]; at 1 this is the KL of ordinary RLHF. ref: per token, fl.LogProbs too. beta, baseline and the
-    options of a batch: as there.
+    Args:
+        policy: as in preference_matching_loss(form="sampled").
+        labels: as in preference_matching_loss.
+        ref: a reference with a log-prob for each token: fl.Hidden, logits or fl.LogProbs.
+        threshold: in (0, 1]; 1 gives the KL of ordinary RLHF.
+        beta: as in preference_matching_loss.
+        baseline: as in preference_matching_loss.
+        cu_seqlens: as in preference_matching_loss.
+        **batch: the other options of a batch, as in preference_matching_loss.
 
-    metrics: logps; support, the share of tokens above the threshold; entropy if asked for.
+    The metrics are logps; support, the share of tokens above the threshold; and entropy if it is requested.
     """
     labels = check_labels(labels)
     extra = check_matching(labels, cu_seqlens, "sampled", beta, baseline, batch.get("sequence_group"))
@@ -113,7 +129,10 @@ def _penalty(logps: Tensor, ref_logps: Tensor, low: float) -> Tensor:
 
 
 def _score_function(tokens: Tokens, penalty: Tensor) -> Tensor:
-    """The penalties' sums [S], with a gradient whose expectation over responses is that of their expectation."""
+    """Return the sums [S] of the penalty.
+
+    The expectation of their gradient over responses is the gradient of their expectation.
+    """
     value, logps = tokens.sums(penalty).detach(), tokens.sums(tokens.logps)
     weight = value - tokens.extra["baseline"] if "baseline" in tokens.extra else value
     return value + weight * (logps - logps.detach())
@@ -131,19 +150,25 @@ def preference_matching_reward(
     logps: Tensor, ref_logps: Tensor | None = None, *, beta: float = 1.0, threshold: float | None = None,
     scores: Tensor | None = None, clip: float | None = None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Rewards per token of preference matching for PPO and its relatives (2405.16455 and its released code), without gradient:
+    """Compute rewards per token of preference matching, for PPO and its relatives, without a gradient.
+
+    They are those of the paper (arXiv 2405.16455) and its released code:
 
         -beta log p(y_t)                      where q(y_t) > threshold, or everywhere without a threshold
         -beta (log p(y_t) - log q(y_t))       elsewhere
 
-    plus at the last token that counts the response's score, clamped to [-clip, clip].
+    At the last token that counts, the score of the response, clamped to [-clip, clip], is added. fl.token_stats returns
+    logps, ref_logps and mask.
 
     Args:
-        logps, ref_logps: [..., T], of the tokens drawn: log p of the policy that drew them, and log q.
-        threshold: in (0, 1], and needs ref_logps. 1 gives the usual KL rewards, for which the released code takes
-            alpha_ctl <= 0. Its beta (kl_ctl) is 0.1 to 1 and its threshold (alpha_ctl) 0.01 to 0.5; clip is 5 there.
-        scores: [...], of the reward model. Rows in which nothing counts take none.
-        mask: bool [..., T], the tokens that count; other rewards are 0. fl.token_stats has all three.
+        logps: [..., T], log p of the sampled tokens, of the policy that sampled them.
+        ref_logps: [..., T], log q of these tokens. Required with a threshold, and only then.
+        beta: > 0; kl_ctl in the released code, 0.1 to 1.
+        threshold: in (0, 1]; alpha_ctl in the released code, 0.01 to 0.5. 1 gives the usual KL rewards, for which the
+            released code takes alpha_ctl <= 0. None: -beta log p(y_t) everywhere.
+        scores: [...], of the reward model. A row in which no token counts gets no score. None: no scores.
+        clip: the largest absolute value of a score, 5 in the released code. None: scores are not clamped.
+        mask: bool [..., T], the tokens that count; the rewards of other tokens are 0. None: all tokens count.
     """
     check_positive(beta=beta)
     _check_rewards("logps", logps, 1)
@@ -173,12 +198,18 @@ def preference_matching_reward(
 
 @torch.no_grad()
 def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0) -> Tensor:
-    """How far a policy is from matching the preferences of a reward: over the pairs i < j of responses to a prompt the mean of
+    """Measure how far a policy is from matching the preferences of a reward.
+
+    It is the mean over the pairs i < j of responses to a prompt, a 0-d tensor, of
 
         ((r_i - r_j) - beta (log p(y_i) - log p(y_j)))^2,    0 for p = softmax(r / beta)
 
-    logps, rewards: [..., K], K >= 2 responses drawn from the policy, log-probs summed over tokens. A 0-d tensor. The released
-    code's evaluation_pm is this with K = 2.
+    evaluation_pm in the released code is this with K = 2.
+
+    Args:
+        logps: [..., K], log-probs, summed over tokens, of K >= 2 responses sampled from the policy.
+        rewards: [..., K], the rewards of these responses.
+        beta: > 0.
     """
     check_positive(beta=beta)
     _check_rewards("logps", logps, 1)
@@ -188,7 +219,7 @@ def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0
         )
     rewards, logps = (x.to(torch.promote_types(stats_dtype(rewards), stats_dtype(logps))) for x in (rewards, logps))
     off = rewards - beta * logps
-    squares = (off - off.mean(-1, keepdim=True)).square().sum()  # sum_{i < j} (x_i - x_j)^2 is K times that
+    squares = (off - off.mean(-1, keepdim=True)).square().sum()  # sum_{i < j} (x_i - x_j)^2 is K times this
     return 2 * squares / max((off.shape[-1] - 1) * off.shape[:-1].numel(), 1)
 
 
@@ -196,10 +227,16 @@ def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, reduction: str = "mean",
     num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
-    """The loss of reward models: -log sigmoid(chosen - rejected - margin), P(chosen > rejected) = sigmoid(difference).
+    """Compute the loss of reward models, -log sigmoid(chosen - rejected - margin).
 
-    chosen, rejected: rewards [...], of the same shape. margin: a number or [...], as Llama 2's reward models have (2307.09288).
-    reduction, num_items: as in preference_loss. Returns a tensor, float32 or wider.
+    It is the model P(chosen > rejected) = sigmoid(chosen - rejected). The result is a tensor, float32 or wider.
+
+    Args:
+        chosen: rewards [...].
+        rejected: rewards [...], of the same shape.
+        margin: a number or [...], as in the reward models of Llama 2 (arXiv 2307.09288).
+        reduction: as in preference_loss.
+        num_items: as in preference_loss.
     """
     _check_rewards("chosen", chosen, 0)
     _check_rewards("rejected", rejected, 0)
@@ -217,14 +254,20 @@ def plackett_luce_loss(
     reduction: str = "mean",
     num_items: Count | None = None,
 ) -> Tensor:
-    """Of a ranking, -log of its probability under Plackett-Luce: the best is drawn by softmax(rewards), then the next best
-    from the rest, and so on.
+    """Compute -log of the probability of a ranking under Plackett-Luce.
+
+    The best response is drawn by softmax(rewards), then the next best from the rest, and so on:
 
         -sum_i ( r_i - logsumexp_{j >= i} r_j )
 
-    rewards: [..., K], best first; for K = 2 it is bradley_terry_loss. beta h of K responses makes it DPO for rankings
-    (2305.18290, appendix A.3). mask: bool [..., K], false for places that are not taken, where rankings differ in length.
-    reduction, num_items: as in preference_loss, over rankings. Returns a tensor, float32 or wider.
+    For K = 2 it is bradley_terry_loss. With rewards beta h of K responses it is DPO for rankings (arXiv 2305.18290, appendix
+    A.3). The result is a tensor, float32 or wider.
+
+    Args:
+        rewards: [..., K], best first.
+        mask: bool [..., K], False for places that are not used, where rankings differ in length. None: all places are used.
+        reduction: as in preference_loss, over rankings.
+        num_items: as in preference_loss, the number of rankings.
     """
     _check_rewards("rewards", rewards, 1)
     if mask is not None and (mask.shape != rewards.shape or mask.dtype != torch.bool):
@@ -235,7 +278,7 @@ def plackett_luce_loss(
     if mask is not None:
         r = r.masked_fill(~mask, 0)
         rest = rest & mask[..., None, :] & mask[..., :, None]
-    # Each place is in its own sum even where it is not taken, which makes its term 0, in the gradient too.
+    # Each place is in its own sum, even a place that is not used: its term is then 0, and so is its gradient.
     rest = rest | torch.eye(k, dtype=torch.bool, device=r.device)
     sums = r[..., None, :].masked_fill(~rest, -math.inf).logsumexp(-1)
     return reduced((sums - r).sum(-1), reduction, num_items)

@@ -1,8 +1,8 @@
-"""Pairs without a reference model: SimPO, CPO, ORPO.
+"""Losses of pairs without a reference model: SimPO, CPO, ORPO.
 
-Each is a term of the pair's log-probs (means or sums over tokens) and a share of the negative log-likelihood of the chosen
-responses, whose mean is over the tokens of the batch: the share of a pair is B / tokens times its own sum, so that the mean
-over pairs is the mean over tokens.
+Each is a term of the pair's log-probs (means or sums over tokens) plus a share of the negative log-likelihood of the chosen
+responses. The mean of the latter is over the tokens of the batch: the share of a pair is B / tokens times its own sum, so
+that the mean over pairs is the mean over tokens.
 """
 
 from __future__ import annotations
@@ -32,24 +32,31 @@ def simpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
     label_smoothing: float = 0.0, cpo_alpha: float = 0.0, num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
-    """SimPO (2405.14734 eq. 6): the reward is the mean log-prob of a response's tokens, and no reference is needed,
+    """Compute SimPO (arXiv 2405.14734 eq. 6), a loss of pairs without a reference model.
+
+    The reward of a response is the mean log-prob of its tokens:
 
         margin = beta (r_w - r_l) - gamma,    r = 1/|y| sum_t log p(y_t)
         -(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin) + cpo_alpha NLL(chosen)
 
-    gamma is the paper's and TRL's (`simpo_gamma`), the target margin of the rewards after beta; SimPO's own code asks for
-    gamma / beta (`gamma_beta_ratio`). TRL's beta is 0.1 unless set, far below the 2 to 10 of the paper, and its cpo_alpha 1:
-    CPO-SimPO, where SimPO is 0.
+    The defaults of TRL differ: beta is 0.1, far below the 2 to 10 of the paper, and cpo_alpha is 1, which is CPO-SimPO; SimPO
+    has 0.
 
     Args:
-        policy: fl.Hidden, logits or fl.LogProbs. labels and the options of a batch are those of preference_loss: pairs
-            [2B, T], or packed with cu_seqlens; the loss is one number a pair.
-        alpha: AlphaPO (2501.03884) where it is not 0: r = (1 - m^-alpha) / alpha, m the geometric mean of the tokens'
-            probabilities. It is SimPO in the limit 0.
+        policy: fl.Hidden, logits or fl.LogProbs.
+        labels: pairs [2B, T], or packed with cu_seqlens, as in preference_loss. There is one loss for each pair.
+        beta: > 0.
+        gamma: the target margin of the rewards, after they are multiplied by beta, as in the paper and in TRL
+            (`simpo_gamma`). SimPO's own code takes gamma / beta (`gamma_beta_ratio`).
+        alpha: if it is not 0, AlphaPO (2501.03884): r = (1 - m^-alpha) / alpha, where m is the geometric mean of the tokens'
+            probabilities. In the limit 0 it is SimPO.
         label_smoothing: eps, in [0, 0.5).
-        cpo_alpha, num_nll_tokens: as in cpo_loss.
+        cpo_alpha: as in cpo_loss.
+        num_nll_tokens: as in cpo_loss.
+        **batch: the options of a batch, as in preference_loss.
 
-    metrics: those of preference_loss, with rewards beta r and logps the means that the loss takes, as TRL logs them; nll_loss.
+    The metrics are those of preference_loss, with rewards beta r and, as logps, the means that the loss uses, as TRL logs
+    them; and nll_loss.
     """
     check_simpo(beta, gamma, alpha, label_smoothing, cpo_alpha)
 
@@ -68,25 +75,31 @@ def cpo_loss(
     policy: Source, labels: Tensor, *, loss: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
     label_smoothing: float = 0.0, num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
-    """CPO (2401.08417): DPO with a uniform reference, and the negative log-likelihood of the chosen responses,
+    """Compute CPO (arXiv 2401.08417): DPO with a uniform reference, plus the negative log-likelihood of the chosen.
 
-        "sigmoid":  -(1 - eps) log sigmoid(beta x) - eps log sigmoid(-beta x),    x = log p(y_w) - log p(y_l)
+    As in TRL, with x = log p(y_w) - log p(y_l):
+
+        "sigmoid":  -(1 - eps) log sigmoid(beta x) - eps log sigmoid(-beta x)
         "hinge":    max(0, 1 - beta x)
         "ipo":      (x - 1 / (2 beta))^2, with means over tokens in x where the others have sums
         + cpo_alpha NLL,    NLL = -sum over the chosen tokens of the batch of log p(y_t) / their number
 
-    as TRL has them; its fourth, "simpo", is simpo_loss.
+    TRL's fourth type, "simpo", is simpo_loss. With reduction="none" the mean of the results is the loss: each pair gets a
+    share of NLL according to its log-probs.
 
     Args:
-        policy, labels and the options of a batch: as in simpo_loss. labels mark the tokens that count for both parts.
-        label_smoothing: eps, in [0, 0.5), for "sigmoid" alone.
+        policy: as in simpo_loss.
+        labels: as in simpo_loss. They mark the tokens that count, for both parts of the loss.
+        loss: "sigmoid", "hinge" or "ipo".
+        beta: > 0.
         cpo_alpha: >= 0.
-        num_nll_tokens: chosen tokens of the whole batch, when gradients accumulate; it goes with num_items, the pairs of the
-            whole batch. With num_items alone each micro-batch's NLL is the mean over its own tokens, weighted by its pairs.
+        label_smoothing: eps, in [0, 0.5), only for "sigmoid".
+        num_nll_tokens: the number of chosen tokens of the whole batch, when gradients accumulate. Use it together with
+            num_items, the number of pairs of the whole batch. With num_items alone, the NLL of a micro-batch is the mean over
+            its own tokens, weighted by its pairs.
+        **batch: the options of a batch, as in preference_loss.
 
-    reduction="none" gives pairs whose mean is the loss: NLL is shared out by the log-probs of each.
-
-    metrics: as in simpo_loss, with rewards beta log p(y); for "ipo" beta times the mean.
+    The metrics are those of simpo_loss, with rewards beta log p(y), or beta times the mean for "ipo".
     """
     check_cpo(loss, beta, cpo_alpha, label_smoothing)
 
@@ -104,21 +117,25 @@ def orpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None,
     num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
-    """ORPO (2403.07691 eq. 6): the negative log-likelihood of the chosen responses, and their odds against the rejected,
+    """Compute ORPO (arXiv 2403.07691 eq. 6): the NLL of the chosen responses, and their odds against the rejected.
 
         NLL - beta log sigmoid(log odds(y_w) - log odds(y_l)),    odds = m / (1 - m),    log m = 1/|y| sum_t log p(y_t)
 
-    with beta the paper's lambda, and NLL as in cpo_loss. A mean log-prob of -1e-12 or more counts as that: the odds of a
+    NLL is the negative log-likelihood as in cpo_loss. A mean log-prob above -1e-12 is replaced by -1e-12: the odds of a
     certain or empty response are finite and get no gradient.
 
     Args:
-        policy, labels, num_nll_tokens and the options of a batch: as in cpo_loss.
-        nll_labels: as labels, also with the tokens that count for the NLL alone. TRL's NLL is over prompt and completion of
-            the chosen: its equal is input_ids with the padding ignored. NLL is over the chosen tokens of either, stats hold
-            them all. None: the completion alone.
+        policy: as in cpo_loss.
+        labels: as in cpo_loss.
+        beta: the lambda of the paper, > 0.
+        nll_labels: as labels, but they also mark the tokens that count only for NLL. TRL's NLL is over prompt and completion
+            of the chosen; to get it, pass input_ids with ignore_index at the padding. NLL is over the chosen tokens that
+            either labels or nll_labels mark, and stats contain all of these. None: the completion only.
+        num_nll_tokens: as in cpo_loss.
+        **batch: the options of a batch, as in preference_loss.
 
-    metrics: as in simpo_loss, with rewards beta log m; log_odds_chosen, the mean difference of log odds, and log_odds_ratio,
-    the mean log sigmoid of it (TRL's names).
+    The metrics are those of simpo_loss, with rewards beta log m; log_odds_chosen, the mean difference of log odds; and
+    log_odds_ratio, the mean log sigmoid of that difference (TRL's names).
     """
     check_positive(beta=beta)
 
@@ -141,7 +158,7 @@ def _smoothed(margin: Tensor, eps: float) -> Tensor:
 
 
 def _scored(tokens: Tokens) -> Tokens:
-    """Without the tokens that count for the NLL alone."""
+    """Return the tokens without those that count only for the NLL."""
     only = tokens.extra.get("scored")
     return tokens if only is None else replace(tokens, mask=tokens.mask & only)
 
@@ -151,8 +168,11 @@ def _pairs(
     nll_labels: Tensor | None = None, num_nll_tokens: Count | None = None, num_items: Count | None = None,
     **batch: Any,
 ) -> tuple[Fused, Tensor, dict[str, Any]]:  # fmt: skip
-    """term(chosen, rejected) + weight NLL; then the log-probs that the term took [2B], and the parts of the NLL and
-    the loss. mean: over tokens."""
+    """Compute term(chosen, rejected) + weight NLL.
+
+    Return the evaluated loss, the log-probs [2B] that the term used (means over tokens if `mean`, else sums), and the parts
+    of the NLL and of the loss.
+    """
     labels = check_labels(labels)
     pairs = check_pairs(labels, cu := batch.get("cu_seqlens"), batch.get("sequence_group")) // 2
     num_nll_tokens, num_items = read_count("num_nll_tokens", num_nll_tokens), read_count("num_items", num_items)
@@ -166,7 +186,7 @@ def _pairs(
         nll_labels = check_nll_labels(nll_labels, labels).where(chosen, ignore)
         labels, extra = labels.where(labels != ignore, nll_labels), {"scored": scored}
     here = span.summed((counting_mask(labels, **batch) & chosen).sum()).clamp(min=1)
-    # The reduction divides by pairs, or by num_items; the mean over tokens is to be left.
+    # The reduction divides by pairs, or by num_items: `times` cancels this, so that the mean over tokens remains.
     by = here if num_nll_tokens is None else num_nll_tokens
     times = pairs if num_items is None or num_nll_tokens is None else num_items
 

@@ -1,4 +1,4 @@
-"""What the losses share: their result, reductions, and checks of options and batches."""
+"""Functions that the losses share: results, reductions, and checks of options and batches."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ R = TypeVar("R")
 
 
 def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a loss raise where an option is unknown, in words that name the loss and the nearest option.
+    """Make a loss raise an error for an unknown option; the error names the loss and the most similar option.
 
-    options: the TypedDict of its keywords. more: names that the loss refuses itself.
+    Args:
+        options: the TypedDict of the loss's keyword arguments.
+        *more: names that are allowed to pass, because the loss itself raises an error for them.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -55,19 +57,19 @@ def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R
 
 @dataclass(frozen=True)
 class Entry:
-    """A public loss, and what tests and the table of the README need to call it."""
+    """A public loss, and what the tests and the table of the README need to call it."""
 
-    call: Callable[..., LossOutput]  # its twin is fused_losses.reference's of the same name
+    call: Callable[..., LossOutput]  # fused_losses.reference has the same name for its reference implementation
     batch: str  # "pairs": labels [2B, T], chosen first; "sequences": [S, T]; "tokens": [..., T]. All may be packed but the last
     source: str  # papers, or whose code
     variants: Mapping[str, Mapping[str, Any]]  # names of special cases -> options
     ref: str = "needed"  # or "optional", or "unused"
-    distribution: bool = False  # of both sides: log-probs of labels are not enough
-    inputs: Mapping[str, str] = field(default_factory=dict)  # more tensors: name -> a kind of INPUTS
+    distribution: bool = False  # both sides need whole distributions: log-probs of labels are not enough
+    inputs: Mapping[str, str] = field(default_factory=dict)  # other tensors: name -> one of INPUTS
     tokens_for: Mapping[str, Sequence[str]] = field(default_factory=dict)  # options with which num_items counts tokens
 
 
-# A number, and what is true or false; hidden states [S, H] and several of them [S, J, H].
+# The kinds: numbers, bools, hidden states [S, H] (vector) and [S, J, H] (vectors), top-k tensors [..., K].
 INPUTS = (
     "per sequence", "per token", "bool per sequence", "vector per sequence", "vectors per sequence",
     "top-k log-probs per token", "top-k ids per token",
@@ -77,7 +79,7 @@ INPUTS = (
 def counting_mask(
     labels: Tensor, *, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100, **_: Any
 ) -> Tensor:
-    """The mask of evaluate(), before it runs; of this rank's tokens."""
+    """Return the mask of this rank's tokens that evaluate() will use, before it runs."""
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
     return labels_mask(labels, shift, ignore_index)
@@ -87,12 +89,15 @@ class Fused(NamedTuple):
     loss: Tensor  # reduced as asked
     stats: TokenStats
     tokens: Tokens  # without a graph, for metrics
-    losses: Tensor | None  # of the units, without a graph, where they are reduced
+    losses: Tensor | None  # of the units, without a graph; None if reduction is "none"
     unit: str
 
 
 class Needs(NamedTuple):
-    """What a formula wants of objective.evaluate, where each is described. Not a keyword that a user's options could hold."""
+    """What a formula needs from evaluate(), whose docstring describes each field.
+
+    It is one argument, so that user options cannot contain its fields.
+    """
 
     unit: str
     divergences: tuple[Divergence, ...] = ()
@@ -106,10 +111,13 @@ def fused(
     num_items: Count | None = None, plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
     **batch: Any,
 ) -> Fused:  # fmt: skip
-    """evaluate(), reduced: the mean is over units, or over tokens that count where those are the units. This is where the
-    options that all losses share are handled."""
+    """Call evaluate() and reduce its losses.
+
+    The mean is over units, or over the tokens that count if the units are tokens. The options that all losses share are
+    handled here.
+    """
     num_items = check_reduction(reduction, num_items)
-    if needs.unit == "token" and batch.get("cu_seqlens") is not None:  # those of sequences have been looked at
+    if needs.unit == "token" and batch.get("cu_seqlens") is not None:  # the losses of sequences have already checked it
         check_sequences(labels, batch["cu_seqlens"], batch.get("sequence_group"))
     reduced = reduction != "none"
     losses, stats, tokens = evaluate(
@@ -130,8 +138,10 @@ def fused(
 
 
 def output(found: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
-    """The result of a loss, whose metrics are the sums of the values of their parts. "loss" is among these where its mean is
-    not over the units, or over tokens where those are the units."""
+    """Return the result of a loss, whose metrics are the sums of the values of their parts.
+
+    `parts` contains "loss" if the mean of the loss is not over the units, or not over tokens where these are the units.
+    """
     if "loss" not in parts and found.losses is not None:
         loss = token_part(found, found.losses) if found.unit == "token" else Part(found.losses)
         parts = {"loss": loss, **parts}
@@ -139,8 +149,10 @@ def output(found: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOu
 
 
 def loss_and_nll(found: Fused, nll: Part, weight: float, times: Count, by: Count) -> dict[str, tuple[Part, ...]]:
-    """The parts of losses to which each unit's share of a negative log-likelihood, times / by, has been added: its mean is over
-    tokens."""
+    """Return the parts of losses that contain, for each unit, its share times / by of a negative log-likelihood.
+
+    The mean of the negative log-likelihood is over tokens.
+    """
     if found.losses is None or not weight:
         return {}
     rest = Part(found.losses - weight * divided(nll.amounts * times, by))
@@ -158,7 +170,10 @@ def sum_of(values: list[Tensor]) -> Tensor:
 
 
 def token_part(found: Fused, x: Tensor) -> Part:
-    """Of a number of each token, 0 where the mask is False; rows of tokens are the units, or packed sequences."""
+    """Return the Part of a number of each token, 0 where the mask is False.
+
+    The units are rows of tokens, or packed sequences.
+    """
     tokens, mask = found.tokens, found.tokens.mask
     if tokens.cu_seqlens is not None:
         return Part(tokens.sums(x.reshape(-1)), tokens.lengths)
@@ -169,7 +184,7 @@ def token_part(found: Fused, x: Tensor) -> Part:
 
 
 def sequence_part(tokens: Tokens, x: Tensor, pairs: bool = False) -> Part:
-    """Of a number of each token, where sequences are the units, or pairs of them."""
+    """Return the Part of a number of each token, where the units are sequences, or pairs of sequences if `pairs`."""
     count, mask = tokens.sequences, tokens.mask
     counts = tokens.lengths if tokens.cu_seqlens is not None else mask.view(count, len(mask) // max(count, 1))
     amounts = tokens.sums(x)
@@ -179,7 +194,10 @@ def sequence_part(tokens: Tokens, x: Tensor, pairs: bool = False) -> Part:
 
 
 def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Part]:
-    """TRL's, from a reward and a log-prob of each of the 2B sequences: means over the pairs; and the entropy, if asked for."""
+    """Return TRL's metrics, from a reward and a log-prob of each of the 2B sequences.
+
+    They are means over the pairs, and the entropy if it is requested.
+    """
     chosen, rejected = rewards.tensor_split(2)
     found = {
         "rewards/chosen": Part(chosen),
@@ -195,7 +213,7 @@ def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Pa
 
 
 def reduced(losses: Tensor, reduction: str = "mean", num_items: Count | None = None) -> Tensor:
-    """Losses of units that did not come from fused(), reduced as it does."""
+    """Reduce losses of units that fused() did not compute, in the same way as fused()."""
     num_items = check_reduction(reduction, num_items)
     if reduction == "none":
         return losses
@@ -204,7 +222,7 @@ def reduced(losses: Tensor, reduction: str = "mean", num_items: Count | None = N
 
 
 def sequences_of(stats: TokenStats, cu_seqlens: Tensor | None = None, span: Span = Span()) -> Tokens:  # noqa: B008
-    """The log-probs of stats [S, T], or packed, with their graph: for sums over sequences."""
+    """Return the log-probs of stats [S, T], or packed, with their graph, as Tokens: for sums over sequences."""
     count = stats.logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     tokens = Tokens(stats.logps.reshape(-1), None, None, None, {}, stats.mask.reshape(-1), cu_seqlens, count)
     return tokens.whole(span, ())

@@ -23,25 +23,31 @@ def tdpo_loss(
     policy: Source, labels: Tensor, ref: Source, *, variant: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
     divergence: str | Divergence = "forward_kl", **batch: Unpack[BatchOptions],
 ) -> LossOutput:  # fmt: skip
-    """TDPO (2404.11999): DPO with each response's divergence from the reference, token by token over the whole vocabulary,
+    """Compute TDPO (arXiv 2404.11999): DPO with the divergence of each response from the reference in the margin.
+
+    For p the policy, q the reference, w chosen and l rejected, with divergences token by token over the whole vocabulary:
 
         h = sum_t log p(y_t) - log q(y_t)        D = sum_t D(p, q) after y_1 .. y_{t-1}, for forward_kl KL(q || p)
         "tdpo1":  -log sigmoid(beta (h_w - h_l) + beta (D_w - D_l))
         "tdpo2":  -log sigmoid(beta (h_w - h_l) + beta alpha (sg(D_w) - D_l))
 
-    for p the policy, q the reference, w chosen and l rejected. sg stops the gradient, of the chosen side alone. At alpha = 0
-    TDPO2 is DPO; at alpha = 1 it has TDPO1's value, not its gradient.
+    sg stops the gradient, only on the chosen side. At alpha = 0 TDPO2 is DPO; at alpha = 1 it has the value of TDPO1, but not
+    its gradient.
 
     Args:
-        policy, ref: fl.Hidden or logits, for the divergence needs whole distributions. labels and the options of a batch
-            are those of preference_loss: pairs [2B, T], or packed with cu_seqlens; the loss is one number a pair.
-        variant: the released code's function has TDPO2 as its default, but its configuration runs TDPO1.
-        alpha: >= 0, for TDPO2 alone.
-        divergence: any of fl.divergences.names() in place of the paper's forward_kl = KL(ref || policy). Unlike f-DPO's, it
-            changes nothing about h.
+        policy: fl.Hidden or logits; the divergence needs whole distributions.
+        labels: pairs [2B, T], or packed with cu_seqlens, as in preference_loss. There is one loss for each pair.
+        ref: fl.Hidden or logits, as policy.
+        variant: "tdpo1" or "tdpo2". The function in the released code has TDPO2 as its default, but its configuration runs
+            TDPO1.
+        alpha: >= 0, for TDPO2 only.
+        beta: > 0.
+        divergence: any of fl.divergences.names() in place of the paper's forward_kl = KL(ref || policy). Unlike the
+            divergence of f-DPO, it does not change h.
+        **batch: the options of a batch, as in preference_loss.
 
-    metrics: those of preference_loss with the rewards of the released code, beta (h + D); kl/chosen and kl/rejected, which
-    are D.
+    The metrics are those of preference_loss with the rewards of the released code, beta (h + D), and kl/chosen and
+    kl/rejected, which are D.
     """
     d = check_tdpo(policy, ref, variant, alpha, beta, divergence)
     labels = check_labels(labels)

@@ -24,7 +24,7 @@ from .shared import Entry, Fused, output, takes
 
 __all__ = ["topk_distillation_loss"]
 
-NOTHING = -1e30  # log-prob of an entry that is not there: finite, so that differences are
+NOTHING = -1e30  # log-prob of an entry that does not exist: finite, so that differences are finite
 
 
 @takes(Execution)
@@ -34,28 +34,44 @@ def topk_distillation_loss(
     num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
     sequence_group: object = None, entropy: bool = False, **batch: Unpack[Execution],
 ) -> LossOutput:  # fmt: skip
-    """Distillation where only the teacher's log-probs of K tokens are known, p the student and q the teacher:
+    """Compute a distillation loss where only the teacher's log-probs of K tokens are known.
 
-        soft D(p', q') - hard log p(label),    the mean over the tokens that count
+    For p the student and q the teacher, it is the mean over the tokens that count (label != ignore_index) of
 
-    p' and q' are those of the K tokens, and tail says what becomes of the others:
+        soft D(p', q') - hard log p(label)
 
-        "bucket"       they are one more token, of 1 - sum_k p_k and 1 - sum_k q_k (TRL's add_tail)
-        "renormalise"  they do not exist: p_k / sum_j p_j and q_k / sum_j q_j
-        "ignore"       they are left out of the sum over tokens, and p_k, q_k remain as they are: D is no divergence then and
-                       may be negative. forward_kl sum_k q_k log q_k / p_k, reverse_kl and js only
+    p' and q' are distributions over the K tokens; `tail` says how the other tokens are treated:
 
-    A bucket of less than a few roundings of 1 (5e-7 in float32) counts as that.
+        "bucket"       They are one more token, of probability 1 - sum_k p_k and 1 - sum_k q_k (TRL's add_tail). A bucket of
+                       less than a few roundings of 1 (5e-7 in float32) is set to that.
+        "renormalise"  They do not exist: p_k / sum_j p_j and q_k / sum_j q_j.
+        "ignore"       They are left out of the sum over tokens, and p_k and q_k are unchanged. D is then no divergence and
+                       may be negative. Only for forward_kl, sum_k q_k log q_k / p_k, reverse_kl and js.
 
-    student: fl.Hidden or logits [..., V]. labels [...] mark the tokens that count and are the targets of the hard part.
-    topk_logps, topk_ids: [..., K] ([..., T - 1, K] with shift), natural logarithms at the student's temperature; no gradient
-    flows to them. Where a token has fewer than K, fill with -inf and any id. The ids of a token differ from one another; they
-    may be the student's own best (as in TRL's SDPO), with the teacher's log-probs of those.
-    divergence: any of fl.divergences.names(), as in distillation_loss. The options of a batch are those of preference_loss.
+    The student's log-probs at the ids need no tensor of vocabulary size: from hidden states, x . W_id is computed a few rows
+    at a time.
 
-    The student's log-probs at the ids take no tensor of vocabulary size: from hidden states x . W_id, a few rows at a time.
+    Args:
+        student: fl.Hidden or logits [..., V].
+        labels: token ids [...]. They mark the tokens that count, and are the targets of the hard part.
+        topk_logps: natural logarithms [..., K] ([..., T - 1, K] with shift) at the student's temperature, without a gradient.
+            Where a token has fewer than K, fill with -inf and any id.
+        topk_ids: ids [..., K], as topk_logps. The ids of a token differ from one another. They may be the student's own best
+            (as in TRL's SDPO), with the teacher's log-probs of these.
+        tail: "bucket", "renormalise" or "ignore".
+        divergence: D, any of fl.divergences.names(), as in distillation_loss.
+        soft: the weight of the divergence.
+        hard: the weight of the negative log-likelihood of the labels.
+        reduction: as in preference_loss; the mean is over the tokens that count.
+        num_items: as in preference_loss, the tokens of the whole batch.
+        cu_seqlens: as in preference_loss.
+        shift: as in preference_loss.
+        ignore_index: as in preference_loss.
+        sequence_group: as in preference_loss.
+        entropy: also report the student's mean entropy per token.
+        **batch: the other options of a batch, as in preference_loss.
 
-    metrics: kl (the divergence), topk_mass (sum_k p_k), logps, entropy if asked for: means over the tokens.
+    The metrics are means over the tokens: kl (the divergence), topk_mass (sum_k p_k), logps, and entropy if it is requested.
     """
     source, labels, d = as_source("student", student), check_labels(labels), from_key(divergence)
     check_topk(tail, d)
@@ -97,7 +113,7 @@ def _output(
     mask: Tensor,
     cu_seqlens: Tensor | None,
 ) -> LossOutput:
-    """The result, from numbers of all ranks' tokens [n]."""
+    """Return the result, from numbers [n] of the tokens of all ranks."""
     entropy = numbers.pop("entropy", None)
     tokens = Tokens(numbers.pop("logps"), None, None, entropy, {}, mask.reshape(-1), cu_seqlens, 0)
     found = Fused(losses, stats, tokens, each, "token")
@@ -107,7 +123,10 @@ def _output(
 def _divergence(
     d: Divergence, tail: str, z: Tensor, logq: Tensor, mass: Tensor, stats: TokenStats, mask: Tensor
 ) -> Tensor:
-    """[...], 0 where the mask is False. A distribution over K tokens is one over a small vocabulary: z are its logits."""
+    """Return the divergence [...] of each token, and 0 where the mask is False.
+
+    A distribution over K tokens is treated as one over a small vocabulary, whose logits are z.
+    """
     assert stats.lse is not None
     if tail == "ignore":
         return _partial(d, z - stats.lse.unsqueeze(-1), logq).masked_fill(~mask, 0)
@@ -120,12 +139,12 @@ def _divergence(
 
 
 def _log_rest(mass: Tensor) -> Tensor:
-    """log(1 - e^mass)."""
+    """Compute log(1 - e^mass)."""
     return torch.log(-torch.expm1(mass.clamp(max=-4 * torch.finfo(mass.dtype).eps)))
 
 
 def _partial(d: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
-    """Sums over some tokens of p log(p / m) or q log(q / m)."""
+    """Compute the sums over the K tokens of p log(p / m) or q log(q / m)."""
     p, q = logp.exp(), logq.exp()
     if d.name == "forward_kl":
         return (q * (logq - logp)).sum(-1)

@@ -1,4 +1,4 @@
-"""Single responses that are desirable or not: KTO, BCO, APO-zero."""
+"""Losses of single responses that are desirable or not: KTO, BCO, APO-zero."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def kto_loss(
     cu_seqlens: Tensor | None = None,
     **batch: Unpack[Reduced],
 ) -> LossOutput:
-    """KTO (2402.01306 eq. 7): responses that are desirable or not, without pairs. The mean over sequences of
+    """Compute KTO (arXiv 2402.01306 eq. 7), a loss of responses that are desirable or not, without pairs.
+
+    It is the mean over sequences of
 
         desirable     w_d (1 - sigmoid(beta (h - z0)))        h = sum_t log p(y_t) - log q(y_t)
         undesirable   w_u (1 - sigmoid(beta (z0 - h)))        z0 = baseline >= 0, a constant
@@ -41,15 +43,21 @@ def kto_loss(
     "apo_zero_unpaired" (2408.06266 eq. 7) is the same with z0 = 0.
 
     Args:
-        policy, labels, ref: as in preference_loss, with any number of sequences: [S, T], or packed with cu_seqlens [S + 1].
+        policy: as in preference_loss.
+        labels: [S, T] with any number S of sequences, or packed with cu_seqlens [S + 1].
+        ref: as in preference_loss.
         desirable: bool [S].
-        baseline: z0, from kto_baseline; None is 0.
-        desirable_weight, undesirable_weight: w_d, w_u.
-        The other options of a batch are those of preference_loss; num_items is the number of sequences of the whole batch.
+        loss: "kto" or "apo_zero_unpaired".
+        baseline: z0, from kto_baseline. None: 0.
+        beta: > 0.
+        desirable_weight: w_d, > 0.
+        undesirable_weight: w_u, > 0.
+        cu_seqlens: offsets [S + 1] of the packed sequences. None: labels are [S, T].
+        **batch: the other options of a batch, as in preference_loss; num_items is the number of sequences of the whole batch.
 
-    metrics: TRL's rewards/chosen, rewards/rejected (means of beta h), rewards/margins, logps/chosen, logps/rejected, NaN where
-    the batch has no such sequence (TRL leaves them out); count/chosen, count/rejected to weight them by; kl (z0); entropy if
-    asked for.
+    The metrics are TRL's rewards/chosen and rewards/rejected (means of beta h), rewards/margins, logps/chosen and
+    logps/rejected, which are NaN where the batch has no such sequence (TRL leaves them out); count/chosen and count/rejected,
+    the weights for averaging them over batches; kl (z0); and entropy if it is requested.
     """
     labels = check_labels(labels)
     group = batch.get("sequence_group")
@@ -71,13 +79,20 @@ def kto_baseline(
     policy: Source, labels: Tensor, ref: Source | None, *, process_group: object = None, cu_seqlens: Tensor | None = None,
     **batch: Unpack[TimeAxis],
 ) -> Tensor:  # fmt: skip
-    """KTO's z0, an estimate of KL(policy || ref) that kto_loss takes as baseline: max(0, mean_s h_s), a 0-d tensor.
+    """Compute the baseline z0 of kto_loss, max(0, mean_s h_s): an estimate of KL(policy || ref).
 
-    Sequence s is prompt s with the completion of another prompt (TRL: of prompt s - 1, the first with the last one's), so the
-    labels count the tokens of that completion. Nothing is differentiated. The options of a batch are those of kto_loss.
+    The result is a 0-d tensor without a gradient.
 
-    process_group: average over the sequences of its ranks too (torch.distributed.group.WORLD: over all), before the maximum;
-    ranks may hold different numbers of sequences. None: of this process alone.
+    Args:
+        policy: as in kto_loss.
+        labels: as in kto_loss. Sequence s is prompt s with the completion of another prompt (TRL: of prompt s - 1, and the
+            first prompt with the last completion), so the labels mark the tokens of that completion.
+        ref: as in kto_loss.
+        process_group: also average over the sequences of all ranks of this group, before the maximum
+            (torch.distributed.group.WORLD: over all ranks). Ranks may have different numbers of sequences. None: average over
+            this process alone.
+        cu_seqlens: as in kto_loss.
+        **batch: the options of a batch, as in kto_loss, without reduction, num_items, inplace_backward and entropy.
     """
     labels = check_labels(labels)
     check_sequences(labels, cu_seqlens, batch.get("sequence_group"))
@@ -103,21 +118,28 @@ def bco_loss(
     cu_seqlens: Tensor | None = None,
     **batch: Unpack[Reduced],
 ) -> LossOutput:
-    """BCO (2404.04656), a classifier whose logit is the reward less a shift. The mean over sequences of
+    """Compute BCO (arXiv 2404.04656), the loss of a classifier whose logit is the reward minus a shift.
+
+    It is the mean over sequences of
 
         desirable    -log sigmoid(beta h - delta)         h = sum_t log p(y_t) - log q(y_t)
         undesirable  -log sigmoid(-(beta h - delta))      delta a constant
 
     Args:
-        policy, labels, ref, desirable: as in kto_loss.
-        delta: a RunningDelta takes in this batch's rewards first and is used then, as TRL trains. For evaluation, or to fix
-            it: a number or a 0-d tensor, such as the .mean of a RunningDelta. A RunningDelta needs the rewards of the batch
-            before any loss, so the plan "rows" is out; with a constant it is not.
-        weights: [S] >= 0, factors of the losses without a gradient: for unlike prompts of the two classes TRL's density
-            ratio p / (1 - p) of the undesirable, clamped to [0.5, 10], and 1 for the desirable.
-        The other options are those of kto_loss.
+        policy: as in kto_loss.
+        labels: as in kto_loss.
+        ref: as in kto_loss.
+        desirable: bool [S], as in kto_loss.
+        delta: a RunningDelta is first updated with the rewards of this batch and then used, as TRL does in training. It needs
+            the rewards of the batch before any loss, so the plan "rows" is not available. For evaluation, or to fix delta,
+            pass a number or a 0-d tensor, such as the .mean of a RunningDelta; the plan "rows" is then available.
+        weights: factors [S] >= 0 of the losses, without a gradient. If the prompts of the two classes differ, TRL uses its
+            density ratio p / (1 - p), clamped to [0.5, 10], for the undesirable and 1 for the desirable. None: 1.
+        beta: > 0.
+        cu_seqlens: as in kto_loss.
+        **batch: the other options of a batch, as in kto_loss.
 
-    metrics: those of kto_loss with delta in place of kl.
+    The metrics are those of kto_loss with delta in place of kl.
     """
     labels = check_labels(labels)
     running = isinstance(delta, RunningDelta)
@@ -136,7 +158,7 @@ def bco_loss(
 
 
 def _parts(tokens: Tokens, beta: float, **constants: Tensor | float) -> dict[str, Part | tuple[Part, ...]]:
-    """constants: numbers of the whole batch, so of each of its sequences."""
+    """Return the parts of the metrics; each of `constants`, a number of the whole batch, is given to every sequence."""
     good, logps, rewards = tokens.extra["desirable"], tokens.sums(tokens.logps), beta * tokens.log_ratios()
     found: dict[str, Part | tuple[Part, ...]] = {}
     for name, which in (("chosen", good), ("rejected", ~good)):

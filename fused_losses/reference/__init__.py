@@ -1,7 +1,8 @@
-"""Eager twins of the public functions, under the same names: the definition of correct, written to be read.
+"""Reference implementations of the public functions, under the same names: they define what is correct.
 
-Plain torch, any float dtype, CPU or GPU, differentiable by autograd as often as one likes. They hold every log-softmax of
-vocabulary size, as the code that this package replaces does. Run them in float64 to judge anything else.
+They are plain eager torch, written to be read, for any float dtype, on CPU or GPU, and differentiable by autograd any number
+of times. They store every log-softmax of vocabulary size, as the code that this package replaces does. Run them in float64 to
+check other code.
 """
 
 from .cross_entropy import cross_entropy_loss

@@ -1,4 +1,4 @@
-"""What the twins share: token_stats cut into sequences, and the reductions."""
+"""Functions that the reference implementations share: token_stats split into sequences, and the reductions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .stats import token_stats
 
 @dataclass(frozen=True)
 class Sequence:
-    """The numbers of a sequence's tokens that count."""
+    """The numbers of the tokens of one sequence that count."""
 
     logps: Tensor
     ref_logps: Tensor | None
@@ -28,12 +28,12 @@ class Sequence:
 
     @property
     def log_p(self) -> Tensor:
-        """log p(y | x) = sum_t log p(y_t)."""
+        """Return log p(y | x) = sum_t log p(y_t)."""
         return self.logps.sum()
 
     @property
     def h(self) -> Tensor:
-        """log p(y | x) - log q(y | x); without a reference log p(y | x)."""
+        """Return log p(y | x) - log q(y | x), or log p(y | x) if there is no reference."""
         return self.log_p if self.ref_sum is None else self.log_p - self.ref_sum
 
     def __len__(self) -> int:
@@ -45,7 +45,10 @@ def cut(
     ignore_index: int = -100, divergence: Asked = None, entropy: bool = False, per_token: dict[str, Tensor] | None = None,
     per_sequence: dict[str, Tensor] | None = None, **_: object,
 ) -> tuple[TokenStats, list[Sequence]]:  # fmt: skip
-    """Statistics, and the sequences of a batch [S, T] or packed. How to compute (plan, workspace, ...) means nothing here."""
+    """Return the statistics of a batch, [S, T] or packed, and its sequences.
+
+    Options that say how to compute (plan, workspace, ...) are ignored.
+    """
     labels = check_labels(labels)
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
@@ -80,7 +83,7 @@ def joined(losses: list[Tensor], stats: TokenStats) -> Tensor:
 
 
 def part(x: Tensor, count: Count) -> Tensor:
-    """x / count, and 0 where that is the 0 of an empty window."""
+    """Return x / count, or 0 if count is 0, the count of an empty window."""
     count = float(read_count("num_items", count))  # type: ignore[arg-type]
     return x / count if count else x * 0
 
@@ -95,7 +98,7 @@ def reduced(losses: Tensor, reduction: str = "mean", num_items: Count | None = N
 def pair_metrics(
     rewards: list[tuple[Tensor, Tensor]], logps: list[tuple[Tensor, Tensor]], stats: TokenStats
 ) -> dict[str, Tensor]:
-    """TRL's, from (chosen, rejected) rewards and log-probs of each pair."""
+    """Return TRL's metrics, from the rewards and log-probs (chosen, rejected) of each pair."""
 
     def mean(numbers: list[Tensor]) -> Tensor:
         return (torch.stack(numbers).mean() if numbers else stats.logps.new_zeros(())).detach()

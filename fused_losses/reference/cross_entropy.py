@@ -1,4 +1,4 @@
-"""Cross entropy with label smoothing and z-loss."""
+"""Reference implementation of cross entropy with label smoothing and z-loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cross_entropy_loss(
     num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False,
     ignore_index: int = -100, entropy: bool = False, **_: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.cross_entropy_loss: torch's, and lse^2."""
+    """Compute fl.cross_entropy_loss from torch's cross_entropy and lse^2."""
     labels, source = check_labels(labels), as_source("policy", policy)
     if shift and cu_seqlens is not None:
         labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False

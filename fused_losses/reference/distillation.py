@@ -1,4 +1,4 @@
-"""Distillation from a teacher, token by token."""
+"""Reference implementation of distillation from a teacher, token by token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def distillation_loss(
     soft: float = 1.0, hard: float = 0.0, reduction: str = "mean", num_items: Count | None = None, shift: bool = False,
     ignore_index: int = -100, entropy: bool = False, **_: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.distillation_loss."""
+    """Compute fl.distillation_loss."""
     if divergence is None:
         divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, f"js(beta={beta})")
     given = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy}
@@ -38,7 +38,7 @@ def sampled_distillation_loss(
     student: Source, labels: Tensor, teacher: Source, *, reduction: str = "mean", num_items: Count | None = None,
     shift: bool = False, ignore_index: int = -100, entropy: bool = False, **_: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.sampled_distillation_loss."""
+    """Compute fl.sampled_distillation_loss."""
     stats = token_stats(student, check_labels(labels), teacher, shift=shift, ignore_index=ignore_index, entropy=entropy)
     assert stats.ref_logps is not None
     kl, count = (stats.logps - stats.ref_logps).detach(), stats.mask.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""LTA-Thinker: semantic alignment and reasoning focus of latent thoughts."""
+"""Reference implementation of LTA-Thinker: semantic alignment and reasoning focus of latent thoughts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def semantic_alignment_loss(
     question: Tensor, thoughts: Tensor, *, mask: Tensor | None = None, reduction: str = "mean",
     num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
-    """mean_j sum_d P_d (log P_d - log Q_jd), one example after another."""
+    """Compute fl.semantic_alignment_loss, mean_j sum_d P_d (log P_d - log Q_jd), one example after another."""
     losses = []
     for b in range(len(question)):
         log_p = question[b].log_softmax(-1)
@@ -35,7 +35,10 @@ def reasoning_focus_loss(
     question: Tensor, steps: Tensor, answers: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1,
     reduction: str = "mean", num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
-    """InfoNCE with the step closest to the answer as the positive, one example after another."""
+    """Compute fl.reasoning_focus_loss, one example after another.
+
+    It is InfoNCE with the step closest to the answer as the positive.
+    """
     losses = []
     for b in range(len(question)):
         there = [c for s, c in enumerate(steps[b]) if mask is None or mask[b, s]]
@@ -54,7 +57,7 @@ def lta_thinker_loss(
     step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
     num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.lta_thinker_loss, one sequence after another."""
+    """Compute fl.lta_thinker_loss, one sequence after another."""
     check_lta_weights(weights)
     num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, **batch)

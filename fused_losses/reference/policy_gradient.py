@@ -1,4 +1,4 @@
-"""The GRPO family."""
+"""Reference implementation of the GRPO family."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def grpo_loss(
     use_bias_correction_kl: bool = False, max_completion_length: int | None = None,
     reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.grpo_loss, one sequence after another."""
+    """Compute fl.grpo_loss, one sequence after another."""
     grpo_config(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
     check_reduction(reduction, num_items)
     labels = check_labels(labels)
@@ -38,7 +38,7 @@ def grpo_loss(
     )  # fmt: skip
 
     def ratio_of(s: Sequence) -> Tensor:
-        """[tokens], or a number for the sequence."""
+        """Return the ratio of each token [tokens], or one number for the sequence."""
         x = s.logps - (s.extra["old"] if old_logps is not None else s.logps.detach())
         x = x if importance == "token" else x.sum() / max(len(s), 1)
         return torch.exp(x.clamp(max=LARGEST))
@@ -96,7 +96,7 @@ def mean(parts: list[Tensor], like: Tensor) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
-    """fl.group_advantages."""
+    """Compute fl.group_advantages, one group after another."""
     found = torch.zeros_like(rewards)
     for start in range(0, len(rewards), group_size):
         group = rewards[start : start + group_size]

@@ -1,4 +1,4 @@
-"""Preference losses of pairs."""
+"""Reference implementation of the preference losses of pairs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ Pair = tuple[Sequence, Sequence]  # chosen, rejected
 
 
 def _score(y: Sequence, o: PairLossConfig) -> Tensor:
-    """s(h) = f'(e^h) of f-DPO (2309.16240), for DPO h; the constant that makes s(0) = 0 in every one."""
+    """Return the f-DPO score s(h) - s(0).
+
+    s(h) = f'(e^h) in f-DPO (2309.16240), and h in DPO. Subtracting s(0) makes the score 0 at h = 0 for every divergence.
+    """
     assert o.link.score is not None
     return o.link.score(y.h) - o.link.score(torch.zeros_like(y.h))
 
@@ -41,12 +44,12 @@ def _average_margin(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
 
 
 def _smoothed(margin: Tensor, eps: float) -> Tensor:
-    flipped = eps * logsigmoid(-margin) if eps else 0.0  # not 0 * inf
+    flipped = eps * logsigmoid(-margin) if eps else 0.0  # without the test, 0 * inf would be NaN
     return -(1 - eps) * logsigmoid(margin) - flipped
 
 
 def _sigmoid(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    """DPO eq. 7; cDPO where eps > 0."""
+    """Compute the loss of DPO (eq. 7), or of cDPO if eps > 0."""
     return _smoothed(_margin(w, l, o), o.smoothing or 0.0)
 
 
@@ -116,7 +119,7 @@ def _aot_unpaired(pairs: list[Pair], o: PairLossConfig) -> list[Tensor]:
 
 
 def _sft(pairs: list[Pair], weights: list[Tensor] | None, batch: Any, tokens: Any) -> list[Tensor]:
-    """Shares of the mean over tokens. Weights are of that mean."""
+    """Return the shares of the mean over tokens; `weights` multiply that mean."""
     shares = [part(-w.log_p * float(batch), tokens) for w, _ in pairs]
     return shares if weights is None else [torch.stack(shares).mean() * weight for weight in weights]
 
@@ -136,7 +139,7 @@ def preference_loss(
     use_weighting: bool = False, reduction: str = "mean", num_items: Count | None = None,
     num_nll_tokens: Count | None = None, cu_seqlens: Tensor | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.preference_loss, one pair after another."""
+    """Compute fl.preference_loss, one pair after another."""
     o = pair_loss_config(
         ref is not None,
         loss,
@@ -175,7 +178,10 @@ def preference_loss(
 
 
 def _desensitised(w: Sequence, l: Sequence, alpha: float) -> Pair:
-    """LD-DPO (2409.06411): both sides' log-probs beyond the shorter length count alpha."""
+    """Multiply log-probs beyond the length of the shorter response by alpha, on both sides.
+
+    This is LD-DPO (2409.06411).
+    """
     shared = min(len(w), len(l))
 
     def short(y: Sequence) -> Sequence:
@@ -189,12 +195,12 @@ def _desensitised(w: Sequence, l: Sequence, alpha: float) -> Pair:
 
 
 def _wpo(y: Sequence) -> Tensor:
-    """The logarithm of WPO's (2406.11827) eq. 2, of one response."""
+    """Return the logarithm of eq. 2 of WPO (2406.11827), for one response."""
     return ((y.logps - y.extra["squares"]).sum() / max(1, len(y))).detach()
 
 
 def _log_sum_of_squares(policy: Source, shift: bool, cu_seqlens: Tensor | None) -> Tensor:
-    """log sum_v p_v^2 per token."""
+    """Compute log sum_v p_v^2 per token."""
     source = as_source("policy", policy)
     if isinstance(source, LogProbs):
         raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
@@ -203,10 +209,10 @@ def _log_sum_of_squares(policy: Source, shift: bool, cu_seqlens: Tensor | None) 
 
 
 def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
-    """fl.dpo_loss."""
+    """Compute fl.dpo_loss."""
     return preference_loss(policy, labels, ref, loss="sigmoid", **options)
 
 
 def ipo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
-    """fl.ipo_loss."""
+    """Compute fl.ipo_loss."""
     return preference_loss(policy, labels, ref, loss="ipo", **options)

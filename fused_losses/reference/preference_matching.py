@@ -1,4 +1,7 @@
-"""PM-RLHF: the preference-matching regulariser, rewards and metrics; Bradley-Terry and Plackett-Luce ranking losses."""
+"""Reference implementation of PM-RLHF, and of Bradley-Terry and Plackett-Luce ranking losses.
+
+PM-RLHF has the preference-matching regulariser, rewards and metrics.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def preference_matching_loss(
     policy: Source, labels: Tensor, *, form: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
     reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.preference_matching_loss, one sequence after another."""
+    """Compute fl.preference_matching_loss, one sequence after another."""
     extra = check_matching(check_labels(labels), cu_seqlens, form, beta, baseline)
     check_reduction(reduction, num_items)
     if form == "entropy":
@@ -43,7 +46,7 @@ def conditional_preference_matching_loss(
     baseline: Tensor | None = None, reduction: str = "mean", num_items: Count | None = None,
     cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.conditional_preference_matching_loss, one sequence after another."""
+    """Compute fl.conditional_preference_matching_loss, one sequence after another."""
     extra = check_matching(check_labels(labels), cu_seqlens, "sampled", beta, baseline)
     check_threshold(threshold)
     check_reduction(reduction, num_items)
@@ -60,7 +63,7 @@ def conditional_preference_matching_loss(
 
 
 def _sampled(s: Sequence, penalty: Tensor) -> Tensor:
-    """The penalty, with the gradient (penalty - baseline) grad log p(y), the bracket held constant."""
+    """Return the penalty, with the gradient (penalty - baseline) grad log p(y), where the bracket is a constant."""
     weight = (penalty - s.extra.get("baseline", 0)).detach()
     return penalty.detach() + weight * (s.log_p - s.log_p.detach())
 
@@ -77,7 +80,7 @@ def preference_matching_reward(
     logps: Tensor, ref_logps: Tensor | None = None, *, beta: float = 1.0, threshold: float | None = None,
     scores: Tensor | None = None, clip: float | None = None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """fl.preference_matching_reward, one token after another."""
+    """Compute fl.preference_matching_reward, one token after another."""
     found = torch.zeros_like(logps.detach()).reshape(-1, logps.shape[-1])
     for row in range(found.shape[0]):
         p = logps.detach().reshape(found.shape)[row]
@@ -93,7 +96,7 @@ def preference_matching_reward(
 
 
 def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0) -> Tensor:
-    """fl.preference_matching_gap, one pair after another."""
+    """Compute fl.preference_matching_gap, one pair after another."""
     logps, rewards = logps.detach(), rewards.detach()
     pairs = list(combinations(range(logps.shape[-1]), 2))
     gaps = [((rewards[..., i] - rewards[..., j]) - beta * (logps[..., i] - logps[..., j])) ** 2 for i, j in pairs]
@@ -104,7 +107,7 @@ def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, reduction: str = "mean",
     num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
-    """-log P(chosen > rejected)."""
+    """Compute fl.bradley_terry_loss, -log P(chosen > rejected)."""
     return reduced(-torch.nn.functional.logsigmoid(chosen - rejected - margin), reduction, num_items)
 
 
@@ -115,7 +118,10 @@ def plackett_luce_loss(
     reduction: str = "mean",
     num_items: Count | None = None,
 ) -> Tensor:
-    """-log of the product over places of e^r_i / sum_{j >= i} e^r_j, one ranking after another."""
+    """Compute fl.plackett_luce_loss, one ranking after another.
+
+    It is -log of the product over places of e^r_i / sum_{j >= i} e^r_j.
+    """
     losses = []
     for row in range(math.prod(rewards.shape[:-1])):
         r = rewards.reshape(-1, rewards.shape[-1])[row]

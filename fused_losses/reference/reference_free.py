@@ -1,4 +1,4 @@
-"""Pairs without a reference model."""
+"""Reference implementation of the losses of pairs without a reference model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def simpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
     label_smoothing: float = 0.0, cpo_alpha: float = 0.0, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.simpo_loss."""
+    """Compute fl.simpo_loss."""
     check_simpo(beta, gamma, alpha, label_smoothing, cpo_alpha)
 
     def reward(y: Sequence) -> Tensor:
@@ -46,7 +46,7 @@ def cpo_loss(
     policy: Source, labels: Tensor, *, loss: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
     label_smoothing: float = 0.0, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.cpo_loss."""
+    """Compute fl.cpo_loss."""
     check_cpo(loss, beta, cpo_alpha, label_smoothing)
 
     def logps(y: Sequence) -> Tensor:
@@ -66,7 +66,7 @@ def cpo_loss(
 def orpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None, **batch: Any
 ) -> LossOutput:
-    """fl.orpo_loss."""
+    """Compute fl.orpo_loss."""
     check_positive(beta=beta)
 
     def log_odds(w: Sequence, l: Sequence) -> Tensor:
@@ -91,7 +91,7 @@ def _reference_free(
     num_nll_tokens: Count | None = None, reduction: str = "mean", num_items: Count | None = None,
     **batch: Any,
 ) -> tuple[LossOutput, list[Pair]]:  # fmt: skip
-    """loss(chosen, rejected) + weight NLL: the loss of the batch, and the pairs."""
+    """Compute loss(chosen, rejected) + weight NLL; return the loss of the batch, and the pairs."""
     num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
     labels = check_labels(labels)
     count = check_pairs(labels, batch.get("cu_seqlens")) // 2

@@ -1,4 +1,4 @@
-"""token_stats with whole tensors of logits."""
+"""Reference implementation of token_stats, with whole tensors of logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["token_stats"]
 
 
 def transformed(source: Logits | Hidden) -> Tensor:
-    """softcap tanh(z / softcap) * scale / temperature over the valid vocabulary."""
+    """Compute softcap tanh(z / softcap) * scale / temperature over the valid vocabulary."""
     z = source.logits if isinstance(source, Logits) else projected(source)
     z = z[..., : source.vocab]
     if source.softcap is not None:
@@ -39,7 +39,7 @@ def projected(source: Hidden) -> Tensor:
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
-    """H = -sum p log p"""
+    """Compute the entropy H = -sum p log p."""
     p = log_p.exp()
     return -(p * log_p.where(p > 0, 0)).sum(-1)
 
@@ -53,12 +53,15 @@ def token_stats(
     collision: bool = False, shift: bool = False, ignore_index: int = -100, inplace_backward: bool = False,
     plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
 ) -> TokenStats:  # fmt: skip
-    """fl.token_stats with whole tensors of logits; the last four arguments say how, and mean nothing here."""
+    """Compute fl.token_stats with whole tensors of logits.
+
+    The last four arguments say how to compute, and are ignored here.
+    """
     mask = _shifted(check_labels(labels), shift) != ignore_index
     target = _shifted(labels, shift).long().masked_fill(~mask, 0).unsqueeze(-1)
 
     def side(name: str, source: Source) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """log-prob of the label, and where there are logits log p [..., V] and z."""
+        """Return the log-prob of the label and, if there are logits, log p [..., V] and z."""
         source = as_source(name, source)
         if isinstance(source, LogProbs):
             return given_logps(name, source, mask), None, None

@@ -1,4 +1,4 @@
-"""Token-level DPO."""
+"""Reference implementation of token-level DPO."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def tdpo_loss(
     divergence: str | Divergence = "forward_kl", reduction: str = "mean", num_items: Count | None = None,
     cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.tdpo_loss, one pair after another: u - delta, and u - alpha delta_2, in the paper's words."""
+    """Compute fl.tdpo_loss, one pair after another.
+
+    In the notation of the paper, the margins are u - delta and u - alpha delta_2.
+    """
     d = check_tdpo(policy, ref, variant, alpha, beta, divergence)
     check_reduction(reduction, num_items)
     check_pairs(check_labels(labels), cu_seqlens)

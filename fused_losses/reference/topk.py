@@ -1,4 +1,4 @@
-"""Distillation from the K best tokens of a teacher."""
+"""Reference implementation of distillation from the K best tokens of a teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def topk_distillation_loss(
     num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
     entropy: bool = False, **_: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.topk_distillation_loss, from all log-probs of the student, one token after another."""
+    """Compute fl.topk_distillation_loss from all log-probs of the student, one token after another."""
     labels, d = check_labels(labels), from_key(divergence)
     check_topk(tail, d)
     if shift and cu_seqlens is not None:

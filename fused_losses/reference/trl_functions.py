@@ -1,4 +1,4 @@
-"""Functions of TRL under TRL's names, with whole tensors of log-probs."""
+"""Reference implementation of functions of TRL under TRL's names, with whole tensors of log-probs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["entropy_from_logits", "generalized_jsd_loss", "selective_log_softmax
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """fl.selective_log_softmax."""
+    """Compute fl.selective_log_softmax."""
     ids = index.unsqueeze(-1) if index.dim() < logits.dim() else index
     ids = ids.long() if row_mask is None else ids.long().masked_fill(row_mask.view(ids.shape) == 0, 0)
     logps = (logits / temperature).log_softmax(-1).gather(-1, ids).view(index.shape)
@@ -26,7 +26,7 @@ def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """fl.selective_log_softmax_and_entropy."""
+    """Compute fl.selective_log_softmax_and_entropy."""
     entropy = entropy_from_logits(logits / temperature)
     entropy = entropy if row_mask is None else torch.where(row_mask != 0, entropy, 0)
     logps = selective_log_softmax(logits, index, temperature, row_mask)
@@ -34,7 +34,7 @@ def selective_log_softmax_and_entropy(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """fl.entropy_from_logits."""
+    """Compute fl.entropy_from_logits."""
     return entropy_of(logits.log_softmax(-1))
 
 
@@ -42,7 +42,7 @@ def generalized_jsd_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, beta: float = 0.5,
     temperature: float = 1.0, reduction: str = "batchmean", num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """fl.generalized_jsd_loss: 2306.13649 eq. 1."""
+    """Compute fl.generalized_jsd_loss (2306.13649 eq. 1)."""
     student, teacher = ((x / temperature).log_softmax(-1) for x in (student_logits, teacher_logits))
     name = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else f"js(beta={beta})"
     each = from_key(name).define(student, teacher)

@@ -1,4 +1,4 @@
-"""Single responses that are desirable or not."""
+"""Reference implementation of the losses of single responses that are desirable or not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kto_loss(
     baseline: Tensor | float | None = None, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
     reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.kto_loss, as 2402.01306 has it: lambda_y - v(x, y), with the value v of eq. 7."""
+    """Compute fl.kto_loss as in 2402.01306: lambda_y - v(x, y), with the value v of eq. 7."""
     check_reduction(reduction, num_items)
     labels = check_labels(labels)
     z0 = check_kto(labels, cu_seqlens, desirable, loss, baseline, beta, desirable_weight, undesirable_weight)
@@ -41,7 +41,7 @@ def kto_loss(
 
 @torch.no_grad()
 def kto_baseline(policy: Source, labels: Tensor, ref: Source | None, **batch: Any) -> Tensor:
-    """fl.kto_baseline, of one process."""
+    """Compute fl.kto_baseline over one process."""
     stats, every = cut(policy, check_labels(labels), ref, **batch)
     ratios = joined([s.h for s in every], stats)
     return (ratios.sum() / max(len(every), 1)).relu()
@@ -52,7 +52,7 @@ def bco_loss(
     weights: Tensor | None = None, beta: float = 0.1, reduction: str = "mean", num_items: Count | None = None,
     cu_seqlens: Tensor | None = None, **batch: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.bco_loss."""
+    """Compute fl.bco_loss."""
     check_reduction(reduction, num_items)
     labels = check_labels(labels)
     check_bco(labels, cu_seqlens, desirable, weights, beta)
@@ -69,7 +69,7 @@ def bco_loss(
 
 
 def metrics(every: list[Sequence], desirable: Tensor, beta: float, stats: TokenStats) -> dict[str, Tensor]:
-    """Means over the sequences of either kind, NaN where there are none."""
+    """Return means over the desirable and over the undesirable sequences, NaN where there are none."""
     found = {}
     for name, kind in (("chosen", True), ("rejected", False)):
         own = [s for s, good in zip(every, desirable.tolist(), strict=True) if good == kind]

@@ -1,4 +1,4 @@
-"""UPO: a preference loss with advantage-weighted log-likelihood."""
+"""Reference implementation of UPO, a preference loss with advantage-weighted log-likelihood."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def upo_loss(
     clip: float | None = None, reduction: str = "mean", num_items: Count | None = None,
     cu_seqlens: Tensor | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
-    """fl.upo_loss, one sequence after another. base: a name, or another twin."""
+    """Compute fl.upo_loss, one sequence after another.
+
+    `base` is a name, or another reference implementation.
+    """
     check_reduction(reduction, num_items)
     call = base if callable(base) else partial(preference_loss, loss=base)
     out = call(policy, labels, ref=ref, cu_seqlens=cu_seqlens, reduction="none", **options)
@@ -53,6 +56,6 @@ def expectile_loss(
     reduction: str = "mean",
     num_items: Count | None = None,
 ) -> Tensor:
-    """|q - 1(R - V < 0)| (R - V)^2."""
+    """Compute fl.expectile_loss, |q - 1(R - V < 0)| (R - V)^2."""
     off = rewards.detach() - values
     return reduced((q - (off < 0).to(off.dtype)).abs() * torch.pow(off, 2), reduction, num_items)

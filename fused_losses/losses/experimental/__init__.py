@@ -1,1 +1,1 @@
-"""Readings of papers that have no public code: docstrings say what is a reading."""
+"""Experimental losses: the docstrings say what is our interpretation of a paper without public code."""

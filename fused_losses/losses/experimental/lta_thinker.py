@@ -20,30 +20,34 @@ from ..shared import Entry, Needs, counting_mask, fused, loss_and_nll, output, r
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
-NEVER = -1e30  # the logit of a step that is not there: finite, so that rows without any stay numbers
+NEVER = -1e30  # the logit of a step that does not exist: finite, so that rows without steps are not NaN
 
 
 def semantic_alignment_loss(
     question: Tensor, thoughts: Tensor, *, mask: Tensor | None = None, reduction: str = "mean",
     num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
-    """Latent thoughts that mean what the question means (LTA-Thinker, 2509.12875): for each example the mean over thoughts of
+    """Compute the semantic alignment loss of LTA-Thinker (arXiv 2509.12875).
+
+    It makes latent thoughts similar in meaning to the question. For each example it is the mean over thoughts of
 
         KL(P || Q_j),    P = softmax(question), Q_j = softmax(thoughts_j)
 
     The softmax is over the H hidden dimensions, without temperature, and both sides get their gradient, as in the released
-    code. An example without thoughts counts 0.
+    code. An example without thoughts has the loss 0. The result is a tensor, float32 or wider.
 
     Args:
-        question: hidden states [B, H]. thoughts: [B, J, H], of the same dtype.
-        mask: bool [B, J], the thoughts that count.
-        reduction, num_items: as in preference_loss, over examples. Returns a tensor, float32 or wider.
+        question: hidden states [B, H].
+        thoughts: hidden states [B, J, H], of the same dtype.
+        mask: bool [B, J], the thoughts that count. None: all count.
+        reduction: as in preference_loss, over examples.
+        num_items: as in preference_loss, the number of examples.
     """
     _check_states(question, {"thoughts": thoughts}, {"thoughts": mask})
     count = thoughts.shape[1]
     labels = torch.zeros(thoughts.shape[:2], dtype=torch.int64, device=thoughts.device)
     labels = labels if mask is None else labels.masked_fill(~mask, -100)
-    p = question[:, None].expand(-1, count, -1)  # never copied: rows may lie on strides of 0
+    p = question[:, None].expand(-1, count, -1)  # it is not copied: strides may be 0
     kl = token_stats(thoughts, labels, p, divergence="forward_kl").divergence["forward_kl"]
     counts = max(count, 1) if mask is None else mask.sum(1).clamp(min=1)
     return reduced(kl.sum(1) / counts, reduction, num_items)
@@ -53,18 +57,24 @@ def reasoning_focus_loss(
     question: Tensor, steps: Tensor, answers: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1,
     reduction: str = "mean", num_items: Count | None = None,
 ) -> Tensor:  # fmt: skip
-    """A question close to the reasoning step that is closest to its answer (LTA-Thinker, 2509.12875), for each example
+    """Compute the reasoning focus loss of LTA-Thinker (arXiv 2509.12875).
+
+    It makes the question similar to the reasoning step that is closest to its answer. For each example it is
 
         -log softmax_s( cos(steps_s, question) / temperature )[k],    k = argmax_s cos(steps_s, answers), a constant
 
-    InfoNCE with the other steps of the same example as negatives. An example without steps counts 0 (the released code adds
-    log S, a constant).
+    which is InfoNCE with the other steps of the same example as negatives. An example without steps has the loss 0 (the
+    released code adds log S, a constant). The result is a tensor, float32 or wider.
 
     Args:
-        question: hidden states [B, H]. steps: [B, S, H]. answers: [B, H], the mean of the input embeddings of the answer's
-            tokens; only its direction matters, and it gets no gradient.
-        mask: bool [B, S], the steps that there are.
-        reduction, num_items: as in preference_loss, over examples. Returns a tensor, float32 or wider.
+        question: hidden states [B, H].
+        steps: hidden states [B, S, H].
+        answers: [B, H], the mean of the input embeddings of the answer's tokens. Only its direction matters, and it gets no
+            gradient.
+        mask: bool [B, S], the steps that exist. None: all exist.
+        temperature: > 0.
+        reduction: as in preference_loss, over examples.
+        num_items: as in preference_loss, the number of examples.
     """
     _check_states(question, {"steps": steps, "answers": answers}, {"steps": mask})
     check_positive(temperature=temperature)
@@ -72,7 +82,7 @@ def reasoning_focus_loss(
     there = torch.ones(steps.shape[:2], dtype=torch.bool, device=steps.device) if mask is None else mask
     if steps.shape[1] == 0:
         return reduced(steps.to(wide).sum((1, 2)) + question[:, :0].to(wide).sum(1), reduction, num_items)
-    c = normalize(steps.to(wide).masked_fill(~there[..., None], 0), dim=-1)  # what is not there may be NaN
+    c = normalize(steps.to(wide).masked_fill(~there[..., None], 0), dim=-1)  # steps that do not exist may be NaN
 
     def cosines(x: Tensor) -> Tensor:
         return (c * normalize(x.to(wide), dim=-1)[:, None]).sum(-1)
@@ -80,7 +90,7 @@ def reasoning_focus_loss(
     to_answer = cosines(answers).detach().masked_fill(~there, NEVER)
     scores = (cosines(question) / temperature).masked_fill(~there, NEVER)
     losses = cross_entropy(scores, to_answer.argmax(-1), reduction="none")
-    losses = losses + 0 * to_answer.amax(-1)  # a NaN, which argmax hides
+    losses = losses + 0 * to_answer.amax(-1)  # keep a NaN, which argmax hides
     return reduced(losses.where(there.any(-1), 0), reduction, num_items)
 
 
@@ -91,25 +101,37 @@ def lta_thinker_loss(
     step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
     num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Unpack[TimeAxis],
 ) -> LossOutput:  # fmt: skip
-    """LTA-Thinker (2509.12875): with the released code's weights
+    """Compute the loss of LTA-Thinker (arXiv 2509.12875).
+
+    With the weights of the released code it is
 
         0.33 cross entropy + 0.33 reasoning_focus_loss + 0.33 semantic_alignment_loss
 
-    The cross entropy is the mean over all tokens of the batch, the others are means over its sequences. Units are sequences:
-    each has its share of the cross entropy, S / tokens times its own sum. The released code drops the last two in eval mode;
-    here they are computed whenever they are asked for.
+    The cross entropy is the mean over all tokens of the batch, the others are means over its sequences. Each sequence has one
+    loss, with its share of the cross entropy: S / tokens times its own sum. The released code leaves out the last two terms
+    in eval mode; here they are always computed.
+
+    With sequence_group, question, thoughts and steps are those of all sequences on every rank, and get all of their gradient
+    on every rank: if gradients are summed over the group, let these tensors require a gradient on one rank only.
 
     Args:
-        policy: of the language model. labels: [S, T], or packed with cu_seqlens [S + 1]. The options of a batch are those of
-            preference_loss; when gradients accumulate, num_items and num_nll_tokens are the sequences and the tokens that
-            count of the whole batch.
-        question, thoughts, steps, answers, thought_mask, step_mask, temperature: of the S sequences, as in the two losses.
-        weights: of cross entropy, reasoning focus and semantic alignment; each >= 0.
+        policy: the language model, as in preference_loss.
+        labels: token ids [S, T], or packed.
+        question: as in reasoning_focus_loss, for the S sequences.
+        thoughts: as in semantic_alignment_loss.
+        steps: as in reasoning_focus_loss.
+        answers: as in reasoning_focus_loss.
+        weights: three numbers >= 0, the weights of cross entropy, reasoning focus and semantic alignment.
+        temperature: as in reasoning_focus_loss.
+        thought_mask: the mask of semantic_alignment_loss.
+        step_mask: the mask of reasoning_focus_loss.
+        cu_seqlens: offsets [S + 1] of the packed sequences. None: labels are [S, T].
+        reduction: as in preference_loss, over sequences.
+        num_items: when gradients accumulate, the number of sequences of the whole batch.
+        num_nll_tokens: when gradients accumulate, the number of tokens that count in the whole batch.
+        **batch: the other options of a batch, as in preference_loss.
 
-    With sequence_group, question, thoughts and steps are those of all sequences on every rank, and get all of their gradient on
-    every rank: where gradients are summed over the group, let them require grad on one alone.
-
-    metrics: sft, reasoning_focus and semantic_alignment, before weights; entropy if asked for.
+    The metrics are sft, reasoning_focus and semantic_alignment, before they are weighted, and entropy if it is requested.
     """
     labels = check_labels(labels)
     sequences = check_sequences(labels, cu_seqlens, batch.get("sequence_group"))

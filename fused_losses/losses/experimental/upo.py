@@ -38,27 +38,36 @@ def upo_loss(
     cu_seqlens: Tensor | None = None,
     **options: Any,
 ) -> LossOutput:
-    """Unified preference optimisation (2405.17956): a preference loss, and rewards beside preferences by weighted likelihood.
+    """Compute unified preference optimisation (arXiv 2405.17956): a preference loss plus a weighted log-likelihood.
+
+    The second term lets the policy learn from rewards in addition to preferences:
 
         base - weight w log p(y | x)        w = min(exp(A / tau), clip), a constant        A = R(x, y) - V(x)
 
-    What the paper's text says: an auxiliary reward is added to a preference loss (its own is KTO) as a weighted maximum
-    likelihood, with no sampling, clipping or bootstrapping. Our reading, for there is no public code: the advantage-weighted
-    form of w, per sequence, with log p(y | x) summed over tokens; and values learned by expectile_loss. tau, weight and clip
-    are yours to choose; the paper's are not known to us. (ERNIE 4.5's UPO is something else.)
+    The text of the paper says: an auxiliary reward is added to a preference loss (its own is KTO) as a weighted maximum
+    likelihood, with no sampling, clipping or bootstrapping. There is no public code, so the following is our interpretation:
+    the advantage-weighted form of w, per sequence, with log p(y | x) summed over tokens; and values learned by
+    expectile_loss. You must choose tau, weight and clip; we do not know the paper's values. (ERNIE 4.5's UPO is something
+    else.)
 
     Args:
-        policy, labels, ref: as the base has them.
-        advantages: [S], one for each sequence, chosen first; or (rewards, values), both [S]. Without gradient: add
+        policy: as in the base loss.
+        labels: as in the base loss.
+        ref: as in the base loss.
+        advantages: [S], one for each sequence, chosen first; or (rewards, values), both [S]. They get no gradient: add
             expectile_loss to train the values.
-        base: a loss name of preference_loss, or several; or a loss of pairs or of sequences itself, such as fl.kto_loss or
+        base: a loss name of preference_loss, or several; or a loss function of pairs or of sequences, such as fl.kto_loss or
             fl.tdpo_loss.
-        clip: None: weights are finite all the same, at most e^80.
-        options: the base's, with those of a batch (desirable=... for fl.kto_loss).
-        reduction: over the base's units. A pair has the mean of its two weighted likelihoods, so that they are averaged over
-            sequences with any base. num_items: the units of the whole batch.
+        tau: the temperature of the weights w, > 0.
+        weight: the factor of the second term, > 0.
+        clip: the largest w, > 0. None: w is finite in this case too, at most e^80.
+        reduction: as in preference_loss, over the units of the base. A pair gets the mean of its two weighted likelihoods, so
+            that they are averaged over sequences with any base.
+        num_items: the number of units of the whole batch.
+        cu_seqlens: as in the base loss.
+        **options: the options of the base and of a batch (desirable=... for fl.kto_loss).
 
-    metrics: the base's; advantages and weights, means over sequences; nll, the mean of -log p(y | x).
+    The metrics are those of the base; advantages and weights, means over sequences; and nll, the mean of -log p(y | x).
     """
     labels, cu_seqlens = check_labels(labels), None if cu_seqlens is None else ordinary(cu_seqlens)
     check_positive(tau=tau, weight=weight, **({} if clip is None else {"clip": clip}))
@@ -74,14 +83,14 @@ def upo_loss(
     losses = out.loss + weight * _per_unit(w * nll, out.loss)
     parts: dict[str, Part | tuple[Part, ...]] = {**out.parts, "loss": Part(losses.detach())}
     for name, x in (("advantages", a), ("weights", w), ("nll", nll)):
-        each = x.detach().view(len(x) // max(len(losses), 1), len(losses)).t()  # of a unit: one, or chosen and rejected
+        each = x.detach().view(len(x) // max(len(losses), 1), len(losses)).t()  # per unit: one, or chosen and rejected
         parts[name] = Part(each, torch.ones_like(each))
     made = with_parts(reduced(losses, reduction, num_items), out.stats, parts)
-    return replace(made, metrics=out.metrics | made.metrics)  # those of a base of somebody's own, without parts
+    return replace(made, metrics=out.metrics | made.metrics)  # a user's own base may have metrics without parts
 
 
 def _per_unit(x: Tensor, losses: Tensor) -> Tensor:
-    """[S], as the base's losses are: a pair's mean, or the sequence's own."""
+    """Convert numbers [S] of sequences to the units of the base's losses: the mean of a pair, or x itself."""
     if losses.shape == x.shape:
         return x
     if losses.shape != (len(x) // 2,):
@@ -101,12 +110,20 @@ def expectile_loss(
     reduction: str = "mean",
     num_items: Count | None = None,
 ) -> Tensor:
-    """Regression of values to the q-expectile of rewards, as implicit Q-learning does (2110.06169 eq. 5, q = 0.7 there):
+    """Compute the regression of values to the q-expectile of rewards, as implicit Q-learning does.
+
+    See arXiv 2110.06169 eq. 5, where q = 0.7:
 
         |q - 1(R < V)| (R - V)^2,    at q = 1/2 half the squared error
 
-    rewards, values: [...], of the same shape. The gradient is the values' alone. A reading of how UPO gets its values: see
-    upo_loss. Returns a tensor, float32 or wider.
+    This is our interpretation of how UPO gets its values: see upo_loss. The result is a tensor, float32 or wider.
+
+    Args:
+        rewards: [...]. They get no gradient.
+        values: [...], of the same shape.
+        q: in (0, 1).
+        reduction: as in preference_loss.
+        num_items: as in preference_loss.
     """
     if not isinstance(q, int | float) or not 0 < q < 1:
         raise ValueError(f"q: expected a number in (0, 1), got {q!r}")
