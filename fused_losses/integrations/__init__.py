@@ -1,1 +1,4 @@
-"""Bridges to other libraries, each in a module of its own, which nothing else in the package imports."""
+"""This package connects the losses to other libraries.
+
+The rest of fused_losses imports none of its modules, except trl_functions, whose functions it exports.
+"""

@@ -1,4 +1,7 @@
-"""Adapters of a PEFT model as references: by name, for a while. Duck-typed: peft is not imported."""
+"""Select adapters of a PEFT model by name, for a while, to use them as references.
+
+This module does not import peft; it only reads the attributes of its objects.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ __all__ = ["adapter_owner", "adapter_tensors", "as_adapter", "check_adapter"]
 
 
 def adapter_owner(model: nn.Module) -> Any:
-    """The PeftModel in a model; None where there is none."""
+    """Return the PeftModel in a model, or None where there is none."""
     return next((m for m in model.modules() if callable(getattr(m, "disable_adapter", None))), None)
 
 
 def check_adapter(argument: str, model: nn.Module, name: str) -> Any:
-    """The PeftModel that has an adapter of this name; raises where there is none."""
+    """Return the PeftModel that has an adapter of this name, or raise ValueError where there is none."""
     owner = adapter_owner(model)
     names = list(getattr(owner, "peft_config", {}))
     if owner is None or name not in names:
@@ -28,8 +31,11 @@ def check_adapter(argument: str, model: nn.Module, name: str) -> Any:
 
 @contextmanager
 def as_adapter(owner: Any, name: str | None) -> Iterator[None]:
-    """A PeftModel on this adapter alone; None: on none. Left as it was, and so is what requires a gradient, which peft changes
-    with the adapter. owner: None of a model without adapters."""
+    """Set a PeftModel to this adapter alone, inside the context; with None, to no adapter.
+
+    Afterwards the active adapters are restored, and so are the requires_grad flags, which peft changes with the adapter.
+    owner is None for a model without adapters.
+    """
     if name is None:
         with nullcontext() if owner is None else owner.disable_adapter():
             yield
@@ -48,7 +54,10 @@ def as_adapter(owner: Any, name: str | None) -> Iterator[None]:
 
 
 def adapter_tensors(owner: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of one adapter, which peft's layers keep under its name; that is left out of theirs."""
+    """Yield path and tensor of each parameter and buffer of one adapter.
+
+    peft's layers store them under the adapter's name, which is left out of the paths.
+    """
     for path, module in owner.named_modules():
         by_name: Any = module
         if not hasattr(module, "keys") or name not in by_name:  # peft has ModuleDict, ParameterDict and a BufferDict

@@ -1,4 +1,4 @@
-"""What of a Trainer's batch goes to the loss, and what to the model; and how many units of a loss a batch has."""
+"""Divide a Trainer's batch into inputs of the loss and of the model, and count the units of a loss in a batch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..nn.fused_head import unwrapped
 
 __all__ = ["Counts", "Loss", "check_columns", "model_inputs"]
 
-# What the mixin itself reads, or what says once more what labels and cu_seqlens say (the collators of data.py).
+# What the mixin itself reads, or what repeats labels and cu_seqlens (from the collators of data.py).
 READ = ("labels", "shift_labels", "num_items_in_batch", "skip_logits", "completion_mask", "max_length")
-# Options that every loss takes; which of them a batch may hold.
+# Options that every loss takes. FROM_BATCHES: the one of them that a batch may contain.
 OPTIONS = frozenset({
     "shift", "ignore_index", "cu_seqlens", "sequence_group", "entropy", "inplace_backward", "plan", "workspace",
     "static_shapes", "reduction", "num_items",
@@ -32,14 +32,17 @@ OURS = {
 
 
 class Counts(NamedTuple):
-    """Of a batch, or of all micro-batches of a step."""
+    """Store the counts of a batch, or of all micro-batches of a step."""
 
     items: int | Tensor  # units, as num_items of the loss counts them
     nll_tokens: int | Tensor | None  # num_nll_tokens, where the loss takes it
 
 
 class Loss:
-    """A loss, and what its signature says of it: of this library's through functools.partial, or a function of the user's."""
+    """Describe a loss by its signature.
+
+    The loss is one of this library, possibly inside functools.partial, or a function of the user.
+    """
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call, self.function = call, call
@@ -60,7 +63,7 @@ class Loss:
         self.reference = next((n for n in ("ref", "teacher") if n in {p.name for p in named}), None)
         if own and self.entry is not None and self.entry.ref == "unused":
             self.reference = None
-        # a function of the user's may call its reference what it likes: it is the third, if that has no value yet
+        # a function of the user may use any name for its reference: it is the third parameter, if that has no value yet
         thirds = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
         thirds = [
             n for n in places[2:3] if n not in OURS and signature.parameters[n].default in (EMPTY, None)
@@ -79,7 +82,7 @@ class Loss:
             self.names |= OPTIONS
             if self.function in (dpo_loss, ipo_loss):
                 self.names |= inspect.signature(preference_loss).parameters.keys()
-            if "base" in self.names:  # of upo_loss: its options are those of the base
+            if "base" in self.names:  # upo_loss: it also takes the options of its base
                 base = bound.get("base")
                 self.base = Loss(base if callable(base) else preference_loss)
                 self.names |= self.base.names
@@ -88,6 +91,7 @@ class Loss:
             self._check_bound()
 
     def _check_bound(self) -> None:
+        """Raise ValueError for options that are bound in fused_loss but unknown or not allowed there."""
         for name, x in self.bound.items():
             if name not in self.names:
                 raise ValueError(f"fused_loss: {self.name} has no option {name!r}")
@@ -103,7 +107,7 @@ class Loss:
 
     @property
     def unit(self) -> str:
-        """ "tokens", "sequences" or "pairs": what num_items counts."""
+        """Return what num_items counts: "tokens", "sequences" or "pairs"."""
         assert self.entry is not None
         if self.base is not None and self.base.entry is not None:
             return self.base.unit
@@ -114,10 +118,11 @@ class Loss:
 
     @property
     def baseline(self) -> bool:
-        """Whether mismatched completions in a batch make the baseline of KTO."""
+        """Return whether mismatched completions in a batch are used for the baseline of KTO."""
         return self.function is kto_loss and "baseline" not in self.bound
 
     def counts(self, batch: Mapping[str, Any]) -> Counts:
+        """Return the numbers of units and of NLL tokens in a batch."""
         labels, shift = labels_of(batch)
         cu, ignore = batch.get("cu_seqlens"), self.bound.get("ignore_index", -100)
         sequences = labels.shape[0] if cu is None else cu.numel() - 1
@@ -130,20 +135,24 @@ class Loss:
         if batch.get("nll_labels") is not None:
             labels = labels.where(labels != ignore, batch["nll_labels"])
         mask = counting_mask(labels, **options)
-        if self.unit == "pairs":  # those of the chosen, which come first
+        if self.unit == "pairs":  # the tokens of the chosen sequences, which come first
             place = torch.arange(len(mask), device=mask.device)
             mask = mask[: len(mask) // 2] if cu is None else mask & (place < cu[len(cu) // 2])
         return Counts(items, mask.sum())
 
     @property
     def _counts_nll(self) -> bool:
+        """Return whether the loss takes num_nll_tokens with its bound options."""
         if self.function in (preference_loss, dpo_loss, ipo_loss):
             names = self.bound.get("loss", ())
             return "sft" in ((names,) if isinstance(names, str) else names)
         return self.entry is not None and "num_nll_tokens" in inspect.signature(self.function).parameters
 
     def split(self, batch: Mapping[str, Any], model: ModelInputs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the model takes, and what the loss takes; raises for what neither reads."""
+        """Return the part of a batch for the model and the part for the loss.
+
+        Raises ValueError for names that neither reads, and where the loss needs a name that is missing.
+        """
         to_model, to_loss, nobody = {}, {}, []
         for name, x in batch.items():
             if name in self.takes:
@@ -173,7 +182,7 @@ class Loss:
 
 
 def labels_of(batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
-    """Labels, and whether the loss is to shift them. Some collators have done that."""
+    """Return the labels of a batch, and whether the loss must shift them; some collators have already shifted them."""
     if batch.get("labels") is None:
         raise ValueError(f"labels: expected them in the batch, got {', '.join(batch)}")
     shifted = batch.get("shift_labels")
@@ -182,14 +191,19 @@ def labels_of(batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
 
 
 class ModelInputs(NamedTuple):
-    own: set[str]  # what the forward has a parameter for
-    below: set[str]  # what it may hand on
-    any: bool  # whether nobody knows what else it takes
+    """Store the names of the inputs that a model takes."""
+
+    own: set[str]  # parameters of the forward
+    below: set[str]  # what it may pass on to other modules
+    any: bool  # whether it may take other names, too
 
 
 def model_inputs(model: nn.Module) -> ModelInputs:
-    """What a model's forward takes. Its other keywords may have types, as those of transformers' models have; then it takes
-    these, and what the modules in it have a parameter for."""
+    """Return the names of the inputs that a model's forward takes.
+
+    Its **kwargs may have a type with named fields, as in transformers' models. Then the forward takes these fields, and
+    the parameters of the modules in the model.
+    """
     inner = unwrapped(model)
     parameters = inspect.signature(type(inner).forward).parameters
     more = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
@@ -205,7 +219,10 @@ def model_inputs(model: nn.Module) -> ModelInputs:
 
 
 def check_columns(loss: Loss, dataset: Any, collator: Any, argument: str) -> None:
-    """That what a loss needs is in a dataset, where its columns are known and the collator passes them on as they are."""
+    """Raise ValueError where a column that the loss needs is missing from a dataset.
+
+    This is checked only where the columns are known and the collator passes them on unchanged.
+    """
     columns = getattr(dataset, "column_names", None)
     made = made_by(collator)
     if not isinstance(columns, list) or made is None:
@@ -218,7 +235,7 @@ def check_columns(loss: Loss, dataset: Any, collator: Any, argument: str) -> Non
 
 
 def made_by(collator: Any) -> Collection[str] | None:
-    """The names that a collator adds to a batch; None of one that may do anything."""
+    """Return the names that a collator adds to a batch, or None for a collator that is not known."""
     if hasattr(collator, "columns") and hasattr(collator, "settings"):
         return ("desirable", "kl") if "completion_ids" in collator.columns else ()
     kind = collator if inspect.isfunction(collator) else type(collator)
@@ -226,7 +243,7 @@ def made_by(collator: Any) -> Collection[str] | None:
 
 
 def collator_columns(collator: Any) -> Iterable[str]:
-    """The columns that the collators of integrations.data read."""
+    """Return the columns that the collators of integrations.data read; none for other collators."""
     if not (hasattr(collator, "columns") and hasattr(collator, "settings")):
         return ()
     return ("prompt_ids", "label", *collator.columns, *collator.columns.values())

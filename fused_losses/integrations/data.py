@@ -1,4 +1,4 @@
-"""Data of preference training: from rows of text to rows of token ids, and from those to batches of the losses.
+"""Prepare data for preference training: tokenise rows of text, and make batches for the losses from rows of token ids.
 
     rows = data.tokenize_preferences(dataset, tokenizer, max_length=1024)
     collator = data.PreferenceCollator(tokenizer.pad_token_id, max_length=1024)
@@ -6,7 +6,8 @@
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
         out, _ = fl.at_head(model, lambda p: fl.dpo_loss(p, batch["labels"], ref, shift=True), **inputs)
 
-Columns, tokens, truncation and masks are those of TRL 1.16, so datasets go from one to the other. Text alone: no images.
+Columns, tokens, truncation and masks are those of TRL 1.16, so the same datasets work with both libraries. Only text is
+supported, no images.
 """
 
 from __future__ import annotations
@@ -38,25 +39,32 @@ def tokenize_preferences(
     dataset: Any, tokenizer: Any, *, max_length: int | None = None, truncation: str = "keep_start",
     max_prompt_length: int | None = None, num_proc: int | None = None,
 ) -> Any:  # fmt: skip
-    """The rows with three more columns, lists of token ids: prompt_ids, chosen_ids, rejected_ids.
+    """Return the rows with three more columns, lists of token ids: prompt_ids, chosen_ids, rejected_ids.
 
-    dataset: datasets.Dataset, a streaming IterableDataset, or a list of dicts; what comes back is of that kind. Its columns:
+    The dataset has these columns:
 
         prompt, chosen, rejected    strings, or all of them lists of messages {"role", "content"}
-        chosen, rejected            the prompt is their longest common beginning (without a space at its end) that leaves
-                                    something of both; of messages: the turns they share
-        tools, chat_template_kwargs optional: for the chat template; tools may be JSON, and an empty list of them is none
+        chosen, rejected            without a prompt column, the prompt is their longest common beginning (without a space
+        at
+                                    its end) that leaves something of both; for messages: the turns that they share
+        tools, chat_template_kwargs optional: for the chat template; tools may be JSON, and an empty list means no tools
 
-    Text: the tokenizer's EOS is added to completions that do not end with it. Messages: the chat template ends them. Prompt
-    and completion are tokenised together, and the completion starts where that differs from the prompt alone, for the
-    sooner one of chosen and rejected; a warning says where this cuts into the prompt.
+    For strings, the tokenizer's EOS is added to completions that do not end with it. For messages, the chat template ends
+    them. Prompt and completion are tokenised together. The completion starts at the first token where the result differs
+    from the tokens of the prompt alone, for chosen or rejected, whichever differs first. A warning is given where this
+    position is inside the prompt.
 
-    max_length, truncation: those of the collator, which does the cutting. Here rows are left out, with a warning, whose
-        prompt fills max_length, so that "keep_start" would leave nothing of the completion.
-    max_prompt_length: only so many tokens at the end of a prompt are kept, BOS or not.
-    num_proc: processes of datasets.Dataset.map.
+    Args:
+        dataset: A datasets.Dataset, a streaming IterableDataset, or a list of dicts. The result is of the same kind.
+        tokenizer: A tokenizer of transformers.
+        max_length: The max_length of the collator, in tokens, or None. The collator truncates; this function leaves out
+            rows whose prompt fills max_length, with a warning, because "keep_start" would keep nothing of their
+            completion.
+        truncation: The truncation of the collator, "keep_start" or "keep_end".
+        max_prompt_length: Only this number of tokens at the end of a prompt is kept, with or without BOS. None keeps all.
+        num_proc: The number of processes of datasets.Dataset.map, or None.
 
-    Raises TypeError or ValueError that names the argument or the column.
+    Raises TypeError or ValueError, which name the argument or the column.
     """
     return _tokenized(dataset, tokenizer, ("chosen", "rejected"), max_length, truncation, max_prompt_length, num_proc)
 
@@ -65,7 +73,10 @@ def tokenize_unpaired(
     dataset: Any, tokenizer: Any, *, max_length: int | None = None, truncation: str = "keep_start",
     max_prompt_length: int | None = None, num_proc: int | None = None,
 ) -> Any:  # fmt: skip
-    """The rows prompt, completion, label (True: desirable) with prompt_ids and completion_ids. As tokenize_preferences."""
+    """Return the rows prompt, completion, label (True: desirable) with the columns prompt_ids and completion_ids.
+
+    All arguments have the same meaning as in tokenize_preferences.
+    """
     return _tokenized(dataset, tokenizer, ("completion",), max_length, truncation, max_prompt_length, num_proc)
 
 
@@ -73,6 +84,7 @@ def _tokenized(
     dataset: Any, tokenizer: Any, answers: tuple[str, ...], max_length: int | None, truncation: str,
     max_prompt_length: int | None, num_proc: int | None,
 ) -> Any:  # fmt: skip
+    """Tokenise all rows, and leave out those whose prompt fills max_length."""
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token"):
         kind = type(tokenizer).__name__
         raise TypeError(f"tokenizer: expected a tokenizer of transformers, got {kind}; of a processor its .tokenizer")
@@ -106,12 +118,14 @@ def _tokenized(
 
 
 def _has_room(row: Mapping[str, Any], max_length: int | None) -> bool:
+    """Return whether a prompt is shorter than max_length."""
     return max_length is None or len(row["prompt_ids"]) < max_length
 
 
 def _tokenize_row(
     row: Mapping[str, Any], tokenizer: Any, answers: tuple[str, ...], max_prompt_length: int | None
 ) -> dict[str, list[int]]:
+    """Return the token ids of a row's prompt and of each of its completions."""
     texts = _texts(row, answers)
     kinds = {type(text) for text in texts.values()}
     if kinds != {str} and kinds != {list}:
@@ -144,7 +158,7 @@ def _tokenize_row(
 
 
 def _texts(row: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, Any]:
-    """prompt and answers, the prompt taken out of the answers where it has no column."""
+    """Return prompt and answers; where there is no prompt column, the prompt is split off the answers."""
     if row.get("images") is not None or row.get("image") is not None:
         raise ValueError("dataset: has images, expected text alone")
     texts = {name: row[name] for name in ("prompt", *answers) if row.get(name) is not None}
@@ -162,7 +176,7 @@ def _texts(row: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """The length of the common beginning."""
+    """Return the length of the common beginning of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
@@ -171,9 +185,9 @@ def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 @dataclass(frozen=True)
 class _Collator:
-    """What both collators share. A sequence is the row's prompt and one of its completions."""
+    """Make batches from rows of token ids; a sequence is the row's prompt and one of its completions."""
 
-    columns: ClassVar[dict[str, str]]  # of completions, and where their saved reference log-probs are
+    columns: ClassVar[dict[str, str]]  # columns of completions: columns of their saved reference log-probs
     made_by: ClassVar[str]
 
     pad_token_id: int
@@ -197,10 +211,11 @@ class _Collator:
             raise ValueError(f"label_pad: expected a number that is no token id, so < 0, got {self.label_pad}")
 
     def settings(self) -> dict[str, Any]:
-        """What the log-probs of a sequence depend on."""
+        """Return the settings on which the log-probs of a sequence depend."""
         return {"columns": list(self.columns), "max_length": self.max_length, "truncation": self.truncation}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the batch of these rows, with ref_logps where the rows have saved reference log-probs."""
         pairs = self._pairs(rows)
         batch, names = self._batch(pairs), list(self.columns.values())
         saved = [row[name] for name in names for row in rows if row.get(name) is not None]
@@ -212,7 +227,7 @@ class _Collator:
         return batch
 
     def inputs(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch without what belongs to a loss: ref_logps, desirable, kl."""
+        """Return the batch without the entries for the loss: ref_logps, desirable, kl."""
         return self._batch(self._pairs(rows))
 
     def _pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
@@ -224,7 +239,7 @@ class _Collator:
         return [self._sequence(i, row, row[name], name) for name in self.columns for i, row in enumerate(rows)]
 
     def _sequence(self, i: int, row: Mapping[str, Any], completion: Any, name: str) -> tuple[Tensor, Tensor]:
-        """Token ids and labels [L]."""
+        """Return token ids and labels [L] of one sequence, truncated."""
         prompt, answer = (torch.as_tensor(x, dtype=torch.long) for x in (row["prompt_ids"], completion))
         ids, labels = torch.cat([prompt, answer]), torch.cat([torch.full_like(prompt, self.label_pad), answer])
         if self.max_length is not None:
@@ -265,7 +280,7 @@ class _Collator:
         return out
 
     def _ref_logps(self, batch: dict[str, Any], labels: list[Tensor], saved: list[Any]) -> Tensor:
-        """[S] of one number per sequence; of one per predicted token, as token_stats(shift=True) has them."""
+        """Return the saved log-probs: [S] for one number per sequence, else in the shape of token_stats(shift=True)."""
         values = [torch.as_tensor(x, dtype=torch.float32) for x in saved]
         if all(x.dim() == 0 for x in values):
             return torch.stack(values)
@@ -285,23 +300,33 @@ class _Collator:
 
 @dataclass(frozen=True)
 class PreferenceCollator(_Collator):
-    """Rows prompt_ids, chosen_ids, rejected_ids as a batch, the B chosen sequences first and the B rejected ones second:
+    """Make a batch from rows with prompt_ids, chosen_ids and rejected_ids.
+
+    The B chosen sequences come first, then the B rejected ones:
 
         input_ids, attention_mask, labels, completion_mask    [2B, T], padded on the right
 
-    or, with packed=True, one behind another without padding, which the losses take with cu_seqlens=, and transformers with
-    input_ids and position_ids alone (flash attention's varlen: cu_seq_lens_q = cu_seq_lens_k = cu_seqlens, max_length_q =
-    max_length_k = max_length; other attention finds the sequences in position_ids):
+    With packed=True the sequences follow each other without padding. The losses take them with cu_seqlens=, and
+    transformers takes them with input_ids and position_ids alone (flash attention's varlen: cu_seq_lens_q = cu_seq_lens_k
+    = cu_seqlens, max_length_q = max_length_k = max_length; other attention finds the sequences from position_ids):
 
         input_ids, position_ids [1, total]    labels [total]    cu_seqlens [2B + 1] int32    max_length, an int
 
-    labels are not shifted (the losses take shift=True), and label_pad on prompts and padding.
+    labels are not shifted (the losses take shift=True), and are label_pad on prompts and padding.
 
-    ref_logps is also there where the rows have ref_chosen_logps and ref_rejected_logps: numbers, so [2B]; or lists with one
-    for each predicted token, so [2B, T - 1] or [total]. float32, for fl.LogProbs. All rows have them, or none.
+    The batch also has ref_logps, float32, for fl.LogProbs, if the rows have ref_chosen_logps and ref_rejected_logps.
+    These are numbers, which give [2B], or lists with one number for each predicted token, which give [2B, T - 1] or
+    [total]. Either all rows of a batch have them, or none.
 
-    max_length, truncation: of prompt and completion together, the first so many tokens are kept ("keep_start"), or the
-        last ("keep_end"). ValueError where no token of a completion is left to predict: the first one of a sequence is not.
+    Args:
+        pad_token_id: The token id of the padding.
+        max_length: The number of tokens of prompt and completion together that are kept; None keeps all. ValueError where
+            no token of a completion is left to predict; the first token of a sequence is not predicted.
+        truncation: "keep_start" keeps the first max_length tokens, "keep_end" the last.
+        packed: True makes packed batches.
+        pad_to_multiple_of: The length T is padded to a multiple of this number. None: no such padding. Not allowed with
+            packed=True.
+        label_pad: The label of tokens that are not predicted, a negative number.
     """
 
     columns = {"chosen_ids": "ref_chosen_logps", "rejected_ids": "ref_rejected_logps"}
@@ -310,11 +335,20 @@ class PreferenceCollator(_Collator):
 
 @dataclass(frozen=True)
 class UnpairedCollator(_Collator):
-    """Rows prompt_ids, completion_ids, label as a batch of B sequences, as PreferenceCollator makes it, with desirable
-    [B] bool, which fl.kto_loss takes; ref_logps is from a column of that name.
+    """Make a batch of B sequences from rows with prompt_ids, completion_ids and label.
 
-    kl: also "kl", a batch of each prompt with the completion of the row before (the first with the last one's), which
-        fl.kto_baseline takes. It has no saved log-probs, and wants two rows or more.
+    The batch is as that of PreferenceCollator, with desirable [B] bool, which fl.kto_loss takes. ref_logps comes from a
+    column of the same name.
+
+    Args:
+        pad_token_id: As in PreferenceCollator.
+        max_length: As in PreferenceCollator.
+        truncation: As in PreferenceCollator.
+        packed: As in PreferenceCollator.
+        pad_to_multiple_of: As in PreferenceCollator.
+        label_pad: As in PreferenceCollator.
+        kl: True adds "kl", a batch of each prompt with the completion of the row before (the first prompt with the last
+            row's completion), which fl.kto_baseline takes. It has no saved log-probs, and needs at least two rows.
     """
 
     columns = {"completion_ids": "ref_logps"}
@@ -337,11 +371,13 @@ class UnpairedCollator(_Collator):
 
 
 def _check_truncation(max_length: int | None, truncation: str) -> None:
+    """Raise ValueError for a max_length or a truncation that is not valid."""
     _check_count("max_length", max_length)
     if truncation not in CUTS:
         raise ValueError(f"truncation: expected {' or '.join(map(repr, CUTS))}, got {truncation!r}")
 
 
 def _check_count(name: str, value: int | None) -> None:
+    """Raise ValueError unless the value is an int >= 1 or None."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"{name}: expected an int >= 1 or None, got {value!r}")

@@ -1,4 +1,4 @@
-"""Log-probs of a reference that does not change, computed once, kept on disk, and refused where they no longer belong.
+"""Compute the log-probs of a fixed reference once, save them, and refuse to load them where they do not match.
 
     saved = ref_logps.precompute(reference, rows, collator, "ref", batch_size=16, tokenizer=tokenizer)
     saved = ref_logps.load("ref", model=reference, collator=collator, tokenizer=tokenizer)   # in another process
@@ -6,8 +6,8 @@
     for batch in loader:
         fl.dpo_loss(policy, batch["labels"], fl.LogProbs(batch["ref_logps"]), shift=True)
 
-The folder holds manifest.json (fingerprints, versions, counts) and the log-probs of some rows in each part-*.npz. Every file is
-written beside its place and then moved there, so a run that was interrupted goes on where it stopped.
+The folder contains manifest.json (fingerprints, versions, counts) and files part-*.npz, each with the log-probs of some
+rows. Every file is written under a temporary name and then renamed, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .adapters import adapter_owner, adapter_tensors, as_adapter, check_adapter
 __all__ = ["RefLogps", "load", "precompute"]
 
 MANIFEST, FORMAT = "manifest.json", 1
-CHUNK = 16 << 20  # bytes of a weight that are hashed at a time
-ADAPTED = ("base_layer", "original_module")  # what peft's layers keep the base model's module as
-# What a config says about tokens, outputs and versions, none of which changes a log-prob.
+CHUNK = 16 << 20  # the number of bytes of a weight that are hashed at a time
+ADAPTED = ("base_layer", "original_module")  # names under which peft's layers store the base model's module
+# Entries of a config about tokens, outputs and versions, none of which changes a log-prob.
 IRRELEVANT = ("architectures", "dtype", "return_dict", "torch_dtype", "transformers_version", "use_cache")
 PREFIXES, SUFFIXES = ("_", "output_"), ("_token_id",)
 OF_FILES = (
@@ -47,12 +47,15 @@ OF_FILES = (
     "inference_mode",
     "peft_version",
     "revision",
-)  # of an adapter's config
+)  # entries of an adapter's config that are not compared
 
 
 @dataclass(frozen=True)
 class RefLogps:
-    """Saved log-probs: values[column] has one entry per row, a number, or an array of one per predicted token."""
+    """Store saved log-probs.
+
+    values[column] has one entry per row: a number, or an array of one number per predicted token.
+    """
 
     path: Path
     manifest: dict[str, Any]
@@ -62,10 +65,13 @@ class RefLogps:
         return self.manifest["fingerprint"]["data"]["rows"]
 
     def attach(self, dataset: Any) -> Any:
-        """The dataset (datasets.Dataset, or a list of dicts) with the columns that the collator makes ref_logps of.
+        """Return the dataset with the columns from which the collator makes ref_logps.
 
-        Columns of those names are replaced. RuntimeError where these are other rows than the log-probs were computed for,
-        or in another order: attach first, and shuffle, filter or concatenate after that.
+        Existing columns of those names are replaced. Raises RuntimeError where the rows, or their order, are not those
+        for which the log-probs were computed. Attach first, then shuffle, filter or concatenate.
+
+        Args:
+            dataset: A datasets.Dataset, or a list of dicts.
         """
         _check(self.path, self.manifest, data=_data(dataset, self.manifest["fingerprint"]["collator"]["columns"]))
         if hasattr(dataset, "add_column"):
@@ -81,21 +87,31 @@ def precompute(
     per_token: bool = False, tokenizer: Any = None, progress: bool = True, part_rows: int = 4096,
     adapter: str | None = None,
 ) -> RefLogps:  # fmt: skip
-    """Log-probs of all completions under a transformers model, computed from hidden states and written to the folder `path`.
+    """Compute the log-probs of all completions under a transformers model and write them to the folder `path`.
 
         sum_t log q(y_t)  per sequence,  or  log q(y_t)  per predicted token with per_token=True; float32, nats
 
-    The model runs in eval mode and without gradients, and is left as it was. Of a PEFT model this is the base, with the
-    adapter off (the implicit reference), and the adapter may be trained meanwhile; or, with adapter=, the model under the
-    adapter of this name, whichever is active.
+    They are computed from hidden states. The model runs in eval mode and without gradients, and is restored afterwards.
+    For a PEFT model the reference is the base with the adapter off (the implicit reference), while the adapter itself may
+    be trained; or, with adapter=, the model under the adapter of this name, whichever adapter is active.
 
-    dataset: rows of token ids (of data.tokenize_preferences or tokenize_unpaired); counted, and read twice.
-    collator: integrations.data's PreferenceCollator or UnpairedCollator; its truncation counts, packed or padded does not.
-    tokenizer: if given its fingerprint is kept too.
-    part_rows: rows of a file. At most so many are lost where a run is interrupted.
+    If the folder already exists for the same model, data and settings, its rows are not computed again. Raises
+    RuntimeError if it was made from anything else. Call this in one process: with several ranks, each would do all of the
+    work.
 
-    Where the folder is there already, of the same model, data and settings, rows that it has are not computed again;
-    RuntimeError where it is of anything else. Call it in one process: ranks would all do all of the work.
+    Args:
+        reference_model: The transformers model.
+        dataset: Rows of token ids (from data.tokenize_preferences or tokenize_unpaired). It must have a length, and it is
+            read twice.
+        collator: A PreferenceCollator or UnpairedCollator of integrations.data. Its truncation matters; whether it packs
+            or pads does not.
+        path: The folder.
+        batch_size: The number of rows in a batch.
+        per_token: True saves one number per predicted token, False one per sequence.
+        tokenizer: If given, its fingerprint is saved too.
+        progress: Whether to show a progress bar.
+        part_rows: The number of rows in a file, which is the most that an interruption loses.
+        adapter: The name of an adapter, or None for the base model.
     """
     for name, value in (("batch_size", batch_size), ("part_rows", part_rows)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -130,13 +146,19 @@ def load(
     path: str | os.PathLike[str], *, model: nn.Module | None = None, dataset: Any = None, tokenizer: Any = None,
     collator: Any = None, adapter: str | None = None,
 ) -> RefLogps:  # fmt: skip
-    """What precompute has written, compared with all that is given; attach(dataset) compares the dataset in any case.
+    """Load what precompute has written, and compare it with all arguments that are given.
 
-    RuntimeError that says what differs: weights or config of the model (of a PEFT model the base's, and those of the adapter
-    that precompute was given), rows or their order, the tokenizer's vocabulary, special tokens or chat template, the
-    collator's truncation. Also where rows are missing.
+    attach(dataset) compares the dataset in any case. Raises RuntimeError that names all differences, or where rows are
+    missing.
 
-    adapter: the reference's name in this model, where it is another than precompute was given.
+    Args:
+        path: The folder.
+        model: Its weights and config are compared; for a PEFT model those of the base, and of the adapter that precompute
+            was given.
+        dataset: Its rows and their order are compared.
+        tokenizer: Its vocabulary, special tokens and chat template are compared.
+        collator: Its truncation is compared.
+        adapter: The name of the reference's adapter in this model, if it differs from the name that precompute was given.
     """
     folder = Path(path)
     manifest = _manifest(folder)
@@ -173,6 +195,7 @@ def _fill(
     head: FusedHead, body: nn.Module, dataset: Any, collator: Any, folder: Path, manifest: dict[str, Any],
     missing: list[tuple[int, int]], batch_size: int, progress: bool,
 ) -> None:  # fmt: skip
+    """Compute the log-probs of the missing parts and write each part."""
     from tqdm.auto import tqdm
 
     total = sum(last - first for first, last in missing)
@@ -194,12 +217,13 @@ def _fill(
 
 
 def _save(arrays: dict[str, Tensor], file: Any) -> None:
+    """Write the arrays to an open npz file."""
     numbers: dict[str, Any] = {name: x.numpy() for name, x in arrays.items()}
     np.savez(file, **numbers)
 
 
 def _logps(head: Any, body: nn.Module, batch: dict[str, Any], ignore: int) -> list[Tensor]:
-    """Of each sequence, one float64 number per predicted token."""
+    """Return one tensor per sequence, with one float64 number per predicted token."""
     device, packed = next(body.parameters()).device, "cu_seqlens" in batch
     tensors = {name: x.to(device) for name, x in batch.items() if isinstance(x, Tensor)}
     more = {name: tensors[name] for name in ("attention_mask", "position_ids") if name in tensors}
@@ -215,7 +239,10 @@ def _logps(head: Any, body: nn.Module, batch: dict[str, Any], ignore: int) -> li
 
 @contextmanager
 def _as_reference(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """In eval mode, without gradients, on this adapter or on none; left as it was."""
+    """Set the model to eval mode without gradients, on this adapter or on none, inside the context.
+
+    Afterwards the model is restored.
+    """
     training = [m for m in model.modules() if m.training]
     adapters = any(name in m._modules for m in model.modules() for name in ADAPTED)
     owner = adapter_owner(model)
@@ -236,7 +263,7 @@ def _as_reference(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def _parts(manifest: dict[str, Any]) -> list[tuple[int, int]]:
-    """First row of each part, and of the next."""
+    """Return the first row of each part, and the first row of the next part."""
     rows, each = manifest["fingerprint"]["data"]["rows"], manifest["part_rows"]
     return [(first, min(first + each, rows)) for first in range(0, rows, each)]
 
@@ -246,7 +273,7 @@ def _part(folder: Path, first: int) -> Path:
 
 
 def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    """All of it or nothing."""
+    """Write a file completely or not at all."""
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "wb") as file:
         write(file)
@@ -256,6 +283,7 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
 
 
 def _read(path: Path, names: list[str], rows: int) -> dict[str, Any]:
+    """Return the arrays of a part, or raise RuntimeError where it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             part = {key: file[key] for name in names for key in (name, f"{name}.lengths")}
@@ -269,6 +297,7 @@ def _read(path: Path, names: list[str], rows: int) -> dict[str, Any]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder, or raise an error where there is none of the current format."""
     path = folder / MANIFEST
     if not path.exists():
         raise FileNotFoundError(f"path: expected a folder that precompute has made, got {folder}, without {MANIFEST}")
@@ -281,6 +310,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
+    """Return the versions of torch, fused_losses and transformers."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"torch": str(torch.__version__)}
@@ -296,7 +326,7 @@ def _versions() -> dict[str, str]:
 
 
 def _check(folder: Path, manifest: dict[str, Any], **now: Any) -> None:
-    """Raises with all that differs between the saved fingerprint and these parts of one."""
+    """Raise RuntimeError with all differences between the saved fingerprint and the given parts of one."""
     saved, words = manifest["fingerprint"], []
     for part, value in now.items():
         if value is None or value == saved[part]:
@@ -310,7 +340,7 @@ def _check(folder: Path, manifest: dict[str, Any], **now: Any) -> None:
             words.append(_other_rows(saved[part], value))
         elif part == "tokenizer":
             words.append(f"tokenizer: another {' and '.join(k for k in value if value[k] != saved[part][k])}")
-        else:  # config, collator: what one version of transformers has and another lacks is not compared
+        else:  # config, collator: names that only one version of transformers has are not compared
             names = [k for k in value if k in saved[part] and value[k] != saved[part][k]]
             words += [f"{part}: {k} was {saved[part][k]!r}, is {value[k]!r}" for k in names]
     if words:
@@ -318,6 +348,7 @@ def _check(folder: Path, manifest: dict[str, Any], **now: Any) -> None:
 
 
 def _other_rows(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return how the rows of two fingerprints differ."""
     if saved["rows"] != now["rows"]:
         return f"data: had {saved['rows']} rows, has {now['rows']}"
     if saved["any order"] == now["any order"]:
@@ -326,6 +357,7 @@ def _other_rows(saved: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _settings(collator: Any) -> dict[str, Any]:
+    """Return the settings of a collator, or raise TypeError where it is none of integrations.data."""
     if not callable(getattr(collator, "settings", None)) or not hasattr(collator, "columns"):
         kind = type(collator).__name__
         raise TypeError(f"collator: expected a PreferenceCollator or UnpairedCollator of integrations.data, got {kind}")
@@ -333,7 +365,7 @@ def _settings(collator: Any) -> dict[str, Any]:
 
 
 def _data(dataset: Any, columns: list[str]) -> dict[str, Any]:
-    """The token ids of all rows, in their order and in any."""
+    """Return the number of rows and two hashes of their token ids, one of which does not depend on their order."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(
             "dataset: expected rows that can be counted and read again (a datasets.Dataset or a list), got "
@@ -354,6 +386,8 @@ def _data(dataset: Any, columns: list[str]) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, str]:
+    """Return hashes of the vocabulary, the special tokens and the chat template."""
+
     def digest(x: Any) -> str:
         return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -363,7 +397,10 @@ def _tokenizer(tokenizer: Any) -> dict[str, str]:
 
 
 def _config(model: nn.Module, adapter: str | None) -> dict[str, Any]:
-    """What weights do not say: rope, softcap, window, experts per token; alpha and kind of an adapter."""
+    """Return settings that weights do not contain.
+
+    Examples are rope, softcap, window, experts per token, and alpha and type of an adapter.
+    """
 
     def relevant(x: Any) -> Any:
         if not isinstance(x, dict):
@@ -381,7 +418,10 @@ def _config(model: nn.Module, adapter: str | None) -> dict[str, Any]:
 
 
 def _weights(model: nn.Module, adapter: str | None) -> dict[str, str]:
-    """A hash of dtype, shape and content of each parameter and persistent buffer, by name; tied ones are read once."""
+    """Return a hash of dtype, shape and content of each parameter and persistent buffer, by name.
+
+    Tied tensors are read once.
+    """
     read: dict[int, str] = {}
     found = {}
     tensors = list(_base(unwrapped(model), ""))
@@ -396,7 +436,10 @@ def _weights(model: nn.Module, adapter: str | None) -> dict[str, str]:
 
 
 def _base(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors; in place of an adapter's layer those of the layer it adapts, under its name."""
+    """Yield names and tensors of the base model.
+
+    In place of a layer with an adapter, the original layer is read, under the same name.
+    """
     for name in ADAPTED:
         if (inner := module._modules.get(name)) is not None:
             if getattr(module, "merged", False):
@@ -414,6 +457,7 @@ def _base(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _refuse(name: str, x: Tensor) -> None:
+    """Raise ValueError for a tensor that is not complete on this rank."""
     why = None
     if type(x).__name__ == "DTensor":
         why = "is a DTensor, of which this rank has a part"
@@ -428,6 +472,7 @@ def _refuse(name: str, x: Tensor) -> None:
 
 
 def _content(x: Tensor) -> str:
+    """Return a hash of dtype, shape and content of a tensor."""
     found = hashlib.sha256(f"{x.dtype} {list(x.shape)}".encode())
     if x.numel():
         x = x.reshape(1) if x.dim() == 0 else x

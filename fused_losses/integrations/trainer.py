@@ -1,6 +1,6 @@
-"""transformers' Trainer on our losses.
+"""Provide our losses for transformers' Trainer.
 
-    compute_loss_func(loss)    for Trainer(compute_loss_func=...): from logits, which the model has made by then
+    compute_loss_func(loss)    for Trainer(compute_loss_func=...): from logits, which the model has already made
     FusedLossMixin             class MyTrainer(FusedLossMixin, Trainer): hidden states go to the loss, the head never runs
     TrustRegionCallback        a reference that follows the policy (TR-DPO)
 
@@ -38,11 +38,15 @@ CHECKPOINT = "trust_region"
 def compute_loss_func(
     loss: Callable[..., LossOutput] = cross_entropy_loss, *, aux_loss_coef: float | None = None, **options: Any
 ) -> Callable[..., Tensor]:
-    """A function for Trainer(compute_loss_func=...): loss(logits, labels, shift=True, num_items=..., **options).
+    """Return a function for Trainer(compute_loss_func=...).
 
-    loss: one whose units are tokens, such as fl.cross_entropy_loss: the Trainer counts label tokens, over all micro-batches and
-        ranks, and divides by nothing itself. For losses of pairs or sequences use FusedLossMixin.
-    aux_loss_coef: what a mixture's auxiliary loss is weighted with; needed where the model returns one.
+    It computes loss(logits, labels, shift=True, num_items=..., **options).
+
+    Args:
+        loss: A loss whose units are tokens, such as fl.cross_entropy_loss. The Trainer counts label tokens over all
+            micro-batches and ranks, and divides by nothing itself. For losses of pairs or sequences use FusedLossMixin.
+        aux_loss_coef: The weight of a mixture's auxiliary loss; needed where the model returns one.
+        **options: The options of the loss.
     """
     known = Loss(loss)
     if not _counts_tokens(known, None):
@@ -67,40 +71,46 @@ def compute_loss_func(
 
 
 class FusedLossMixin:
-    """compute_loss from hidden states, for a subclass of transformers' Trainer:
+    """Compute the loss from hidden states, in a subclass of transformers' Trainer.
 
         class MyTrainer(FusedLossMixin, Trainer): pass
 
         MyTrainer(model, args, ..., fused_loss=fl.cross_entropy_loss)
         MyTrainer(model, args, ..., fused_loss=partial(fl.dpo_loss, beta=0.1), reference=reference)
 
-    fused_loss: f(source, labels, ref, shift=True, ...) -> LossOutput, or f(source, labels, shift=True, ...) without a
-        reference: any loss of this library, or a function of your own. What else it has a parameter for and the batch has under
-        that name (desirable, advantages, cu_seqlens, ...) goes to it, and all that the model's forward takes to the model.
-        ValueError for what neither takes; and, when the trainer is made, for a misspelt option, and for what the loss needs
-        where the columns are known.
-    reference: a model; or "adapter off" for the base model of a PEFT policy, or the name of another of its adapters; or None,
-        and then saved log-probs: batches hold "ref_logps" ([rows, T - 1] per token, or [rows]). A loss of this library that can
-        do without says so itself: partial(fl.dpo_loss, ref=None).
-    per_token: whether fused_loss takes the number of label tokens of the whole batch as num_items. Known for the losses of
-        this library, needed for functions of your own. Where it does not, micro-batches are averaged.
-    aux_loss_coef: what a mixture's auxiliary loss is weighted with; needed where the model returns one.
+    Batches contain the model's inputs and labels (not shifted, -100 where nothing counts), pairs as [2B, T] with the
+    chosen rows first. If they contain shift_labels, these are used instead of labels. Packed batches are those of
+    integrations.data. "kl" of its UnpairedCollator is for fl.kto_loss, which computes its baseline from it.
 
-    Batches hold the model's inputs and labels (not shifted, -100 where nothing counts), pairs as [2B, T] with the chosen rows
-    first; or shift_labels, which count instead. Packed batches are those of integrations.data. "kl" of its
-    UnpairedCollator is for fl.kto_loss, whose baseline comes from it.
+    A loss of this library is divided by the number of its units (tokens, pairs or sequences) in all micro-batches and
+    ranks; without average_tokens_across_devices, in all micro-batches of this rank. It is also given num_nll_tokens where
+    it takes that. So the step equals that of one batch. The auxiliary loss of each micro-batch is weighted with its share
+    of the units.
 
-    A loss of this library is divided by what it counts, tokens, pairs or sequences, of all micro-batches and ranks (without
-    average_tokens_across_devices: of this rank's), and is given num_nll_tokens where it takes that: the step is that of one
-    batch. So is the auxiliary loss, each micro-batch's weighted with its share.
+    The metrics of a LossOutput, and eval_loss, are means over all pairs, sequences or tokens since the last log, or of an
+    evaluation. They leave out the rows that a distributed sampler repeats to fill its last batch (for a stream without a
+    length the sampler does not say which rows these are). Metrics without parts are weighted with the number of rows of
+    their batches.
 
-    Metrics of a LossOutput, and eval_loss, are means over all pairs, sequences or tokens since the last log, or of an
-    evaluation, without the rows that a distributed sampler repeats to fill its last batch (of a stream without a length it does
-    not tell which); metrics without parts are weighted with the rows of their batches. Evaluation returns per-token log-probs
-    and hits ("logps", "correct" [rows, T - 1]) where a Trainer returns logits; they are of the tokens whose label_ids[:, 1:] is
-    not -100, the rest is padding. Of packed batches it returns none.
+    Evaluation returns per-token log-probs and hits ("logps", "correct" [rows, T - 1]) where a Trainer returns logits.
+    They are valid for tokens whose label_ids[:, 1:] is not -100; the rest is padding. For packed batches it returns none.
 
-    The reference is in eval mode, whichever it is. Context and sequence parallelism are refused, encoder-decoders too.
+    The reference is always in eval mode. Context and sequence parallelism are refused, and encoder-decoders too.
+
+    Args:
+        fused_loss: f(source, labels, ref, shift=True, ...) -> LossOutput, or f(source, labels, shift=True, ...) without a
+            reference: any loss of this library, or your own function. If the batch has an entry with the name of another
+            parameter of the loss (desirable, advantages, cu_seqlens, ...), the entry is passed to the loss. Entries that
+            the model's forward takes are passed to the model. Raises ValueError for entries that neither takes; and, when
+            the trainer is made, for a misspelt option, and for a missing entry that the loss needs, where the columns are
+            known.
+        reference: A model; or "adapter off" for the base model of a PEFT policy, or the name of another of its adapters.
+            With None, a loss with a reference uses saved log-probs: batches contain "ref_logps" ([rows, T - 1] per token,
+            or [rows]). A loss of this library for which the reference is optional needs an explicit partial(fl.dpo_loss,
+            ref=None) to run without one.
+        per_token: Whether fused_loss takes the number of label tokens of the whole batch as num_items. It is known for
+            the losses of this library, and required for your own functions. If False, micro-batches are averaged.
+        aux_loss_coef: The weight of a mixture's auxiliary loss; needed where the model returns one.
     """
 
     args: Any
@@ -128,7 +138,7 @@ class FusedLossMixin:
         if isinstance(reference, str):
             self._check_adapter(reference)
         self.fused_loss, self.aux_loss_coef = fused_loss, aux_loss_coef
-        # whatever the model's own loss takes, the Trainer is to count label tokens, and those that are left when shifted
+        # whatever the model's own loss takes, the Trainer must count the label tokens that remain after the shift
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = self.per_token, True
         self._refuse_other_losses(reference)
         for name in ("train_dataset", "eval_dataset"):
@@ -144,6 +154,7 @@ class FusedLossMixin:
         self._predicting = False
 
     def _check_adapter(self, reference: str) -> None:
+        """Check that the reference is "adapter off" or an adapter that is not trained, and freeze that adapter."""
         model = self.accelerator.unwrap_model(self.model)
         if reference == ADAPTER_OFF:
             if not hasattr(model, "disable_adapter"):
@@ -162,7 +173,7 @@ class FusedLossMixin:
             x.requires_grad_(False)
 
     def _refuse_other_losses(self, reference: object) -> None:
-        """What transformers' own compute_loss reads, and this one does not; and a reference that the loss has no use for."""
+        """Raise ValueError for options of transformers' own compute_loss, and for a reference that is not used."""
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}: fused_loss is the loss, such as "
@@ -179,14 +190,17 @@ class FusedLossMixin:
             raise ValueError(f"reference: {loss.name} has none, got {kind}")
 
     def _set_signature_columns_if_needed(self) -> None:
-        """What the loss and the collator read is no input of the model, but no unused column either."""
+        """Add the columns that the loss and the collator read, so that the Trainer does not remove them as unused."""
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         wanted = {"ref_logps", "shift_labels", "kl", *self._loss.takes, *collator_columns(self.data_collator)}
         self._signature_columns += sorted(wanted - set(self._signature_columns))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """What the losses of these batches are divided by: Counts, of a loss of this library; else what the Trainer counts.
-        Evaluation adds up the parts of the loss, and needs none."""
+        """Return the number by which the losses of these batches are divided.
+
+        It is Counts for a loss of this library, and else the Trainer's own count. It is None in evaluation, which adds up
+        the parts of the loss.
+        """
         if self._loss.entry is None:
             return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         if self._predicting or not batch_samples:
@@ -206,6 +220,7 @@ class FusedLossMixin:
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Return the loss of a batch, and with return_outputs=True also its log-probs and hits."""
         labels, shift = labels_of(inputs)
         saved, packed = self._saved(inputs), inputs.get("cu_seqlens") is not None
         if self._model_inputs is None:
@@ -243,19 +258,19 @@ class FusedLossMixin:
         self._record(found, aux, here, len(labels))
         self.loss_is_scaled_for_ga = counted
         if counted and self.args.average_tokens_across_devices:
-            total = total * self._data_ranks()  # engines average over ranks what num_items has divided
+            total = total * self._data_ranks()  # engines average over ranks, but num_items has already divided
         outputs = {"loss": total, "logps": found.stats.logps, "correct": found.stats.correct}
         return (total, outputs) if return_outputs else total
 
     def _here(self, inputs: dict[str, Any]) -> Tensor | int:
-        """What this batch adds to num_items; of a loss of the user's that has none, its rows."""
+        """Return what this batch adds to num_items; for a user's loss without num_items, the number of its rows."""
         if self._loss.entry is not None:
             return self._loss.counts(inputs).items
         labels, shift = labels_of(inputs)
         return (labels[..., int(shift) :] != IGNORED).sum() if self.per_token else len(labels)
 
     def _kto_baseline(self, model: nn.Module, batch: dict[str, Any], saved: LogProbs | None) -> Tensor:
-        """From mismatched completions, a batch of their own."""
+        """Return the baseline of KTO from a separate batch of mismatched completions."""
         if saved is not None:
             raise ValueError(
                 'kl: expected a reference beside it, for its completions have no saved log-probs ("ref_logps")'
@@ -277,7 +292,11 @@ class FusedLossMixin:
             return self._at_heads(model, own, baseline).out
 
     def _saved(self, inputs: dict[str, Any]) -> LogProbs | None:
-        """Of a batch; raises where there is no reference at all, or two, or one that is stale."""
+        """Return the saved log-probs of a batch, or None.
+
+        Raises ValueError where a required reference is missing, where there are two, or where the saved one becomes
+        stale.
+        """
         logps, loss = inputs.get("ref_logps"), self._loss
         if logps is None:
             if (
@@ -305,7 +324,7 @@ class FusedLossMixin:
         return LogProbs(logps)
 
     def _at_heads(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[..., Any]) -> AtHead:
-        """loss(policy, reference or None) inside the forward of both."""
+        """Return the result of loss(policy, reference or None), which runs inside the forward of both models."""
         if self.reference is None:
             return at_head(model, lambda p: loss(p, None), **inputs)
         if isinstance(self.reference, str):
@@ -330,11 +349,11 @@ class FusedLossMixin:
     # ---- metrics: sums and counts, for means of batches are not the mean of all -------------------------------------------
 
     def _data_ranks(self) -> int:
-        """Ranks with batches of their own: those of tensor parallelism share theirs."""
+        """Return the number of ranks with batches of their own; ranks of tensor parallelism share their batches."""
         return self.accelerator.num_processes // self.get_tp_size()
 
     def _rows(self) -> Rows | None:
-        """Of the last batch of an evaluation, where the sampler has filled it up with rows from the beginning."""
+        """Return the rows of an evaluation's last batch, if the sampler has filled it with repeated rows, else None."""
         state, ranks = self.accelerator.gradient_state, self._data_ranks()
         if (
             self.model.training
@@ -351,12 +370,13 @@ class FusedLossMixin:
         return Rows(self.accelerator.process_index // self.get_tp_size(), ranks, each, left)
 
     def _record(self, found: Any, aux: Tensor | None, here: Tensor | int, rows: int) -> None:
+        """Add the metrics of a batch to the running sums."""
         sums, filled = self.fused_metrics["train" if self.model.training else "eval"], self._rows()
         kept, of = (1, 1) if filled is None else (filled.kept(filled.rank), filled.each)
         parts: Parts = getattr(found, "parts", {})
         for name, terms in parts.items():
             sums.add(name, [x if kept == of else x.first(kept, of) for x in terms])
-        weight = here if self.per_token else rows  # of a number that is known as a mean alone
+        weight = here if self.per_token else rows  # for a number that is known only as a mean
         for name, x in found.metrics.items():
             if name not in parts:
                 sums.add(name, [weighted(x, rows if weight is None else weight, kept / of)])
@@ -366,7 +386,7 @@ class FusedLossMixin:
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if self.model.training:
             found = self.fused_metrics["train"].values(self.accelerator, self._data_ranks())
-            found.pop("loss", None)  # the Trainer has its own, the mean over steps
+            found.pop("loss", None)  # the Trainer logs its own loss, the mean over steps
             logs.update(found)
         super().log(logs, *args, **options)  # type: ignore[misc]
 
@@ -400,13 +420,15 @@ class FusedLossMixin:
             out.metrics.setdefault(f"{metric_key_prefix}_{name}", x)
         if (
             loss is not None and self._loss.entry is not None
-        ):  # of the user's losses nobody knows what is added to the parts
+        ):  # for a user's loss it is not known what is added to the parts
             out.metrics[f"{metric_key_prefix}_loss"] = loss + (self.aux_loss_coef or 0.0) * found.get("aux_loss", 0.0)
         return out
 
     def _gathered(self, x: Any) -> Any:
-        """Of all ranks, without the rows that the sampler has added; accelerate's own takes a batch's rows for the dataset's,
-        and a pair has two."""
+        """Gather a tensor from all ranks, without the rows that the sampler has repeated.
+
+        accelerate's own function assumes that the rows of a batch are rows of the dataset, but a pair has two.
+        """
         if isinstance(x, list | tuple):
             return type(x)(self._gathered(y) for y in x)
         filled = self._rows()
@@ -418,16 +440,20 @@ class FusedLossMixin:
 
 
 class TrustRegionCallback(TrainerCallback):
-    """fl.TrustRegion in a Trainer, transformers' or TRL's: reference <- alpha policy + (1 - alpha) reference after every
-    `every`th step of the optimizer.
+    """Run fl.TrustRegion in a Trainer of transformers or TRL.
 
         trainer.add_callback(TrustRegionCallback(reference, alpha=0.6, every=512))
 
-    reference: the model as the trainer runs it (prepared, sharded). FSDP2's shards are mixed where they lie.
+    The update  reference <- alpha policy + (1 - alpha) reference  is made after every `every`th step of the optimizer.
 
-    Checkpoints hold the reference and the schedule too, in a folder of their own, sharded as the reference is; a run that goes
-    on from a checkpoint loads them from there, and raises where they are missing. Log-probs of a reference computed ahead go
-    stale: do not use them with this.
+    Checkpoints also contain the reference and the schedule, in a separate folder, sharded as the reference is. A run that
+    continues from a checkpoint loads them from there, and raises FileNotFoundError where they are missing. Do not use
+    this with log-probs of a reference that were computed ahead, because they become stale.
+
+    Args:
+        reference: The model as the trainer runs it (prepared, sharded). FSDP2's shards are mixed without being gathered.
+        alpha: As in fl.TrustRegion.
+        every: As in fl.TrustRegion.
     """
 
     def __init__(self, reference: nn.Module, *, alpha: float = 0.6, every: int = 512) -> None:
@@ -469,7 +495,7 @@ class TrustRegionCallback(TrainerCallback):
 
 
 def refuse_split_sequences(accelerator: Any) -> None:
-    """Context and sequence parallelism."""
+    """Raise NotImplementedError for context and sequence parallelism."""
     parallel = getattr(accelerator, "parallelism_config", None)
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
         raise NotImplementedError(
@@ -480,6 +506,7 @@ def refuse_split_sequences(accelerator: Any) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Set the model to eval mode inside the context."""
     trains = model.training
     model.eval()
     try:
@@ -489,7 +516,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _states_and_lora(q: Hidden) -> tuple[Any, ...]:
-    """Of a reference: its states, and copies of what an adapter adds to the head, which an engine may take away again."""
+    """Return the states of a reference, and copies of its LoRA on the head, which an engine may remove later."""
     if q.lora is None:
         return (q.hidden,)
     a, b, scaling = q.lora
@@ -497,13 +524,16 @@ def _states_and_lora(q: Hidden) -> tuple[Any, ...]:
 
 
 def _other_adapter(policy: Hidden, hidden: Tensor, *lora: Any) -> Hidden:
-    """The distribution of the same model under another adapter, or none: other states, the same head but for LoRA on it."""
+    """Return the distribution of the same model under another adapter or none.
+
+    It has other states, and the same head except for LoRA on it.
+    """
     bias = None if policy.bias is None else policy.bias.detach()
     return replace(policy, hidden=hidden, weight=policy.weight.detach(), bias=bias, lora=Lora(*lora) if lora else None)
 
 
 def _flat(source: Any) -> Any:
-    """States [1, total, H] as a packed batch has them: [total, H]."""
+    """Return the states [1, total, H] of a packed batch as [total, H]."""
     return replace(source, hidden=source.hidden.flatten(0, -2)) if isinstance(source, Hidden) else source
 
 
@@ -512,15 +542,18 @@ def _distributed() -> bool:
 
 
 def share_of(here: Tensor | int, items: Tensor | int) -> Tensor | float:
-    """What part of a step a micro-batch is; 0 where nothing counts at all."""
+    """Return the share of a micro-batch in the units of a step; 0 where nothing counts."""
     if isinstance(items, Tensor):
         return here / items.clamp(min=1)
     return here / max(items, 1)
 
 
 def _with_aux(loss: Tensor, aux: Tensor | None, coefficient: float | None, share: Tensor | float = 1.0) -> Tensor:
-    """share: of the micro-batch in what the loss is divided by. An auxiliary loss is a mean already: those of all micro-batches
-    and ranks are to make one mean, as the losses make one sum."""
+    """Add the weighted auxiliary loss of a mixture to the loss.
+
+    share is the share of the micro-batch in the number by which the loss is divided. An auxiliary loss is a mean already,
+    so those of all micro-batches and ranks must form one mean, while the losses form one sum.
+    """
     if aux is None:
         if coefficient:
             raise ValueError(
@@ -537,7 +570,7 @@ def _with_aux(loss: Tensor, aux: Tensor | None, coefficient: float | None, share
 
 
 def _counts_tokens(loss: Loss, per_token: bool | None) -> bool:
-    """Whether num_items of a loss counts tokens."""
+    """Return whether num_items of a loss counts tokens."""
     if loss.entry is None:
         if per_token is None:
             raise ValueError(
@@ -553,7 +586,10 @@ def _counts_tokens(loss: Loss, per_token: bool | None) -> bool:
 
 
 class Rows(NamedTuple):
-    """The rows of the dataset in the last batch of all ranks: each rank has `each`, of which `left` are not repeated."""
+    """Describe the rows of the dataset in the last batch of all ranks.
+
+    Each rank has `each` rows. Of the rows of all ranks, the first `left` are not repeated.
+    """
 
     rank: int
     ranks: int
@@ -561,11 +597,12 @@ class Rows(NamedTuple):
     left: int
 
     def kept(self, rank: int) -> int:
+        """Return the number of rows of this rank that are not repeated."""
         return min(max(self.left - rank * self.each, 0), self.each)
 
 
 class Sums:
-    """Running sums of the parts of metrics: two numbers for each term, however many batches they are of."""
+    """Store running sums of the parts of metrics, two numbers for each term, for any number of batches."""
 
     def __init__(self) -> None:
         self.terms: dict[str, list[Tensor]] = {}
@@ -584,7 +621,10 @@ class Sums:
         self.kinds[name] = parts[0].kind
 
     def values(self, accelerator: Any, ranks: int) -> dict[str, float]:
-        """Of all ranks, cleared: one collective, one synchronisation. Without means of nothing."""
+        """Return the metrics over all ranks and clear the sums, with one collective and one synchronisation.
+
+        Means over zero units are left out.
+        """
         every = [x for terms in self.terms.values() for x in terms]
         if not every:
             return {}
@@ -604,6 +644,6 @@ class Sums:
 
 
 def weighted(x: Tensor, count: Tensor | int, share: float) -> Part:
-    """Of a number that is a mean over `count` units, of which a share is to count."""
+    """Return the Part of a number that is a mean over `count` units, of which a share counts."""
     counts = torch.as_tensor(count, device=x.device).to(x.dtype) * share
     return Part((x.detach() * counts).reshape(1), counts.reshape(1))

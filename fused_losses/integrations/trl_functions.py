@@ -1,7 +1,8 @@
-"""Functions of TRL under TRL's names, arguments and defaults (1.16), for code that calls those: exchange the import.
+"""Provide functions of TRL under TRL's names, arguments and defaults (1.16), so that only the import changes.
 
-What differs: results are float32 for low-precision logits, as TRL's own GPU kernel returns them (its eager code returns the
-logits' dtype, rounded); a token out of range is an error on a CPU and NaN on a GPU; one more differentiation is an error.
+These differences exist. Results are float32 for low-precision logits, as TRL's own GPU kernel returns them (its eager
+code returns the logits' dtype, rounded). A token out of range is an error on a CPU and NaN on a GPU. A second
+differentiation is an error.
 """
 
 from __future__ import annotations
@@ -25,10 +26,15 @@ REDUCTIONS = ("batchmean", "sum", "mean")
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """log softmax(logits / temperature) at index (trl.trainer.utils): one pass over the logits, and one for their gradient.
+    """Return log softmax(logits / temperature) at index (trl.trainer.utils).
 
-    logits [..., V]; index [...], or [..., K] for K tokens of each row. row_mask: shaped as index; where it is 0 so is the
-    result, and the gradient. Returns the shape of index.
+    It makes one pass over the logits, and one for their gradient. The result has the shape of index.
+
+    Args:
+        logits: The logits [..., V].
+        index: The tokens [...], or [..., K] for K tokens of each row.
+        temperature: The number by which logits are divided.
+        row_mask: A mask in the shape of index. Where it is 0, the result and the gradient are 0. None keeps all.
     """
     return _selected(logits, index, temperature, row_mask, entropy=False)[0]
 
@@ -37,7 +43,15 @@ def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """selective_log_softmax, and the entropy [...] of each row in the same pass (trl.trainer.utils)."""
+    """Return selective_log_softmax, and the entropy [...] of each row, in the same pass (trl.trainer.utils).
+
+    Args:
+        logits: The logits [..., V].
+        index: The tokens [...], or [..., K] for K tokens of each row.
+        entropy_requires_grad: False detaches the entropy.
+        temperature: The number by which logits are divided.
+        row_mask: As in selective_log_softmax, but only for an index [...] with one token per row.
+    """
     if row_mask is not None and isinstance(index, Tensor) and index.dim() == logits.dim():
         raise ValueError(f"row_mask: goes with one index per row here, got index {list(index.shape)}")
     logps, entropy = _selected(logits, index, temperature, row_mask, entropy=True)
@@ -46,7 +60,12 @@ def selective_log_softmax_and_entropy(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """- sum_v p_v log p_v of each row of logits [..., V] (trl.trainer.utils). chunk_size means nothing: no row is copied."""
+    """Return the entropy - sum_v p_v log p_v of each row of the logits (trl.trainer.utils).
+
+    Args:
+        logits: The logits [..., V].
+        chunk_size: Ignored, because no row is copied.
+    """
     _check_logits("logits", logits)
     entropy = token_stats(logits, _none(logits), entropy=True, ignore_index=SKIPPED).entropy
     assert entropy is not None
@@ -57,15 +76,24 @@ def generalized_jsd_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, beta: float = 0.5,
     temperature: float = 1.0, reduction: str = "batchmean", num_items_in_batch: int | float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """GKD's divergence of logits [B, T, V], both divided by temperature (trl.experimental.gkd.GKDTrainer): 2306.13649 eq. 1.
+    """Return GKD's divergence of two logits [B, T, V], both divided by temperature (2306.13649 eq. 1).
 
-        m = beta teacher + (1 - beta) student,    beta KL(teacher || m) + (1 - beta) KL(student || m),    summed over tokens
+        m = beta teacher + (1 - beta) student,    beta KL(teacher || m) + (1 - beta) KL(student || m),    summed over
+        tokens
 
-    and KL(teacher || student) at beta = 0, KL(student || teacher) at beta = 1. labels: tokens of label -100 are left out.
+    It is KL(teacher || student) at beta = 0, and KL(student || teacher) at beta = 1. In TRL it belongs
+    to trl.experimental.gkd.GKDTrainer. TRL's reduction "none" returns a tensor [..., V], which this function
+    avoids; for one number per token see fl.distillation_loss(reduction="none").
 
-    reduction of the sum: "batchmean" divides by the tokens that count with labels, and by B without; "mean" by those tokens
-    times V, "sum" by nothing; num_items_in_batch, if given, is what all of them divide by. TRL's "none" is a tensor [..., V],
-    which is what this function is there to avoid: for a number per token see fl.distillation_loss(reduction="none").
+    Args:
+        student_logits: The student's logits [B, T, V].
+        teacher_logits: The teacher's logits [B, T, V].
+        labels: Tokens of label -100 are ignored. None counts all tokens.
+        beta: The weight of the teacher in m.
+        temperature: The number by which both logits are divided.
+        reduction: What the sum is divided by. "batchmean": the number of tokens that count with labels, and B without
+            labels. "mean": the number of tokens that count, times V. "sum": nothing.
+        num_items_in_batch: If given, the sum is divided by this number, whatever the reduction.
     """
     for name, x in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         _check_logits(name, x)
@@ -90,6 +118,7 @@ def generalized_jsd_loss(
 def _selected(
     logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """Return the log-probs at index, and the entropy of each row if asked, else None."""
     _check_logits("logits", logits)
     if (
         not isinstance(index, Tensor)
@@ -112,15 +141,17 @@ def _selected(
 
 
 def _less(z: Tensor, stats: TokenStats) -> Tensor:
+    """Return logits minus the log-sum-exp of their row."""
     assert stats.lse is not None
     return z - stats.lse.unsqueeze(-1)
 
 
 def _none(logits: Tensor) -> Tensor:
-    """A label for each row, where none matters."""
+    """Return a label 0 for each row, for calls in which labels have no effect."""
     return torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
 
 
 def _check_logits(name: str, logits: object) -> None:
+    """Raise TypeError where the logits are no tensor."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")

@@ -1,4 +1,4 @@
-"""Our operators behind the entry points of TRL 1.16's own kernels, so that its trainers run on them as they are.
+"""Replace the entry points of TRL 1.16's own kernels by our operators, so that its trainers run on them unchanged.
 
     with trl_kernels.patched():
         trainer.train()
@@ -6,15 +6,16 @@
     trl.kernels    ChunkedLogProbFunction.apply, ChunkedDivergenceFunction.apply, selective_log_softmax_and_entropy
     trl.trainer    utils.selective_log_softmax, utils.selective_log_softmax_and_entropy, utils.entropy_from_logits
 
-Arguments and outputs are TRL's: shapes, dtypes, what is differentiable. What differs:
+Arguments and outputs are those of TRL, with the same shapes, dtypes and gradients. These differences exist:
 
   * is_top1 is True also where an earlier token has exactly the same logit. TRL's is False there.
   * A target out of range raises on a CPU and gives NaN on a GPU. TRL's kernels return some number.
-  * chunk_size means nothing: tiles fit FUSED_LOSSES_WORKSPACE, 256 MiB by default.
-  * Refused in words: weights that ZeRO-3 shards (TRL gathers them once more in backward), a scale that is not positive, beta
-    outside [0, 1], one more differentiation.
+  * chunk_size is ignored: tiles fit FUSED_LOSSES_WORKSPACE, 256 MiB by default.
+  * These raise an error that explains why: weights that ZeRO-3 shards (TRL gathers them once more in backward), a scale
+  that
+    is not positive, beta outside [0, 1], a second differentiation.
 
-Names that code outside TRL imported before the block stay TRL's, but for the two classes.
+Names that code outside TRL imported before the block still refer to TRL's objects, except the two classes.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ __all__ = ["patch", "patched", "unpatch"]
 
 TESTED = "1.16.0"
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-ROWS, COLUMNS = 4096, 4096  # at a time, for mean logits
+ROWS, COLUMNS = 4096, 4096  # the size of a tile, for mean logits
 MISSING: Any = object()
 
 _depth = 0
-_classes: list[tuple[type, Any]] = []  # and what their own `apply` was
-_functions: list[tuple[Any, Any]] = []  # TRL's, ours
+_classes: list[tuple[type, Any]] = []  # and their own `apply`, or MISSING
+_functions: list[tuple[Any, Any]] = []  # TRL's function, our function
 
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """TRL runs on our operators inside the block, and is what it was after it, however that ends. Blocks may be nested.
+    """Run TRL on our operators inside the block, and restore TRL afterwards, also after an error.
 
-    Raises ImportError where there is no TRL or one of another version than 1.16.x.
+    Blocks may be nested. Raises ImportError where TRL is not installed, or has another version than 1.16.x.
     """
     patch()
     try:
@@ -61,7 +62,7 @@ def patched() -> Iterator[None]:
 
 
 def patch() -> None:
-    """The beginning of patched(), for a notebook. Every call wants an unpatch()."""
+    """Start what patched() does, for a notebook; each call needs an unpatch()."""
     global _depth
     if _depth == 0:
         classes, functions = _entry_points()
@@ -74,7 +75,10 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """The end of patched(). Modules that were imported meanwhile, TRL's or not, get TRL's own functions too."""
+    """End what patched() does.
+
+    Modules that were imported in the meantime, of TRL or not, get TRL's own functions too.
+    """
     global _depth
     if _depth == 0:
         raise RuntimeError("unpatch: TRL is not patched")
@@ -92,7 +96,10 @@ def unpatch() -> None:
 
 
 def _entry_points() -> tuple[list[tuple[Any, Callable]], list[tuple[Any, Callable]]]:
-    """TRL's classes and our `apply`; TRL's functions and ours. All are found before anything is changed."""
+    """Return TRL's classes with our `apply`, and TRL's functions with ours.
+
+    All of them are looked up before anything is changed.
+    """
     try:
         version = importlib.import_module("trl").__version__
     except ImportError as e:
@@ -116,7 +123,7 @@ def _entry_points() -> tuple[list[tuple[Any, Callable]], list[tuple[Any, Callabl
 
 
 def _exchange(new: dict[int, Any], only: str | None = None) -> None:
-    """Every name of a module that holds an object with one of these ids, under whatever name it was imported."""
+    """Replace every name in a module that refers to an object with one of these ids, whatever the name is."""
     for name, module in list(sys.modules.items()):
         if name == __name__ or (only is not None and name.split(".")[0] != only):
             continue
@@ -132,7 +139,10 @@ def _chunked_log_probs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
     final_logit_softcapping: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = OUTPUTS,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """log-probs, entropy, log sum p^2, mean logit, is_top1 [N] of hidden [N, H]; the first two have gradients."""
+    """Return log-probs, entropy, log sum p^2, mean logit and is_top1, each [N], of hidden [N, H].
+
+    The first two have gradients.
+    """
     source = _hidden(hidden, weight, bias, temperature, final_logit_softcapping, logit_scale)
     asked = {name: name in outputs for name in OUTPUTS}
     stats = token_stats(
@@ -150,7 +160,7 @@ def _chunked_divergence(
     student_logit_scale: float = 1.0, student_final_logit_softcapping: float | None = None,
     teacher_logit_scale: float = 1.0, teacher_final_logit_softcapping: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Divergence [N], with gradient to the student, and the student's entropy [N], without."""
+    """Return the divergence [N], with a gradient for the student, and the student's entropy [N], without a gradient."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
     name = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else f"js(beta={float(beta)!r})"
@@ -173,7 +183,10 @@ def _hidden(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, scale: float,
     valid_vocab: int | None = None, learns: bool = True,
 ) -> Hidden:  # fmt: skip
-    """TRL's logits are  softcap tanh(scale z / softcap) / temperature: it scales before the cap, fl.Hidden after it."""
+    """Return fl.Hidden of TRL's arguments.
+
+    TRL's logits are  softcap tanh(scale z / softcap) / temperature: it scales before the cap, fl.Hidden after it.
+    """
     for name, x in (("weight", weight), ("bias", bias)):
         if hasattr(x, "ds_id"):
             raise NotImplementedError(
@@ -189,13 +202,17 @@ def _hidden(
 
 @torch.no_grad()
 def mean_logits(source: Hidden, rows: Tensor | None = None) -> Tensor:
-    """[N], over the vocabulary; of these rows of the states [..., H] alone. Without a softcap it is the logit of the mean of
-    the weight's rows. Whatever is as large as states or weight is cast a piece at a time."""
+    """Return the mean [N] of each row's logits over the vocabulary.
+
+    rows: the indices of the rows of the states [..., H] to use; None uses all. Without a softcap the mean is the logit of
+    the mean of the weight's rows. Whatever is as large as states or weight is cast one piece at a time.
+    """
     with torch.autocast(source.hidden.device.type, enabled=False):
         return _mean_logits(source, rows)
 
 
 def _mean_logits(source: Hidden, rows: Tensor | None) -> Tensor:
+    """Compute mean_logits, outside of autocast."""
     states, v, wide = source.hidden.flatten(0, -2), source.vocab, stats_dtype(source.hidden)
     n = len(states) if rows is None else len(rows)
     pieces = states.split(ROWS) if rows is None else (states[piece] for piece in rows.split(ROWS))
@@ -248,13 +265,13 @@ def _entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
 def _kernel_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The kernel under TRL's function of that name: always float32."""
+    """Return what TRL's kernel inside its function of that name returns: always float32."""
     logps, entropy = trl_functions.selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)
     return logps.float(), entropy.float()
 
 
 def _as_trl(found: Tensor, logits: Tensor, *others: Tensor | None) -> Tensor:
-    """float32 where TRL would run its kernel, the dtype of the logits where it would run eager code."""
+    """Cast to float32 where TRL would run its kernel, and to the dtype of the logits where it would run eager code."""
     utils = sys.modules["trl.trainer.utils"]
     fused = utils.is_triton_available() and utils._supports_trl_loss_kernel(logits, *others)
     return found.to(torch.float32 if fused else logits.dtype)

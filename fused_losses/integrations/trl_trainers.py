@@ -1,18 +1,19 @@
-"""TRL's trainers on our losses: the same classes, arguments, batches, logged names and values; another _compute_loss.
+"""Provide TRL's trainers on our losses: the same classes, arguments, batches, logged names and values.
 
     from fused_losses.integrations.trl_trainers import DPOTrainer    # was: from trl import DPOTrainer
 
-DPOTrainer, KTOTrainer, DistillationTrainer, GKDTrainer. Loss and gradient come from the hidden states in one pass, inside the
-model's forward (fl.at_head); the reference's log-probs likewise, or from TRL's precomputed columns, or with the adapter off.
-sync_ref_model is fl.TrustRegion. Metrics of a step are gathered in one collective and read once.
+The classes are DPOTrainer, KTOTrainer, DistillationTrainer and GKDTrainer. They replace _compute_loss. Loss and gradient
+come from the hidden states in one pass, inside the model's forward (fl.at_head). The reference's log-probs are computed
+in the same way, from its own model or with the adapter off, or come from TRL's precomputed columns. sync_ref_model uses
+fl.TrustRegion. The metrics of a step are gathered in one collective and read once.
 
-What TRL refuses is refused by TRL; beyond that: prompt learning (virtual tokens have no labels), ZeRO-3, a model that is
-compiled as a whole, a label_smoothing that no loss reads (TRL's 'sigmoid' does not), and for distillation a student whose
-auxiliary loss TRL leaves out (GKDTrainer wants router_aux_loss_coef=0.0 for mixtures). Options are looked at when a trainer
-is made. Context and sequence parallelism are refused.
+Everything that TRL refuses is refused by TRL. These are refused too: prompt learning (virtual tokens have no labels),
+ZeRO-3, a model that is compiled as a whole, a label_smoothing that no loss reads (TRL's 'sigmoid' does not), and for
+distillation a student whose auxiliary loss TRL leaves out (for mixtures, GKDTrainer needs router_aux_loss_coef=0.0).
+Context and sequence parallelism are refused. Options are checked when a trainer is made.
 
-Made for TRL 1.16.x, whose private methods these override: another version is refused on import. `trl_kernels` serves the other
-trainers.
+This module overrides private methods of TRL 1.16.x, so importing it with another version raises ImportError.
+`trl_kernels` works for the other trainers.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ from trl.experimental.gkd import GKDTrainer as _GKDTrainer  # noqa: E402
 __all__ = ["DPOTrainer", "DistillationTrainer", "GKDTrainer", "KTOTrainer"]
 
 IGNORED = -100
-Sums = dict[str, tuple[Tensor, Tensor]]  # of a metric, and what to divide it by
+Sums = dict[str, tuple[Tensor, Tensor]]  # of each metric: a sum, and the number to divide it by
 
 
 class _Trainer:
-    """What DPO and KTO share: models with a reference, metrics."""
+    """Share the code of DPO and KTO: models with a reference, and metrics."""
 
     NOT_THE_MODELS: frozenset[str] = frozenset({
         "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "KL_input_ids", "KL_attention_mask", "KL_completion_mask",
@@ -70,29 +71,33 @@ class _Trainer:
     remove_callback: Callable[..., Any]
 
     def _follow(self) -> None:
-        """sync_ref_model: TRL's own callback gives way to ours."""
+        """Replace TRL's callback for sync_ref_model by TrustRegionCallback."""
         if self.args.sync_ref_model:
             self.remove_callback(SyncRefModelCallback)
             options = {"alpha": self.args.ref_model_mixup_alpha, "every": self.args.ref_model_sync_steps}
             self.add_callback(TrustRegionCallback(self.ref_model, **options))
 
     def _own(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Of a batch, what the model takes."""
+        """Return the inputs of the model in a batch."""
         return {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
 
     def _logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        """[S, T - 1], without a graph."""
+        """Return the log-probs [S, T - 1] of the labels, without a graph."""
         own = self._own(inputs)
         with torch.no_grad():
             return at_head(model, lambda q: token_stats(q, labels, shift=True).logps, **own).out
 
     def _reference_logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        """The same, of the reference: its own model, or the policy's adapter off (or on "ref", where TRL keeps the copy that
-        training began with)."""
+        """Return the log-probs [S, T - 1] of the reference.
+
+        The reference is its own model, or the policy with its adapter off, or with the adapter "ref", where TRL keeps the
+        copy from the start of training.
+        """
         with self._as_reference():
             return self._logps(model, inputs, labels)
 
     def _as_reference(self) -> Any:
+        """Return a context in which the policy's adapter is off or "ref", if there is no reference model."""
         base = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None or not hasattr(base, "peft_config"):
             return nullcontext()
@@ -105,12 +110,14 @@ class _Trainer:
         return disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
 
     def _policy(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[[Hidden], dict[str, Any]]) -> AtHead:
+        """Return the result of the loss inside the policy's forward, and the auxiliary loss."""
         own = self._own(inputs)
         if self.aux_loss_enabled:
             own["output_router_logits"] = True
         return at_head(model, loss, **own)
 
     def _add_aux(self, loss: Tensor, aux: Tensor | None, sums: Sums) -> Tensor:
+        """Add the weighted auxiliary loss to the loss, if it is enabled."""
         if not self.aux_loss_enabled:
             return loss
         if aux is None:
@@ -119,8 +126,10 @@ class _Trainer:
         return loss + self.router_aux_loss_coef * aux
 
     def _record(self, inputs: dict[str, Any], sums: Sums, absent: float | None = 0.0) -> dict[str, float]:
-        """Means over all ranks, appended to the metrics: one collective, one synchronisation. absent: where there is nothing to
-        divide by; None leaves the metric out."""
+        """Append means over all ranks to the metrics, with one collective and one synchronisation, and return them.
+
+        absent: the value where there is nothing to divide by; None leaves the metric out.
+        """
         mode = "train" if self.model.training else "eval"
         tokens = inputs["attention_mask"].sum()
         both = [torch.stack([x.detach().float(), n.float()]) for x, n in sums.values()]
@@ -136,6 +145,7 @@ class _Trainer:
         return found  # type: ignore[return-value]
 
     def _with_outputs(self, loss: Tensor, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Return the loss, and with return_outputs=True also the model's outputs from one more forward."""
         if not return_outputs:
             return loss
         warnings.warn(
@@ -150,20 +160,21 @@ class _Trainer:
 
 
 def _labels(inputs: dict[str, Any], prefix: str = "") -> Tensor:
+    """Return the token ids with -100 outside of completions."""
     return inputs[prefix + "input_ids"].masked_fill(inputs[prefix + "completion_mask"] == 0, IGNORED)
 
 
 def _mean_logits(source: Hidden, mask: Tensor) -> Tensor:
-    """[S, T - 1], zero where the mask is."""
+    """Return the mean logits [S, T - 1], which are zero where the mask is zero."""
     found = mean_logits(source, torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero().flatten())
     return found.new_zeros(mask.shape).masked_scatter(mask, found)
 
 
 class DPOTrainer(_Trainer, trl.DPOTrainer):
-    """trl.DPOTrainer on fl.preference_loss: every loss type, f-divergence, LD-DPO, WPO and mixture that it has.
+    """Run trl.DPOTrainer on fl.preference_loss, with all of its loss types, f-divergences, LD-DPO, WPO and mixtures.
 
-    One difference: 'ipo' and 'sigmoid_norm' divide by the number of tokens that have a log-prob. TRL counts one more where
-    truncation_mode="keep_end" has cut off the whole prompt. (And f_alpha_divergence_coef is to be in [0, 1].)
+    There is one difference: 'ipo' and 'sigmoid_norm' divide by the number of tokens that have a log-prob. TRL counts one
+    more where truncation_mode="keep_end" has cut off the whole prompt. Also, f_alpha_divergence_coef must be in [0, 1].
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -179,7 +190,7 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
 
     @property
     def fused_options(self) -> dict[str, Any]:
-        """preference_loss's, from the DPOConfig."""
+        """Return the options of preference_loss that correspond to the DPOConfig."""
         alpha = _alpha(self.f_alpha_divergence_coef) if self.f_divergence_type == "alpha_divergence" else None
         names = {
             "reverse_kl": "reverse_kl",
@@ -196,7 +207,10 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
         }  # fmt: skip
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """[B] twice: sums over chosen and rejected responses, weighed as LD-DPO has it, where it is on."""
+        """Return the reference's sums [B] over chosen responses, and those over rejected ones.
+
+        They are weighted as in LD-DPO, where it is on.
+        """
         labels = _labels(inputs)
         with self._without_checkpoints(), self.accelerator.autocast():
             logps = self._reference_logps(model, inputs, labels)
@@ -211,7 +225,7 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
         sums = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         if self.ld_alpha is None:
             return LogProbs(sums)
-        mask = labels[:, 1:] != IGNORED  # they are weighed already: at a first token, whose weight is 1
+        mask = labels[:, 1:] != IGNORED  # they are weighted already: put them at a first token, whose weight is 1
         return LogProbs(sums[:, None] * (mask & (mask.cumsum(1) == 1)))
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -239,7 +253,7 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
 
 
 def _alpha(coefficient: float) -> str | Divergence:
-    """TRL's coefficient is 1 - the alpha of f-DPO, at whose ends are the two KLs."""
+    """Return the divergence for TRL's coefficient, which is 1 - the alpha of f-DPO; at its ends are the two KLs."""
     if abs(coefficient - 1) < 1e-6 or coefficient == 0:
         return "reverse_kl" if coefficient else "forward_kl"
     if not 0 < coefficient < 1:
@@ -248,14 +262,17 @@ def _alpha(coefficient: float) -> str | Divergence:
 
 
 def preference_weights(labels: Tensor, alpha: float) -> Tensor:
-    """LD-DPO's weights [2B, T - 1]: 1 up to the length of the pair's shorter response, alpha beyond."""
+    """Return LD-DPO's weights [2B, T - 1]: 1 up to the length of the pair's shorter response, alpha after it."""
     mask = labels[:, 1:] != IGNORED
     shorter = mask.sum(1).view(2, -1).amin(0).repeat(2)
     return torch.ones_like(mask, dtype=torch.float32).masked_fill(mask.cumsum(1) > shorter[:, None], alpha)
 
 
 class KTOTrainer(_Trainer, trl.KTOTrainer):
-    """trl.KTOTrainer on fl.kto_loss: "kto" with its baseline from mismatched completions, and "apo_zero_unpaired"."""
+    """Run trl.KTOTrainer on fl.kto_loss.
+
+    It supports "kto", with its baseline from mismatched completions, and "apo_zero_unpaired".
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -264,7 +281,7 @@ class KTOTrainer(_Trainer, trl.KTOTrainer):
         self._follow()
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """[S], of the completions and of the mismatched ones."""
+        """Return the reference's sums [S] over the completions, and those over the mismatched completions or None."""
         with self._without_checkpoints(), self.accelerator.autocast(), self._as_reference():
             texts = {k: x for k, x in inputs.items() if k in ("input_ids", "attention_mask")}
             return self._logps(model, texts, _labels(inputs)).sum(1), self._compute_kl_logps(model, inputs)
@@ -317,6 +334,7 @@ class KTOTrainer(_Trainer, trl.KTOTrainer):
 
 
 def _check_student(trainer: Any) -> None:
+    """Raise an error for split sequences, and for a student with an auxiliary loss."""
     refuse_split_sequences(trainer.accelerator)
     config = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config()
     if getattr(config, "output_router_logits", False):
@@ -327,8 +345,11 @@ def _check_student(trainer: Any) -> None:
 
 
 def _jsd(student: nn.Module, teacher: nn.Module, inputs: dict[str, Any], loss: Callable[..., Any]) -> Any:
-    """loss(student source, teacher source), inside the forward of both; the teacher, in eval mode, learns nothing, and of a
-    wider vocabulary it is read as far as the student's goes, as TRL does."""
+    """Return loss(student source, teacher source), which runs inside the forward of both models.
+
+    The teacher is in eval mode and gets no gradient. If its vocabulary is larger, only as many entries as the student has
+    are read, as TRL does.
+    """
     learns = torch.is_grad_enabled()
     teacher.eval()
 
@@ -344,7 +365,10 @@ def _jsd(student: nn.Module, teacher: nn.Module, inputs: dict[str, Any], loss: C
 
 
 class DistillationTrainer(trl.DistillationTrainer):
-    """trl.DistillationTrainer on fl.distillation_loss: generalised JSD between student and teacher, of any hidden sizes."""
+    """Run trl.DistillationTrainer on fl.distillation_loss.
+
+    The loss is the generalised JSD between student and teacher, whose hidden sizes may differ.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -379,7 +403,7 @@ IMAGES = (
 
 
 class GKDTrainer(_GKDTrainer):
-    """trl.experimental.gkd.GKDTrainer on fl.distillation_loss."""
+    """Run trl.experimental.gkd.GKDTrainer on fl.distillation_loss."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

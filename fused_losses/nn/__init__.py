@@ -1,1 +1,1 @@
-"""Modules and models: a head as a module, a loss inside a model's forward, a reference that follows its policy."""
+"""This package holds modules for models: an LM head, a loss inside a model's forward, and a moving reference."""

@@ -1,5 +1,7 @@
-"""What a model's forward does around its backbone and its head, measured on a copy of the model's modules, with stand-ins for
-these two: the model itself is not touched, and other threads may run it meanwhile.
+"""Measure what a model's forward does around its backbone and its head: softcap, scale and padding of the vocabulary.
+
+The measurement runs on a copy of the model's modules, in which stand-ins replace backbone and head. The model itself is
+not changed, and other threads may run it at the same time.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from .stand_ins import Copies, Output, cell_contents
 
 
 class Measured(NamedTuple):
-    """softcap and scale are of what the backbone returns; the head is given `before` times that."""
+    """Store what was measured on a model's forward.
+
+    softcap and scale apply to the states that the backbone returns; the head itself receives `before` times these states.
+    """
 
     path: str
     head: nn.Module
@@ -32,23 +37,27 @@ class Measured(NamedTuple):
 
     @property
     def at_head(self) -> dict[str, Any]:
-        """The options for the states that the head is given."""
+        """Return softcap, scale and valid_vocab for the states that the head receives."""
         softcap = None if self.softcap is None else _short(self.softcap * self.before)
         return {"softcap": softcap, "scale": _short(self.scale / self.before), "valid_vocab": self.valid_vocab}
 
     @property
     def options(self) -> dict[str, Any]:
-        """The same for the backbone's states."""
+        """Return softcap, scale and valid_vocab for the states that the backbone returns."""
         return {"softcap": self.softcap, "scale": self.scale, "valid_vocab": self.valid_vocab}
 
 
-# Of each model: what its forward may have read by then, and what was measured.
+# For each model: the values that its forward could read when it was measured, and the result.
 _known: WeakKeyDictionary[nn.Module, tuple[object, Measured]] = WeakKeyDictionary()
 
 
 def measured(model: nn.Module, whole: bool = True) -> Measured:
-    """softcap, scale, valid_vocab of  logits(z) = softcap tanh(z / softcap) * scale  in the columns [:valid_vocab], from
-    the model's own forward around a backbone and a head that answer with numbers of our choice. whole: as in linear_of."""
+    """Measure softcap, scale and valid_vocab of a model, or return the stored result while the model is unchanged.
+
+    They describe  logits(z) = softcap tanh(z / softcap) * scale  in the columns [:valid_vocab]. The model's own forward
+    computes these logits around a backbone and a head that return known numbers. whole has the same meaning as in
+    linear_of.
+    """
     model = unwrapped(model)
     head = output_head(model)
     if not whole and (found := _still_known(model, head)) is not None:
@@ -65,6 +74,7 @@ def measured(model: nn.Module, whole: bool = True) -> Measured:
 
 
 def output_head(model: nn.Module) -> nn.Module:
+    """Return the output head of a model (get_output_embeddings), or raise TypeError where it has none."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if not isinstance(head, nn.Module):
@@ -74,7 +84,10 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 def measured_around(model: nn.Module, head: nn.Module, linear: nn.Linear, path: str) -> Measured:
-    """measured, of a model that is unwrapped and this head of it, once as long as nothing has changed that forward may read."""
+    """Measure an unwrapped model around this head, or return the stored result while the model is unchanged.
+
+    A result is stored only where it does not depend on tensors of the model, whose changes are not detected.
+    """
     if (known := _still_known(model, head)) is not None:
         return known
     probe = _Probe(model, head, linear, path)
@@ -86,7 +99,7 @@ def measured_around(model: nn.Module, head: nn.Module, linear: nn.Linear, path: 
         probe.refuse(
             f"{type(model).__name__}.forward makes logits that depend on {names}, whose gradient would be lost"
         )
-    if learned or changes or probe.unclear:  # tensors change in place, and unseen
+    if learned or changes or probe.unclear:  # tensors can change in place, undetected
         _known.pop(model, None)
     else:
         _known[model] = _readable(model, found), found
@@ -94,11 +107,13 @@ def measured_around(model: nn.Module, head: nn.Module, linear: nn.Linear, path: 
 
 
 def _still_known(model: nn.Module, head: nn.Module) -> Measured | None:
+    """Return the stored result for this head, or None where there is none or the model has changed."""
     read, known = _known.get(model, (None, None))
     return known if known is not None and known.head is head and read == _readable(model, known) else None
 
 
 def _refuse(path: str, head: nn.Module, why: str, cause: Exception | None = None) -> NoReturn:
+    """Raise NotImplementedError for a model whose forward cannot be described by softcap, scale and valid_vocab."""
     raise NotImplementedError(
         f"{path} ({type(head).__name__}): {why}. fl.Hidden cannot stand for it; if you know better: "
         "fl.FusedHead(model.get_output_embeddings(), softcap=..., scale=...)"
@@ -106,18 +121,25 @@ def _refuse(path: str, head: nn.Module, why: str, cause: Exception | None = None
 
 
 class _Probe:
-    """Calls a model's forward around stand-ins; unclear: with other tensors it failed."""
+    """Run a model's forward around stand-ins for its backbone and its head.
+
+    unclear becomes True where the forward failed with other numbers in the model's tensors.
+    """
 
     def __init__(self, model: nn.Module, head: nn.Module, linear: nn.Linear, path: str) -> None:
         self.model, self.head, self.linear, self.path, self.unclear = model, head, linear, path, False
         self.device = linear.weight.device if linear.weight.device.type not in ("meta", "mps") else torch.device("cpu")
 
     def refuse(self, why: str, cause: Exception | None = None) -> NoReturn:
+        """Raise NotImplementedError with the path and the type of the head."""
         _refuse(self.path, self.head, why, cause)
 
     @torch.no_grad()
     def __call__(self, swap: Callable[[Tensor], Tensor]) -> tuple[Measured, bool]:
-        """What is measured where swap(x) is in the place of every tensor x of the model; whether the logits require grad."""
+        """Measure the model with swap(x) in place of each of its tensors x.
+
+        Return what was measured, and whether the logits require grad.
+        """
         kind, device, refuse = type(self.model).__name__, self.device, self.refuse
         v, width, tiny, huge = self.linear.out_features, self.linear.in_features, 2.0**-20, 2.0**20
         # exact in bf16
@@ -158,7 +180,7 @@ class _Probe:
         return Measured(self.path, self.head, called[0], softcap, scale, columns, before), learned
 
     def that_depend_on(self, found: Measured) -> list[Tensor]:
-        """A tensor of the model with which what is measured changes, if there is one."""
+        """Return a list of one tensor of the model that changes what is measured, or an empty list."""
         for value in (0.0, 1.0):
             reached: dict[int, Tensor] = {}
             if not self._changes(found, value, reached, None):
@@ -171,7 +193,11 @@ class _Probe:
         return []
 
     def _changes(self, found: Measured, value: float, reached: dict[int, Tensor], only: set[int] | None) -> bool:
-        """Whether other numbers in the tensors that forward can reach (`only` these) change what is measured."""
+        """Return whether other numbers in the tensors that forward can reach change what is measured.
+
+        `reached` collects these tensors by id. Only tensors whose ids are in `only` get other numbers; None means all of
+        them.
+        """
 
         def other(x: Tensor) -> Tensor:
             reached[id(x)] = x
@@ -185,25 +211,26 @@ class _Probe:
             return not failed
 
     def _filled(self, x: Tensor, value: float) -> Tensor:
-        """One number, and no memory for the rest."""
+        """Return a tensor of the shape and dtype of x, which stores a single number."""
         number = value + 0.37 if x.is_floating_point() else value
         device = self.device if x.device.type == "meta" else x.device
         return torch.tensor(number, device=device).to(x.dtype).expand(x.shape)
 
 
 def _name_of(x: Tensor, model: nn.Module) -> str:
+    """Return the name of a tensor in the model, or its shape where it has no name."""
     own = ((f"{k}.{name}".lstrip("."), y) for k, m in model.named_modules() for name, y in vars(m).items())
     named = chain(model.named_parameters(), model.named_buffers(), own)
     return next((name for name, y in named if y is x), f"a tensor {list(x.shape)}")
 
 
 def _short(x: float) -> float:
-    """Without the rounding of a measurement."""
+    """Round to 12 significant digits, which removes the rounding error of a measurement."""
     return float(f"{x:.12g}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Through torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
+    """Return the model inside the wrappers of torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
     while True:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if isinstance(inner, nn.Module):
@@ -219,7 +246,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _bodies(model: nn.Module) -> list[nn.Module]:
-    """What may be the backbone, outermost first: the first that forward calls hides the rest."""
+    """Return the modules that may be the backbone, outermost first.
+
+    The first of them that forward calls hides the others.
+    """
     found = [getattr(model, getattr(model, "base_model_prefix", "") or "model", None), getattr(model, "model", None)]
     decoder = getattr(model, "get_decoder", None)
     if callable(decoder) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -230,12 +260,14 @@ def _bodies(model: nn.Module) -> list[nn.Module]:
 # ---- what forward may read -----------------------------------------------------------------------------------------------
 
 _PLAIN = bool, int, float, complex, str, bytes, type(None)
-_LONG, _DEEP, _MANY = 1000, 6, 10_000  # what is longer, deeper or more is data
+_LONG, _DEEP, _MANY = 1000, 6, 10_000  # longer, deeper or more than this is data
 
 
 def _readable(model: nn.Module, known: Measured) -> object:
-    """Numbers, flags and words of a model, its config and its modules outside of backbone and head: two of these are equal as
-    long as no such thing has changed. Tensors are not looked at."""
+    """Return the numbers, flags and strings of a model, its config and its modules outside of backbone and head.
+
+    Two results are equal as long as none of these values has changed. Tensors are not compared.
+    """
     found: list[Any] = []
     left = [model]
     while left:
@@ -253,10 +285,12 @@ def _readable(model: nn.Module, known: Measured) -> object:
 
 
 def _plain(named: Any) -> list[tuple[str, Any]]:
+    """Return the names and values of the attributes that are plain numbers, flags or strings."""
     return [(k, x) for k, x in list(named.items()) if isinstance(x, _PLAIN)]
 
 
 def _values(x: Any, depth: int, seen: set[int]) -> Any:
+    """Return a value that compares equal as long as x holds the same plain values."""
     if isinstance(x, _PLAIN):
         return x
     if isinstance(x, Tensor):

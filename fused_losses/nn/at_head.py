@@ -1,8 +1,9 @@
-"""at_head: a loss inside a model's own forward, where the model would have made its logits.
+"""Run a loss inside a model's own forward, at the point where the model would have made its logits.
 
-Engines (DDP, FSDP, accelerate) act around a module's forward: they gather its weights before, watch its outputs after. So the
-loss runs in there, with what the model itself feeds to its head: every input that it takes reaches it, images too, and its
-auxiliary loss comes back. Duck-typed: neither transformers nor peft is imported.
+Engines (DDP, FSDP, accelerate) act around a module's forward: they gather its weights before it and watch its outputs
+after it. Therefore the loss runs inside the forward, on the states that the model itself passes to its head. The model
+receives all of its inputs, images too, and its auxiliary loss is returned. This module imports neither transformers nor
+peft; it only reads the attributes of their objects.
 """
 
 from __future__ import annotations
@@ -26,45 +27,56 @@ __all__ = ["AtHead", "at_head"]
 
 
 class AtHead(NamedTuple):
+    """Store what at_head returns: the result of the function, and the auxiliary loss of the model."""
+
     out: Any  # what the function returned
     aux_loss: Tensor | None  # a mixture's load-balancing loss, unweighted, where the model computes it
 
 
 def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature: float = 1.0, **inputs: Any) -> AtHead:
-    """Calls model(**inputs), and in it function(source) in place of its head, with source = fl.Hidden of the states that the
-    head was given and of its weights: logits are never made.
+    """Call the model and run function(source) in place of its head, so that logits are never made.
+
+    source is fl.Hidden of the states that the head receives, with the weights of the head.
 
         with torch.no_grad():
             ref = fl.at_head(reference, lambda q: fl.token_stats(q, labels, shift=True).logps, **inputs).out
         out, aux = fl.at_head(model, lambda p: fl.dpo_loss(p, labels, fl.LogProbs(ref), shift=True), **inputs)
         (out.loss + coefficient * aux).backward()  # aux_loss: of mixtures with output_router_logits=True, else None
 
-    A loss of two distributions nests: at_head(teacher, lambda q: at_head(student, lambda p: loss(p, labels, q), ...), ...).
+    For a loss of two distributions, nest the calls:
+    at_head(teacher, lambda q: at_head(student, lambda p: loss(p, labels, q), ...), ...).
 
-    model: a transformers model with a linear output head, as fl.find_head takes it: softcap, scale and padded vocabulary are
-        measured, LoRA on the head is used; in DDP, FSDP or PEFT, or prepared by accelerate. Nothing of it is changed after
-        the call. Other threads may call the same model meanwhile, by at_head too: for them it is as ever.
-    function: returns a tensor, LossOutput, TokenStats, or a dict or tuple of tensors; engines find them there.
-    temperature: as in fl.Hidden.
-    inputs: the model's own, without labels. use_cache is False unless given.
+    Forward pre-hooks of the head run. Forward hooks and backward hooks of the head expect logits, so they are refused,
+    except those of engines (ENGINES in head_layers.py). A function that replaces the head's own forward is refused too.
 
-    Forward pre-hooks of the head run. Forward hooks and backward hooks of it are for logits, so they are refused, but for those
-    of engines (ENGINES in head_layers.py); so is a forward that was put in the place of its own.
+    Args:
+        model: A transformers model with a linear output head, as fl.find_head takes it; also in DDP, FSDP or PEFT, or
+            prepared by accelerate. Its softcap, scale and padded vocabulary are measured, and LoRA on the head is used.
+            The model is unchanged after the call. Other threads may call the same model at the same time, by at_head too;
+            for them its behaviour does not change.
+        function: A function of the source. It returns a tensor, LossOutput, TokenStats, or a dict or tuple of tensors, in
+            which engines find the tensors.
+        temperature: The temperature of the logits, as in fl.Hidden.
+        **inputs: The model's own inputs, without labels. use_cache is False unless given.
 
-    Raises as find_head does; ValueError for labels among inputs, where forward does not call the head once, or where the model
-    is in another at_head of this thread already; NotImplementedError for encoder-decoders, ZeRO-3's sharded weights, a model
-    compiled as a whole, DataParallel and prompt learning.
+    Raises:
+        ValueError: For labels among the inputs; where forward does not call the head exactly once; where the model is
+            already in another at_head of this thread.
+        NotImplementedError: For encoder-decoders, weights sharded by ZeRO-3, a model compiled as a whole, DataParallel
+            and prompt learning.
+
+    The errors of find_head are raised too.
     """
     if inputs.get("labels") is not None:
         raise ValueError("labels: go to the loss in `function`, not to the model, which would want logits for them")
     _refuse(model)
     inner = unwrapped(model)
     known = _measure(inner)
-    # with a cache, packed sequences would go unnoticed, too
+    # with a cache, the model would also not detect packed sequences
     if "use_cache" in signature(type(inner).forward).parameters:
         inputs.setdefault("use_cache", False)
     call = _Call(inner, known, function, temperature)
-    # accelerate's own hook, which fetches weights from where they wait, stays around what it was put around
+    # accelerate's own hook, which loads offloaded weights, still runs around the forward that it wraps
     name = "_old_forward" if "_hf_hook" in known.head.__dict__ else "forward"
     with _in_place(known.head, call.head, name, known), _in_place(inner, call.forward, "forward", known):
         hook = known.head.register_forward_hook(call.after_all_hooks)
@@ -82,7 +94,7 @@ def at_head(model: nn.Module, function: Callable[[Hidden], Any], *, temperature:
 
 
 class _Call:
-    """What runs in place of a head and of its model's forward, in one call of at_head."""
+    """Replace a head and its model's forward during one call of at_head."""
 
     def __init__(
         self, inner: nn.Module, known: Measured, function: Callable[[Hidden], Any], temperature: float
@@ -93,7 +105,8 @@ class _Call:
         self.dtype: torch.dtype | None = None
 
     def head(self, before: Callable[..., Any], hidden: Tensor, *more: Any, **named: Any) -> Any:
-        if self.running:  # the loss calls the model, too
+        """Run the function on the head's input and return its result, with placeholder logits, in a dict."""
+        if self.running:  # the loss itself calls the model
             return before(hidden, *more, **named)
         known = self.known
         if more or named:  # PEFT's adapter_names: an adapter for each row
@@ -110,7 +123,10 @@ class _Call:
             self.running = False
 
     def after_all_hooks(self, module: nn.Module, _: Any, answer: Any) -> Tensor | None:
-        """An engine that shards the head by itself has seen the output; the model goes on with what it takes for logits."""
+        """Store the result of the function and return placeholder logits, with which the model continues.
+
+        An engine that shards the head separately has seen the result by then, because this hook runs last.
+        """
         if type(answer) is not dict or answer.get("call") is not self:  # of another thread, or of a call in the loss
             return None
         if self.found:
@@ -119,6 +135,7 @@ class _Call:
         return answer["logits"]
 
     def forward(self, before: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run the model's own forward and return the stored result and the auxiliary loss in a dict."""
         if self.entered:
             return before(*args, **options)
         self.entered = True
@@ -132,7 +149,7 @@ class _Call:
         return {"out": self.found.pop(), "aux_loss": getattr(answer, "aux_loss", None)}
 
     def wanted_logits(self) -> str | None:
-        """Who has failed because it was given a dict of the loss, if that may be."""
+        """Return what may have failed because it received a dict in place of logits, or None where nothing may have."""
         kind = type(self.inner).__name__
         if self.returned:
             return f"a hook or wrapper of {kind} failed on a dict of the loss; expected one that passes on what it is given"
@@ -144,8 +161,11 @@ class _Call:
         raise ValueError(f"model: {type(self.inner).__name__}.forward did not call its head")
 
     def read(self, answer: Any, model: nn.Module) -> AtHead:
-        """Of a wrapper that has kept the model's own forward and calls that, as peft's AdaptionPromptModel does: the loss has
-        run, and the model's output came back as if the head had given ones."""
+        """Return the result where a wrapper has kept the model's own forward and calls it.
+
+        peft's AdaptionPromptModel does this. In this case the loss has run, and the model has returned its output as if
+        the head had returned ones.
+        """
         kind, inner, got = type(model).__name__, type(self.inner).__name__, type(answer).__name__
         if self.returned:
             raise ValueError(
@@ -170,6 +190,7 @@ class _Call:
 
 
 def _measure(model: nn.Module) -> Measured:
+    """Measure the model, or raise NotImplementedError for an encoder-decoder."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise NotImplementedError(
             f"model: {type(model).__name__} is an encoder-decoder, whose labels are not shifted and whose decoder wants inputs "
@@ -178,12 +199,12 @@ def _measure(model: nn.Module) -> Measured:
     return measured(model, whole=False)
 
 
-_lock = Lock()  # around what is put in and taken out, not around calls
+_lock = Lock()  # held while a forward is replaced or restored, not during calls
 
 
 @contextmanager
 def _in_place(module: nn.Module, mine: Callable[..., Any], name: str, known: Measured) -> Iterator[None]:
-    """mine(the module's forward, ...) as its forward, for this thread and a while; hooks around it stay."""
+    """Replace the module's forward by mine(forward, ...) for this thread, inside the context; keep its hooks."""
     thread = get_ident()
     with _lock:
         stands: Any = module.__dict__.get(name)
@@ -208,10 +229,10 @@ def _in_place(module: nn.Module, mine: Callable[..., Any], name: str, known: Mea
 
 
 def _by_thread(module: nn.Module, name: str) -> Any:
-    """A forward that each thread may have another of; the module's own for all others."""
+    """Return a forward that calls the replacement of the current thread, or the module's own where there is none."""
     before = getattr(module, name)
     each: dict[int, Callable[..., Any]] = {}
-    # a module that is compiled in place is compiled but for this
+    # where the module is compiled in place, this function is excluded from compilation
     of_thread = torch.compiler.disable(_of_thread) if "torch._dynamo" in sys.modules else _of_thread
 
     def forward(*args: Any, **options: Any) -> Any:
@@ -223,11 +244,12 @@ def _by_thread(module: nn.Module, name: str) -> Any:
 
 
 def _of_thread(each: dict[int, Any]) -> Any:
+    """Return the entry of the current thread, or None."""
     return each.get(get_ident())
 
 
 def _refuse(model: nn.Module) -> None:
-    """Wrappers under which a forward cannot be replaced."""
+    """Raise NotImplementedError for wrappers under which a forward cannot be replaced."""
     wrapper: Any = model
     while isinstance(wrapper, nn.Module):
         kind = type(wrapper).__name__

@@ -1,6 +1,6 @@
-"""The LM head as a module whose forward runs the loss, and how to find head and backbone of a transformers model.
+"""Define the LM head as a module whose forward runs the loss, and find head and backbone of a transformers model.
 
-Duck-typed: neither transformers nor peft is imported.
+This module imports neither transformers nor peft; it only reads the attributes of their objects.
 """
 
 from __future__ import annotations
@@ -24,37 +24,44 @@ _CLASS = "the dataclass of these fields"
 
 
 def _nobody() -> None:
-    """A reference to what is not there."""
+    """Return None, as a weak reference to a deleted object does."""
 
 
 class FusedHead(nn.Module):
-    """A head's own parameters, by reference, and a forward that runs a loss on them.
+    """Hold the parameters of a head, by reference, and run a loss on them in forward.
 
         head(hidden, labels, ref, loss=f, **options)  =  f(head.source(hidden), labels, ref, **options)
 
-    f runs inside forward, so the hooks with which DDP, FSDP and ZeRO-3 gather the weight fire before it and in backward.
-    For that the head must be part of the module that the engine wraps, and be made before it is wrapped.
+    f runs inside forward, so the hooks with which DDP, FSDP and ZeRO-3 gather the weight run before it and in backward.
+    For this the FusedHead must be part of the module that the engine wraps, and must be made before that module is
+    wrapped.
 
     Args:
-        head: an nn.Linear [H -> V], or peft's LoRA on one. Its Parameters become this module's, tied ones stay tied.
-        softcap, scale, temperature, valid_vocab: as in fl.Hidden. `find_head` measures them on a model.
-        adapter: False leaves the adapter out, for the reference of a PEFT model. Otherwise LoRA counts whenever it does
-            in the model: not under model.disable_adapter().
-        process_group, shard: as in fl.Hidden: `head` holds this rank's rows of a tensor-parallel head, or a DTensor that does.
-        name: what errors call the head.
+        head: An nn.Linear [H -> V], or peft's LoRA on one. Its Parameters become those of this module; tied ones stay
+            tied.
+        softcap: As in fl.Hidden. `find_head` measures it on a model.
+        scale: As in fl.Hidden. `find_head` measures it on a model.
+        temperature: As in fl.Hidden.
+        valid_vocab: As in fl.Hidden. `find_head` measures it on a model.
+        adapter: False ignores the adapter, for the reference of a PEFT model. True uses LoRA whenever the model uses it,
+            so not under model.disable_adapter().
+        name: The name of the head in error messages.
+        process_group: As in fl.Hidden. With it, `head` holds this rank's rows of a tensor-parallel head, or a DTensor
+            that does.
+        shard: As in fl.Hidden, only with process_group.
 
-    Raises TypeError, ValueError or NotImplementedError, naming the head and its type, for a head that is quantised, a
-    DTensor or tensor-parallel without its process_group, not linear, with a forward of its own or hooks that are no
-    engine's, or under an adapter other than one plain LoRA or modules_to_save.
+    Raises TypeError, ValueError or NotImplementedError, which name the head and its type, for a head that is quantised,
+    that is a DTensor or tensor-parallel without its process_group, that is not linear, that has a forward of its own or
+    hooks that belong to no engine, or that is under an adapter other than one plain LoRA or modules_to_save.
     """
 
     path: str
-    layer: Any  # the adapter's, asked at each call what counts; no submodule
+    layer: Any  # the adapter's layer, or None; read at each call; not a submodule
     layers: tuple[
         Callable[[], Any], Callable[[], Any]
-    ]  # weak references: the head that it was made of, its linear layer
-    around: Callable[[], nn.Module | None]  # another, to find_head's model
-    measured: dict[str, Any]  # on that
+    ]  # weak references: to the original head, and to its linear layer
+    around: Callable[[], nn.Module | None]  # a weak reference to find_head's model
+    measured: dict[str, Any]  # what was measured on that model
     lora_a: Tensor | None
     lora_b: Tensor | None
 
@@ -82,11 +89,11 @@ class FusedHead(nn.Module):
 
     @classmethod
     def from_model(cls, model: nn.Module, **options: Any) -> FusedHead:
-        """fl.find_head."""
+        """Return fl.find_head(model, **options)."""
         return find_head(model, **options)
 
     def source(self, hidden: Tensor) -> Hidden:
-        """fl.Hidden of these states and the weights as they are now; constants under torch.no_grad()."""
+        """Return fl.Hidden of these states and the current weights, which are constants under torch.no_grad()."""
         sharded = hasattr(self.weight, "placements") and "process_group" not in self.options
         if self.weight.numel() == 0 or self.weight.dim() != 2 or sharded:
             raise ValueError(
@@ -104,7 +111,7 @@ class FusedHead(nn.Module):
         return _hidden(hidden, tensors, scaling, self.options)
 
     def _look_again(self, active: str | None) -> None:
-        """Where the head is still there, at its hooks; where its model is, at softcap, scale and valid_vocab."""
+        """Check the hooks of the head, if it still exists, and measure its model again, if that still exists."""
         head, linear = self.layers
         if head() is not None and linear() is not None:
             refuse_what_is_not_called(head(), linear(), active, self.name, runs=False)
@@ -122,7 +129,7 @@ class FusedHead(nn.Module):
             self.measured = found.options
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is of numbers: neither head nor model is copied with it, nor looked at."""
+        """Return the state without the weak references to head and model, so that a copy does not check them."""
         state = self.__dict__ | {"layers": (_nobody, _nobody), "around": _nobody}
         state.pop("_compiled_call_impl", None)
         return state
@@ -131,12 +138,17 @@ class FusedHead(nn.Module):
         self, hidden: Tensor, labels: Tensor, ref: Source | tuple[nn.Module, Tensor] | None = None, *,
         loss: str | Callable[..., Any] = "sigmoid", **options: Any,
     ) -> Any:  # fmt: skip
-        """What the loss returns, once called as head(...).
+        """Return what the loss returns, if called as head(...).
 
-        hidden: [..., H]. labels, options: the loss's.
-        ref: a source, or (reference FusedHead, its hidden states): the loss then runs inside the forward of both.
-        loss: a type of preference_loss, any loss of fused_losses, token_stats, or a function (policy source, labels, ref
-            source, **options) of your own. Its own option `loss` goes through functools.partial(fl.grpo_loss, loss="dapo").
+        Args:
+            hidden: The states [..., H].
+            labels: The labels of the loss.
+            ref: A source, or (reference FusedHead, its hidden states); with the latter the loss runs inside the forward
+                of both. None where the loss has no reference.
+            loss: A type of preference_loss, any loss of fused_losses, token_stats, or your own function (policy source,
+                labels, ref source, **options). To set an option of the loss that is itself named `loss`, use
+                functools.partial(fl.grpo_loss, loss="dapo").
+            **options: The options of the loss.
         """
         function = partial(preference_loss, loss=loss) if isinstance(loss, str) else loss
         policy = self.source(hidden)
@@ -154,7 +166,10 @@ class FusedHead(nn.Module):
 
 
 def _call(loss: Callable[..., Any], policy: Hidden, labels: Tensor, ref: Source | None, options: dict[str, Any]) -> Any:
-    """A loss with its reference: by the name `ref` where it has that, else third; a loss without one gets none."""
+    """Call a loss with its reference, if it takes one.
+
+    The reference is passed as `ref` if the loss has a parameter of that name, else as its third argument.
+    """
     parameters = inspect.signature(loss).parameters
     places = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if "ref" in parameters:
@@ -170,17 +185,28 @@ def find_head(
     model: nn.Module, *, temperature: float = 1.0, adapter: bool = True, process_group: object = None,
     shard: tuple[int, int] | None = None,
 ) -> FusedHead:  # fmt: skip
-    """The output head of a transformers model as a FusedHead, with its softcap, scale and valid_vocab.
+    """Return the output head of a transformers model as a FusedHead, with its softcap, scale and valid_vocab.
 
-    These are measured, not read from config: the forward of a copy of the model runs with stand-ins for backbone and head (no
-    weight is read, nothing is gathered), and its logits must be  softcap tanh(z / softcap) * scale  of what the head gave it.
-    They are measured again where a number, a flag or the mode of the model has changed; where they hang on a tensor, at every
-    call, and that tensor may not require grad.
-    DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers are looked through. A mixture's auxiliary loss is not included.
-    process_group, shard: as in FusedHead, for a head that tensor parallelism has split already.
+    These three are measured, not read from config. The forward of a copy of the model runs with stand-ins for backbone
+    and head (no weight is read, nothing is gathered), and its logits must be  softcap tanh(z / softcap) * scale  of the
+    output z of the head. They are measured again where a number, a flag or the mode of the model has changed. Where they
+    depend on a tensor, they are measured at every call, and that tensor may not require grad.
 
-    Raises as FusedHead does; TypeError where there is no head; NotImplementedError where the model does something else
-    between backbone and logits (a projection, a norm, a bias on logits, masked tokens, a learned scale).
+    The model may be wrapped by DDP, FSDP, DeepSpeed, torch.compile and PEFT. A mixture's auxiliary loss is not included.
+
+    Args:
+        model: The transformers model.
+        temperature: As in FusedHead.
+        adapter: As in FusedHead.
+        process_group: As in FusedHead, for a head that tensor parallelism has split already.
+        shard: As in FusedHead, only with process_group.
+
+    Raises:
+        TypeError: Where there is no head.
+        NotImplementedError: Where the model does something else between backbone and logits (a projection, a norm, a bias
+            on logits, masked tokens, a learned scale).
+
+    The errors of FusedHead are raised too.
     """
     found = measured(model, whole=process_group is None)
     _refuse_padding(found, process_group)
@@ -193,6 +219,7 @@ def find_head(
 
 
 def _refuse_padding(found: Measured, process_group: object) -> None:
+    """Raise NotImplementedError for a head that is split over ranks and has rows of padding."""
     if process_group is not None and found.valid_vocab is not None:
         raise NotImplementedError(
             f"{found.path}: {found.valid_vocab} rows of the head are tokens, the rest is padding; where it is split, say how "
@@ -201,17 +228,22 @@ def _refuse_padding(found: Measured, process_group: object) -> None:
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The submodule whose last_hidden_state the head reads, measured as in find_head; of a model that sees images, the
-    one that has the vision tower. Raises as find_head does, but of how the head's weights lie it knows nothing.
+    """Return the submodule whose last_hidden_state the head reads.
+
+    It is measured as in find_head. For a model that takes images it is the submodule that contains the vision tower.
 
         find_head(model).source(backbone(model)(**inputs).last_hidden_state)  has the logits  model(**inputs).logits
+
+    Raises the errors of find_head, except those about the layout of the head's weights.
     """
     return measured(model, whole=False).backbone
 
 
 def head_source(head: nn.Module, name: str, hidden: Tensor, **options: Any) -> Hidden:
-    """fl.Hidden of a head's parameters as they are at this moment, in the middle of a forward: an engine has gathered them, an
-    adapter is on or off."""
+    """Return fl.Hidden of a head's current parameters, in the middle of a forward.
+
+    At that moment an engine has gathered the parameters, and an adapter is on or off.
+    """
     saved = hasattr(head, "modules_to_save")
     adapter = not (saved and getattr(head, "disable_adapters", False))
     linear = linear_of(head, name, adapter, whole=False)
@@ -228,13 +260,16 @@ def head_source(head: nn.Module, name: str, hidden: Tensor, **options: Any) -> H
 
 
 def _hidden(hidden: Tensor, tensors: tuple[Any, ...], scaling: float | None, options: dict[str, Any]) -> Hidden:
-    """Of weight, bias, and LoRA's a and b; constants under torch.no_grad()."""
+    """Return fl.Hidden of weight, bias, and LoRA's a and b, which are constants under torch.no_grad()."""
     weight, bias, a, b = (x if x is None or torch.is_grad_enabled() else x.detach() for x in tensors)
     return Hidden(hidden, weight, bias, lora=None if scaling is None else Lora(a, b, scaling), **options)
 
 
 def opened(x: Any) -> Any:
-    """Dataclasses as dicts that keep their class, wrapped, for FSDP takes a class of dataclasses for one of them."""
+    """Return a dataclass as a dict that also stores its class; return anything else unchanged.
+
+    The class is wrapped in a partial, because FSDP treats the class of a dataclass like an instance of it.
+    """
     if not is_dataclass(x):
         return x
     kind: Any = type(x)
@@ -242,7 +277,7 @@ def opened(x: Any) -> Any:
 
 
 def closed(x: Any) -> Any:
-    """The inverse of _opened."""
+    """Return the inverse of opened."""
     if not isinstance(x, dict) or _CLASS not in x:
         return x
     return x[_CLASS](**{k: closed(value) for k, value in x.items() if k != _CLASS})

@@ -1,7 +1,8 @@
-"""A head's layers: the linear one at the bottom, the adapter around it, and what hangs on either.
+"""Inspect a head's layers: the linear layer inside it, the adapter around it, and the hooks on either.
 
-A loss reads their weights and does not call them, so what a layer does beside its product is honoured or refused here.
-Duck-typed: neither transformers nor peft is imported.
+A loss reads the weights of these layers and does not call them. Everything else that a layer does besides its product is
+either applied or refused here. This module imports neither transformers nor peft; it only reads the attributes of their
+objects.
 """
 
 from __future__ import annotations
@@ -15,29 +16,32 @@ from torch.nn.modules import module as torch_module
 
 from ..core.inputs import FLOATS
 
-# Packages whose hooks gather, move or watch tensors, and leave logits as they are.
+# Packages whose hooks gather, move or watch tensors, and do not change logits.
 ENGINES = ("accelerate", "deepspeed", "fused_losses", "torch.distributed", "torch.nn.parallel", "torch.utils", "trl")
-HOOKS = {  # of one module; of all modules
+HOOKS = {  # attributes for one module; for all modules
     "forward pre-hook": ("_forward_pre_hooks", "_global_forward_pre_hooks"),
     "forward hook": ("_forward_hooks", "_global_forward_hooks"),
     "backward pre-hook": ("_backward_pre_hooks", "_global_backward_pre_hooks"),
     "backward hook": ("_backward_hooks", "_global_backward_hooks"),
 }
 
-# A patched nn.Linear.forward comes from elsewhere.
+# A patched nn.Linear.forward is defined in another file.
 _LINEAR_FILE = nn.Linear.reset_parameters.__code__.co_filename
 
 
 def linear_of(head: nn.Module, name: str, adapter: bool, whole: bool = True, split: bool = False) -> nn.Linear:
-    """The dense linear layer at the bottom of a head; raises where there is none. whole: so are its weights, here and now.
-    split: but for the rows of a vocabulary, of which others may hold some."""
+    """Return the dense linear layer inside a head, or raise an error where there is none.
+
+    whole: the weights must be complete and on this rank now. split: the same, but other ranks may hold some of the
+    vocabulary's rows.
+    """
     layer: Any = head
     if hasattr(layer, "modules_to_save"):  # peft trains a copy
         layer = layer.modules_to_save[layer.active_adapters[0]] if adapter else layer.original_module
     layer = getattr(layer, "base_layer", layer)
     weight, kind = getattr(layer, "weight", None), type(layer).__name__
     sharded = hasattr(weight, "placements")
-    packed = hasattr(weight, "__tensor_flatten__") and not sharded  # a float tensor in name, whose bytes are elsewhere
+    packed = hasattr(weight, "__tensor_flatten__") and not sharded  # it claims a float dtype, but stores other tensors
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or packed or "4bit" in kind or "8bit" in kind:
         which = type(weight).__name__ if packed else getattr(weight, "dtype", None)
         what = f"a weight of {which}" if isinstance(weight, Tensor) else "no weight"
@@ -64,7 +68,10 @@ def linear_of(head: nn.Module, name: str, adapter: bool, whole: bool = True, spl
 
 
 def active_adapter(layer: Any, name: str) -> str | None:
-    """The adapter that counts now; raises where peft's layer does more than  weight + scaling b a."""
+    """Return the name of the adapter that is active now, or None.
+
+    Raises NotImplementedError where peft's layer computes more than  weight + scaling b a.
+    """
     if layer is None:
         return None
     if hasattr(layer, "modules_to_save"):
@@ -87,10 +94,10 @@ def active_adapter(layer: Any, name: str) -> str | None:
 
 
 def refuse_what_is_not_called(head: nn.Module, linear: nn.Module, active: str | None, name: str, runs: bool) -> None:
-    """Raises NotImplementedError where a layer of the head has a forward of its own, or hooks that are no engine's: what only
-    looks cannot be told from what changes the logits, or their gradient.
+    """Raise NotImplementedError for layers of the head with an own forward, or with hooks that belong to no engine.
 
-    runs: the loss runs in place of the head's forward, so that its forward pre-hooks change what the loss is given.
+    A hook that only reads cannot be distinguished from one that changes the logits or their gradient. runs: the loss runs
+    in place of the head's forward, so the forward pre-hooks of the head do change the input of the loss and are allowed.
     """
     for where, layer in _called_by(head, linear, active, name):
         if changed := _forward_of_its_own(layer):
@@ -111,7 +118,10 @@ def refuse_what_is_not_called(head: nn.Module, linear: nn.Module, active: str | 
 
 
 def replaced_forward(module: nn.Module, name: str = "forward") -> Any:
-    """The forward that hangs on a module itself, without those that at_head has put there for a while; None: its class's."""
+    """Return the forward that is set on the module instance, ignoring those set by at_head for a while.
+
+    None means that the module uses the forward of its class.
+    """
     found: Any = module.__dict__.get(name)
     while hasattr(found, "in_place_of"):
         found = found.in_place_of
@@ -119,7 +129,7 @@ def replaced_forward(module: nn.Module, name: str = "forward") -> Any:
 
 
 def _called_by(head: nn.Module, linear: nn.Module, active: str | None, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that the head's forward calls, with the head itself."""
+    """Yield the name and the module of each layer that the head's forward calls, including the head itself."""
     layer: Any = head
     factors = ("lora_A", "lora_B", "lora_dropout") if active and hasattr(head, "lora_A") else ()
     parts = {id(head), id(linear), *(id(getattr(layer, k)[active]) for k in factors)}
@@ -129,9 +139,9 @@ def _called_by(head: nn.Module, linear: nn.Module, active: str | None, name: str
 
 
 def _forward_of_its_own(layer: nn.Module) -> str | None:
-    """The name of what stands in place of the class's forward, on the instance or as its __call__."""
+    """Return the name of what replaces the class's forward, on the instance or as its __call__, or None."""
     forward = replaced_forward(layer)
-    hook = layer.__dict__.get("_hf_hook")  # accelerate's, which fetches weights from where they wait
+    hook = layer.__dict__.get("_hf_hook")  # accelerate's, which loads offloaded weights
     if hook is not None and isinstance(forward, partial) and _is_engines(forward):
         if strange := next((h for h in getattr(hook, "hooks", (hook,)) if not _is_engines(h)), None):
             return _named(strange)
@@ -146,21 +156,24 @@ def _forward_of_its_own(layer: nn.Module) -> str | None:
 
 
 def _compiled_from(f: Any) -> Any:
-    """What torch.compile was given, which it calls through functions of its own."""
+    """Return the function that was given to torch.compile, which calls it through functions of its own, or None."""
     inner = getattr(f, "__globals__", {}).get("__name__", "").startswith("torch._dynamo")
     return getattr(f, "_torchdynamo_orig_callable", None) or (getattr(f, "__wrapped__", None) if inner else None)
 
 
 def _function(f: Any) -> Any:
+    """Return the plain function inside partials and bound methods."""
     while isinstance(f, partial):
         f = f.func
     return getattr(f, "__func__", f)
 
 
 def _is_engines(f: Any) -> bool:
+    """Return whether a function was defined in one of the packages ENGINES."""
     return f"{getattr(_function(f), '__module__', None)}.".startswith(tuple(f"{e}." for e in ENGINES))
 
 
 def _named(f: Any) -> str:
+    """Return the module and the qualified name of a function."""
     f = _function(f)
     return f"{f.__module__}.{getattr(f, '__qualname__', type(f).__qualname__)}"

@@ -1,4 +1,4 @@
-"""Copies of a model's modules, with stand-ins for some of them: to run a model's forward without the model."""
+"""Copy a model's modules, with stand-ins for some of them, to run a model's forward without the model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 
 class StandIn(nn.Module):
-    """Gives `answer` in place of a module whose attributes it still shows, and keeps what it was asked."""
+    """Return `answer` in place of a module, still show that module's attributes, and store the inputs of each call."""
 
     def __init__(self, original: nn.Module, answer: Any, copies: Copies) -> None:
         super().__init__()
         self.__dict__.update(original=original, answer=answer, copies=copies, asked=[], training=original.training)
 
     def forward(self, *args: Any, **options: Any) -> Any:
+        """Store the first input and return the answer."""
         self.asked.append(next(iter((*args, *options.values())), None))
         return self.answer
 
@@ -30,7 +31,7 @@ class StandIn(nn.Module):
 
 
 class Output(tuple):
-    """A model output that has a last hidden state and nothing else."""
+    """Represent a model output that has a last hidden state and nothing else."""
 
     last_hidden_state = property(lambda self: self[0])
 
@@ -40,7 +41,7 @@ class Output(tuple):
 
 
 class Copies:
-    """Modules with attributes of their own, which hold the same values, but for stand-ins, and swap(x) for each tensor x.
+    """Make copies of modules that hold the same values, except stand-ins, and swap(x) in place of each tensor x.
 
     What is bound to a module (a forward on the instance, a hook, a closure) is bound to its copy.
     """
@@ -50,9 +51,11 @@ class Copies:
         self.made: dict[int, Any] = {}
 
     def stand_in(self, original: nn.Module, answer: Any) -> StandIn:
+        """Return the stand-in for this module, which is made at the first call."""
         return self.made.setdefault(id(original), StandIn(original, answer, self))
 
     def of(self, module: nn.Module, at: int | None = None) -> nn.Module:
+        """Return a copy of a module; at: the id under which the copy is stored before its attributes are copied."""
         new = object.__new__(type(module))
         if at is not None:
             self.made[at] = new
@@ -60,7 +63,7 @@ class Copies:
         return new
 
     def __call__(self, x: Any) -> Any:
-        """x, or what is in its place."""
+        """Return x, or the copy that replaces it."""
         if id(x) in self.made:
             return self.made[id(x)]
         if isinstance(x, nn.Module):
@@ -72,7 +75,7 @@ class Copies:
         if type(x) in (list, tuple):
             return type(x)(self(y) for y in x)
         if isinstance(x, MethodType | partial | FunctionType) or _holds(x):
-            self.made[id(x)] = x  # where it refers to itself
+            self.made[id(x)] = x  # for a function that refers to itself
             self.made[id(x)] = self._function(x)
             return self.made[id(x)]
         return x
@@ -111,12 +114,16 @@ class Copies:
 
 
 def _holds(x: Any) -> bool:
-    """An object that is called in place of what it holds, as accelerate's for mixed precision."""
+    """Return whether x is an object that is called in place of what it holds.
+
+    accelerate uses such an object for mixed precision.
+    """
     new: Any = getattr(type(x), "__new__")  # noqa: B009
     return callable(x) and not isinstance(x, type) and hasattr(x, "__dict__") and new is object.__new__
 
 
 def cell_contents(cell: CellType) -> Any:
+    """Return the contents of a closure's cell, or None for an empty cell."""
     try:
         return cell.cell_contents
     except ValueError:  # empty

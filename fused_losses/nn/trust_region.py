@@ -1,4 +1,4 @@
-"""TrustRegion: a reference that follows the policy (TR-DPO, TR-IPO, TR-KTO)."""
+"""Define TrustRegion, a reference that follows the policy (TR-DPO, TR-IPO, TR-KTO)."""
 
 from __future__ import annotations
 
@@ -18,24 +18,32 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  
 
 
 class TrustRegion:
-    """Moves the weights of a frozen reference towards the policy's, at every `every`th step (2404.09656):
+    """Move the weights of a frozen reference towards the policy's at every `every`th step (2404.09656).
 
         reference <- alpha policy + (1 - alpha) reference
 
-    alpha < 1 is the paper's soft update, alpha = 1 its hard one. The paper has either of them; the defaults are TRL's, a
-    soft update every 512 steps. Any loss with a reference goes with it: right after a hard update every log-ratio is 0.
+    alpha < 1 is the paper's soft update, alpha = 1 its hard update; the paper uses either of them. The defaults are those
+    of TRL, a soft update every 512 steps. It works with any loss that has a reference. Right after a hard update every
+    log-ratio is 0. Paper: https://arxiv.org/abs/2404.09656
 
         region = fl.TrustRegion(reference, policy, alpha=1.0, every=512)
         for batch in batches:
             fl.dpo_loss(...).loss.backward(); optimizer.step(); region.step()
 
-    Parameters and persistent buffers are mixed, tied ones once, each in the wider dtype of the two models and rounded to
-    the reference's; buffers of integers are copied, and those that are not persistent are left alone. The models may
-    differ in dtype and device, and sit in DDP or torch.compile; FSDP2's shards are mixed where they lie. The reference's
-    parameters no longer require gradients from here on; eval mode is the caller's to set.
+    Parameters and persistent buffers are mixed, tied ones once. They are mixed in the wider dtype of the two models and
+    rounded to the reference's dtype. Buffers of integers are copied; buffers that are not persistent are not changed. The
+    models may differ in dtype and device, and may be in DDP or torch.compile. FSDP2's shards are mixed without being
+    gathered.
 
-    Log-probs computed ahead are stale after an update. Keep region.stamp() with them, and call region.check(stamp) where
+    Log-probs computed ahead are stale after an update. Store region.stamp() with them, and call region.check(stamp) where
     they are used.
+
+    Args:
+        reference: The frozen model. From here on its parameters do not require gradients; setting eval mode is left to
+            the caller.
+        policy: The model that is trained, with parameters and buffers of the same names.
+        alpha: The weight of the policy in an update, in (0, 1].
+        every: The number of steps between two updates, at least 1.
     """
 
     def __init__(self, reference: nn.Module, policy: nn.Module, alpha: float = 0.6, every: int = 512) -> None:
@@ -49,11 +57,14 @@ class TrustRegion:
         self.reference, self.policy = reference, policy
         self.alpha, self.every = float(alpha), every
         self.steps = self.updates = 0
-        self._pairs()  # what an update would refuse is refused now
+        self._pairs()  # raises now what an update would raise
         reference.requires_grad_(False)
 
     def step(self) -> bool:
-        """To be called once after each step of the optimizer. True where that made an update."""
+        """Count a step of the optimizer, update the reference if it is due, and return whether it was updated.
+
+        Call this once after each step of the optimizer.
+        """
         self.steps += 1
         due = self.steps % self.every == 0
         if due:
@@ -62,7 +73,7 @@ class TrustRegion:
 
     @torch.no_grad()
     def update(self) -> None:
-        """An update now, whatever the step."""
+        """Update the reference now, whatever the number of steps."""
         groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for r, p in self._pairs():
             mix = self.alpha < 1 and r.dtype in FLOATS
@@ -81,11 +92,11 @@ class TrustRegion:
         self.updates += 1
 
     def stamp(self) -> int:
-        """What to keep with log-probs of the present reference: the number of updates so far."""
+        """Return the number of updates so far, to be stored with log-probs of the present reference."""
         return self.updates
 
     def check(self, stamp: int) -> None:
-        """Raises RuntimeError where the reference has moved since stamp()."""
+        """Raise RuntimeError where the reference has been updated since stamp()."""
         if isinstance(stamp, bool) or not isinstance(stamp, int):
             raise TypeError(f"stamp: expected an int from TrustRegion.stamp(), got {type(stamp).__name__}")
         if stamp != self.updates:
@@ -95,10 +106,14 @@ class TrustRegion:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands. The reference's weights are not in it: save them too, they are no other model's."""
+        """Return the numbers of steps and updates, and the settings.
+
+        The reference's weights are not included. Save them too, because no other model has them.
+        """
         return {"steps": self.steps, "updates": self.updates, "alpha": self.alpha, "every": self.every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what state_dict returned, or raise ValueError where the settings differ."""
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"state: expected the keys {list(self.state_dict())}, got {list(state)}")
         for name in ("alpha", "every"):
@@ -110,7 +125,10 @@ class TrustRegion:
         self.steps, self.updates = state["steps"], state["updates"]
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """(reference's, policy's) tensors to mix, read anew each time, as .to() and loading may replace them."""
+        """Return the pairs (reference's, policy's) of tensors to mix.
+
+        They are read again at each call, because .to() and loading may replace them.
+        """
         refs, policies = _tensors(self.reference), _tensors(self.policy)
         if lone := sorted(refs.keys() ^ policies.keys()):
             raise ValueError(
@@ -145,7 +163,7 @@ class TrustRegion:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones under each of their names."""
+    """Return parameters and persistent buffers by name, tied ones under each of their names."""
     while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
         module = module.module if isinstance(module, DistributedDataParallel) else module._orig_mod  # type: ignore[assignment]
     found = dict(module.named_parameters(remove_duplicate=False))
@@ -157,7 +175,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _refuse(side: str, name: str, x: Tensor, parameter: bool) -> None:
-    """What cannot be mixed in place."""
+    """Raise an error for a tensor that cannot be mixed in place."""
     if x.is_meta:
         raise ValueError(f"{side}: {name} is on the meta device; load its weights first")
     if not parameter:
@@ -176,11 +194,12 @@ def _refuse(side: str, name: str, x: Tensor, parameter: bool) -> None:
 
 
 def _is_dtensor(x: Tensor) -> bool:
+    """Return whether x is a DTensor, by the name of its class."""
     return type(x).__name__ == "DTensor"  # importing torch.distributed.tensor takes longer than all the rest
 
 
 def _local(name: str, r: Any, p: Any) -> tuple[Tensor, Tensor]:
-    """The shards of both, where both are split alike."""
+    """Return the local shards of both tensors, where both are split in the same way, or the plain tensors."""
     if not _is_dtensor(r) and not _is_dtensor(p):
         return r, p
     alike = _is_dtensor(r) and _is_dtensor(p) and r.device_mesh == p.device_mesh and r.placements == p.placements
@@ -194,4 +213,5 @@ def _local(name: str, r: Any, p: Any) -> tuple[Tensor, Tensor]:
 
 
 def _same_memory(r: Tensor, p: Tensor) -> bool:
+    """Return whether both tensors start at the same memory address."""
     return r.numel() > 0 and r.device == p.device and r.data_ptr() == p.data_ptr()
