@@ -247,15 +247,19 @@ def test_orpo_trainer(models):
 @pytest.mark.parametrize("desirable", [[1, 0, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], ids=["both", "good", "bad"])
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_kto_trainer(models, loss, desirable):
-    policy, ref = models
+    other = tokens(5, seed=4)  # prompts with another's completion
+
+    def baseline(policy, ref):
+        return fl.reference.kto_baseline(logits_of(policy, other), labels_of(other), logits_of(ref, other), shift=True)
+
+    policy, ref = models if baseline(*models) > 0 else models[::-1]
     weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
     made = trainer(
         KTOTrainer, KTOConfig, policy, ref, loss_type=loss, beta=0.3, calculate_KL=loss == "kto", precompute_ref_logps=False,
         **weights,
     )  # fmt: skip
-    batch, other = tokens(5, seed=3), tokens(5, seed=4)  # prompts with another's completion
+    batch, z0 = tokens(5, seed=3), baseline(policy, ref)
     label = torch.tensor(desirable, dtype=torch.bool)
-    z0 = fl.reference.kto_baseline(logits_of(policy, other), labels_of(other), logits_of(ref, other), shift=True)
     out = fl.reference.kto_loss(
         logits_of(policy, batch), labels_of(batch), logits_of(ref, batch), label, loss=loss, beta=0.3, shift=True,
         entropy=True, baseline=z0.detach() if loss == "kto" else None, **weights,
