@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .names import shape_of
+
 PACKAGE = __package__.rpartition(".")[0]  # the name of this copy of the package
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TRAINED = ("policy", "student")  # names of the inputs that a loss trains
@@ -357,8 +359,11 @@ def check_aligned(name: str, x: Logits | Hidden, labels: Tensor) -> None:
     if isinstance(x, Hidden):
         _check_head(name, x)
     if tensor.shape[:-1] != labels.shape:
+        wanted, hint = shape_of(*labels.shape, last), ""
+        if labels.dim() and tensor.shape[:-1] == (*labels.shape[:-1], labels.shape[-1] + 1):
+            hint = f"; labels without their first go with {what}[..., :-1, :], or pass all labels with shift=True"
         raise ValueError(
-            f"{name}: expected {what} {[*labels.shape, last]} for labels {list(labels.shape)}, got {list(tensor.shape)}"
+            f"{name}: expected {what} {wanted} for labels {list(labels.shape)}, got {list(tensor.shape)}{hint}"
         )
     if tensor.device != labels.device:
         raise ValueError(f"{name}: expected {what} on {labels.device} as the labels are, got {tensor.device}")

@@ -26,3 +26,8 @@ def not_one_of(what: str, got: object, known: Iterable[str]) -> ValueError:
     """Return the error for an option with a few allowed values, if got is not one of them."""
     names = list(known)
     return ValueError(f"{what}: expected one of {', '.join(names)}, got {got!r}{nearest(got, names)}")
+
+
+def shape_of(*sizes: object) -> str:
+    """Return the words for a shape of numbers and letters: [2, 3, V]."""
+    return f"[{', '.join(map(str, sizes))}]"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .divergences import Divergence, from_key
 from .inputs import FLOATS, LogProbs, Source, check_labels
-from .names import not_one_of, unknown
+from .names import not_one_of, shape_of, unknown
 from .validation import Count, check_constant, check_per_sequence, check_positive, check_sequences, check_weights
 
 
@@ -362,7 +362,7 @@ def check_teacher(logps: Tensor, ids: Tensor, mask: Tensor) -> None:
             raise TypeError(f"{name}: expected a {kind} tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         if x.shape[:-1] != mask.shape or x.dim() != mask.dim() + 1 or x.shape[-1] < 1 or x.shape != ids.shape:
             raise ValueError(
-                f"{name}: expected {[*mask.shape, 'K']} for {list(mask.shape)} tokens, got {list(x.shape)}"
+                f"{name}: expected {shape_of(*mask.shape, 'K')} for {list(mask.shape)} tokens, got {list(x.shape)}"
             )
         if x.device != mask.device:
             raise ValueError(f"{name}: expected on {mask.device} as the labels are, got {x.device}")

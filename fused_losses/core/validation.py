@@ -126,11 +126,19 @@ def _check_offsets(labels: Tensor, cu_seqlens: Tensor, sequence_group: object, s
     return cu_seqlens.numel() - 1
 
 
+def shift_hint(got: Tensor, shape: tuple[int, ...]) -> str:
+    """Return what an error says where numbers of tokens are one position too many for `shape`, or an empty string."""
+    if shape and tuple(got.shape) == (*shape[:-1], shape[-1] + 1):
+        return "; with shift=True the first label is not predicted: leave its number out, x[..., 1:]"
+    return ""
+
+
 def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
     """Check precomputed log-probs for each token and return them, zero where the mask is False."""
     if source.logps.shape != mask.shape:
         raise ValueError(
             f"{name}: expected fl.LogProbs {list(mask.shape)}, one for each output token, got {list(source.logps.shape)}"
+            f"{shift_hint(source.logps, mask.shape)}"
         )
     if source.logps.device != mask.device:
         raise ValueError(f"{name}: expected fl.LogProbs on {mask.device} as the labels are, got {source.logps.device}")

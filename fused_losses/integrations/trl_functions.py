@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.inputs import Logits, TokenStats
-from ..core.names import not_one_of
+from ..core.names import not_one_of, shape_of
 from ..core.validation import divided, read_count
 from ..engine.logits_at import stats_at
 from ..engine.token_stats import token_stats
@@ -125,7 +125,7 @@ def _selected(
         or index.shape[: logits.dim() - 1] != logits.shape[:-1]
         or index.dim() > logits.dim()
     ):
-        wanted = f"{list(logits.shape[:-1])} or {[*logits.shape[:-1], 'K']}"
+        wanted = f"{list(logits.shape[:-1])} or {shape_of(*logits.shape[:-1], 'K')}"
         raise ValueError(f"index: expected {wanted}, got {list(getattr(index, 'shape', []))}")
     if row_mask is not None and row_mask.shape != index.shape:
         raise ValueError(f"row_mask: expected {list(index.shape)} as index is, got {list(row_mask.shape)}")

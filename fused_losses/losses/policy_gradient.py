@@ -13,7 +13,7 @@ from ..core.inputs import FLOATS, LogProbs, Source, check_labels
 from ..core.names import not_one_of
 from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, Reports, grpo_config
 from ..core.outputs import LossOutput, Part
-from ..core.validation import Count, check_reduction, check_sequences, divided
+from ..core.validation import Count, check_reduction, check_sequences, divided, shift_hint
 from ..engine.evaluate import Tokens
 from .shared import Entry, Fused, Needs, fused, output, sequence_part, takes
 
@@ -159,7 +159,8 @@ def inputs(
             raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         if tuple(x.shape) not in [tuple(s) for s in shapes] or x.device != device:
             wanted = " or ".join(str(list(s)) for s in shapes)
-            raise ValueError(f"{name}: expected {wanted} on {device}, got {list(x.shape)} on {x.device}")
+            hint = shift_hint(x, shape)
+            raise ValueError(f"{name}: expected {wanted} on {device}, got {list(x.shape)} on {x.device}{hint}")
         if name == "advantages" and x.shape == (sequences,):
             own[name] = x.detach()
         else:

@@ -26,6 +26,30 @@ def test_the_nearest_name(call, words):
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: fl.token_stats(Z, Y[:, 1:]), r"expected logits \[4, 2, V\] .* got \[4, 3, 5\]; .*shift=True$"),
+        (
+            lambda: fl.token_stats(fl.Hidden(Z, Z[0]), Y[:, 1:]),
+            r"expected hidden \[4, 2, H\] .*; .*hidden\[..., :-1, :\]",
+        ),
+        (
+            lambda: fl.dpo_loss(Z, Y, fl.LogProbs(Z[..., 0]), shift=True),
+            r"ref: expected fl.LogProbs \[4, 2\].*x\[..., 1:\]",
+        ),
+        (
+            lambda: fl.grpo_loss(Z, Y, Z[:, 0, 0], old_logps=Z[..., 0], shift=True),
+            r"old_logps: expected \[4, 2\].*\[..., 1:\]",
+        ),
+        (lambda: fl.token_stats(Z, Y[:2]), r"got \[4, 3, 5\]$"),
+    ],
+)
+def test_shapes_that_shift_explains(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 def test_a_result_shows_its_metrics():
     shown = repr(fl.dpo_loss(Z.requires_grad_(), Y, Z.detach(), shift=True))
     assert shown.startswith("LossOutput(loss=") and "rewards/margins=" in shown and len(shown) < 400

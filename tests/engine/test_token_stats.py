@@ -391,7 +391,7 @@ BAD = [
     (lambda: fl.token_stats([1.0], L), TypeError, "policy: expected a tensor of logits"),
     (lambda: fl.token_stats(X.long(), L), TypeError, "logits: expected float32"),
     (lambda: fl.token_stats(X, L.float()), TypeError, "labels: expected integer token ids, got torch.float32"),
-    (lambda: fl.token_stats(X, L[:2]), ValueError, r"policy: expected logits \[2, 'V'\] for labels \[2\], got \[3, 5\]"),
+    (lambda: fl.token_stats(X, L[:2]), ValueError, r"policy: expected logits \[2, V\] for labels \[2\], got \[3, 5\]"),
     (lambda: fl.token_stats(X, L, X[:2]), ValueError, r"ref: expected logits"),
     (lambda: fl.token_stats(X, L, X.half(), divergence="js"), TypeError, "ref: expected torch.float32 as the policy has"),
     (lambda: fl.token_stats(X, L, torch.zeros(3, 6), divergence="js"), ValueError, "vocabulary of 5, got 6.*valid_vocab"),

@@ -139,7 +139,7 @@ PARTS = [
     (lambda: part(divergence="js"), ValueError, "divergence: 'js' takes a second sweep, which partial statistics do not"),
     (lambda: part(ref=None), ValueError, r"divergence: 'forward_kl' needs ref, got None"),
     (lambda: part(ref=fl.LogProbs(Z[..., 0])), TypeError, "ref: expected logits, fl.Logits or fl.Hidden, got fl.LogProbs"),
-    (lambda: fl.partial_stats(Z, Y[:2]), ValueError, r"policy: expected logits \[2, 3, 'V'\]"),
+    (lambda: fl.partial_stats(Z, Y[:2]), ValueError, r"policy: expected logits \[2, 3, V\]"),
     (lambda: part(ref=Z[..., :7]), ValueError, "ref: expected the policy's vocabulary of 11, got 7"),
     (lambda: fl.merge_stats([]), ValueError, "parts: expected at least one PartialStats, got none"),
     (lambda: fl.merge_stats([part(), part(entropy=True)]), ValueError, "parts: expected the same entropy, got False and True"),
