@@ -71,10 +71,11 @@ def stacked(examples):
 
 
 def train(cls, model, path, *, more=None, data=None, **options):
-    """The log of three steps, and the weights after them."""
+    """The log of three steps, and the weights after them. Adam would make whole steps of gradients that are roundings."""
     arguments = dict(
-        output_dir=str(path), per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2, logging_steps=1, report_to=[],
+        output_dir=str(path), per_device_train_batch_size=4, max_steps=3, learning_rate=0.1, optim="sgd", logging_steps=1,
         save_strategy="no", use_cpu=True, lr_scheduler_type="constant", disable_tqdm=True, gradient_accumulation_steps=2,
+        report_to=[],
     )  # fmt: skip
     args = TrainingArguments(**arguments | options)
     trainer = cls(model, args, data_collator=stacked, train_dataset=rows() if data is None else data, **(more or {}))
