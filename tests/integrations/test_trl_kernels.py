@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from helpers import generator_of, python, relative, seed_of, seeded
+from helpers import EPS, generator_of, python, relative, seed_of, seeded
 
 import fused_losses as fl
 from fused_losses.integrations import trl_kernels
@@ -204,7 +204,7 @@ def test_a_teacher_of_more_tokens_is_read_as_far_as_the_student_goes():
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_low_precision(autocast, softcap):
-    """Dtypes are TRL's, errors no larger than about TRL's."""
+    """Dtypes are TRL's, errors no larger than about TRL's, and one rounding of a gradient."""
     dtype = torch.float32 if autocast else torch.bfloat16
     leaves, teacher, targets = head(HIDDEN, 7, dtype=dtype), head(WIDE, 8, dtype=dtype), torch.randint(0, VOCAB, (N,))
 
@@ -223,7 +223,7 @@ def test_low_precision(autocast, softcap):
     for mine, their, true in zip(ours[1], theirs[1], exact[1], strict=True):
         for x, y, t, leaf in zip(mine, their, true, leaves, strict=True):
             assert x.dtype == y.dtype == leaf.dtype
-            assert relative(x, t) <= 1.5 * relative(y, t) + 1e-5
+            assert relative(x, t) <= 1.5 * relative(y, t) + EPS[torch.bfloat16]
 
 
 def test_no_row_keeps_the_graph():
