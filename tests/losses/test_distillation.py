@@ -123,7 +123,8 @@ def test_sampled_tokens(backend, device):
     ratio = (logp - logq).detach()
     truth = (ratio * logp)[count].mean()
     assert relative(out.loss, truth) <= 1e-5
-    assert out.metrics["kl"].item() == pytest.approx(ratio[count].mean().item(), rel=1e-5, abs=1e-6)
+    kl = ratio[count].mean().item()  # terms of both signs, which may cancel
+    assert out.metrics["kl"].item() == pytest.approx(kl, rel=1e-5, abs=1e-6)
     to_student, to_teacher = torch.autograd.grad(out.loss, (z, w))
     assert relative(to_student, torch.autograd.grad(truth, z64)[0]) <= 1e-5 and not to_teacher.any()
 
