@@ -19,7 +19,7 @@ TRAINED = ("policy", "student")  # names of the inputs that a loss trains
 INSTEAD = {"logits": ", or pass this rank's columns, .to_local(), with their process_group", "logps": "", "labels": ""}
 
 
-def _positive(name: str, value: float | None, optional: bool = False) -> None:
+def positive(name: str, value: float | None, optional: bool = False) -> None:
     if optional and value is None:
         return
     if not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -45,9 +45,9 @@ def _dense(name: str, x: Tensor) -> None:
 
 
 def _head_options(source: Logits | Hidden, v: int, what: str) -> None:
-    _positive("softcap", source.softcap, optional=True)
-    _positive("scale", source.scale)
-    _positive("temperature", source.temperature)
+    positive("softcap", source.softcap, optional=True)
+    positive("scale", source.scale)
+    positive("temperature", source.temperature)
     valid = source.valid_vocab
     if valid is not None and (type(valid) is not int or not 1 <= valid <= v):
         raise ValueError(f"valid_vocab: expected an int in [1, {v}] for {what} with V={v}, got {valid!r}")

@@ -183,8 +183,7 @@ def check_tdpo(
             raise ValueError(f"{name}: expected fl.Hidden or logits, for TDPO's divergence needs all tokens, got {got}")
     if variant not in VARIANTS:
         raise not_one_of("variant", variant, VARIANTS)
-    if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha: expected a finite number >= 0, got {alpha!r}")
+    check_weights(alpha=alpha)
     check_positive(beta=beta)
     return from_key(divergence)
 
@@ -303,9 +302,8 @@ def grpo_config(
         raise unknown("loss", loss, GRPO_LOSSES)
     if importance not in ("token", "sequence"):
         raise not_one_of("importance", importance, ("token", "sequence"))
-    for name, x in (("epsilon", epsilon), ("epsilon_high", epsilon_high), ("beta", beta)):
-        if x is not None and (not isinstance(x, int | float) or not 0 <= x < math.inf):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+    bounds = {"epsilon": epsilon, "epsilon_high": epsilon_high, "beta": beta}
+    check_weights(**{name: x for name, x in bounds.items() if x is not None})
     if loss == "cispo":
         if epsilon_high is None:
             raise ValueError("epsilon_high: expected the largest ratio for loss='cispo', such as 5.0, got None")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import FLOATS, LogProbs, kind_of, ordinary
+from .inputs import FLOATS, LogProbs, kind_of, ordinary, positive
 from .layout import stats_dtype
 from .names import not_one_of
 from .running_delta import RunningDelta
@@ -21,8 +21,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def check_positive(**numbers: float) -> None:
     for name, x in numbers.items():
-        if not isinstance(x, int | float) or not 0 < x < float("inf"):
-            raise ValueError(f"{name}: expected a finite number > 0, got {x!r}")
+        positive(name, x)
 
 
 def check_weights(**weights: float) -> None:
