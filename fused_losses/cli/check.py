@@ -120,7 +120,11 @@ def cases(divergences: Sequence[str] | None = None, losses: Sequence[str] | None
         links = linkable() if loss == "sigmoid" else ("reverse_kl",)  # the others take the same scores
         for link in asked if losses and divergences else [d for d in asked if d.name in links]:
             link.f_dpo_link()
-            options = {"loss": loss, "divergence": link, "discopop_tau": 1.0}  # 0.05 magnifies the rounding of a margin
+            options = {
+                "loss_type": loss,
+                "divergence": link,
+                "discopop_tau": 1.0,
+            }  # 0.05 magnifies the rounding of a margin
             yield Case(f"{loss}, {link.key}", "z", attrgetter("loss"), options, pairs=True)
 
 

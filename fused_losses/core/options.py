@@ -8,55 +8,59 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Required, TypedDict
 
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .divergences import Divergence, from_key
 from .inputs import FLOATS, LogProbs, Source, check_labels
 from .names import not_one_of, shape_of, unknown
-from .validation import Count, check_constant, check_per_sequence, check_positive, check_sequences, check_weights
+from .running_delta import RunningDelta
+from .validation import Count, check_constant, check_positive, check_weights
 
 
-class Execution(TypedDict, total=False):
-    """Options that select how a call is executed."""
+class LabelOptions(TypedDict, total=False):
+    """Options that say how labels are arranged, and how a call is executed; the docstring of preference_loss describes them."""
 
+    cu_seqlens: Tensor | None
+    ignore_index: int
+    sequence_group: object
     plan: str
     workspace: int | None
     static_shapes: bool
-    inplace_backward: bool
 
 
-class Reports(Execution, total=False):
-    """Options of Execution, and of the numbers that are reported in addition to the loss."""
-
-    entropy: bool
-
-
-class TimeAxis(Reports, total=False):
-    """Options of Reports, and of how labels are arranged along the time axis."""
-
-    shift: bool
-    ignore_index: int
-    sequence_group: object
-
-
-class Reduced(TimeAxis, total=False):
-    """Options of TimeAxis, and of the number by which the losses are divided."""
+class CommonOptions(LabelOptions, total=False):
+    """The options that every loss takes."""
 
     reduction: str
     num_items: Count | None
+    entropy: bool
+    inplace_backward: bool
 
 
-class BatchOptions(Reduced, total=False):
-    """Options of a batch that every loss takes; the docstring of preference_loss describes them."""
+class TokenOptions(CommonOptions, total=False):
+    """The options of a loss of tokens: flat labels [N] need no `shift`, all other labels do."""
 
-    cu_seqlens: Tensor | None
+    shift: bool | None
 
 
-class PreferenceOptions(BatchOptions, total=False):
-    """The options of preference_loss, except its loss."""
+class SequenceOptions(CommonOptions, total=False):
+    """The options of a loss of sequences or pairs."""
+
+    shift: Required[bool]
+
+
+class BaselineOptions(LabelOptions, total=False):
+    """The options of kto_baseline."""
+
+    shift: Required[bool]
+
+
+class PreferenceOptions(SequenceOptions, total=False):
+    """The options of preference_loss, except its loss_type."""
 
     loss_weights: Sequence[float] | None
     divergence: str | Divergence
@@ -68,7 +72,33 @@ class PreferenceOptions(BatchOptions, total=False):
     num_nll_tokens: Count | None
 
 
+class UPOOptions(PreferenceOptions, total=False):
+    """The options of upo_loss: those of preference_loss, and those of kto_loss, bco_loss and tdpo_loss as its base."""
+
+    desirable: Tensor
+    desirable_weight: float
+    undesirable_weight: float
+    baseline: Tensor | float | None
+    delta: RunningDelta | Tensor | float
+    weights: Tensor | None
+    alpha: float
+
+
 LARGEST = 80.0  # bound of a log-ratio or an exponent: its exponential is finite in float32
+
+
+def check_per_sequence(name: str, x: object, batch: Batch, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check that x is a tensor [sequences], on the device of the labels, with one of these dtypes."""
+    count, device = batch.sequences, batch.labels.device
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        hint = "; pass x.bool(), or torch.tensor([True, False, ...])" if dtypes == (torch.bool,) else ""
+        raise TypeError(f"{name}: expected a {kinds} tensor, got {getattr(x, 'dtype', type(x).__name__)}{hint}")
+    if x.shape != (count,) or x.device != device:
+        raise ValueError(
+            f"{name}: expected [{count}] on {device}, one for each sequence, got {list(x.shape)} on {x.device}"
+        )
+
 
 # smoothing
 
@@ -112,7 +142,7 @@ class PairLossConfig:
 
 
 def pair_loss_config(
-    ref: bool, loss: str | Sequence[str], loss_weights: Sequence[float] | None, divergence: str | Divergence, beta: float,
+    ref: bool, loss_type: str | Sequence[str], loss_weights: Sequence[float] | None, divergence: str | Divergence, beta: float,
     label_smoothing: float | None, discopop_tau: float, ld_alpha: float | None, use_weighting: bool, known: Collection[str],
 ) -> PairLossConfig:  # fmt: skip
     """Check the options of preference_loss and return them.
@@ -128,25 +158,25 @@ def pair_loss_config(
         raise ValueError(f"ld_alpha: expected a number in [0, 1] or None, got {ld_alpha!r}")
     if not isinstance(use_weighting, bool):
         raise TypeError(f"use_weighting: expected a bool, got {use_weighting!r}")
-    losses = _weighed(loss, loss_weights, known)
+    losses = _weighed(loss_type, loss_weights, known)
     o = PairLossConfig(losses, link, float(beta), label_smoothing, float(discopop_tau), ld_alpha, use_weighting)
     _check_pair_smoothing(label_smoothing, o.names)
     if link.name != "reverse_kl" and (without := sorted(o.names & UNLINKED)):
-        raise ValueError(f"divergence: loss {without[0]!r} has no f-DPO form, got {link.key!r}")
+        raise ValueError(f"divergence: loss_type {without[0]!r} has no f-DPO form, got {link.key!r}")
     if use_weighting and (without := sorted(o.names & SORTED)):
-        raise ValueError(f"use_weighting: loss {without[0]!r} sorts over the batch, its pairs cannot be weighted")
+        raise ValueError(f"use_weighting: loss_type {without[0]!r} sorts over the batch, its pairs cannot be weighted")
     return o
 
 
 def _weighed(
-    loss: str | Sequence[str], weights: Sequence[float] | None, known: Collection[str]
+    loss_type: str | Sequence[str], weights: Sequence[float] | None, known: Collection[str]
 ) -> tuple[tuple[str, float], ...]:
-    names = (loss,) if isinstance(loss, str) else tuple(loss)
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     for name in names:
         if name not in known:
-            raise unknown("loss", name, known)
+            raise unknown("loss_type", name, known)
     if not names:
-        raise ValueError("loss: expected a name or a sequence of names, got none")
+        raise ValueError("loss_type: expected a name or a sequence of names, got none")
     weights = [1.0] * len(names) if weights is None else weights
     if not isinstance(weights, Sequence) or not all(_within(w, -math.inf, math.inf) for w in weights):
         raise TypeError(f"loss_weights: expected a sequence of numbers, got {weights!r}")
@@ -164,25 +194,27 @@ def _check_pair_smoothing(eps: float | None, names: set[str]) -> None:
         return
     check_smoothing(eps)
     if eps == 0 and "exo_pair" in names:
-        raise ValueError("label_smoothing: loss 'exo_pair' needs a number in (0, 0.5), got 0: its paper has 1e-3")
+        raise ValueError("label_smoothing: loss_type 'exo_pair' needs a number in (0, 0.5), got 0: its paper has 1e-3")
     if eps > 0 and not names & SMOOTHED:
-        raise ValueError(f"label_smoothing: read by {', '.join(sorted(SMOOTHED))}; got loss {', '.join(sorted(names))}")
+        raise ValueError(
+            f"label_smoothing: read by {', '.join(sorted(SMOOTHED))}; got loss_type {', '.join(sorted(names))}"
+        )
 
 
 # tdpo_loss
 
-VARIANTS = ("tdpo1", "tdpo2")
+TDPO_LOSSES = ("tdpo1", "tdpo2")
 
 
 def check_tdpo(
-    policy: Source, ref: Source, variant: str, alpha: float, beta: float, divergence: str | Divergence
+    policy: Source, ref: Source, loss_type: str, alpha: float, beta: float, divergence: str | Divergence
 ) -> Divergence:
     for name, x in (("policy", policy), ("ref", ref)):
         if x is None or isinstance(x, LogProbs):
             got = "None" if x is None else "fl.LogProbs"
             raise ValueError(f"{name}: expected fl.Hidden or logits, for TDPO's divergence needs all tokens, got {got}")
-    if variant not in VARIANTS:
-        raise not_one_of("variant", variant, VARIANTS)
+    if loss_type not in TDPO_LOSSES:
+        raise not_one_of("loss_type", loss_type, TDPO_LOSSES)
     check_weights(alpha=alpha)
     check_positive(beta=beta)
     return from_key(divergence)
@@ -202,16 +234,18 @@ def check_simpo(beta: float, gamma: float, alpha: float, label_smoothing: float,
         raise ValueError(f"alpha: expected a finite number, got {alpha!r}")
 
 
-def check_cpo(loss: str, beta: float, cpo_alpha: float, label_smoothing: float) -> None:
-    if loss not in CPO:
-        if loss == "simpo":
-            raise ValueError("loss: for 'simpo' call fl.simpo_loss")
-        raise unknown("loss", loss, CPO)
+def check_cpo(loss_type: str, beta: float, cpo_alpha: float, label_smoothing: float) -> None:
+    if loss_type not in CPO:
+        if loss_type == "simpo":
+            raise ValueError("loss_type: for 'simpo' call fl.simpo_loss")
+        raise unknown("loss_type", loss_type, CPO)
     check_positive(beta=beta)
     check_weights(cpo_alpha=cpo_alpha)
     check_smoothing(label_smoothing)
-    if label_smoothing and loss != "sigmoid":
-        raise ValueError(f"label_smoothing: only goes with loss='sigmoid', got {label_smoothing!r} with {loss!r}")
+    if label_smoothing and loss_type != "sigmoid":
+        raise ValueError(
+            f"label_smoothing: only goes with loss_type='sigmoid', got {label_smoothing!r} with {loss_type!r}"
+        )
 
 
 def check_nll_labels(nll_labels: Tensor, labels: Tensor) -> Tensor:
@@ -227,36 +261,36 @@ UNPAIRED_LOSSES = ("kto", "apo_zero_unpaired")
 
 
 def check_kto(
-    labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, loss: str, baseline: Tensor | float | None, beta: float,
-    desirable_weight: float, undesirable_weight: float, sequence_group: object = None,
-) -> Tensor | float:  # fmt: skip
+    batch: Batch,
+    desirable: Tensor,
+    loss_type: str,
+    baseline: Tensor | float | None,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Tensor | float:
     """Check the options of kto_loss and return the baseline z0, which is 0.0 for baseline=None."""
-    check_kto_options(loss, beta, desirable_weight, undesirable_weight)
-    sequences = check_sequences(labels, cu_seqlens, sequence_group)
-    check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
-    if baseline is not None and loss != "kto":
-        raise ValueError(f"baseline: is for loss='kto', got loss={loss!r}")
+    check_kto_options(loss_type, beta, desirable_weight, undesirable_weight)
+    check_per_sequence("desirable", desirable, batch, (torch.bool,))
+    if baseline is not None and loss_type != "kto":
+        raise ValueError(f"baseline: is for loss_type='kto', got loss_type={loss_type!r}")
     return check_constant("baseline", 0.0 if baseline is None else baseline)
 
 
-def check_kto_options(loss: str, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
+def check_kto_options(loss_type: str, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
     """Check the options of kto_loss that can be checked without a batch."""
-    if loss not in UNPAIRED_LOSSES:
-        raise unknown("loss", loss, UNPAIRED_LOSSES)
+    if loss_type not in UNPAIRED_LOSSES:
+        raise unknown("loss_type", loss_type, UNPAIRED_LOSSES)
     check_positive(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
 
-def check_bco(
-    labels: Tensor, cu_seqlens: Tensor | None, desirable: Tensor, weights: Tensor | None, beta: float,
-    sequence_group: object = None,
-) -> dict[str, Tensor]:  # fmt: skip
+def check_bco(batch: Batch, desirable: Tensor, weights: Tensor | None, beta: float) -> dict[str, Tensor]:
     """Check the options of bco_loss and return the inputs that have one entry for each sequence."""
     check_positive(beta=beta)
-    sequences = check_sequences(labels, cu_seqlens, sequence_group)
-    check_per_sequence("desirable", desirable, sequences, labels.device, (torch.bool,))
+    check_per_sequence("desirable", desirable, batch, (torch.bool,))
     if weights is None:
         return {"desirable": desirable}
-    check_per_sequence("weights", weights, sequences, labels.device, FLOATS)
+    check_per_sequence("weights", weights, batch, FLOATS)
     return {"desirable": desirable, "weights": weights.detach()}
 
 
@@ -269,7 +303,7 @@ ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    loss: str
+    loss_type: str
     sequence: bool  # importance ratios are those of sequences, not of tokens
     low: float  # epsilon
     high: float  # epsilon_high
@@ -287,7 +321,7 @@ class GRPOConfig:
 
     @property
     def highest(self) -> float:
-        return min(LARGEST, math.log(self.high) if self.loss == "cispo" else math.log1p(self.high))
+        return min(LARGEST, math.log(self.high) if self.loss_type == "cispo" else math.log1p(self.high))
 
     @property
     def largest(self) -> float:
@@ -295,36 +329,36 @@ class GRPOConfig:
 
 
 def grpo_config(
-    loss: str, importance: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float,
+    loss_type: str, importance: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float,
     kl: str | Divergence, max_completion_length: int | None, use_bias_correction_kl: bool,
 ) -> GRPOConfig:  # fmt: skip
-    if loss not in GRPO_LOSSES:
-        raise unknown("loss", loss, GRPO_LOSSES)
+    if loss_type not in GRPO_LOSSES:
+        raise unknown("loss_type", loss_type, GRPO_LOSSES)
     if importance not in ("token", "sequence"):
         raise not_one_of("importance", importance, ("token", "sequence"))
     bounds = {"epsilon": epsilon, "epsilon_high": epsilon_high, "beta": beta}
     check_weights(**{name: x for name, x in bounds.items() if x is not None})
-    if loss == "cispo":
+    if loss_type == "cispo":
         if epsilon_high is None:
-            raise ValueError("epsilon_high: expected the largest ratio for loss='cispo', such as 5.0, got None")
+            raise ValueError("epsilon_high: expected the largest ratio for loss_type='cispo', such as 5.0, got None")
         check_positive(epsilon_high=epsilon_high)
     high = epsilon if epsilon_high is None else epsilon_high
     if delta is not None:
-        if loss == "cispo":
-            raise ValueError(f"delta: loss='cispo' has one bound, epsilon_high; got delta={delta!r}")
+        if loss_type == "cispo":
+            raise ValueError(f"delta: loss_type='cispo' has one bound, epsilon_high; got delta={delta!r}")
         check_positive(delta=delta)
         if delta <= 1 + high:
             raise ValueError(f"delta: expected a number > 1 + epsilon_high = {1 + high:g}, got {delta!r}")
-    if (loss == "dr_grpo") != (max_completion_length is not None):
+    if (loss_type == "dr_grpo") != (max_completion_length is not None):
         raise ValueError(
-            f"max_completion_length: is for loss='dr_grpo' and needed there, got {max_completion_length!r}"
+            f"max_completion_length: is for loss_type='dr_grpo' and needed there, got {max_completion_length!r}"
         )
     if max_completion_length is not None:
         check_positive(max_completion_length=max_completion_length)
     name, divergences = _estimator(kl)
     sequence, corrected = importance == "sequence", bool(use_bias_correction_kl)
     return GRPOConfig(
-        loss, sequence, epsilon, high, delta, beta, name, divergences, max_completion_length, corrected
+        loss_type, sequence, epsilon, high, delta, beta, name, divergences, max_completion_length, corrected
     )  # fmt: skip
 
 
@@ -368,23 +402,19 @@ def check_teacher(logps: Tensor, ids: Tensor, mask: Tensor) -> None:
 
 # preference_matching_loss
 
-FORMS = ("entropy", "sampled")
+MATCHING_LOSSES = ("entropy", "sampled")
 
 
-def check_matching(
-    labels: Tensor, cu_seqlens: Tensor | None, form: str, beta: float, baseline: Tensor | None,
-    sequence_group: object = None,
-) -> dict[str, Tensor]:  # fmt: skip
+def check_matching(batch: Batch, loss_type: str, beta: float, baseline: Tensor | None) -> dict[str, Tensor]:
     """Check the options of preference_matching_loss and return its inputs that have one entry for each sequence."""
-    if form not in FORMS:
-        raise not_one_of("form", form, FORMS)
+    if loss_type not in MATCHING_LOSSES:
+        raise not_one_of("loss_type", loss_type, MATCHING_LOSSES)
     check_positive(beta=beta)
-    count = check_sequences(labels, cu_seqlens, sequence_group)
     if baseline is None:
         return {}
-    if form == "entropy":
-        raise ValueError("baseline: is for form='sampled'; the entropy is not sampled")
-    check_per_sequence("baseline", baseline, count, labels.device, FLOATS)
+    if loss_type == "entropy":
+        raise ValueError("baseline: is for loss_type='sampled'; the entropy is not sampled")
+    check_per_sequence("baseline", baseline, batch, FLOATS)
     return {"baseline": baseline.detach()}
 
 
@@ -398,15 +428,16 @@ def check_threshold(threshold: float) -> float:
 # upo_loss, lta_thinker_loss
 
 
-def check_advantages(advantages: Tensor | tuple[Tensor, Tensor], count: int, device: torch.device) -> Tensor:
+def check_advantages(advantages: Tensor | tuple[Tensor, Tensor], batch: Batch) -> Tensor:
     if isinstance(advantages, Tensor):
-        check_per_sequence("advantages", advantages, count, device, FLOATS)
+        check_per_sequence("advantages", advantages, batch, FLOATS)
         return advantages.detach()
     if not isinstance(advantages, tuple) or len(advantages) != 2:
         raise TypeError(f"advantages: expected a tensor or (rewards, values), got {type(advantages).__name__}")
-    for name, x in zip(("rewards", "values"), advantages, strict=True):
-        check_per_sequence(name, x, count, device, FLOATS)
-    return advantages[0].detach() - advantages[1].detach()
+    rewards, values = advantages
+    check_per_sequence("rewards", rewards, batch, FLOATS)
+    check_per_sequence("values", values, batch, FLOATS)
+    return rewards.detach() - values.detach()
 
 
 def check_lta_weights(weights: tuple[float, float, float]) -> None:

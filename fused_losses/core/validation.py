@@ -30,17 +30,6 @@ def check_weights(**weights: float) -> None:
             raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
 
 
-def check_per_sequence(name: str, x: object, count: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Check that x is a tensor [count] on the given device with one of these dtypes."""
-    if not isinstance(x, Tensor) or x.dtype not in dtypes:
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name}: expected a {kinds} tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.shape != (count,) or x.device != device:
-        raise ValueError(
-            f"{name}: expected [{count}] on {device}, one for each sequence, got {list(x.shape)} on {x.device}"
-        )
-
-
 def check_reduction(reduction: str, num_items: Count | None) -> Count | None:
     """Check reduction and num_items, and return num_items as read_count() does."""
     if reduction not in REDUCTIONS:
@@ -82,47 +71,6 @@ def divided(x: Tensor, count: Count) -> Tensor:
         empty = count == 0
         return x.masked_fill(empty, 0) / count.masked_fill(empty, 1)
     return x / count if count else x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
-
-
-def check_pairs(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: object = None) -> int:
-    """Check that labels hold pairs of sequences and return the number of sequences.
-
-    With sequence_group, labels are those of this rank, and the offsets cu_seqlens are those of all ranks.
-    """
-    if cu_seqlens is None:
-        if labels.dim() != 2 or labels.shape[0] % 2:
-            raise ValueError(
-                f"labels: expected [2B, T], chosen rows then rejected rows (or cu_seqlens for packed), got {list(labels.shape)}"
-            )
-        return labels.shape[0]
-    return _check_offsets(labels, cu_seqlens, sequence_group, "[2B + 1]", 2)
-
-
-def check_sequences(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: object = None) -> int:
-    """Check the shape of labels and return the number of sequences, as check_pairs() does for pairs."""
-    if cu_seqlens is not None:
-        return _check_offsets(labels, cu_seqlens, sequence_group, "[S + 1]", 1)
-    if labels.dim() != 2:
-        raise ValueError(f"labels: expected [S, T] (or cu_seqlens for packed), got {list(labels.shape)}")
-    return labels.shape[0]
-
-
-def _check_offsets(labels: Tensor, cu_seqlens: Tensor, sequence_group: object, shape: str, each: int) -> int:
-    if labels.dim() != 1:
-        raise ValueError(f"labels: expected packed labels [total] with cu_seqlens, got {list(labels.shape)}")
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"cu_seqlens: expected an int32 or int64 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens))}"
-        )
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or (cu_seqlens.numel() - 1) % each:
-        raise ValueError(f"cu_seqlens: expected {shape} offsets, got {list(cu_seqlens.shape)}")
-    if cu_seqlens.device != labels.device:
-        raise ValueError(f"cu_seqlens: expected on {labels.device} as the labels are, got {cu_seqlens.device}")
-    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-        end = labels.numel() if sequence_group is None else int(cu_seqlens[-1])  # span_of() checks it
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != end or (cu_seqlens.diff() < 0).any():
-            raise ValueError(f"cu_seqlens: expected offsets rising from 0 to {end}, got {cu_seqlens.tolist()}")
-    return cu_seqlens.numel() - 1
 
 
 def shift_hint(got: Tensor, shape: tuple[int, ...]) -> str:

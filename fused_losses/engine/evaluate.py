@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module, choose
+from ..core.batch import Batch, CallOptions
 from ..core.divergences import Divergence
 from ..core.inputs import Hidden, Logits, LogProbs, Source, TokenStats, as_source, ordinary
-from ..core.layout import labels_mask, shift_packed, shifted_labels
+from ..core.sequence_parallel import SequenceShard
 from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
 from .plan_chunks import Grads, Outputs
 from .plan_rows import Block, Units, row_blocks
 from .prepare import How, Request, request
-from .shards import Span, span_of
-from .token_stats import apart, check_sources, pack_stats, token_stats
+from .token_stats import apart, check_sources, compute_stats, pack_stats
 
 EACH = {"sequence": 1, "pair": 2}  # number of sequences in a unit
 REF = "ref_logps"  # name among the extras, where the reference is given as log-probs
@@ -96,17 +96,17 @@ class Tokens:
         divergence = {n: x.detach() for n, x in self.divergence.items()}
         return replace(self, divergence=divergence, extra={n: x.detach() for n, x in self.extra.items()}, **numbers)  # type: ignore[arg-type]
 
-    def whole(self, span: Span, tokenwise: Sequence[str]) -> Tokens:
+    def whole(self, shard: SequenceShard, tokenwise: Sequence[str]) -> Tokens:
         """Return the tokens of all ranks' parts of the time axis.
 
         tokenwise: the names of the extras that have one number per token.
         """
-        if span.group is None:
+        if shard.group is None:
             return self
         own = {n: getattr(self, n) for n in (*NUMBERS, "mask", "correct") if n != REF or not self.ref_summed}
         own = {n: x for n, x in own.items() if x is not None}
         extra = {n: self.extra[n] for n in tokenwise}
-        found = iter(span.whole([*own.values(), *self.divergence.values(), *extra.values()]))
+        found = iter(shard.whole([*own.values(), *self.divergence.values(), *extra.values()]))
         numbers: dict[str, Any] = dict(zip(own, found, strict=False))
         divergence = dict(zip(self.divergence, found, strict=False))
         return replace(
@@ -126,6 +126,24 @@ class Tokens:
 Formula = Callable[[Tokens], Tensor]
 
 
+class FormulaInputs(NamedTuple):
+    """What a formula reads in addition to the log-probs.
+
+    Args:
+        unit: "token"; "sequence"; "pair": sequences s and B + s of 2B; or "batch", for a formula that cannot be split.
+        divergences: The divergences of each token.
+        per_token: Tensors in the shape of the mask, by name.
+        per_sequence: Tensors [S], by name.
+        collision: Whether log sum_v p_v^2 of each token is needed.
+    """
+
+    unit: str
+    divergences: tuple[Divergence, ...] = ()
+    per_token: Mapping[str, Tensor] = {}
+    per_sequence: Mapping[str, Tensor] = {}
+    collision: bool = False
+
+
 class Evaluated(NamedTuple):
     """The result of evaluate()."""
 
@@ -135,104 +153,117 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(
-    formula: Formula,
-    policy: Source,
-    labels: Tensor,
-    ref: Source | None = None,
-    *,
-    unit: str,
-    divergences: tuple[Divergence, ...] = (),
-    entropy: bool = False,
-    collision: bool = False,
-    shift: bool = False,
-    ignore_index: int = -100,
-    cu_seqlens: Tensor | None = None,
-    sequence_group: object = None,
-    per_token: Mapping[str, Tensor] | None = None,
-    per_sequence: Mapping[str, Tensor] | None = None,
-    reduced: bool = True,
-    inplace_backward: bool = False,
-    how: How = How(),  # noqa: B008
+    formula: Formula, policy: Source, batch: Batch, ref: Source | None, inputs: FormulaInputs, options: CallOptions
 ) -> Evaluated:
     """Compute the losses of all units, with their graph.
 
-    unit: "token"; "sequence": row s of labels [S, T], or the packed labels from cu_seqlens[s] to cu_seqlens[s + 1]; "pair":
-    sequences s and B + s of 2B; or "batch", for a formula that cannot be split. per_token: tensors in the shape of the mask;
-    per_sequence: tensors [S]. reduced: the caller sums or averages the losses, so the gradient may be computed in the forward.
-
-    sequence_group: the time axis is split over its ranks (shards.py). The formula gets all tokens. The returned stats are
-    those of this rank, and so are losses of tokens that are not reduced. The inputs per_token are those of this rank, the
-    inputs per_sequence those of all ranks.
+    If the losses are reduced, the gradient may be computed in the forward. Where the time axis is split over the ranks of a
+    group, the formula gets all tokens. The returned stats are those of this rank, and so are losses of tokens that are not
+    reduced. The inputs per_token are those of this rank, the inputs per_sequence those of all ranks.
     """
     policy, source = as_source("policy", policy), None if ref is None else as_source("ref", ref)
-    cu_seqlens = None if cu_seqlens is None else ordinary(cu_seqlens)
-    span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=how.static_shapes)
-    if span.group is not None and how.plan == "rows":
+    how = How(**options.execution)
+    if batch.shard.group is not None and how.plan == "rows":
         raise ValueError("plan: 'rows' is not possible here: sequences are split over the ranks of sequence_group")
-    if shift and cu_seqlens is not None:
-        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
-    mask = labels_mask(labels, shift, ignore_index)
     if not isinstance(policy, LogProbs):
-        source, how = apart(policy, labels, source, divergences, shift, ignore_index, how)
-    sequences = 0 if unit == "token" else labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    summed = unit != "token" and isinstance(source, LogProbs) and _summed(source, labels, sequences, span, how)
-    if isinstance(source, LogProbs) and source.logps.device != labels.device:
-        raise ValueError(f"ref: expected fl.LogProbs on {labels.device} as the labels are, got {source.logps.device}")
-    options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy, "collision": collision}
-    tokenwise, extra = ({n: ordinary(x) for n, x in (given or {}).items()} for given in (per_token, per_sequence))
-    units, call = None, None
-    split = span.group is not None or (isinstance(policy, Hidden) and policy.process_group is not None)  # over ranks
-    if isinstance(policy, Hidden) and not split and not inplace_backward and (reduced or how.plan == "rows"):
-        units = _units(unit, labels, cu_seqlens, how)
-    if units is not None and isinstance(policy, Hidden):
-        call = _request(policy, labels, source, divergences, options, how, units)
-    if call is None or units is None:
-        stats = token_stats(
-            policy, labels, None if summed else source, divergence=[d.key for d in divergences],
-            inplace_backward=inplace_backward, **how._asdict(), **options,
-        )  # fmt: skip
-        given = source.logps if summed else stats.ref_logps  # type: ignore[union-attr]
-        divergence = {name: x.reshape(-1) for name, x in stats.divergence.items()}
-        logps, ref_logps, lse, ent, squares = (
-            x if x is None else x.reshape(-1) for x in (stats.logps, given, stats.lse, stats.entropy, stats.collision)
+        source, how = apart(policy, batch, source, inputs.divergences, how)
+    summed = inputs.unit != "token" and isinstance(source, LogProbs) and _summed(source, batch, how.static_shapes)
+    if isinstance(source, LogProbs) and source.logps.device != batch.labels.device:
+        raise ValueError(
+            f"ref: expected fl.LogProbs on {batch.labels.device} as the labels are, got {source.logps.device}"
         )
-        assert logps is not None
-        extra |= {n: x.reshape(-1) for n, x in tokenwise.items()}
-        tokens = Tokens(
-            logps, ref_logps, lse, ent, divergence, mask.reshape(-1), cu_seqlens, sequences, summed, extra, squares,
-            None if stats.correct is None else stats.correct.reshape(-1),
-        ).whole(span, tuple(tokenwise))  # fmt: skip
-        losses = formula(tokens)
-        losses = span.own(losses).reshape(mask.shape) if unit == "token" and not reduced else losses
-    else:
-        if isinstance(source, LogProbs):
-            (extra if summed else tokenwise)[REF] = source.logps if summed else given_logps("ref", source, mask)
-        for n, x in tokenwise.items():  # with shift, the last position predicts nothing
-            extra[n] = (torch.nn.functional.pad(x, (0, 1)) if shift else x).reshape(-1)
-        job = _Job(
-            formula, call._replace(tensors=()), divergences, units, sequences, tuple(tokenwise), tuple(extra), summed,
-            isinstance(source, Logits | Hidden),
-        )  # fmt: skip
-        losses, *found = _Known.apply(job, cu_seqlens, *call.tensors, *extra.values())
-        stats = pack_stats(found, call.asks, labels, None if summed else source, divergences, **options)
-        tokens = job.tokens(job.outputs(found), extra, job.mask(call.tensors[0]), cu_seqlens, sequences)
-        if unit == "token" and not reduced:
-            losses = losses.view(labels.shape)[..., : mask.shape[-1]] if mask.dim() else losses.view(())
+    per_token, per_sequence = (
+        {name: ordinary(x) for name, x in given.items()} for given in (inputs.per_token, inputs.per_sequence)
+    )
+    inputs = inputs._replace(per_token=per_token, per_sequence=per_sequence)
+    if isinstance(policy, Hidden) and (units := _units(policy, batch, inputs.unit, options, how)) is not None:
+        call = _request(policy, batch, source, inputs, options, how, units)
+        if call is not None:
+            return _with_gradient(formula, policy, batch, source, summed, inputs, options, units, call)
+    return _from_stats(formula, policy, batch, source, summed, inputs, options._replace(**how._asdict()))
+
+
+def _from_stats(
+    formula: Formula,
+    policy: Logits | Hidden | LogProbs,
+    batch: Batch,
+    ref: Logits | Hidden | LogProbs | None,
+    summed: bool,
+    inputs: FormulaInputs,
+    options: CallOptions,
+) -> Evaluated:
+    """Compute the statistics of all tokens, and the formula on them."""
+    known = None if summed else ref
+    stats = compute_stats(policy, batch, known, inputs.divergences, inputs.collision, options)
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1)
+
+    tokens = Tokens(
+        logps=stats.logps.reshape(-1),
+        ref_logps=ref.logps if summed and isinstance(ref, LogProbs) else flat(stats.ref_logps),
+        lse=flat(stats.lse),
+        entropy=flat(stats.entropy),
+        divergence={name: x.reshape(-1) for name, x in stats.divergence.items()},
+        mask=batch.mask.reshape(-1),
+        cu_seqlens=batch.cu_seqlens,
+        sequences=batch.sequences,
+        ref_summed=summed,
+        extra={**inputs.per_sequence, **{name: x.reshape(-1) for name, x in inputs.per_token.items()}},
+        collision=flat(stats.collision),
+        correct=flat(stats.correct),
+    ).whole(batch.shard, tuple(inputs.per_token))
+    losses = formula(tokens)
+    if inputs.unit == "token" and options.reduction == "none":
+        losses = batch.shard.own(losses).reshape(batch.mask.shape)
     return Evaluated(losses, stats, tokens.detached())
 
 
-def _summed(source: LogProbs, labels: Tensor, sequences: int, span: Span, how: How) -> bool:
+def _with_gradient(
+    formula: Formula,
+    policy: Hidden,
+    batch: Batch,
+    ref: Logits | Hidden | LogProbs | None,
+    summed: bool,
+    inputs: FormulaInputs,
+    options: CallOptions,
+    units: Units,
+    call: Request,
+) -> Evaluated:
+    """Compute the losses in blocks of units, and their gradient in the forward (plan_rows.py)."""
+    tokenwise, extra = dict(inputs.per_token), dict(inputs.per_sequence)
+    if isinstance(ref, LogProbs):
+        (extra if summed else tokenwise)[REF] = ref.logps if summed else given_logps("ref", ref, batch.mask)
+    for n, x in tokenwise.items():  # with shift, the last position predicts nothing
+        extra[n] = (torch.nn.functional.pad(x, (0, 1)) if batch.shift else x).reshape(-1)
+    asked, offsets = inputs.divergences, batch.cu_seqlens
+    job = _Job(
+        formula, call._replace(tensors=()), asked, units, batch.sequences, tuple(tokenwise), tuple(extra), summed,
+        isinstance(ref, Logits | Hidden),
+    )  # fmt: skip
+    losses, *found = _Known.apply(job, offsets, *call.tensors, *extra.values())
+    known = None if summed else ref
+    stats = pack_stats(found, call.asks, batch, known, asked, options.entropy, inputs.collision)
+    tokens = job.tokens(job.outputs(found), extra, job.mask(call.tensors[0]), offsets, batch.sequences)
+    if inputs.unit == "token" and options.reduction == "none":
+        shape, mask = batch.labels.shape, batch.mask
+        losses = losses.view(shape)[..., : mask.shape[-1]] if mask.dim() else losses.view(())
+    return Evaluated(losses, stats, tokens.detached())
+
+
+def _summed(source: LogProbs, batch: Batch, static_shapes: bool) -> bool:
     """Return whether the reference's log-probs are one number per sequence.
 
     On a rank with as many tokens as there are sequences the shape does not show it; the other ranks of the group decide.
     """
+    labels, shard, sequences = batch.labels, batch.shard, batch.sequences
     one_each = source.logps.shape == (sequences,)
     own = one_each and labels.shape != (sequences,)
-    if labels.dim() > 1 or how.static_shapes or span.group is None:
+    if labels.dim() > 1 or static_shapes or shard.group is None:
         return own
-    if not span.any(own, labels.device):
+    if not shard.any(own, labels.device):
         return False
-    if span.any(not one_each, labels.device):
+    if shard.any(not one_each, labels.device):
         raise ValueError(
             f"ref: expected fl.LogProbs [{sequences}] on all ranks of sequence_group, or per token on all, got "
             f"{list(source.logps.shape)} on this one"
@@ -240,32 +271,49 @@ def _summed(source: LogProbs, labels: Tensor, sequences: int, span: Span, how: H
     return True
 
 
-def _units(unit: str, labels: Tensor, cu_seqlens: Tensor | None, how: How) -> Units | None:
+def _units(policy: Hidden, batch: Batch, unit: str, options: CallOptions, how: How) -> Units | None:
     """Return the units as the plan "rows" needs them, or None where that plan is not possible."""
+    asked = how.plan == "rows"
+    split = batch.shard.group is not None or policy.process_group is not None
+    if split or options.inplace_backward or not (options.reduction != "none" or asked):
+        return None
     if torch.compiler.is_compiling() or unit == "batch":
-        if how.plan == "rows":
+        if asked:
             why = "this loss looks at the whole batch" if unit == "batch" else "torch.compile does not see through it"
             raise ValueError(f"plan: 'rows' is not possible here: {why}")
         return None
     if unit == "token":
         return Units(None)
-    if cu_seqlens is None:
-        return Units([s * labels.shape[1] for s in range(labels.shape[0] + 1)], EACH[unit])
-    if cu_seqlens.is_cpu or how.plan == "rows":
-        return Units(cu_seqlens.tolist(), EACH[unit])
+    if batch.cu_seqlens is None:
+        length = batch.labels.shape[1]
+        return Units([s * length for s in range(batch.sequences + 1)], EACH[unit])
+    if batch.cu_seqlens.is_cpu or asked:
+        return Units(batch.cu_seqlens.tolist(), EACH[unit])
     return None  # the offsets are not read on the host
 
 
 def _request(
-    policy: Hidden, labels: Tensor, source: Logits | Hidden | LogProbs | None, divergences: tuple[Divergence, ...],
-    options: dict[str, Any], how: How, units: Units,
-) -> Request | None:  # fmt: skip
+    policy: Hidden,
+    batch: Batch,
+    ref: Logits | Hidden | LogProbs | None,
+    inputs: FormulaInputs,
+    options: CallOptions,
+    how: How,
+    units: Units,
+) -> Request | None:
     """Return the request of the call if its plan is "rows", else None."""
-    check_sources(policy, labels, source, divergences)
-    y = shifted_labels(labels, options["shift"], options["ignore_index"])
-    other = None if isinstance(source, LogProbs) else source
-    rest = divergences, options["entropy"], options["collision"], options["ignore_index"], how, max(1, units.longest)
-    call = request(policy, y, other, *rest)
+    check_sources(policy, batch.labels, ref, inputs.divergences)
+    call = request(
+        policy,
+        batch.predicted,
+        None if isinstance(ref, LogProbs) else ref,
+        inputs.divergences,
+        options.entropy,
+        inputs.collision,
+        batch.ignore_index,
+        how,
+        max(1, units.longest),
+    )
     return call if call.options.plan == "rows" else None
 
 

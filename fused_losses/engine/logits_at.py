@@ -15,22 +15,22 @@ from torch.nn.functional import pad
 
 from ..backends import choose
 from ..backends.torch_backend import _head as head
+from ..core.batch import Batch, CallOptions
 from ..core.inputs import Hidden, Logits, TokenStats
-from ..core.layout import collapse, labels_mask, shifted_labels
+from ..core.layout import collapse
 from . import logits_ops
 from .prepare import How
 from .prepare import _inputs as inputs_of
 from .projection import HiddenSide, Inputs
-from .token_stats import check_sources, pack_stats, token_stats
+from .token_stats import check_sources, compute_stats, pack_stats
 
 BYTES = 64 << 20
 
 
 def stats_at(
-    policy: Logits | Hidden, labels: Tensor, ids: Tensor, keep: Tensor, *, entropy: bool = False, shift: bool = False,
-    ignore_index: int = -100, inplace_backward: bool = False, **how: Any,
-) -> tuple[TokenStats, Tensor]:  # fmt: skip
-    """Return token_stats, and the logits [..., K] at ids [..., K] in the dtype of the statistics.
+    policy: Logits | Hidden, batch: Batch, ids: Tensor, keep: Tensor, options: CallOptions
+) -> tuple[TokenStats, Tensor, Tensor]:
+    """Return token_stats, the logits [..., K] at ids [..., K] in the dtype of the statistics, and log sum_v exp z_v [...].
 
     The head's options (softcap, multiplier) are applied to the logits. keep [..., K]: the entries that count; the others are
     0, and get no gradient. Ids may repeat. An id that is not a token raises on a CPU, and gives NaN elsewhere. A second
@@ -38,48 +38,40 @@ def stats_at(
     """
     if policy.process_group is not None:
         raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
-    check_sources(policy, labels, None, ())
-    if isinstance(policy, Logits) and How(**how) != How():
+    check_sources(policy, batch.labels, None, ())
+    if isinstance(policy, Logits) and How(**options.execution) != How():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
-    keep = keep & labels_mask(labels, shift, ignore_index).unsqueeze(-1)
+    keep = keep & batch.mask.unsqueeze(-1)
     wrong = keep & ((ids < 0) | (ids >= policy.vocab))
     if ids.is_cpu and not torch.compiler.is_compiling() and wrong.any():
         raise ValueError(f"ids: expected tokens in [0, {policy.vocab}), got {int(ids[wrong][0])}")
     ids = ids.long().masked_fill(~keep | wrong, 0)
-    if shift:  # the last position predicts nothing
+    if batch.shift:  # the last position predicts nothing
         ids, keep, wrong = (pad(x, (0, 0, 0, 1)) for x in (ids, keep, wrong))
     if isinstance(policy, Hidden):
-        given = {"entropy": entropy, "shift": shift, "ignore_index": ignore_index, "inplace_backward": inplace_backward}
-        stats = token_stats(policy, labels, **given, **how)  # type: ignore[arg-type]
+        stats = compute_stats(policy, batch, None, (), False, options)
         z = _HiddenAt.apply(ids, keep, policy.softcap or 0.0, policy.multiplier, *_tensors(inputs_of(policy)))
     else:
-        stats, z = _from_logits(policy, labels, ids, keep, entropy, shift, ignore_index, inplace_backward)
+        stats, z = _from_logits(policy, batch, ids, keep, options)
     z = z.masked_fill(wrong, float("nan"))
-    return stats, z[..., :-1, :] if shift else z
+    return stats, z[..., :-1, :] if batch.shift else z, stats.lse  # type: ignore[return-value]
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
 
 
 def _from_logits(
-    policy: Logits,
-    labels: Tensor,
-    ids: Tensor,
-    keep: Tensor,
-    entropy: bool,
-    shift: bool,
-    ignore_index: int,
-    inplace: bool,
+    policy: Logits, batch: Batch, ids: Tensor, keep: Tensor, options: CallOptions
 ) -> tuple[TokenStats, Tensor]:
-    x, y = policy.logits, shifted_labels(labels, shift, ignore_index)
+    x, y, entropy = policy.logits, batch.predicted, options.entropy
     x = x if len(collapse(x, 1)) <= 2 else x.contiguous()
     head_options = policy.vocab, policy.softcap or 0.0, policy.multiplier
-    problem = "", entropy, False, False, ignore_index, *head_options, 0.0, 1.0, choose(x.device, x.dtype)
+    problem = "", entropy, False, False, batch.ignore_index, *head_options, 0.0, 1.0, choose(x.device, x.dtype)
     logits_ops.check_plain("token_stats", x)
-    logps, lse, ent, hit, z = _LogitsAt.apply(x, y.contiguous(), ids, keep, problem, inplace)
+    logps, lse, ent, hit, z = _LogitsAt.apply(x, y.contiguous(), ids, keep, problem, options.inplace_backward)
     empty = lse.new_empty((0, lse.numel()))
     found = logps, empty, lse, ent, empty, hit, empty
-    return pack_stats(found, (x.requires_grad, False), labels, None, (), entropy, False, shift, ignore_index), z
+    return pack_stats(found, (x.requires_grad, False), batch, None, (), entropy, False), z
 
 
 class _LogitsAt(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..core.batch import Batch, CallOptions, token_batch
 from ..core.divergences import Asked, Divergence, parse
 from ..core.inputs import (
     Hidden,
@@ -21,11 +22,10 @@ from ..core.inputs import (
     TokenStats,
     as_source,
     check_aligned,
-    check_labels,
     check_pair,
     unlike,
 )
-from ..core.layout import collapse, labels_mask, shifted_labels
+from ..core.layout import collapse
 from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
 from .prepare import How, is_hidden, request
@@ -39,7 +39,7 @@ def token_stats(
     divergence: Asked = None,
     entropy: bool = False,
     collision: bool = False,
-    shift: bool = False,
+    shift: bool | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
     plan: str = "auto",
@@ -68,8 +68,9 @@ def token_stats(
         entropy: also return H(p).
         collision: also return log sum_v p_v^2, which is minus the Renyi entropy of order 2 (WPO, 2406.11827,
             https://arxiv.org/abs/2406.11827). It has no gradient.
-        shift: labels [..., T] belong to logits [..., T, V] of the same positions; the causal shift is done inside, and outputs
-            are [..., T - 1].
+        shift: True: labels [..., T] are the input ids, as for Hugging Face models; position t is scored on label t + 1, and
+            outputs are [..., T - 1]. False: labels hold the token that each position predicts. It must be given, except for
+            flat labels [N], which have no time axis.
         ignore_index: tokens with this label are ignored and get zero gradient.
         inplace_backward: write the policy's gradient over its logits, whose values are lost.
         plan: for hidden states: "auto", or one of "slices", "frozen", "tiles" (planner.py); results do not depend on it.
@@ -81,38 +82,54 @@ def token_stats(
     Raises TypeError or ValueError with the name of the argument. Label ids out of range raise on the torch backend and give
     NaN log-probs on Triton; they never cause a read out of bounds.
     """
-    policy, labels = as_source("policy", policy), check_labels(labels)
+    batch = token_batch(labels, shift, ignore_index)
+    options = CallOptions(
+        entropy=entropy,
+        inplace_backward=inplace_backward,
+        plan=plan,
+        workspace=workspace,
+        static_shapes=static_shapes,
+    )
     source = None if ref is None else as_source("ref", ref)
-    asked, how = parse(divergence), How(plan, workspace, static_shapes)
-    if shift and labels.dim() == 0:
-        raise ValueError("shift: expected labels with a time dimension, got a 0-d tensor")
+    return compute_stats(as_source("policy", policy), batch, source, parse(divergence), collision, options)
+
+
+def compute_stats(
+    policy: Logits | Hidden | LogProbs,
+    batch: Batch,
+    ref: Logits | Hidden | LogProbs | None,
+    asked: tuple[Divergence, ...],
+    collision: bool,
+    options: CallOptions,
+) -> TokenStats:
+    """Compute token_stats of arguments that are read and checked."""
+    how = How(**options.execution)
     if isinstance(policy, LogProbs):
-        if how != How() and not is_hidden(source):
+        if how != How() and not is_hidden(ref):
             raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got fl.LogProbs")
-        if asked or entropy or collision or inplace_backward:
+        if asked or options.entropy or collision or options.inplace_backward:
             raise ValueError(
                 "policy: fl.LogProbs has no distribution: divergence, entropy, collision and inplace_backward need "
                 "fl.Hidden or logits"
             )
-        mask = labels_mask(labels, shift, ignore_index)
-        logps = given_logps("policy", policy, mask)
-        if isinstance(source, Logits | Hidden):
-            source = _alone(source, labels, shift, ignore_index, how)
-        ref_logps = None if source is None else given_logps("ref", source, mask)
-        return TokenStats(logps, ref_logps, divergence={}, entropy=None, lse=None, mask=mask, correct=None)
+        logps = given_logps("policy", policy, batch.mask)
+        if isinstance(ref, Logits | Hidden):
+            ref = _alone(ref, batch, how)
+        ref_logps = None if ref is None else given_logps("ref", ref, batch.mask)
+        return TokenStats(logps, ref_logps, divergence={}, entropy=None, lse=None, mask=batch.mask, correct=None)
 
-    source, how = apart(policy, labels, source, asked, shift, ignore_index, how)
-    check_sources(policy, labels, source, asked)
-    if is_hidden(policy, source):
-        if inplace_backward:
+    ref, how = apart(policy, batch, ref, asked, how)
+    check_sources(policy, batch.labels, ref, asked)
+    if is_hidden(policy, ref):
+        if options.inplace_backward:
             raise ValueError(
                 "inplace_backward: is for logits on both sides; from hidden states there are none to write over"
             )
-        return _from_hidden(policy, labels, source, asked, entropy, collision, shift, ignore_index, how)
+        return _from_hidden(policy, batch, ref, asked, options.entropy, collision, how)
     if how != How():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
-    assert isinstance(policy, Logits) and not isinstance(source, Hidden)
-    return _from_logits(policy, labels, source, asked, entropy, collision, shift, ignore_index, inplace_backward)
+    assert isinstance(policy, Logits) and not isinstance(ref, Hidden)
+    return _from_logits(policy, batch, ref, asked, options.entropy, collision, options.inplace_backward)
 
 
 def check_sources(
@@ -129,77 +146,105 @@ def check_sources(
 
 
 def _from_logits(
-    policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, asked: tuple[Divergence, ...],
-    entropy: bool, collision: bool, shift: bool, ignore_index: int, inplace: bool,
-) -> TokenStats:  # fmt: skip
-    w = ref if isinstance(ref, Logits) else None
+    policy: Logits,
+    batch: Batch,
+    ref: Logits | LogProbs | None,
+    asked: tuple[Divergence, ...],
+    entropy: bool,
+    collision: bool,
+    inplace: bool,
+) -> TokenStats:
+    w, labels = ref if isinstance(ref, Logits) else None, batch.labels
     tensors = [policy.logits, *([w.logits] if w else []), labels.unsqueeze(-1)]
     if labels.numel() and any(len(collapse(x, 1)) > 2 for x in tensors):
         if inplace:
             raise ValueError("inplace_backward: expected logits whose rows lie on two strides; make them contiguous")
-        return _stack(policy, labels, ref, asked, entropy, collision, shift, ignore_index, inplace)
+        return _stack(policy, batch, ref, asked, entropy, collision)
     if inplace and 0 in policy.logits.stride():
         raise ValueError("inplace_backward: expected logits that own their memory, got an expanded (stride 0) view")
     logits_ops.check_plain("token_stats", policy.logits, w.logits if w else None)
     *found, _ = logits_ops.token_stats(
-        policy.logits, labels, w.logits if w else None,
-        ";".join(d.key for d in asked), entropy, collision, shift, ignore_index, policy.vocab,
-        policy.softcap or 0.0, policy.multiplier, (w.softcap or 0.0) if w else 0.0, w.multiplier if w else 1.0,
-        choose(policy.logits.device, policy.logits.dtype), inplace,
-    )  # fmt: skip
+        policy.logits,
+        labels,
+        w.logits if w else None,
+        ";".join(d.key for d in asked),
+        entropy,
+        collision,
+        batch.shift,
+        batch.ignore_index,
+        policy.vocab,
+        policy.softcap or 0.0,
+        policy.multiplier,
+        (w.softcap or 0.0) if w else 0.0,
+        w.multiplier if w else 1.0,
+        choose(policy.logits.device, policy.logits.dtype),
+        inplace,
+    )
 
     asks = policy.logits.requires_grad, w is not None and w.logits.requires_grad
-    return pack_stats(found, asks, labels, ref, asked, entropy, collision, shift, ignore_index)
+    return pack_stats(found, asks, batch, ref, asked, entropy, collision)
 
 
 def _from_hidden(
-    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...],
-    entropy: bool, collision: bool, shift: bool, ignore_index: int, how: How,
-) -> TokenStats:  # fmt: skip
-    y = shifted_labels(labels, shift, ignore_index)
+    policy: Logits | Hidden,
+    batch: Batch,
+    ref: Logits | Hidden | LogProbs | None,
+    asked: tuple[Divergence, ...],
+    entropy: bool,
+    collision: bool,
+    how: How,
+) -> TokenStats:
     other = None if isinstance(ref, LogProbs) else ref
-    call = request(policy, y, other, asked, entropy, collision, ignore_index, how)
+    call = request(policy, batch.predicted, other, asked, entropy, collision, batch.ignore_index, how)
     found = hidden_ops.hidden_stats(*call.tensors, *call.options, call.wanted)
-    return pack_stats(found[:7], call.asks, labels, ref, asked, entropy, collision, shift, ignore_index)
+    return pack_stats(found[:7], call.asks, batch, ref, asked, entropy, collision)
 
 
 def pack_stats(
-    found: Sequence[Tensor], asks: tuple[bool, bool], labels: Tensor, ref: Logits | Hidden | LogProbs | None,
-    asked: tuple[Divergence, ...], entropy: bool, collision: bool, shift: bool, ignore_index: int,
-) -> TokenStats:  # fmt: skip
+    found: Sequence[Tensor],
+    asks: tuple[bool, bool],
+    batch: Batch,
+    ref: Logits | Hidden | LogProbs | None,
+    asked: tuple[Divergence, ...],
+    entropy: bool,
+    collision: bool,
+) -> TokenStats:
     """Return TokenStats in the shape of the labels from the operator's tensors.
 
     found: logps, ref_logps, lse, entropy, divergences, hits and collisions. asks: whether the policy asks for a gradient, and
     whether the reference does; outputs that depend on neither have no graph.
     """
-    mask = labels_mask(labels, shift, ignore_index)
     logps, ref_logps, lse, ent, div, hit, squares = found
 
     def shaped(x: Tensor, differentiable: bool = True) -> Tensor:
-        x = (x if differentiable else x.detach()).view(labels.shape)
-        return x[..., :-1] if shift else x
+        x = (x if differentiable else x.detach()).view(batch.labels.shape)
+        return x[..., :-1] if batch.shift else x
 
     to_policy, to_ref = asks
-    other = (
-        given_logps("ref", ref, mask)
-        if isinstance(ref, LogProbs)
-        else None
-        if ref is None
-        else shaped(ref_logps, to_ref)
-    )
+    if isinstance(ref, LogProbs):
+        other: Tensor | None = given_logps("ref", ref, batch.mask)
+    else:
+        other = None if ref is None else shaped(ref_logps, to_ref)
     return TokenStats(
         logps=shaped(logps, to_policy),
         ref_logps=other,
         divergence={d.key: shaped(x) for d, x in zip(asked, div.unbind(0), strict=True)},
         entropy=shaped(ent, to_policy) if entropy else None,
         lse=shaped(lse, to_policy),
-        mask=mask,
+        mask=batch.mask,
         correct=shaped(hit),
         collision=shaped(squares) if collision else None,
     )
 
 
-def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest) -> TokenStats:  # type: ignore[no-untyped-def]
+def _stack(
+    policy: Logits,
+    batch: Batch,
+    ref: Logits | LogProbs | None,
+    asked: tuple[Divergence, ...],
+    entropy: bool,
+    collision: bool,
+) -> TokenStats:
     """Compute token_stats with one call for each entry of the first dimension.
 
     This is for rows that lie on more than two strides (a slice of a slice).
@@ -207,13 +252,15 @@ def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest)
 
     def parts_of(x: Logits | LogProbs | None) -> list:
         if x is None:
-            return [None] * len(labels)
+            return [None] * len(batch.labels)
         if isinstance(x, LogProbs):
             return [LogProbs(part) for part in x.logps.unbind(0)]
         return [replace(x, logits=part) for part in x.logits.unbind(0)]
 
-    triples = zip(parts_of(policy), labels.unbind(0), parts_of(ref), strict=True)
-    parts = [_from_logits(*triple, *rest) for triple in triples]
+    parts = [
+        _from_logits(p, batch.with_labels(labels), q, asked, entropy, collision, inplace=False)
+        for p, labels, q in zip(parts_of(policy), batch.labels.unbind(0), parts_of(ref), strict=True)
+    ]
     first = parts[0]
 
     def joined(name: str) -> Tensor | None:
@@ -225,9 +272,12 @@ def _stack(policy: Logits, labels: Tensor, ref: Logits | LogProbs | None, *rest)
 
 
 def apart(
-    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...], shift: bool,
-    ignore_index: int, how: How,
-) -> tuple[Logits | Hidden | LogProbs | None, How]:  # fmt: skip
+    policy: Logits | Hidden,
+    batch: Batch,
+    ref: Logits | Hidden | LogProbs | None,
+    asked: tuple[Divergence, ...],
+    how: How,
+) -> tuple[Logits | Hidden | LogProbs | None, How]:
     """Return the reference, and the options for computing the call.
 
     Where the two sides cannot be computed in one pass, and no divergence requires that, the reference is returned as its
@@ -235,13 +285,13 @@ def apart(
     """
     if asked or not isinstance(ref, Logits | Hidden) or unlike(policy, ref) is None:
         return ref, how
-    check_aligned("policy", policy, labels)
+    check_aligned("policy", policy, batch.labels)
     if is_hidden(policy):
         own = how._replace(plan="auto") if is_hidden(ref) else How()
-        return _alone(ref, labels, shift, ignore_index, own), how
-    return _alone(ref, labels, shift, ignore_index, how), how if not is_hidden(ref) else How()
+        return _alone(ref, batch, own), how
+    return _alone(ref, batch, how), how if not is_hidden(ref) else How()
 
 
-def _alone(ref: Logits | Hidden, labels: Tensor, shift: bool, ignore_index: int, how: How) -> LogProbs:
-    check_aligned("ref", ref, labels)
-    return LogProbs(token_stats(ref, labels, shift=shift, ignore_index=ignore_index, **how._asdict()).logps)
+def _alone(ref: Logits | Hidden, batch: Batch, how: How) -> LogProbs:
+    check_aligned("ref", ref, batch.labels)
+    return LogProbs(compute_stats(ref, batch, None, (), False, CallOptions(**how._asdict())).logps)

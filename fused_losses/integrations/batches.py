@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
 
-from ..losses import FAMILY, Entry, dpo_loss, ipo_loss, kto_loss, preference_loss
-from ..losses.shared import counting_mask
+from ..core.batch import Batch, read_batch
+from ..core.options import SequenceOptions
+from ..losses import FAMILY, Entry, dpo_loss, ipo_loss, kto_loss, preference_loss, upo_loss
 from ..nn.fused_head import unwrapped
 
 __all__ = ["Counts", "Loss", "check_columns", "model_inputs"]
@@ -19,10 +19,7 @@ __all__ = ["Counts", "Loss", "check_columns", "model_inputs"]
 # What the mixin itself reads, or what repeats labels and cu_seqlens (from the collators of data.py).
 READ = ("labels", "shift_labels", "num_items_in_batch", "skip_logits", "completion_mask", "max_length")
 # Options that every loss takes. FROM_BATCHES: the one of them that a batch may contain.
-OPTIONS = frozenset({
-    "shift", "ignore_index", "cu_seqlens", "sequence_group", "entropy", "inplace_backward", "plan", "workspace",
-    "static_shapes", "reduction", "num_items",
-})  # fmt: skip
+OPTIONS = frozenset(SequenceOptions.__annotations__)
 FROM_BATCHES, EMPTY = "cu_seqlens", inspect.Parameter.empty
 OURS = {
     "shift": "labels are not shifted yet",
@@ -82,8 +79,8 @@ class Loss:
             self.names |= OPTIONS
             if self.function in (dpo_loss, ipo_loss):
                 self.names |= inspect.signature(preference_loss).parameters.keys()
-            if "base" in self.names:  # upo_loss: it also takes the options of its base
-                base = bound.get("base")
+            if self.function is upo_loss:  # it also takes the options of its base
+                base = bound.get("loss_type")
                 self.base = Loss(base if callable(base) else preference_loss)
                 self.names |= self.base.names
                 self.takes |= self.base.takes - bound.keys()
@@ -123,28 +120,33 @@ class Loss:
 
     def counts(self, batch: Mapping[str, Any]) -> Counts:
         """Return the numbers of units and of NLL tokens in a batch."""
-        labels, shift = labels_of(batch)
-        cu, ignore = batch.get("cu_seqlens"), self.bound.get("ignore_index", -100)
-        sequences = labels.shape[0] if cu is None else cu.numel() - 1
-        options = {"cu_seqlens": cu, "shift": shift, "ignore_index": ignore}
-        items: int | Tensor = sequences // 2 if self.unit == "pairs" else sequences
+        read = self.read(batch)
+        items: int | Tensor = read.sequences // 2 if self.unit == "pairs" else read.sequences
         if self.unit == "tokens":
-            items = counting_mask(labels, **options).sum()
+            items = read.mask.sum()
         if not self._counts_nll:
             return Counts(items, None)
         if batch.get("nll_labels") is not None:
-            labels = labels.where(labels != ignore, batch["nll_labels"])
-        mask = counting_mask(labels, **options)
+            more = read.aligned(batch["nll_labels"])
+            read = read.with_labels(read.labels.where(read.labels != read.ignore_index, more))
+        mask = read.mask
         if self.unit == "pairs":  # the tokens of the chosen sequences, which come first
-            place = torch.arange(len(mask), device=mask.device)
-            mask = mask[: len(mask) // 2] if cu is None else mask & (place < cu[len(cu) // 2])
+            mask = mask & read.among_first(read.sequences // 2)
         return Counts(items, mask.sum())
+
+    def read(self, batch: Mapping[str, Any]) -> Batch:
+        """Return the labels of a batch as the loss will read them."""
+        assert self.entry is not None
+        labels, shift = labels_of(batch)
+        ignore = self.bound.get("ignore_index", -100)
+        options = {"cu_seqlens": batch.get("cu_seqlens"), "shift": shift, "ignore_index": ignore}
+        return read_batch(labels, "tokens" if self.entry.batch == "tokens" else "sequences", options)
 
     @property
     def _counts_nll(self) -> bool:
         """Return whether the loss takes num_nll_tokens with its bound options."""
         if self.function in (preference_loss, dpo_loss, ipo_loss):
-            names = self.bound.get("loss", ())
+            names = self.bound.get("loss_type", ())
             return "sft" in ((names,) if isinstance(names, str) else names)
         return self.entry is not None and "num_nll_tokens" in inspect.signature(self.function).parameters
 

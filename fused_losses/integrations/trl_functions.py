@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.inputs import Logits, TokenStats
+from ..core.batch import CallOptions, token_batch
+from ..core.inputs import Logits
 from ..core.names import not_one_of, shape_of
 from ..core.validation import divided, read_count
 from ..engine.logits_at import stats_at
@@ -67,7 +68,7 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         chunk_size: Ignored, because no row is copied.
     """
     _check_logits("logits", logits)
-    entropy = token_stats(logits, _none(logits), entropy=True, ignore_index=SKIPPED).entropy
+    entropy = token_stats(logits, _none(logits), entropy=True, shift=False, ignore_index=SKIPPED).entropy
     assert entropy is not None
     return entropy
 
@@ -102,7 +103,7 @@ def generalized_jsd_loss(
         raise not_one_of("reduction", reduction, REDUCTIONS)
     y = _none(student_logits) if labels is None else torch.where(labels == -100, SKIPPED, 0)
     student, teacher = (Logits(x, temperature=temperature) for x in (student_logits, teacher_logits))
-    total = distillation_loss(student, y, teacher, beta=beta, reduction="sum", ignore_index=SKIPPED).loss
+    total = distillation_loss(student, y, teacher, beta=beta, reduction="sum", shift=False, ignore_index=SKIPPED).loss
     if num_items_in_batch is not None:
         return divided(total, num_items_in_batch)
     if reduction == "sum":
@@ -132,18 +133,13 @@ def _selected(
     source, keep = Logits(logits, temperature=temperature), None if row_mask is None else row_mask != 0
     if index.dim() == logits.dim() - 1:
         labels = index.long() if keep is None else index.long().masked_fill(~keep, SKIPPED)
-        stats = token_stats(source, labels, entropy=entropy, ignore_index=SKIPPED)
+        stats = token_stats(source, labels, entropy=entropy, shift=False, ignore_index=SKIPPED)
         return stats.logps, stats.entropy
     keep = torch.ones_like(index, dtype=torch.bool) if keep is None else keep
     labels = _none(logits).masked_fill(~keep.any(-1), SKIPPED)
-    stats, z = stats_at(source, labels, index, keep, entropy=entropy, ignore_index=SKIPPED)
-    return _less(z, stats).masked_fill(~keep, 0), stats.entropy
-
-
-def _less(z: Tensor, stats: TokenStats) -> Tensor:
-    """Return logits minus the log-sum-exp of their row."""
-    assert stats.lse is not None
-    return z - stats.lse.unsqueeze(-1)
+    batch = token_batch(labels, shift=False, ignore_index=SKIPPED)
+    stats, z, lse = stats_at(source, batch, index, keep, CallOptions(entropy=entropy))
+    return (z - lse.unsqueeze(-1)).masked_fill(~keep, 0), stats.entropy
 
 
 def _none(logits: Tensor) -> Tensor:

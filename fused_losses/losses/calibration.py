@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.batch import Batch, count_sequences
 from ..core.inputs import TokenStats, kind_of
-from ..core.validation import check_pairs
 from .shared import sequences_of
 
 __all__ = ["Calibration", "calibration"]
@@ -59,8 +59,8 @@ def calibration(stats: TokenStats, *, cu_seqlens: Tensor | None = None, bins: in
         raise TypeError(f"stats: expected TokenStats, as in LossOutput.stats, got {kind_of(stats, TokenStats)}")
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
         raise ValueError(f"bins: expected an int >= 1, got {bins!r}")
-    check_pairs(stats.mask, cu_seqlens)
-    tokens = sequences_of(stats, cu_seqlens)
+    sequences = count_sequences(stats.mask, cu_seqlens, None, 2)
+    tokens = sequences_of(stats, Batch(stats.mask, False, -100, stats.mask, cu_seqlens, sequences))
     lengths = tokens.lengths.double()
     chosen, rejected = (tokens.sums(tokens.logps).double() / lengths.clamp(min=1)).tensor_split(2)
     counts = torch.stack((lengths > 0).tensor_split(2)).all(0)

@@ -8,22 +8,28 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import get
-from ..core.inputs import Logits, LogProbs, Source, as_source, check_labels
-from ..core.options import BatchOptions
+from ..core.inputs import Logits, LogProbs, Source, as_source
+from ..core.options import TokenOptions
 from ..core.outputs import LossOutput
 from ..core.validation import check_weights
-from ..engine.evaluate import Tokens
+from ..engine.evaluate import FormulaInputs, Tokens
 from ..engine.shards import shard_of
 from .distillation import token_means
-from .shared import Entry, Needs, fused, output, takes
+from .shared import Entry, fused, output, takes
 
 __all__ = ["cross_entropy_loss"]
 
 
-@takes(BatchOptions)
+@takes(TokenOptions)
 def cross_entropy_loss(
-    policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, **batch: Unpack[BatchOptions]
+    policy: Source,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    **options: Unpack[TokenOptions],
 ) -> LossOutput:
     """Compute the cross entropy of the labels, as torch.nn.functional.cross_entropy does, with an optional z-loss.
 
@@ -39,26 +45,26 @@ def cross_entropy_loss(
         labels: token ids [...].
         label_smoothing: eps (arXiv 1512.00567), in [0, 1]. -sum_v log p_v equals V (KL(uniform || p) + log V).
         z_loss: >= 0. It keeps lse near 0 (PaLM, 2204.02311, uses 1e-4). z are the logits after the options of the head.
-        **batch: the options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss.
 
     The metrics are means over the tokens: logps, lse, mean_token_accuracy (the share of labels that have the highest logit,
     under TRL's key), and entropy if it is requested.
     """
-    source, labels = as_source("policy", policy), check_labels(labels)
+    source, batch = as_source("policy", policy), read_batch(labels, "tokens", options)
     if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
     check_weights(z_loss=z_loss)
     eps = float(label_smoothing)
-    ref, needs, vocab = None, Needs("token"), 0
+    ref, inputs, vocab = None, FormulaInputs("token"), 0
     if isinstance(source, LogProbs):
         if eps or z_loss:
             raise ValueError("policy: label_smoothing and z_loss need fl.Hidden or logits, got fl.LogProbs")
     elif eps:
         x = source.logits if isinstance(source, Logits) else source.hidden
         zero = torch.zeros((), dtype=x.dtype, device=x.device)  # the uniform distribution: one element, strides of 0
-        uniform = zero.expand(*labels.shape, source.vocab)
+        uniform = zero.expand(*batch.labels.shape, source.vocab)
         ref = Logits(uniform, process_group=source.process_group, shard=source.shard)
-        needs, vocab = Needs("token", (get("forward_kl"),)), shard_of(source).total or source.vocab
+        inputs, vocab = FormulaInputs("token", (get("forward_kl"),)), shard_of(source).total or source.vocab
 
     def formula(tokens: Tokens) -> Tensor:
         losses = (eps - 1) * tokens.logps
@@ -66,7 +72,7 @@ def cross_entropy_loss(
             losses = losses + eps * (tokens.divergence["forward_kl"] + math.log(vocab)) * tokens.mask
         return losses if not z_loss or tokens.lse is None else losses + z_loss * tokens.lse.square()
 
-    found = fused(formula, source, labels, ref, needs, **batch)
+    found = fused(formula, source, batch, ref, inputs, read_options(options))
     tokens = found.tokens
     more = {} if tokens.lse is None or tokens.correct is None else {
         "lse": tokens.lse, "mean_token_accuracy": tokens.correct.to(tokens.logps.dtype)

@@ -6,22 +6,30 @@ from typing import Unpack
 
 from torch import Tensor
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence, from_key, get
-from ..core.inputs import Source, as_source, check_labels
-from ..core.options import BatchOptions
+from ..core.inputs import Source, as_source
+from ..core.options import TokenOptions
 from ..core.outputs import LossOutput, Part
 from ..core.validation import check_weights
-from ..engine.evaluate import Tokens
-from .shared import Entry, Fused, Needs, fused, output, takes, token_part
+from ..engine.evaluate import FormulaInputs, Tokens
+from .shared import Entry, Fused, fused, output, takes, token_part
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
 
 
-@takes(BatchOptions)
+@takes(TokenOptions)
 def distillation_loss(
-    student: Source, labels: Tensor, teacher: Source, *, divergence: str | Divergence | None = None, beta: float = 0.5,
-    soft: float = 1.0, hard: float = 0.0, **batch: Unpack[BatchOptions],
-) -> LossOutput:  # fmt: skip
+    student: Source,
+    labels: Tensor,
+    teacher: Source,
+    *,
+    divergence: str | Divergence | None = None,
+    beta: float = 0.5,
+    soft: float = 1.0,
+    hard: float = 0.0,
+    **options: Unpack[TokenOptions],
+) -> LossOutput:
     """Compute a knowledge distillation loss, token by token over the whole vocabulary.
 
     For p the student and q the teacher, it is the mean over the tokens that count (label != ignore_index) of
@@ -43,7 +51,7 @@ def distillation_loss(
             beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta teacher + (1 - beta) student.
         soft: the weight of the divergence.
         hard: the weight of the negative log-likelihood of the labels.
-        **batch: the options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss.
 
     The metrics are means over the tokens: kl (the divergence), logps, and entropy if it is requested.
     """
@@ -55,13 +63,14 @@ def distillation_loss(
     def formula(tokens: Tokens) -> Tensor:
         return soft * tokens.divergence[d.key] - hard * tokens.logps
 
-    found = fused(formula, student, check_labels(labels), teacher, Needs("token", (d,)), **batch)
+    batch = read_batch(labels, "tokens", options)
+    found = fused(formula, student, batch, teacher, FormulaInputs("token", (d,)), read_options(options))
     return output(found, token_means(found, kl=found.tokens.divergence[d.key]))
 
 
-@takes(BatchOptions)
+@takes(TokenOptions)
 def sampled_distillation_loss(
-    student: Source, labels: Tensor, teacher: Source, **batch: Unpack[BatchOptions]
+    student: Source, labels: Tensor, teacher: Source, **options: Unpack[TokenOptions]
 ) -> LossOutput:
     """Compute the reverse KL of tokens that the student sampled, from the log-probs of these tokens alone.
 
@@ -77,7 +86,7 @@ def sampled_distillation_loss(
         student: fl.Hidden, logits [..., V] or fl.LogProbs [...].
         labels: the sampled tokens [...].
         teacher: as student. It gets no gradient.
-        **batch: the options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss.
 
     The metrics are means over the tokens: kl (log p - log q, an estimate of KL(p || q)), logps, and entropy if it is
     requested.
@@ -87,7 +96,8 @@ def sampled_distillation_loss(
     def formula(tokens: Tokens) -> Tensor:
         return _ratio(tokens).detach() * tokens.logps
 
-    found = fused(formula, student, check_labels(labels), teacher, Needs("token"), **batch)
+    batch = read_batch(labels, "tokens", options)
+    found = fused(formula, student, batch, teacher, FormulaInputs("token"), read_options(options))
     return output(found, token_means(found, kl=_ratio(found.tokens)))
 
 

@@ -7,20 +7,21 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from ..core.batch import Batch, read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
-from ..core.inputs import FLOATS, LogProbs, Source, check_labels
+from ..core.inputs import FLOATS, LogProbs, Source
 from ..core.names import not_one_of
-from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, Reports, grpo_config
+from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, SequenceOptions, grpo_config
 from ..core.outputs import LossOutput, Part
-from ..core.validation import Count, check_reduction, check_sequences, divided, shift_hint
-from ..engine.evaluate import Tokens
-from .shared import Entry, Fused, Needs, fused, output, sequence_part, takes
+from ..core.validation import Count, divided, shift_hint
+from ..engine.evaluate import FormulaInputs, Tokens
+from .shared import Entry, Fused, fused, output, sequence_part, takes
 
 __all__ = ["group_advantages", "grpo_loss"]
 
 
-@takes(Reports)
+@takes(SequenceOptions)
 def grpo_loss(
     policy: Source,
     labels: Tensor,
@@ -28,7 +29,7 @@ def grpo_loss(
     *,
     old_logps: Tensor | None = None,
     ref: Source | None = None,
-    loss: str = "grpo",
+    loss_type: str = "grpo",
     importance: str = "token",
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
@@ -37,13 +38,7 @@ def grpo_loss(
     kl: str | Divergence = "k3",
     use_bias_correction_kl: bool = False,
     max_completion_length: int | None = None,
-    reduction: str = "mean",
-    num_items: Count | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = False,
-    ignore_index: int = -100,
-    sequence_group: object = None,
-    **batch: Unpack[Reports],
+    **options: Unpack[SequenceOptions],
 ) -> LossOutput:
     """Compute the loss of GRPO (arXiv 2402.03300) or of one of its relatives, under the names of TRL's GRPOTrainer.
 
@@ -68,7 +63,7 @@ def grpo_loss(
         old_logps: log-probs of the tokens when they were sampled. None: on-policy, e^x is 1 and its gradient is that of log
             p.
         ref: log-probs per token (fl.LogProbs), hidden states or logits of the reference. Required if beta > 0.
-        loss: "grpo", "dr_grpo", "bnpo", "dapo" or "cispo".
+        loss_type: "grpo", "dr_grpo", "bnpo", "dapo" or "cispo".
         importance: "token" or "sequence", the level of the ratios e^x.
         epsilon: the lower clipping range.
         epsilon_high: the upper clipping range. None: epsilon. It is required for cispo, where it is the largest ratio itself
@@ -87,48 +82,39 @@ def grpo_loss(
             sum_t l_t.
         num_items: divide by this number instead of the number of sequences, or of tokens for bnpo, dapo and cispo: that of
             the whole batch, when gradients accumulate (as TRL does for dapo and cispo; bnpo with num_items is dapo).
-        cu_seqlens: offsets [S + 1] of the packed sequences. None: labels are [S, T].
-        shift: as in preference_loss.
-        ignore_index: as in preference_loss.
-        sequence_group: as in preference_loss.
-        **batch: the other options of a batch, as in preference_loss.
+        **options: the other options of a batch, as in preference_loss.
 
     The metrics are kl if there is a ref; clip_ratio/low_mean, clip_ratio/high_mean and clip_ratio/region_mean, or for cispo
     cispo_clip_ratio; and entropy if it is requested. They are means over tokens; clip ratios of sequences are means over
     sequences, as in TRL.
     """
-    labels = check_labels(labels)
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
     o = grpo_config(
-        loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
+        loss_type, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
     )
-    num_items = check_reduction(reduction, num_items)
-    shape = labels.shape if not shift or cu_seqlens is not None else (*labels.shape[:-1], labels.shape[-1] - 1)
-    sequences = check_sequences(labels, cu_seqlens, sequence_group)
-    own, each = inputs(sequences, shape, labels.device, advantages, old_logps, ref, o)
+    per_sequence, per_token = inputs(batch, advantages, old_logps, ref, o)
 
     def formula(tokens: Tokens) -> Tensor:
         x, a = _ratios(tokens, o)
-        if o.loss == "cispo":
+        if o.loss_type == "cispo":
             weight = -x.clamp(max=o.highest).exp().detach() * a
         else:
             weight = -torch.where(a > 0, x.clamp(max=o.highest), x.clamp(o.lowest, o.largest)).exp() * a
         losses = tokens.spread(weight) if _by_sequence(tokens, o) else weight
-        losses = losses * tokens.logps if o.loss == "cispo" else losses
+        losses = losses * tokens.logps if o.loss_type == "cispo" else losses
         if o.beta:
             ratio = x.clamp(max=LARGEST).exp()
             corrected = (tokens.spread(ratio) if _by_sequence(tokens, o) else ratio) if o.corrected else 1.0
             losses = losses + o.beta * corrected * _kl(tokens, o)
         total = tokens.sums(losses)
-        return total if o.loss in BY_TOKENS else total / (o.length or tokens.lengths.clamp(min=1))
+        return total if o.loss_type in BY_TOKENS else total / (o.length or tokens.lengths.clamp(min=1))
 
-    mean_of_tokens = o.loss in BY_TOKENS and reduction == "mean"
-    found = fused(
-        formula, policy, labels, ref, Needs("sequence", () if ref is None else o.divergences, each, own),
-        reduction="sum" if mean_of_tokens else reduction, num_items=None if mean_of_tokens else num_items,
-        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, sequence_group=sequence_group, **batch,
-    )  # fmt: skip
+    divergences = () if ref is None else o.divergences
+    mean_of_tokens = o.loss_type in BY_TOKENS and call.reduction == "mean"
+    summed = call._replace(reduction="sum", num_items=None) if mean_of_tokens else call
+    found = fused(formula, policy, batch, ref, FormulaInputs("sequence", divergences, per_token, per_sequence), summed)
     parts = _parts(found.tokens, o, ref is not None)
-    return _mean_of_tokens(found, parts, num_items) if mean_of_tokens else output(found, parts)
+    return _mean_of_tokens(found, parts, call.num_items) if mean_of_tokens else output(found, parts)
 
 
 def _mean_of_tokens(found: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:
@@ -141,31 +127,31 @@ def _mean_of_tokens(found: Fused, parts: dict[str, Part], num_items: Count | Non
 
 
 def inputs(
-    sequences: int, shape: tuple[int, ...], device: torch.device, advantages: Tensor, old_logps: Tensor | None,
-    ref: Source | None, o: GRPOConfig,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """Return the numbers of the sequences and the numbers of the tokens, which have the given shape."""
+    batch: Batch, advantages: Tensor, old_logps: Tensor | None, ref: Source | None, o: GRPOConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the numbers of the sequences and the numbers of the tokens."""
+    sequences, shape, device = batch.sequences, tuple(batch.mask.shape), batch.labels.device
     if ref is None and o.beta:
         raise ValueError(f"ref: needed for beta={o.beta!r}, got None")
     if isinstance(ref, LogProbs) and ref.logps.shape != shape:
         raise ValueError(
             f"ref: expected fl.LogProbs {list(shape)}, one for each output token, got {list(ref.logps.shape)}"
         )
-    own, each = {}, {}
+    per_sequence, per_token = {}, {}
     for name, x, shapes in (("advantages", advantages, ((sequences,), shape)), ("old_logps", old_logps, (shape,))):
         if x is None and name == "old_logps":
             continue
         if not isinstance(x, Tensor) or x.dtype not in FLOATS:
             raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        if tuple(x.shape) not in [tuple(s) for s in shapes] or x.device != device:
+        if tuple(x.shape) not in shapes or x.device != device:
             wanted = " or ".join(str(list(s)) for s in shapes)
             hint = shift_hint(x, shape)
             raise ValueError(f"{name}: expected {wanted} on {device}, got {list(x.shape)} on {x.device}{hint}")
         if name == "advantages" and x.shape == (sequences,):
-            own[name] = x.detach()
+            per_sequence[name] = x.detach()
         else:
-            each[name if name == "old_logps" else "token_advantages"] = x.detach()
-    return own, each
+            per_token[name if name == "old_logps" else "token_advantages"] = x.detach()
+    return per_sequence, per_token
 
 
 def _by_sequence(tokens: Tokens, o: GRPOConfig) -> bool:
@@ -207,7 +193,7 @@ def _parts(tokens: Tokens, o: GRPOConfig, ref: bool) -> dict[str, Part]:
         return Part(which) if _by_sequence(tokens, o) else sequence_part(tokens, which)
 
     found = {"kl": sequence_part(tokens, _kl(tokens, o))} if ref else {}
-    if o.loss == "cispo":
+    if o.loss_type == "cispo":
         found["cispo_clip_ratio"] = share((x > o.highest) & (a > 0))
     else:
         low, high = (x < o.lowest) & (a < 0), (x > o.highest) & (a > 0)
@@ -258,13 +244,14 @@ _OLD = {"advantages": "per sequence", "old_logps": "per token"}
 ENTRIES = [
     Entry(
         grpo_loss, "sequences", "2402.03300, 2503.20783, 2503.14476, 2506.13585, 2507.18071", inputs=_OLD,
-        tokens_for={"loss": BY_TOKENS}, variants={
-            "grpo": {"beta": 0.3}, "dr_grpo": {"loss": "dr_grpo", "max_completion_length": 9, "beta": 0.3, "kl": "k1"},
-            "bnpo": {"loss": "bnpo", "epsilon_high": 0.28, "delta": 4.0}, "dapo": {"loss": "dapo", "beta": 0.3, "kl": "k2"},
-            "cispo": {"loss": "cispo", "epsilon_high": 2.0, "beta": 0.1}, "GSPO": {"importance": "sequence", "beta": 0.3},
+        tokens_for={"loss_type": BY_TOKENS}, variants={
+            "grpo": {"beta": 0.3}, "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 9, "beta": 0.3, "kl": "k1"},
+            "bnpo": {"loss_type": "bnpo", "epsilon_high": 0.28, "delta": 4.0},
+            "dapo": {"loss_type": "dapo", "beta": 0.3, "kl": "k2"},
+            "cispo": {"loss_type": "cispo", "epsilon_high": 2.0, "beta": 0.1}, "GSPO": {"importance": "sequence", "beta": 0.3},
             "corrected KL": {"beta": 0.3, "use_bias_correction_kl": True},
             "corrected KL, sequence": {"beta": 0.3, "use_bias_correction_kl": True, "importance": "sequence"},
-            "cispo, sequence": {"loss": "cispo", "epsilon_high": 2.0, "importance": "sequence"},
+            "cispo, sequence": {"loss_type": "cispo", "epsilon_high": 2.0, "importance": "sequence"},
         },
     )
 ]  # fmt: skip

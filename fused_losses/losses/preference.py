@@ -8,25 +8,26 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
-from ..core.inputs import LogProbs, Source, as_source, check_labels
-from ..core.options import PairLossConfig, PreferenceOptions, pair_loss_config
+from ..core.inputs import LogProbs, Source, as_source
+from ..core.options import PairLossConfig, PreferenceOptions, SequenceOptions, pair_loss_config
 from ..core.outputs import LossOutput, Part
-from ..core.validation import Count, check_pairs, check_reduction, read_count
-from ..engine.evaluate import Tokens
-from ..engine.shards import Span, span_of
+from ..core.validation import Count, read_count
+from ..engine.evaluate import FormulaInputs, Tokens
 from .pair_losses import LOSSES, Pairs, desensitised, wpo_weights
-from .shared import Entry, Fused, Needs, counting_mask, fused, loss_and_nll, output, pair_metrics, takes
+from .shared import Entry, Fused, fused, loss_and_nll, output, pair_metrics, takes
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
 
 
+@takes(PreferenceOptions)
 def preference_loss(
     policy: Source,
     labels: Tensor,
-    ref: Source | None = None,
+    ref: Source | None,
     *,
-    loss: str | Sequence[str] = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     divergence: str | Divergence = "reverse_kl",
     beta: float = 0.1,
@@ -34,18 +35,8 @@ def preference_loss(
     discopop_tau: float = 0.05,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
-    reduction: str = "mean",
-    num_items: Count | None = None,
     num_nll_tokens: Count | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = False,
-    ignore_index: int = -100,
-    sequence_group: object = None,
-    entropy: bool = False,
-    inplace_backward: bool = False,
-    plan: str = "auto",
-    workspace: int | None = None,
-    static_shapes: bool = False,
+    **options: Unpack[SequenceOptions],
 ) -> LossOutput:
     """Compute a preference loss of (chosen, rejected) pairs without a temporary tensor of vocabulary size.
 
@@ -90,7 +81,7 @@ def preference_loss(
             rejected rows second; or packed, [total, H] or [total, V], with cu_seqlens.
         labels: token ids [2B, T], or packed [total].
         ref: as policy; or fl.LogProbs per token or per sequence [2B]; or None: h is then the policy's log-prob alone.
-        loss: a name in fused_losses.losses.LOSSES, or several.
+        loss_type: a name in fused_losses.losses.LOSSES, or several.
         loss_weights: a number for each loss. None: 1 each.
         divergence: s is the f-DPO link (2309.16240) of this divergence: s(h) = f'(e^h). apo_zero, aot and aot_unpaired have
             none.
@@ -110,8 +101,9 @@ def preference_loss(
         num_nll_tokens: the same for sft: the number of chosen tokens of the whole batch. None: each micro-batch has its own
             mean.
         cu_seqlens: int offsets [2B + 1] of the packed sequences, chosen first. On a GPU they are not read on the host.
-        shift: as in token_stats.
-        ignore_index: as in token_stats.
+        shift: required. True: labels are the input ids, as for Hugging Face models, and position t is scored on label t + 1.
+            False: labels hold the token that each position predicts.
+        ignore_index: tokens with this label are ignored and get zero gradient. -100 unless given.
         sequence_group: a torch.distributed.ProcessGroup. The time axis is split over its ranks (sequence or context
             parallel), in their order: labels are [2B, T_rank], slices of any length; or packed, this rank's run of the
             tokens, with the cu_seqlens of all tokens. Shift the labels before you split them (shift=True raises). Inputs per
@@ -131,62 +123,50 @@ def preference_loss(
     The metrics are rewards/chosen and rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected, and entropy if it is requested.
     """
-    labels = check_labels(labels)
     o = pair_loss_config(
-        ref is not None, loss, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting,
+        ref is not None, loss_type, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting,
         known=LOSSES,
     )  # fmt: skip
-    pairs = check_pairs(labels, cu_seqlens, sequence_group) // 2
-    span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, static_shapes=static_shapes)
-    num_items, chosen = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
-    if "sft" in o.names and chosen is None:
-        mask = counting_mask(labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index)
-        chosen = _chosen_tokens(mask, cu_seqlens, span)
-    batch = pairs if num_nll_tokens is None or num_items is None else num_items
+    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    pairs, tokens_given = batch.sequences // 2, read_count("num_nll_tokens", num_nll_tokens)
+    chosen = batch.count(batch.among_first(pairs)) if "sft" in o.names and tokens_given is None else tokens_given
+    times = pairs if num_nll_tokens is None or call.num_items is None else call.num_items
     if o.weighting and isinstance(as_source("policy", policy), LogProbs):
         raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
 
     def formula(tokens: Tokens) -> Tensor:
-        view = Pairs(tokens, o, chosen, batch)
+        view = Pairs(tokens, o, chosen, times)
         found = [(LOSSES[name](view), weight) for name, weight in o.losses]
         losses = [x if weight == 1 else weight * x for x, weight in found]
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
         return total * wpo_weights(tokens) if o.weighting else total
 
-    found = fused(
-        formula, policy, labels, ref, Needs(o.unit, collision=o.weighting), reduction=reduction, num_items=num_items,
-        cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, sequence_group=span, entropy=entropy,
-        inplace_backward=inplace_backward, plan=plan, workspace=workspace, static_shapes=static_shapes,
-    )  # fmt: skip
+    found = fused(formula, policy, batch, ref, FormulaInputs(o.unit, collision=o.weighting), call)
     t = found.tokens if o.ld_alpha is None else desensitised(found.tokens, o.ld_alpha)
     parts: dict[str, Any] = {**pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps))}
-    if "sft" in o.names and not o.weighting:
-        parts |= _sft_parts(found, o, batch, chosen)  # type: ignore[arg-type]
+    if chosen is not None and "sft" in o.names and not o.weighting:
+        parts |= _sft_parts(found, o, times, chosen)
     return output(found, parts)
 
 
-def _sft_parts(found: Fused, o: PairLossConfig, batch: Count, chosen: Count) -> dict[str, tuple[Part, ...]]:
+def _sft_parts(found: Fused, o: PairLossConfig, times: Count, chosen: Count) -> dict[str, tuple[Part, ...]]:
     sums, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
     nll = Part(-sums.tensor_split(2)[0], lengths.tensor_split(2)[0])
-    return loss_and_nll(found, nll, sum(weight for name, weight in o.losses if name == "sft"), batch, chosen)
+    return loss_and_nll(found, nll, sum(weight for name, weight in o.losses if name == "sft"), times, chosen)
 
 
-@takes(PreferenceOptions, "loss")
-def dpo_loss(
-    policy: Source, labels: Tensor, ref: Source | None = None, **options: Unpack[PreferenceOptions]
-) -> LossOutput:
-    """Compute preference_loss(loss="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence).
+@takes(PreferenceOptions, "loss_type")
+def dpo_loss(policy: Source, labels: Tensor, ref: Source | None, **options: Unpack[PreferenceOptions]) -> LossOutput:
+    """Compute preference_loss(loss_type="sigmoid"): DPO, cDPO (label_smoothing) and f-DPO (divergence).
 
     The options and the metrics are those of preference_loss.
     """
     return _fixed("dpo_loss", "sigmoid", policy, labels, ref, options)
 
 
-@takes(PreferenceOptions, "loss")
-def ipo_loss(
-    policy: Source, labels: Tensor, ref: Source | None = None, **options: Unpack[PreferenceOptions]
-) -> LossOutput:
-    """Compute preference_loss(loss="ipo"): IPO (arXiv 2310.12036) with means over tokens, as its authors and TRL do.
+@takes(PreferenceOptions, "loss_type")
+def ipo_loss(policy: Source, labels: Tensor, ref: Source | None, **options: Unpack[PreferenceOptions]) -> LossOutput:
+    """Compute preference_loss(loss_type="ipo"): IPO (arXiv 2310.12036) with means over tokens, as its authors and TRL do.
 
     The options and the metrics are those of preference_loss; beta is the tau of the paper.
     """
@@ -194,31 +174,26 @@ def ipo_loss(
 
 
 def _fixed(
-    name: str, loss: str, policy: Source, labels: Tensor, ref: Source | None, options: PreferenceOptions
+    name: str, loss_type: str, policy: Source, labels: Tensor, ref: Source | None, options: PreferenceOptions
 ) -> LossOutput:
-    if "loss" in options:
-        raise TypeError(f"{name}: `loss` is fixed to {loss!r}; use preference_loss to choose another")
-    return preference_loss(policy, labels, ref, loss=loss, **options)
-
-
-def _chosen_tokens(mask: Tensor, cu_seqlens: Tensor | None, span: Span) -> Tensor:
-    """Return the number of tokens of chosen sequences that count, at least 1."""
-    if cu_seqlens is None:
-        return span.summed(mask[: len(mask) // 2].sum()).clamp(min=1)
-    end = cu_seqlens[len(cu_seqlens) // 2] - span.first
-    return span.summed((mask & (torch.arange(len(mask), device=mask.device) < end)).sum()).clamp(min=1)
+    if "loss_type" in options:
+        raise TypeError(f"{name}: `loss_type` is fixed to {loss_type!r}; use preference_loss to choose another")
+    return preference_loss(policy, labels, ref, loss_type=loss_type, **options)
 
 
 ENTRIES = [
     Entry(
         preference_loss, "pairs", "2305.18290, 2309.16240", ref="optional",  # WPO needs logits
         variants={
-            **{name: {"loss": name} for name in LOSSES},
-            **{f"{name}, smoothed": {"loss": name, "label_smoothing": 0.1} for name in ("cdpo", "robust", "exo_pair", "aot")},
-            "discopop, tau 1": {"loss": "discopop", "discopop_tau": 1.0},
+            **{name: {"loss_type": name} for name in LOSSES},
+            **{
+                f"{name}, smoothed": {"loss_type": name, "label_smoothing": 0.1}
+                for name in ("cdpo", "robust", "exo_pair", "aot")
+            },
+            "discopop, tau 1": {"loss_type": "discopop", "discopop_tau": 1.0},
             "LD-DPO": {"ld_alpha": 0.3},
-            "MPO": {"loss": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
-            "many": {"loss": ("hinge", "discopop", "exo_pair", "ipo", "aot"), "ld_alpha": 0.5, "beta": 0.5},
+            "MPO": {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+            "many": {"loss_type": ("hinge", "discopop", "exo_pair", "ipo", "aot"), "ld_alpha": 0.5, "beta": 0.5},
         },
     ),
     Entry(ipo_loss, "pairs", "2310.12036", {"ipo": {}}, ref="optional"),

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..core.inputs import FLOATS, Source, check_labels
+from ..core.batch import read_batch, read_options
+from ..core.inputs import FLOATS, Source
 from ..core.layout import stats_dtype
-from ..core.options import Reduced, check_matching, check_threshold
+from ..core.options import SequenceOptions, check_matching, check_threshold
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_positive
-from ..engine.evaluate import Tokens
-from .shared import Entry, Needs, fused, output, reduced, sequence_part, takes
+from ..engine.evaluate import FormulaInputs, Tokens
+from .shared import Entry, fused, output, reduced, sequence_part, takes
 
 __all__ = [
     "bradley_terry_loss", "conditional_preference_matching_loss", "plackett_luce_loss", "preference_matching_gap",
@@ -27,18 +28,23 @@ __all__ = [
 ]  # fmt: skip
 
 
-@takes(Reduced)
+@takes(SequenceOptions)
 def preference_matching_loss(
-    policy: Source, labels: Tensor, *, form: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, **batch: Unpack[Reduced],
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    *,
+    loss_type: str = "entropy",
+    beta: float = 1.0,
+    baseline: Tensor | None = None,
+    **options: Unpack[SequenceOptions],
+) -> LossOutput:
     """Compute the regulariser R(pi) = -log pi of PM-RLHF (arXiv 2405.16455), as a loss to add to -E[reward].
 
         beta E_y[ log p(y | x) ],    so that  max_p E_y[ r - beta log p ]  is at  p = softmax(r / beta)
 
     With beta = 1 this optimum has the preferences of a Bradley-Terry or Plackett-Luce reward model. A KL to a reference has
     its optimum at ref exp(r / beta) instead. The labels are responses sampled from the policy; the mean is over sequences.
-    The forms are
+    The types are
 
         "entropy"   -beta sum_t H(p(. | y_<t)): the expectation of each step over the whole vocabulary. Its gradient takes the
                     prefixes as given: it leaves out that a token changes the entropies after it. It is complete for one
@@ -50,17 +56,16 @@ def preference_matching_loss(
     Args:
         policy: fl.Hidden or logits; for "sampled" also fl.LogProbs.
         labels: token ids [S, T], or packed.
-        form: "entropy" or "sampled".
+        loss_type: "entropy" or "sampled".
         beta: > 0.
         baseline: [S], only for "sampled": it is subtracted from log p(y), such as the mean log-prob of other responses to the
             prompt.
-        cu_seqlens: offsets [S + 1] of the packed sequences. None: labels are [S, T].
-        **batch: the other options of a batch, as in preference_loss; num_items is the number of sequences of the whole batch.
+        **options: the options of a batch, as in preference_loss; num_items is the number of sequences of the whole batch.
 
     The metrics are logps, the mean of log p(y), and entropy, the mean per token (for "sampled" if it is requested).
     """
-    labels = check_labels(labels)
-    extra = check_matching(labels, cu_seqlens, form, beta, baseline, batch.get("sequence_group"))
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    extra = check_matching(batch, loss_type, beta, baseline)
 
     def exact(tokens: Tokens) -> Tensor:
         assert tokens.entropy is not None
@@ -69,24 +74,26 @@ def preference_matching_loss(
     def sampled(tokens: Tokens) -> Tensor:
         return beta * _score_function(tokens, tokens.logps)
 
-    if form == "entropy":
-        batch = batch | {"entropy": True}
-    found = fused(
-        exact if form == "entropy" else sampled, policy, labels, None, Needs("sequence", per_sequence=extra),
-        cu_seqlens=cu_seqlens, **batch,
-    )  # fmt: skip
+    formula, call = (exact, call._replace(entropy=True)) if loss_type == "entropy" else (sampled, call)
+    found = fused(formula, policy, batch, None, FormulaInputs("sequence", per_sequence=extra), call)
     return output(found, _parts(found.tokens))
 
 
-@takes(Reduced)
+@takes(SequenceOptions)
 def conditional_preference_matching_loss(
-    policy: Source, labels: Tensor, ref: Source, *, threshold: float = 0.01, beta: float = 1.0,
-    baseline: Tensor | None = None, cu_seqlens: Tensor | None = None, **batch: Unpack[Reduced],
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source,
+    *,
+    threshold: float = 0.01,
+    beta: float = 1.0,
+    baseline: Tensor | None = None,
+    **options: Unpack[SequenceOptions],
+) -> LossOutput:
     """Compute the conditional preference matching loss (arXiv 2405.16455).
 
     It matches preferences among the tokens that the reference finds likely, and is a KL to the reference elsewhere. It is
-    preference_matching_loss(form="sampled"), with log p(y) replaced by the sum over tokens of
+    preference_matching_loss(loss_type="sampled"), with log p(y) replaced by the sum over tokens of
 
         log p(y_t)                      where q(y_t) > threshold
         log p(y_t) - log q(y_t)         elsewhere
@@ -95,19 +102,18 @@ def conditional_preference_matching_loss(
     rewards (preference_matching_reward). Its alpha_ctl is our threshold, with values from 0.01 to 0.5.
 
     Args:
-        policy: as in preference_matching_loss(form="sampled").
+        policy: as in preference_matching_loss(loss_type="sampled").
         labels: as in preference_matching_loss.
         ref: a reference with a log-prob for each token: fl.Hidden, logits or fl.LogProbs.
         threshold: in (0, 1]; 1 gives the KL of ordinary RLHF.
         beta: as in preference_matching_loss.
         baseline: as in preference_matching_loss.
-        cu_seqlens: as in preference_matching_loss.
-        **batch: the other options of a batch, as in preference_matching_loss.
+        **options: the options of a batch, as in preference_matching_loss.
 
     The metrics are logps; support, the share of tokens above the threshold; and entropy if it is requested.
     """
-    labels = check_labels(labels)
-    extra = check_matching(labels, cu_seqlens, "sampled", beta, baseline, batch.get("sequence_group"))
+    batch = read_batch(labels, "sequences", options)
+    extra = check_matching(batch, "sampled", beta, baseline)
     low = check_threshold(threshold)
     if ref is None:
         raise ValueError("ref: expected a reference, got None; without one it is preference_matching_loss")
@@ -117,7 +123,7 @@ def conditional_preference_matching_loss(
             raise ValueError("ref: expected fl.LogProbs of each token, got one per sequence")
         return beta * _score_function(tokens, _penalty(tokens.logps, tokens.ref_logps, low))
 
-    found = fused(formula, policy, labels, ref, Needs("sequence", per_sequence=extra), cu_seqlens=cu_seqlens, **batch)
+    found = fused(formula, policy, batch, ref, FormulaInputs("sequence", per_sequence=extra), read_options(options))
     tokens = found.tokens
     assert tokens.ref_logps is not None
     inside = (tokens.ref_logps > low).to(tokens.logps.dtype)
@@ -294,7 +300,7 @@ def _check_rewards(name: str, x: Tensor, dims: int) -> None:
 ENTRIES = [
     Entry(
         preference_matching_loss, "sequences", "2405.16455", ref="unused", distribution=True,
-        variants={"entropy": {}, "sampled": {"form": "sampled", "beta": 0.5}},
+        variants={"entropy": {}, "sampled": {"loss_type": "sampled", "beta": 0.5}},
     ),
     Entry(
         conditional_preference_matching_loss, "sequences", "2405.16455", variants={"": {"threshold": 0.03, "beta": 0.5}},

@@ -15,23 +15,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..core.batch import read_batch, read_options
 from ..core.elementwise import cap
-from ..core.inputs import Source, check_labels
-from ..core.options import SURE, BatchOptions, check_cpo, check_nll_labels, check_simpo
+from ..core.inputs import Source
+from ..core.options import SURE, SequenceOptions, check_cpo, check_nll_labels, check_simpo
 from ..core.outputs import LossOutput, Part
-from ..core.validation import Count, check_pairs, check_positive, divided, read_count
-from ..engine.evaluate import Tokens
-from ..engine.shards import span_of
-from .shared import Entry, Fused, Needs, counting_mask, fused, loss_and_nll, output, pair_metrics, takes
+from ..core.validation import Count, check_positive, divided, read_count
+from ..engine.evaluate import FormulaInputs, Tokens
+from .shared import Entry, Fused, fused, loss_and_nll, output, pair_metrics, takes
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
 
 
-@takes(BatchOptions)
+@takes(SequenceOptions)
 def simpo_loss(
-    policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
-    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    cpo_alpha: float = 0.0,
+    num_nll_tokens: Count | None = None,
+    **options: Unpack[SequenceOptions],
+) -> LossOutput:
     """Compute SimPO (arXiv 2405.14734 eq. 6), a loss of pairs without a reference model.
 
     The reward of a response is the mean log-prob of its tokens:
@@ -53,7 +61,7 @@ def simpo_loss(
         label_smoothing: eps, in [0, 0.5).
         cpo_alpha: as in cpo_loss.
         num_nll_tokens: as in cpo_loss.
-        **batch: the options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss.
 
     The metrics are those of preference_loss, with rewards beta r and, as logps, the means that the loss uses, as TRL logs
     them; and nll_loss.
@@ -66,15 +74,22 @@ def simpo_loss(
     def term(w: Tensor, l: Tensor) -> Tensor:
         return _smoothed(beta * (reward(w) - reward(l)) - gamma, label_smoothing)
 
-    found, x, nll = _pairs(term, policy, labels, True, cpo_alpha, num_nll_tokens=num_nll_tokens, **batch)
+    found, x, nll = _pairs(term, policy, labels, True, cpo_alpha, num_nll_tokens, options)
     return output(found, pair_metrics(found.tokens, beta * reward(x), x) | nll)
 
 
-@takes(BatchOptions)
+@takes(SequenceOptions)
 def cpo_loss(
-    policy: Source, labels: Tensor, *, loss: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
-    label_smoothing: float = 0.0, num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    cpo_alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    num_nll_tokens: Count | None = None,
+    **options: Unpack[SequenceOptions],
+) -> LossOutput:
     """Compute CPO (arXiv 2401.08417): DPO with a uniform reference, plus the negative log-likelihood of the chosen.
 
     As in TRL, with x = log p(y_w) - log p(y_l):
@@ -90,33 +105,38 @@ def cpo_loss(
     Args:
         policy: as in simpo_loss.
         labels: as in simpo_loss. They mark the tokens that count, for both parts of the loss.
-        loss: "sigmoid", "hinge" or "ipo".
+        loss_type: "sigmoid", "hinge" or "ipo".
         beta: > 0.
         cpo_alpha: >= 0.
         label_smoothing: eps, in [0, 0.5), only for "sigmoid".
         num_nll_tokens: the number of chosen tokens of the whole batch, when gradients accumulate. Use it together with
             num_items, the number of pairs of the whole batch. With num_items alone, the NLL of a micro-batch is the mean over
             its own tokens, weighted by its pairs.
-        **batch: the options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss.
 
     The metrics are those of simpo_loss, with rewards beta log p(y), or beta times the mean for "ipo".
     """
-    check_cpo(loss, beta, cpo_alpha, label_smoothing)
+    check_cpo(loss_type, beta, cpo_alpha, label_smoothing)
 
     def term(w: Tensor, l: Tensor) -> Tensor:
-        if loss == "sigmoid":
+        if loss_type == "sigmoid":
             return _smoothed(beta * (w - l), label_smoothing)
-        return torch.relu(1 - beta * (w - l)) if loss == "hinge" else (w - l - 0.5 / beta).square()
+        return torch.relu(1 - beta * (w - l)) if loss_type == "hinge" else (w - l - 0.5 / beta).square()
 
-    found, x, nll = _pairs(term, policy, labels, loss == "ipo", cpo_alpha, num_nll_tokens=num_nll_tokens, **batch)
+    found, x, nll = _pairs(term, policy, labels, loss_type == "ipo", cpo_alpha, num_nll_tokens, options)
     return output(found, pair_metrics(found.tokens, beta * x, x) | nll)
 
 
-@takes(BatchOptions)
+@takes(SequenceOptions)
 def orpo_loss(
-    policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None,
-    num_nll_tokens: Count | None = None, **batch: Unpack[BatchOptions],
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    *,
+    beta: float = 0.1,
+    nll_labels: Tensor | None = None,
+    num_nll_tokens: Count | None = None,
+    **options: Unpack[SequenceOptions],
+) -> LossOutput:
     """Compute ORPO (arXiv 2403.07691 eq. 6): the NLL of the chosen responses, and their odds against the rejected.
 
         NLL - beta log sigmoid(log odds(y_w) - log odds(y_l)),    odds = m / (1 - m),    log m = 1/|y| sum_t log p(y_t)
@@ -132,7 +152,7 @@ def orpo_loss(
             of the chosen; to get it, pass input_ids with ignore_index at the padding. NLL is over the chosen tokens that
             either labels or nll_labels mark, and stats contain all of these. None: the completion only.
         num_nll_tokens: as in cpo_loss.
-        **batch: the options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss.
 
     The metrics are those of simpo_loss, with rewards beta log m; log_odds_chosen, the mean difference of log odds; and
     log_odds_ratio, the mean log sigmoid of that difference (TRL's names).
@@ -146,7 +166,7 @@ def orpo_loss(
     def term(w: Tensor, l: Tensor) -> Tensor:
         return -beta * logsigmoid(log_odds(w, l))
 
-    found, x, nll = _pairs(term, policy, labels, True, 1.0, nll_labels, num_nll_tokens, **batch)
+    found, x, nll = _pairs(term, policy, labels, True, 1.0, num_nll_tokens, options, nll_labels)
     odds = log_odds(*x.tensor_split(2))
     more = {"log_odds_chosen": Part(odds), "log_odds_ratio": Part(logsigmoid(odds))}
     return output(found, pair_metrics(_scored(found.tokens), beta * x, x) | more | nll)
@@ -164,31 +184,30 @@ def _scored(tokens: Tokens) -> Tokens:
 
 
 def _pairs(
-    term: Callable[[Tensor, Tensor], Tensor], policy: Source, labels: Tensor, mean: bool, weight: float,
-    nll_labels: Tensor | None = None, num_nll_tokens: Count | None = None, num_items: Count | None = None,
-    **batch: Any,
-) -> tuple[Fused, Tensor, dict[str, Any]]:  # fmt: skip
+    term: Callable[[Tensor, Tensor], Tensor],
+    policy: Source,
+    labels: Tensor,
+    mean: bool,
+    weight: float,
+    num_nll_tokens: Count | None,
+    options: SequenceOptions,
+    nll_labels: Tensor | None = None,
+) -> tuple[Fused, Tensor, dict[str, Any]]:
     """Compute term(chosen, rejected) + weight NLL.
 
     Return the evaluated loss, the log-probs [2B] that the term used (means over tokens if `mean`, else sums), and the parts
     of the NLL and of the loss.
     """
-    labels = check_labels(labels)
-    pairs = check_pairs(labels, cu := batch.get("cu_seqlens"), batch.get("sequence_group")) // 2
-    num_nll_tokens, num_items = read_count("num_nll_tokens", num_nll_tokens), read_count("num_items", num_items)
-    span = span_of(labels, **batch)
-    batch["sequence_group"] = span
-    rows = torch.arange(len(labels), device=labels.device)
-    chosen = rows[:, None] < pairs if cu is None else rows + span.first < cu[pairs]
-    extra = {}
+    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    num_nll_tokens = read_count("num_nll_tokens", num_nll_tokens)
+    chosen, extra = batch.among_first(batch.sequences // 2), {}
     if nll_labels is not None:
-        scored, ignore = counting_mask(labels, **batch), batch.get("ignore_index", -100)
-        nll_labels = check_nll_labels(nll_labels, labels).where(chosen, ignore)
-        labels, extra = labels.where(labels != ignore, nll_labels), {"scored": scored}
-    here = span.summed((counting_mask(labels, **batch) & chosen).sum()).clamp(min=1)
+        extra = {"scored": batch.mask}
+        more = batch.aligned(check_nll_labels(nll_labels, batch.labels)).where(chosen, batch.ignore_index)
+        batch = batch.with_labels(batch.labels.where(batch.labels != batch.ignore_index, more))
     # The reduction divides by pairs, or by num_items: `times` cancels this, so that the mean over tokens remains.
-    by = here if num_nll_tokens is None else num_nll_tokens
-    times = pairs if num_items is None or num_nll_tokens is None else num_items
+    by = batch.count(chosen) if num_nll_tokens is None else num_nll_tokens
+    times = batch.sequences // 2 if call.num_items is None or num_nll_tokens is None else call.num_items
 
     def logps(tokens: Tokens) -> Tensor:
         tokens = _scored(tokens)
@@ -200,7 +219,7 @@ def _pairs(
         nll = -tokens.sums(tokens.logps).tensor_split(2)[0]
         return losses + weight * divided(nll * times, by) if weight else losses
 
-    found = fused(formula, policy, labels, None, Needs("pair", per_token=extra), num_items=num_items, **batch)
+    found = fused(formula, policy, batch, None, FormulaInputs("pair", per_token=extra), call)
     own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
     nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
     return found, logps(found.tokens), {"nll_loss": nll, **loss_and_nll(found, nll, weight, times, by)}
@@ -216,7 +235,8 @@ ENTRIES = [
     Entry(
         cpo_loss, "pairs", "2401.08417", ref="unused", variants={
             "CPO": {}, "smoothed": {"label_smoothing": 0.1, "beta": 0.3, "num_nll_tokens": 29},
-            "hinge": {"loss": "hinge", "beta": 0.3}, "IPO": {"loss": "ipo", "cpo_alpha": 0.5}, "no NLL": {"cpo_alpha": 0.0},
+            "hinge": {"loss_type": "hinge", "beta": 0.3}, "IPO": {"loss_type": "ipo", "cpo_alpha": 0.5},
+            "no NLL": {"cpo_alpha": 0.0},
         },
     ),
     Entry(

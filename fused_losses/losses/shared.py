@@ -11,27 +11,25 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.divergences import Divergence
+from ..core.batch import Batch, CallOptions
 from ..core.inputs import Source, TokenStats
-from ..core.layout import labels_mask, shift_packed
 from ..core.names import nearest
 from ..core.outputs import LossOutput, Part, Parts
-from ..core.validation import (
-    Count,
-    check_reduction,
-    check_sequences,
-    divided,
-)
-from ..engine.evaluate import Formula, Tokens, evaluate
-from ..engine.prepare import How
-from ..engine.shards import Span
+from ..core.validation import Count, check_reduction, divided
+from ..engine.evaluate import Formula, FormulaInputs, Tokens, evaluate
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+REQUIRED = {
+    "ref": "the reference as fl.Hidden, logits or fl.LogProbs, or None for the policy's log-probs alone",
+    "teacher": "the teacher as fl.Hidden, logits or fl.LogProbs",
+}
+
+
 def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a loss raise an error for an unknown option; the error names the loss and the most similar option.
+    """Make a loss raise an error for an unknown option or a missing reference; the error names the loss.
 
     Args:
         options: the TypedDict of the loss's keyword arguments.
@@ -39,17 +37,24 @@ def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        parameters = inspect.signature(function).parameters.values()
+        own = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
         known = (*own, *options.__annotations__)
+        listed = [name for name in known if name not in ("policy", "student", "labels")]
+        needed = [(i, p.name) for i, p in enumerate(parameters) if p.name in REQUIRED and p.default is p.empty]
 
         @wraps(function)
         def call(*args: P.args, **given: P.kwargs) -> R:
             for name in given:
                 if name not in known and name not in more:
                     what = f"fl.{function.__name__}: unknown option {name!r}{nearest(name, known)}"
-                    raise TypeError(f"{what}; its options: {', '.join(known[2:])}")
+                    raise TypeError(f"{what}; its options: {', '.join(listed)}")
+            for i, name in needed:
+                if len(args) <= i and name not in given:
+                    raise TypeError(f"fl.{function.__name__}: {name}: expected {REQUIRED[name]}, got none")
             return function(*args, **given)
 
+        call.options = known  # type: ignore[attr-defined]
         return call
 
     return decorate
@@ -76,15 +81,6 @@ INPUTS = (
 )  # fmt: skip
 
 
-def counting_mask(
-    labels: Tensor, *, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100, **_: Any
-) -> Tensor:
-    """Return the mask of this rank's tokens that evaluate() will use, before it runs."""
-    if shift and cu_seqlens is not None:
-        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
-    return labels_mask(labels, shift, ignore_index)
-
-
 class Fused(NamedTuple):
     loss: Tensor  # reduced as asked
     stats: TokenStats
@@ -93,48 +89,19 @@ class Fused(NamedTuple):
     unit: str
 
 
-class Needs(NamedTuple):
-    """What a formula needs from evaluate(), whose docstring describes each field.
-
-    It is one argument, so that user options cannot contain its fields.
-    """
-
-    unit: str
-    divergences: tuple[Divergence, ...] = ()
-    per_token: Mapping[str, Tensor] = {}
-    per_sequence: Mapping[str, Tensor] = {}
-    collision: bool = False
-
-
 def fused(
-    formula: Formula, policy: Source, labels: Tensor, ref: Source | None, needs: Needs, *, reduction: str = "mean",
-    num_items: Count | None = None, plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
-    **batch: Any,
-) -> Fused:  # fmt: skip
-    """Call evaluate() and reduce its losses.
+    formula: Formula, policy: Source, batch: Batch, ref: Source | None, inputs: FormulaInputs, options: CallOptions
+) -> Fused:
+    """Evaluate a formula and reduce its losses.
 
-    The mean is over units, or over the tokens that count if the units are tokens. The options that all losses share are
-    handled here.
+    The mean is over units, or over the tokens that count if the units are tokens.
     """
-    num_items = check_reduction(reduction, num_items)
-    if needs.unit == "token" and batch.get("cu_seqlens") is not None:  # the losses of sequences have already checked it
-        check_sequences(labels, batch["cu_seqlens"], batch.get("sequence_group"))
-    reduced = reduction != "none"
-    losses, stats, tokens = evaluate(
-        formula,
-        policy,
-        labels,
-        ref,
-        **needs._asdict(),
-        reduced=reduced,
-        how=How(plan, workspace, static_shapes),
-        **batch,
-    )
-    each = losses.detach() if reduced else None
-    if reduction == "mean":
-        count = tokens.mask.sum().clamp(min=1) if needs.unit == "token" else max(losses.numel(), 1)
-        losses = losses.sum() / count if num_items is None else divided(losses.sum(), num_items)
-    return Fused(losses.sum() if reduction == "sum" else losses, stats, tokens, each, needs.unit)
+    losses, stats, tokens = evaluate(formula, policy, batch, ref, inputs, options)
+    each = None if options.reduction == "none" else losses.detach()
+    if options.reduction == "mean":
+        count = tokens.mask.sum().clamp(min=1) if inputs.unit == "token" else max(losses.numel(), 1)
+        losses = losses.sum() / count if options.num_items is None else divided(losses.sum(), options.num_items)
+    return Fused(losses.sum() if options.reduction == "sum" else losses, stats, tokens, each, inputs.unit)
 
 
 def output(found: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
@@ -221,8 +188,7 @@ def reduced(losses: Tensor, reduction: str = "mean", num_items: Count | None = N
     return divided(losses.sum(), count)
 
 
-def sequences_of(stats: TokenStats, cu_seqlens: Tensor | None = None, span: Span = Span()) -> Tokens:  # noqa: B008
+def sequences_of(stats: TokenStats, batch: Batch) -> Tokens:
     """Return the log-probs of stats [S, T], or packed, with their graph, as Tokens: for sums over sequences."""
-    count = stats.logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    tokens = Tokens(stats.logps.reshape(-1), None, None, None, {}, stats.mask.reshape(-1), cu_seqlens, count)
-    return tokens.whole(span, ())
+    logps, mask = stats.logps.reshape(-1), stats.mask.reshape(-1)
+    return Tokens(logps, None, None, None, {}, mask, batch.cu_seqlens, batch.sequences).whole(batch.shard, ())

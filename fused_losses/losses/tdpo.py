@@ -7,22 +7,29 @@ from typing import Unpack
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
-from ..core.inputs import Source, check_labels
-from ..core.options import BatchOptions, check_tdpo
+from ..core.inputs import Source
+from ..core.options import SequenceOptions, check_tdpo
 from ..core.outputs import LossOutput, Part
-from ..core.validation import check_pairs
-from ..engine.evaluate import Tokens
-from .shared import Entry, Needs, fused, output, pair_metrics, takes
+from ..engine.evaluate import FormulaInputs, Tokens
+from .shared import Entry, fused, output, pair_metrics, takes
 
 __all__ = ["tdpo_loss"]
 
 
-@takes(BatchOptions)
+@takes(SequenceOptions)
 def tdpo_loss(
-    policy: Source, labels: Tensor, ref: Source, *, variant: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
-    divergence: str | Divergence = "forward_kl", **batch: Unpack[BatchOptions],
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source,
+    *,
+    loss_type: str = "tdpo2",
+    alpha: float = 0.5,
+    beta: float = 0.1,
+    divergence: str | Divergence = "forward_kl",
+    **options: Unpack[SequenceOptions],
+) -> LossOutput:
     """Compute TDPO (arXiv 2404.11999): DPO with the divergence of each response from the reference in the margin.
 
     For p the policy, q the reference, w chosen and l rejected, with divergences token by token over the whole vocabulary:
@@ -38,28 +45,27 @@ def tdpo_loss(
         policy: fl.Hidden or logits; the divergence needs whole distributions.
         labels: pairs [2B, T], or packed with cu_seqlens, as in preference_loss. There is one loss for each pair.
         ref: fl.Hidden or logits, as policy.
-        variant: "tdpo1" or "tdpo2". The function in the released code has TDPO2 as its default, but its configuration runs
+        loss_type: "tdpo1" or "tdpo2". The function in the released code has TDPO2 as its default, but its configuration runs
             TDPO1.
         alpha: >= 0, for TDPO2 only.
         beta: > 0.
         divergence: any of fl.divergences.names() in place of the paper's forward_kl = KL(ref || policy). Unlike the
             divergence of f-DPO, it does not change h.
-        **batch: the options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss.
 
     The metrics are those of preference_loss with the rewards of the released code, beta (h + D), and kl/chosen and
     kl/rejected, which are D.
     """
-    d = check_tdpo(policy, ref, variant, alpha, beta, divergence)
-    labels = check_labels(labels)
-    check_pairs(labels, batch.get("cu_seqlens"), batch.get("sequence_group"))
+    d = check_tdpo(policy, ref, loss_type, alpha, beta, divergence)
+    batch = read_batch(labels, "pairs", options)
 
     def formula(tokens: Tokens) -> Tensor:
         h_w, h_l = tokens.log_ratios().tensor_split(2)
         d_w, d_l = tokens.sums(tokens.divergence[d.key]).tensor_split(2)
-        apart = d_w - d_l if variant == "tdpo1" else alpha * (d_w.detach() - d_l)
+        apart = d_w - d_l if loss_type == "tdpo1" else alpha * (d_w.detach() - d_l)
         return -logsigmoid(beta * (h_w - h_l + apart))
 
-    found = fused(formula, policy, labels, ref, Needs("pair", (d,)), **batch)
+    found = fused(formula, policy, batch, ref, FormulaInputs("pair", (d,)), read_options(options))
     tokens = found.tokens
     kl = tokens.sums(tokens.divergence[d.key])
     parts = pair_metrics(tokens, beta * (tokens.log_ratios() + kl), tokens.sums(tokens.logps))
@@ -70,7 +76,7 @@ def tdpo_loss(
 ENTRIES = [
     Entry(
         tdpo_loss, "pairs", "2404.11999", distribution=True, variants={
-            "TDPO1": {"variant": "tdpo1"}, "TDPO2": {"alpha": 0.7, "beta": 0.3}, "another divergence": {"divergence": "js"},
+            "TDPO1": {"loss_type": "tdpo1"}, "TDPO2": {"alpha": 0.7, "beta": 0.3}, "another divergence": {"divergence": "js"},
         },
     )
 ]  # fmt: skip

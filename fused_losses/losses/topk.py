@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence, from_key
-from ..core.inputs import Logits, LogProbs, Source, TokenStats, as_source, check_labels
-from ..core.layout import labels_mask, shift_packed
-from ..core.options import Execution, check_teacher, check_topk
+from ..core.inputs import Logits, LogProbs, Source, TokenStats, as_source
+from ..core.options import TokenOptions, check_teacher, check_topk
 from ..core.outputs import LossOutput
-from ..core.validation import Count, check_reduction, check_sequences, check_weights, divided
+from ..core.validation import check_weights, divided
 from ..engine.evaluate import Tokens
 from ..engine.logits_at import stats_at
-from ..engine.shards import span_of
 from ..engine.token_stats import token_stats
 from .distillation import token_means
 from .shared import Entry, Fused, output, takes
@@ -27,13 +26,19 @@ __all__ = ["topk_distillation_loss"]
 NOTHING = -1e30  # log-prob of an entry that does not exist: finite, so that differences are finite
 
 
-@takes(Execution)
+@takes(TokenOptions)
 def topk_distillation_loss(
-    student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, *, tail: str = "bucket",
-    divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, reduction: str = "mean",
-    num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
-    sequence_group: object = None, entropy: bool = False, **batch: Unpack[Execution],
-) -> LossOutput:  # fmt: skip
+    student: Source,
+    labels: Tensor,
+    topk_logps: Tensor,
+    topk_ids: Tensor,
+    *,
+    tail: str = "bucket",
+    divergence: str | Divergence = "forward_kl",
+    soft: float = 1.0,
+    hard: float = 0.0,
+    **options: Unpack[TokenOptions],
+) -> LossOutput:
     """Compute a distillation loss where only the teacher's log-probs of K tokens are known.
 
     For p the student and q the teacher, it is the mean over the tokens that count (label != ignore_index) of
@@ -62,47 +67,34 @@ def topk_distillation_loss(
         divergence: D, any of fl.divergences.names(), as in distillation_loss.
         soft: the weight of the divergence.
         hard: the weight of the negative log-likelihood of the labels.
-        reduction: as in preference_loss; the mean is over the tokens that count.
-        num_items: as in preference_loss, the tokens of the whole batch.
-        cu_seqlens: as in preference_loss.
-        shift: as in preference_loss.
-        ignore_index: as in preference_loss.
-        sequence_group: as in preference_loss.
-        entropy: also report the student's mean entropy per token.
-        **batch: the other options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss; the mean is over the tokens that count.
 
     The metrics are means over the tokens: kl (the divergence), topk_mass (sum_k p_k), logps, and entropy if it is requested.
     """
-    source, labels, d = as_source("student", student), check_labels(labels), from_key(divergence)
+    source, d = as_source("student", student), from_key(divergence)
     check_topk(tail, d)
     check_weights(soft=soft, hard=hard)
-    num_items = check_reduction(reduction, num_items)
+    batch, call = read_batch(labels, "tokens", options), read_options(options)
     if isinstance(source, LogProbs):
         raise ValueError("student: expected fl.Hidden or logits, got fl.LogProbs")
-    if cu_seqlens is not None:
-        check_sequences(labels, cu_seqlens, sequence_group)
-    span = span_of(labels, sequence_group, cu_seqlens=cu_seqlens, shift=shift, **batch)
-    if shift and cu_seqlens is not None:
-        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
-    mask = labels_mask(labels, shift, ignore_index)
+    mask = batch.mask
     check_teacher(topk_logps, topk_ids, mask)
     keep = mask.unsqueeze(-1) & (topk_logps != -math.inf)
-    options: dict[str, Any] = {"shift": shift, "ignore_index": ignore_index, "entropy": entropy}
-    stats, z = stats_at(source, labels, topk_ids, keep, **options, **batch)
-    assert stats.lse is not None
+    stats, z, lse = stats_at(source, batch, topk_ids, keep, call)
     logq = topk_logps.detach().to(z.dtype).masked_fill(~keep, NOTHING)
-    mass = z.masked_fill(~keep, NOTHING).logsumexp(-1) - stats.lse  # log sum_k p_k
-    kl = _divergence(d, tail, z.masked_fill(~keep, NOTHING), logq, mass, stats, mask)
+    mass = z.masked_fill(~keep, NOTHING).logsumexp(-1) - lse  # log sum_k p_k
+    kl = _divergence(d, tail, z.masked_fill(~keep, NOTHING), logq, mass, lse, mask)
     losses = soft * kl - hard * stats.logps
     numbers = {"kl": kl, "topk_mass": mass.exp().masked_fill(~mask, 0), "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
-    total, mask, *others = span.whole([losses, mask, *numbers.values()])
-    count = mask.sum().clamp(min=1)
-    if reduction != "none":
-        losses = divided(total.sum(), 1 if reduction == "sum" else count if num_items is None else num_items)
-    each = None if reduction == "none" else total.detach()
+    total, mask, *others = batch.shard.whole([losses, mask, *numbers.values()])
+    if call.reduction == "mean":
+        losses = divided(total.sum(), mask.sum().clamp(min=1) if call.num_items is None else call.num_items)
+    elif call.reduction == "sum":
+        losses = total.sum()
+    each = None if call.reduction == "none" else total.detach()
     whole = dict(zip(numbers, (x.detach().reshape(-1) for x in others), strict=True))
-    return _output(losses, each, replace(stats, divergence={d.key: kl}), whole, mask, cu_seqlens)
+    return _output(losses, each, replace(stats, divergence={d.key: kl}), whole, mask, batch.cu_seqlens)
 
 
 def _output(
@@ -120,22 +112,19 @@ def _output(
     return output(found, token_means(found, **numbers))
 
 
-def _divergence(
-    d: Divergence, tail: str, z: Tensor, logq: Tensor, mass: Tensor, stats: TokenStats, mask: Tensor
-) -> Tensor:
+def _divergence(d: Divergence, tail: str, z: Tensor, logq: Tensor, mass: Tensor, lse: Tensor, mask: Tensor) -> Tensor:
     """Return the divergence [...] of each token, and 0 where the mask is False.
 
     A distribution over K tokens is treated as one over a small vocabulary, whose logits are z.
     """
-    assert stats.lse is not None
     if tail == "ignore":
-        return _partial(d, z - stats.lse.unsqueeze(-1), logq).masked_fill(~mask, 0)
+        return _partial(d, z - lse.unsqueeze(-1), logq).masked_fill(~mask, 0)
     if tail == "bucket":
-        z = torch.cat([z, (stats.lse + _log_rest(mass)).unsqueeze(-1)], dim=-1)
+        z = torch.cat([z, (lse + _log_rest(mass)).unsqueeze(-1)], dim=-1)
         logq = torch.cat([logq, _log_rest(logq.logsumexp(-1)).unsqueeze(-1)], dim=-1)
     none = ~mask | (logq.amax(-1) == NOTHING)
     labels = torch.zeros_like(mask, dtype=torch.long).masked_fill(none, -100)
-    return token_stats(Logits(z), labels, Logits(logq), divergence=d).divergence[d.key]
+    return token_stats(Logits(z), labels, Logits(logq), divergence=d, shift=False).divergence[d.key]
 
 
 def _log_rest(mass: Tensor) -> Tensor:

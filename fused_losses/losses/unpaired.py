@@ -7,31 +7,31 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..core.inputs import Source, check_labels
-from ..core.options import Reduced, TimeAxis, check_bco, check_kto
+from ..core.batch import read_batch, read_options
+from ..core.inputs import Source
+from ..core.options import BaselineOptions, SequenceOptions, check_bco, check_kto
 from ..core.outputs import LossOutput, Part
 from ..core.running_delta import RunningDelta, mean_over_ranks
-from ..core.validation import check_constant, check_sequences
-from ..engine.evaluate import Tokens
-from .shared import Entry, Needs, fused, output, sequence_part, takes
+from ..core.validation import check_constant
+from ..engine.evaluate import FormulaInputs, Tokens
+from .shared import Entry, fused, output, sequence_part, takes
 
 __all__ = ["RunningDelta", "bco_loss", "kto_baseline", "kto_loss"]
 
 
-@takes(Reduced)
+@takes(SequenceOptions)
 def kto_loss(
     policy: Source,
     labels: Tensor,
     ref: Source | None,
     desirable: Tensor,
     *,
-    loss: str = "kto",
+    loss_type: str = "kto",
     baseline: Tensor | float | None = None,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    cu_seqlens: Tensor | None = None,
-    **batch: Unpack[Reduced],
+    **options: Unpack[SequenceOptions],
 ) -> LossOutput:
     """Compute KTO (arXiv 2402.01306 eq. 7), a loss of responses that are desirable or not, without pairs.
 
@@ -47,38 +47,40 @@ def kto_loss(
         labels: [S, T] with any number S of sequences, or packed with cu_seqlens [S + 1].
         ref: as in preference_loss.
         desirable: bool [S].
-        loss: "kto" or "apo_zero_unpaired".
+        loss_type: "kto" or "apo_zero_unpaired".
         baseline: z0, from kto_baseline. None: 0.
         beta: > 0.
         desirable_weight: w_d, > 0.
         undesirable_weight: w_u, > 0.
-        cu_seqlens: offsets [S + 1] of the packed sequences. None: labels are [S, T].
-        **batch: the other options of a batch, as in preference_loss; num_items is the number of sequences of the whole batch.
+        **options: the options of a batch, as in preference_loss; num_items is the number of sequences of the whole batch.
 
     The metrics are TRL's rewards/chosen and rewards/rejected (means of beta h), rewards/margins, logps/chosen and
     logps/rejected, which are NaN where the batch has no such sequence (TRL leaves them out); count/chosen and count/rejected,
     the weights for averaging them over batches; kl (z0); and entropy if it is requested.
     """
-    labels = check_labels(labels)
-    group = batch.get("sequence_group")
-    z0 = check_kto(labels, cu_seqlens, desirable, loss, baseline, beta, desirable_weight, undesirable_weight, group)
+    batch = read_batch(labels, "sequences", options)
+    z0 = check_kto(batch, desirable, loss_type, baseline, beta, desirable_weight, undesirable_weight)
 
     def formula(tokens: Tokens) -> Tensor:
         good, x = tokens.extra["desirable"], beta * (tokens.log_ratios() - z0)
         losses = torch.where(good, -x, x).sigmoid()
         return torch.where(good, desirable_weight * losses, undesirable_weight * losses)
 
-    own = {"desirable": desirable}
-    found = fused(formula, policy, labels, ref, Needs("sequence", per_sequence=own), cu_seqlens=cu_seqlens, **batch)
+    inputs = FormulaInputs("sequence", per_sequence={"desirable": desirable})
+    found = fused(formula, policy, batch, ref, inputs, read_options(options))
     return output(found, _parts(found.tokens, beta, kl=z0))
 
 
-@takes(TimeAxis, "reduction", "num_items")
+@takes(BaselineOptions)
 @torch.no_grad()
 def kto_baseline(
-    policy: Source, labels: Tensor, ref: Source | None, *, process_group: object = None, cu_seqlens: Tensor | None = None,
-    **batch: Unpack[TimeAxis],
-) -> Tensor:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None,
+    *,
+    process_group: object = None,
+    **options: Unpack[BaselineOptions],
+) -> Tensor:
     """Compute the baseline z0 of kto_loss, max(0, mean_s h_s): an estimate of KL(policy || ref).
 
     The result is a 0-d tensor without a gradient.
@@ -91,21 +93,14 @@ def kto_baseline(
         process_group: also average over the sequences of all ranks of this group, before the maximum
             (torch.distributed.group.WORLD: over all ranks). Ranks may have different numbers of sequences. None: average over
             this process alone.
-        cu_seqlens: as in kto_loss.
-        **batch: the options of a batch, as in kto_loss, without reduction, num_items, inplace_backward and entropy.
+        **options: the options of a batch, as in kto_loss, without reduction, num_items, inplace_backward and entropy.
     """
-    labels = check_labels(labels)
-    check_sequences(labels, cu_seqlens, batch.get("sequence_group"))
-    for option in ("reduction", "num_items", "inplace_backward", "entropy"):
-        if option in batch:
-            raise TypeError(f"{option}: kto_baseline has no such option")
-    found = fused(
-        Tokens.log_ratios, policy, labels, ref, Needs("sequence"), reduction="none", cu_seqlens=cu_seqlens, **batch
-    )
+    batch, call = read_batch(labels, "sequences", options), read_options(options)._replace(reduction="none")
+    found = fused(Tokens.log_ratios, policy, batch, ref, FormulaInputs("sequence"), call)
     return mean_over_ranks(found.loss, process_group)[0].clamp(min=0)
 
 
-@takes(Reduced)
+@takes(SequenceOptions)
 def bco_loss(
     policy: Source,
     labels: Tensor,
@@ -115,8 +110,7 @@ def bco_loss(
     delta: RunningDelta | Tensor | float = 0.0,
     weights: Tensor | None = None,
     beta: float = 0.1,
-    cu_seqlens: Tensor | None = None,
-    **batch: Unpack[Reduced],
+    **options: Unpack[SequenceOptions],
 ) -> LossOutput:
     """Compute BCO (arXiv 2404.04656), the loss of a classifier whose logit is the reward minus a shift.
 
@@ -136,15 +130,14 @@ def bco_loss(
         weights: factors [S] >= 0 of the losses, without a gradient. If the prompts of the two classes differ, TRL uses its
             density ratio p / (1 - p), clamped to [0.5, 10], for the undesirable and 1 for the desirable. None: 1.
         beta: > 0.
-        cu_seqlens: as in kto_loss.
-        **batch: the other options of a batch, as in kto_loss.
+        **options: the options of a batch, as in kto_loss.
 
     The metrics are those of kto_loss with delta in place of kl.
     """
-    labels = check_labels(labels)
+    batch = read_batch(labels, "sequences", options)
     running = isinstance(delta, RunningDelta)
     shift = delta if isinstance(delta, RunningDelta) else check_constant("delta", delta)
-    own = check_bco(labels, cu_seqlens, desirable, weights, beta, batch.get("sequence_group"))
+    own = check_bco(batch, desirable, weights, beta)
 
     def formula(tokens: Tokens) -> Tensor:
         rewards = beta * tokens.log_ratios()
@@ -153,7 +146,7 @@ def bco_loss(
         return losses if weights is None else losses * tokens.extra["weights"].to(losses.dtype)
 
     unit = "batch" if running else "sequence"
-    found = fused(formula, policy, labels, ref, Needs(unit, per_sequence=own), cu_seqlens=cu_seqlens, **batch)
+    found = fused(formula, policy, batch, ref, FormulaInputs(unit, per_sequence=own), read_options(options))
     return output(found, _parts(found.tokens, beta, delta=shift.mean if isinstance(shift, RunningDelta) else shift))
 
 
@@ -178,7 +171,7 @@ ENTRIES = [
     Entry(
         kto_loss, "sequences", "2402.01306, 2408.06266", ref="optional", inputs={"desirable": "bool per sequence"}, variants={
             "kto": {"baseline": 0.2}, "kto, weights": {"desirable_weight": 1.3, "undesirable_weight": 0.7, "beta": 0.4},
-            "apo_zero_unpaired": {"loss": "apo_zero_unpaired"},
+            "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
         },
     ),
     Entry(

@@ -27,6 +27,13 @@ def _nobody() -> None:
     """Return None, as a weak reference to a deleted object does."""
 
 
+class NotGiven:
+    """Mark an argument that was left out, where None has a meaning."""
+
+    def __repr__(self) -> str:
+        return "not given"
+
+
 class FusedHead(nn.Module):
     """Hold the parameters of a head, by reference, and run a loss on them in forward.
 
@@ -135,27 +142,31 @@ class FusedHead(nn.Module):
         return state
 
     def forward(
-        self, hidden: Tensor, labels: Tensor, ref: Source | tuple[nn.Module, Tensor] | None = None, *,
-        loss: str | Callable[..., Any] = "sigmoid", **options: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        ref: Source | tuple[nn.Module, Tensor] | None | NotGiven = NotGiven(),  # noqa: B008
+        *,
+        loss: str | Callable[..., Any],
+        **options: Any,
+    ) -> Any:
         """Return what the loss returns, if called as head(...).
 
         Args:
             hidden: The states [..., H].
             labels: The labels of the loss.
             ref: A source, or (reference FusedHead, its hidden states); with the latter the loss runs inside the forward
-                of both. None where the loss has no reference.
-            loss: A type of preference_loss, any loss of fused_losses, token_stats, or your own function (policy source,
-                labels, ref source, **options). To set an option of the loss that is itself named `loss`, use
-                functools.partial(fl.grpo_loss, loss="dapo").
+                of both. Leave it out where the loss takes no reference; None where it takes one, to go without.
+            loss: A loss_type of preference_loss, any loss of fused_losses, token_stats, or your own function (policy source,
+                labels, ref source, **options).
             **options: The options of the loss.
         """
-        function = partial(preference_loss, loss=loss) if isinstance(loss, str) else loss
+        function = partial(preference_loss, loss_type=loss) if isinstance(loss, str) else loss
         policy = self.source(hidden)
         if isinstance(ref, tuple):
             ref_head, ref_hidden = ref
             inner = lambda source, labels, _, **options: _call(function, policy, labels, source, options)  # noqa: E731
-            return opened(ref_head(ref_hidden, labels, loss=inner, **options))
+            return opened(ref_head(ref_hidden, labels, None, loss=inner, **options))
         return opened(_call(function, policy, labels, ref, options))
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -165,13 +176,17 @@ class FusedHead(nn.Module):
         return ", ".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
 
 
-def _call(loss: Callable[..., Any], policy: Hidden, labels: Tensor, ref: Source | None, options: dict[str, Any]) -> Any:
+def _call(
+    loss: Callable[..., Any], policy: Hidden, labels: Tensor, ref: Source | None | NotGiven, options: dict[str, Any]
+) -> Any:
     """Call a loss with its reference, if it takes one.
 
     The reference is passed as `ref` if the loss has a parameter of that name, else as its third argument.
     """
     parameters = inspect.signature(loss).parameters
     places = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(ref, NotGiven):
+        return loss(policy, labels, **options)
     if "ref" in parameters:
         return loss(policy, labels, ref=ref, **options)
     if len(places) > 2 and places[2] not in options:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.divergences import Asked
-from ..core.inputs import LogProbs, Source, TokenStats, as_source, check_labels
-from ..core.layout import shift_packed
+from ..core.batch import Batch
+from ..core.divergences import Divergence
+from ..core.inputs import LogProbs, Source, TokenStats, as_source
 from ..core.validation import Count, read_count
-from .stats import token_stats
+from .stats import batch_stats
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,20 @@ class Sequence:
 
 
 def cut(
-    policy: Source, labels: Tensor, ref: Source | None = None, *, cu_seqlens: Tensor | None = None, shift: bool = False,
-    ignore_index: int = -100, divergence: Asked = None, entropy: bool = False, per_token: dict[str, Tensor] | None = None,
-    per_sequence: dict[str, Tensor] | None = None, **_: object,
-) -> tuple[TokenStats, list[Sequence]]:  # fmt: skip
-    """Return the statistics of a batch, [S, T] or packed, and its sequences.
-
-    Options that say how to compute (plan, workspace, ...) are ignored.
-    """
-    labels = check_labels(labels)
-    if shift and cu_seqlens is not None:
-        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
-    count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    policy: Source,
+    batch: Batch,
+    ref: Source | None = None,
+    *,
+    divergences: tuple[Divergence, ...] = (),
+    entropy: bool = False,
+    per_token: dict[str, Tensor] | None = None,
+    per_sequence: dict[str, Tensor] | None = None,
+) -> tuple[TokenStats, list[Sequence]]:
+    """Return the statistics of a batch, [S, T] or packed, and its sequences."""
+    cu_seqlens, count, labels = batch.cu_seqlens, batch.sequences, batch.labels
     source = None if ref is None else as_source("ref", ref)
     summed = source.logps if isinstance(source, LogProbs) and source.logps.shape == (count,) != labels.shape else None
-    stats = token_stats(
-        policy, labels, None if summed is not None else ref, divergence=divergence, entropy=entropy, shift=shift,
-        ignore_index=ignore_index,
-    )  # fmt: skip
+    stats = batch_stats(policy, batch, None if summed is not None else ref, divergences, entropy=entropy)
 
     def sequence(s: int) -> Sequence:
         where = s if cu_seqlens is None else slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))

@@ -8,39 +8,34 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..core.inputs import LogProbs, Source, as_source, check_labels
-from ..core.layout import shift_packed
+from ..core.batch import read_batch, read_options
+from ..core.inputs import LogProbs, Source, as_source
 from ..core.outputs import LossOutput
-from ..core.validation import Count
 from .distillation import token_mean
-from .stats import token_stats, transformed
+from .stats import batch_stats, transformed
 
 __all__ = ["cross_entropy_loss"]
 
 
 def cross_entropy_loss(
-    policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, reduction: str = "mean",
-    num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False,
-    ignore_index: int = -100, entropy: bool = False, **_: Any,
+    policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.cross_entropy_loss from torch's cross_entropy and lse^2."""
-    labels, source = check_labels(labels), as_source("policy", policy)
-    if shift and cu_seqlens is not None:
-        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
-    stats = token_stats(policy, labels, shift=shift, ignore_index=ignore_index, entropy=entropy)
+    batch, call, source = read_batch(labels, "tokens", options), read_options(options), as_source("policy", policy)
+    stats = batch_stats(policy, batch, entropy=call.entropy)
     count = stats.mask.sum().clamp(min=1)
     numbers = {"logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
     if isinstance(source, LogProbs):
         losses = -stats.logps
     else:
-        z, y = transformed(source), labels.long()
-        z, y = (z[..., :-1, :], y[..., 1:]) if shift else (z, y)
+        z, y = transformed(source), batch.labels.long()
+        z, y = (z[..., :-1, :], y[..., 1:]) if batch.shift else (z, y)
         flat = cross_entropy(
             z.reshape(-1, z.shape[-1]), y.reshape(-1), reduction="none", label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
+            ignore_index=batch.ignore_index,
         )  # fmt: skip
         assert stats.lse is not None and stats.correct is not None
         losses = flat.view(y.shape) + z_loss * torch.where(stats.mask, z.logsumexp(-1), 0).square()
         numbers |= {"lse": stats.lse, "mean_token_accuracy": stats.correct.to(losses.dtype)}
     metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(losses, count, reduction, num_items), metrics, stats)
+    return LossOutput(token_mean(losses, count, call), metrics, stats)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ..core.batch import read_batch, read_options
 from ..core.inputs import Source
 from ..core.options import check_lta_weights
 from ..core.outputs import LossOutput
-from ..core.validation import Count, check_reduction, read_count
+from ..core.validation import Count, read_count
 from .common import cut, joined, part, reduced
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
@@ -54,13 +55,13 @@ def reasoning_focus_loss(
 def lta_thinker_loss(
     policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
     weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
-    step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
-    num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Any,
+    step_mask: Tensor | None = None, num_nll_tokens: Count | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.lta_thinker_loss, one sequence after another."""
     check_lta_weights(weights)
-    num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
-    stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, **batch)
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", num_nll_tokens)
+    stats, every = cut(policy, batch, entropy=call.entropy)
     total = max(sum(len(s) for s in every), 1)
     nll = joined([-s.log_p for s in every], stats)
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
@@ -73,4 +74,4 @@ def lta_thinker_loss(
     metrics["sft"] = nll.detach().sum() / total
     if stats.entropy is not None:
         metrics["entropy"] = stats.entropy.detach().sum() / total
-    return LossOutput(reduced(losses, reduction, num_items), metrics, stats)
+    return LossOutput(reduced(losses, call.reduction, num_items), metrics, stats)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
-from ..core.inputs import Source, check_labels
+from ..core.inputs import Source
 from ..core.options import LARGEST, grpo_config
 from ..core.outputs import LossOutput
-from ..core.validation import Count, check_reduction, check_sequences
+from ..core.validation import Count
 from .common import Sequence, cut, joined, part
 
 __all__ = ["group_advantages", "grpo_loss"]
@@ -19,23 +20,29 @@ __all__ = ["group_advantages", "grpo_loss"]
 
 def grpo_loss(
     policy: Source, labels: Tensor, advantages: Tensor, *, old_logps: Tensor | None = None, ref: Source | None = None,
-    loss: str = "grpo", importance: str = "token", epsilon: float = 0.2, epsilon_high: float | None = None,
+    loss_type: str = "grpo", importance: str = "token", epsilon: float = 0.2, epsilon_high: float | None = None,
     delta: float | None = None, beta: float = 0.0, kl: str | Divergence = "k3",
     use_bias_correction_kl: bool = False, max_completion_length: int | None = None,
-    reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+    **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.grpo_loss, one sequence after another."""
-    grpo_config(loss, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl)
-    check_reduction(reduction, num_items)
-    labels = check_labels(labels)
-    sequences, exact = check_sequences(labels, cu_seqlens), None if kl in ("k1", "k2", "k3") else kl
+    o = grpo_config(
+        loss_type, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
+    )
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    sequences, num_items = batch.sequences, call.num_items
     whole = advantages.shape == (sequences,)
     each = {} if whole else {"A": advantages}
     each |= {} if old_logps is None else {"old": old_logps}
     stats, every = cut(
-        policy, labels, ref, cu_seqlens=cu_seqlens, divergence=exact, per_token=each,
-        per_sequence={"A": advantages} if whole else {}, **batch,
-    )  # fmt: skip
+        policy,
+        batch,
+        ref,
+        divergences=() if ref is None else o.divergences,
+        entropy=call.entropy,
+        per_token=each,
+        per_sequence={"A": advantages} if whole else {},
+    )
 
     def ratio_of(s: Sequence) -> Tensor:
         """Return the ratio of each token [tokens], or one number for the sequence."""
@@ -44,7 +51,7 @@ def grpo_loss(
         return torch.exp(x.clamp(max=LARGEST))
 
     def kl_of(s: Sequence) -> Tensor:
-        if exact is not None:
+        if o.divergences:
             return next(iter(s.divergence.values()))
         assert s.ref_logps is not None
         d = s.ref_logps - s.logps
@@ -57,7 +64,7 @@ def grpo_loss(
     totals, lows, highs = [], [], []
     for s in every:
         ratio, a = ratio_of(s), s.extra["A"]
-        if loss == "cispo":
+        if loss_type == "cispo":
             tokens = -ratio.clamp(max=high).detach() * a * s.logps
         else:
             first = ratio if delta is None else ratio.clamp(max=delta)
@@ -67,21 +74,21 @@ def grpo_loss(
         tokens = tokens.expand(len(s))
         totals.append(tokens.sum())
         lows.append(((ratio < 1 - epsilon) & (a < 0)).reshape(-1))
-        highs.append(((ratio > (high if loss == "cispo" else 1 + high)) & (a > 0)).reshape(-1))
-    if loss == "grpo":
+        highs.append(((ratio > (high if loss_type == "cispo" else 1 + high)) & (a > 0)).reshape(-1))
+    if loss_type == "grpo":
         totals = [x / max(len(s), 1) for x, s in zip(totals, every, strict=True)]
-    if loss == "dr_grpo":
+    if loss_type == "dr_grpo":
         assert max_completion_length is not None
         totals = [x / max_completion_length for x in totals]
 
     total = joined(totals, stats)
-    if reduction != "none":
-        count: Count = sequences if loss in ("grpo", "dr_grpo") else stats.mask.sum()
-        count = 1 if reduction == "sum" else max(int(count), 1) if num_items is None else num_items
+    if call.reduction != "none":
+        count: Count = sequences if loss_type in ("grpo", "dr_grpo") else stats.mask.sum()
+        count = 1 if call.reduction == "sum" else max(int(count), 1) if num_items is None else num_items
         total = part(total.sum(), count)
     metrics = {} if ref is None else {"kl": mean([kl_of(s) for s in every], stats.logps)}
     low, above = (mean([x.to(stats.logps.dtype) for x in found], stats.logps) for found in (lows, highs))
-    if loss == "cispo":
+    if loss_type == "cispo":
         metrics["cispo_clip_ratio"] = above
     else:
         metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": above, "clip_ratio/region_mean": low + above}

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
-from ..core.inputs import LogProbs, Source, as_source, check_labels
+from ..core.inputs import LogProbs, Source, as_source
 from ..core.options import PairLossConfig, pair_loss_config
 from ..core.outputs import LossOutput
-from ..core.validation import Count, check_pairs, check_reduction, read_count
+from ..core.validation import Count, read_count
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 from .stats import transformed
 
@@ -133,16 +134,15 @@ SORTED = {"aot": _aot, "aot_unpaired": _aot_unpaired}
 
 
 def preference_loss(
-    policy: Source, labels: Tensor, ref: Source | None = None, *, loss: str | Several[str] = "sigmoid",
+    policy: Source, labels: Tensor, ref: Source | None, *, loss_type: str | Several[str] = "sigmoid",
     loss_weights: Several[float] | None = None, divergence: str | Divergence = "reverse_kl", beta: float = 0.1,
     label_smoothing: float | None = None, discopop_tau: float = 0.05, ld_alpha: float | None = None,
-    use_weighting: bool = False, reduction: str = "mean", num_items: Count | None = None,
-    num_nll_tokens: Count | None = None, cu_seqlens: Tensor | None = None, **options: Any,
+    use_weighting: bool = False, num_nll_tokens: Count | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.preference_loss, one pair after another."""
     o = pair_loss_config(
         ref is not None,
-        loss,
+        loss_type,
         loss_weights,
         divergence,
         beta,
@@ -152,12 +152,10 @@ def preference_loss(
         use_weighting,
         known=(*LOSSES, *SORTED, "sft"),
     )
-    num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
-    check_pairs(check_labels(labels), cu_seqlens)
-    squares = (
-        {"squares": _log_sum_of_squares(policy, options.get("shift", False), cu_seqlens)} if use_weighting else None
-    )
-    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, per_token=squares, **options)
+    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", num_nll_tokens)
+    squares = {"squares": _log_sum_of_squares(policy, batch.shift)} if use_weighting else None
+    stats, every = cut(policy, batch, ref, entropy=call.entropy, per_token=squares)
     whole = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
     pairs = whole if o.ld_alpha is None else [_desensitised(w, l, o.ld_alpha) for w, l in whole]
     weights = [(_wpo(w) + _wpo(l)).exp() for w, l in whole] if use_weighting else None
@@ -165,8 +163,8 @@ def preference_loss(
     def losses_of(name: str) -> list[Tensor]:
         if name == "sft":
             own = max(1, sum(len(w) for w, _ in whole))
-            batch = len(whole) if num_nll_tokens is None or num_items is None else num_items
-            return _sft(whole, weights, batch, own if num_nll_tokens is None else num_nll_tokens)
+            times = len(whole) if num_nll_tokens is None or num_items is None else num_items
+            return _sft(whole, weights, times, own if num_nll_tokens is None else num_nll_tokens)
         if name in SORTED:
             return SORTED[name](pairs, o)
         found = [LOSSES[name](w, l, o) for w, l in pairs]
@@ -174,7 +172,7 @@ def preference_loss(
 
     losses = torch.stack([joined(losses_of(name), stats) * weight for name, weight in o.losses]).sum(0)
     rewards, logps = [(o.beta * w.h, o.beta * l.h) for w, l in pairs], [(w.log_p, l.log_p) for w, l in pairs]
-    return LossOutput(reduced(losses, reduction, num_items), pair_metrics(rewards, logps, stats), stats)
+    return LossOutput(reduced(losses, call.reduction, num_items), pair_metrics(rewards, logps, stats), stats)
 
 
 def _desensitised(w: Sequence, l: Sequence, alpha: float) -> Pair:
@@ -199,20 +197,20 @@ def _wpo(y: Sequence) -> Tensor:
     return ((y.logps - y.extra["squares"]).sum() / max(1, len(y))).detach()
 
 
-def _log_sum_of_squares(policy: Source, shift: bool, cu_seqlens: Tensor | None) -> Tensor:
+def _log_sum_of_squares(policy: Source, shift: bool) -> Tensor:
     """Compute log sum_v p_v^2 per token."""
     source = as_source("policy", policy)
     if isinstance(source, LogProbs):
         raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
     found = (2 * transformed(source).log_softmax(-1)).logsumexp(-1)
-    return found[..., :-1] if shift and cu_seqlens is None else found
+    return found[..., :-1] if shift else found
 
 
-def dpo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
+def dpo_loss(policy: Source, labels: Tensor, ref: Source | None, **options: Any) -> LossOutput:
     """Compute fl.dpo_loss."""
-    return preference_loss(policy, labels, ref, loss="sigmoid", **options)
+    return preference_loss(policy, labels, ref, loss_type="sigmoid", **options)
 
 
-def ipo_loss(policy: Source, labels: Tensor, ref: Source | None = None, **options: Any) -> LossOutput:
+def ipo_loss(policy: Source, labels: Tensor, ref: Source | None, **options: Any) -> LossOutput:
     """Compute fl.ipo_loss."""
-    return preference_loss(policy, labels, ref, loss="ipo", **options)
+    return preference_loss(policy, labels, ref, loss_type="ipo", **options)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.inputs import Source, TokenStats, check_labels
+from ..core.batch import read_batch, read_options
+from ..core.inputs import Source, TokenStats
 from ..core.options import check_matching, check_threshold
 from ..core.outputs import LossOutput
-from ..core.validation import Count, check_reduction
+from ..core.validation import Count
 from .common import Sequence, cut, joined, reduced
 
 __all__ = [
@@ -25,32 +26,29 @@ __all__ = [
 
 
 def preference_matching_loss(
-    policy: Source, labels: Tensor, *, form: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
-    reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+    policy: Source, labels: Tensor, *, loss_type: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
+    **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.preference_matching_loss, one sequence after another."""
-    extra = check_matching(check_labels(labels), cu_seqlens, form, beta, baseline)
-    check_reduction(reduction, num_items)
-    if form == "entropy":
-        batch["entropy"] = True
-    stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, per_sequence=extra, **batch)
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    extra = check_matching(batch, loss_type, beta, baseline)
+    stats, every = cut(policy, batch, entropy=call.entropy or loss_type == "entropy", per_sequence=extra)
     losses = []
     for s in every:
-        assert form == "sampled" or s.entropy is not None
-        losses.append(-beta * s.entropy.sum() if form == "entropy" else beta * _sampled(s, s.log_p))  # type: ignore[union-attr]
-    return LossOutput(reduced(joined(losses, stats), reduction, num_items), _metrics(every, stats), stats)
+        assert loss_type == "sampled" or s.entropy is not None
+        losses.append(-beta * s.entropy.sum() if loss_type == "entropy" else beta * _sampled(s, s.log_p))  # type: ignore[union-attr]
+    return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), _metrics(every, stats), stats)
 
 
 def conditional_preference_matching_loss(
     policy: Source, labels: Tensor, ref: Source, *, threshold: float = 0.01, beta: float = 1.0,
-    baseline: Tensor | None = None, reduction: str = "mean", num_items: Count | None = None,
-    cu_seqlens: Tensor | None = None, **batch: Any,
+    baseline: Tensor | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.conditional_preference_matching_loss, one sequence after another."""
-    extra = check_matching(check_labels(labels), cu_seqlens, "sampled", beta, baseline)
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    extra = check_matching(batch, "sampled", beta, baseline)
     check_threshold(threshold)
-    check_reduction(reduction, num_items)
-    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, per_sequence=extra, **batch)
+    stats, every = cut(policy, batch, ref, entropy=call.entropy, per_sequence=extra)
     losses, inside = [], stats.logps.new_zeros(())
     for s in every:
         assert s.ref_logps is not None
@@ -59,7 +57,7 @@ def conditional_preference_matching_loss(
         losses.append(beta * _sampled(s, penalty.sum()))
         inside = inside + likely.sum()
     metrics = _metrics(every, stats) | {"support": inside.detach() / stats.mask.sum().clamp(min=1)}
-    return LossOutput(reduced(joined(losses, stats), reduction, num_items), metrics, stats)
+    return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), metrics, stats)
 
 
 def _sampled(s: Sequence, penalty: Tensor) -> Tensor:

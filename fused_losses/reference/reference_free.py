@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from ..core.batch import read_batch, read_options
 from ..core.elementwise import cap
-from ..core.inputs import Source, check_labels
+from ..core.inputs import Source
 from ..core.options import SURE, check_cpo, check_nll_labels, check_simpo
 from ..core.outputs import LossOutput
-from ..core.validation import Count, check_pairs, check_positive, check_reduction, read_count
+from ..core.validation import check_positive, read_count
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
@@ -27,7 +28,7 @@ def _mean(y: Sequence) -> Tensor:
 
 def simpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
-    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, **batch: Any,
+    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.simpo_loss."""
     check_simpo(beta, gamma, alpha, label_smoothing, cpo_alpha)
@@ -39,32 +40,32 @@ def simpo_loss(
         margin = reward(w) - reward(l) - gamma
         return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
 
-    return _reference_free(policy, labels, loss, reward, _mean, cpo_alpha, **batch)[0]
+    return _reference_free(policy, labels, loss, reward, _mean, cpo_alpha, options)[0]
 
 
 def cpo_loss(
-    policy: Source, labels: Tensor, *, loss: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
-    label_smoothing: float = 0.0, **batch: Any,
+    policy: Source, labels: Tensor, *, loss_type: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
+    label_smoothing: float = 0.0, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.cpo_loss."""
-    check_cpo(loss, beta, cpo_alpha, label_smoothing)
+    check_cpo(loss_type, beta, cpo_alpha, label_smoothing)
 
     def logps(y: Sequence) -> Tensor:
-        return _mean(y) if loss == "ipo" else y.log_p
+        return _mean(y) if loss_type == "ipo" else y.log_p
 
     def each(w: Sequence, l: Sequence) -> Tensor:
         x = logps(w) - logps(l)
-        if loss == "hinge":
+        if loss_type == "hinge":
             return relu(1 - beta * x)
-        if loss == "ipo":
+        if loss_type == "ipo":
             return (x - 1 / (2 * beta)) ** 2
         return -(1 - label_smoothing) * logsigmoid(beta * x) - label_smoothing * logsigmoid(-beta * x)
 
-    return _reference_free(policy, labels, each, lambda y: beta * logps(y), logps, cpo_alpha, **batch)[0]
+    return _reference_free(policy, labels, each, lambda y: beta * logps(y), logps, cpo_alpha, options)[0]
 
 
 def orpo_loss(
-    policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None, **batch: Any
+    policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None, **options: Any
 ) -> LossOutput:
     """Compute fl.orpo_loss."""
     check_positive(beta=beta)
@@ -79,7 +80,7 @@ def orpo_loss(
     def loss(w: Sequence, l: Sequence) -> Tensor:
         return -beta * logsigmoid(log_odds(w, l))
 
-    out, pairs = _reference_free(policy, labels, loss, lambda y: beta * _mean(y), _mean, 1.0, nll_labels, **batch)
+    out, pairs = _reference_free(policy, labels, loss, lambda y: beta * _mean(y), _mean, 1.0, options, nll_labels)
     odds = joined([log_odds(w, l) for w, l in pairs], out.stats).detach()
     out.metrics.update(log_odds_chosen=reduced(odds), log_odds_ratio=reduced(logsigmoid(odds)))
     return out
@@ -87,20 +88,19 @@ def orpo_loss(
 
 def _reference_free(
     policy: Source, labels: Tensor, loss: Callable[[Sequence, Sequence], Tensor], reward: Callable[[Sequence], Tensor],
-    logps: Callable[[Sequence], Tensor], weight: float, nll_labels: Tensor | None = None,
-    num_nll_tokens: Count | None = None, reduction: str = "mean", num_items: Count | None = None,
-    **batch: Any,
+    logps: Callable[[Sequence], Tensor], weight: float, options: dict[str, Any], nll_labels: Tensor | None = None,
 ) -> tuple[LossOutput, list[Pair]]:  # fmt: skip
     """Compute loss(chosen, rejected) + weight NLL; return the loss of the batch, and the pairs."""
-    num_items, num_nll_tokens = check_reduction(reduction, num_items), read_count("num_nll_tokens", num_nll_tokens)
-    labels = check_labels(labels)
-    count = check_pairs(labels, batch.get("cu_seqlens")) // 2
-    stats, every = cut(policy, labels, **batch)
+    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", options.get("num_nll_tokens"))
+    count = batch.sequences // 2
+    stats, every = cut(policy, batch, entropy=call.entropy)
     pairs = list(zip(every[:count], every[count:], strict=True))
     texts = every[:count]
     if nll_labels is not None:
-        ignored = labels == batch.get("ignore_index", -100)
-        texts = cut(policy, check_nll_labels(nll_labels, labels).where(ignored, labels), **batch)[1][:count]
+        more = batch.aligned(check_nll_labels(nll_labels, batch.labels))
+        both = more.where(batch.labels == batch.ignore_index, batch.labels)
+        texts = cut(policy, batch.with_labels(both))[1][:count]
     tokens = max(sum(len(y) for y in texts), 1)
     by = tokens if num_nll_tokens is None else num_nll_tokens
     times = float(count if num_items is None or num_nll_tokens is None else num_items)
@@ -109,4 +109,4 @@ def _reference_free(
         [(reward(w), reward(l)) for w, l in pairs], [(logps(w), logps(l)) for w, l in pairs], stats
     )  # fmt: skip
     metrics["nll_loss"] = -reduced(joined([y.log_p for y in texts], stats), "sum").detach() / tokens
-    return LossOutput(reduced(joined(losses, stats), reduction, num_items), metrics, stats), pairs
+    return LossOutput(reduced(joined(losses, stats), call.reduction, num_items), metrics, stats), pairs

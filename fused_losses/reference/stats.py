@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.divergences import Asked, parse
+from ..core.batch import Batch, token_batch
+from ..core.divergences import Asked, Divergence, parse
 from ..core.inputs import (
     Hidden,
     Logits,
@@ -14,7 +15,6 @@ from ..core.inputs import (
     TokenStats,
     as_source,
     check_aligned,
-    check_labels,
     check_pair,
 )
 from ..core.validation import given_logps
@@ -44,36 +44,45 @@ def entropy_of(log_p: Tensor) -> Tensor:
     return -(p * log_p.where(p > 0, 0)).sum(-1)
 
 
-def _shifted(labels: Tensor, shift: bool) -> Tensor:
-    return labels[..., 1:] if shift else labels
-
-
 def token_stats(
     policy: Source, labels: Tensor, ref: Source | None = None, *, divergence: Asked = None, entropy: bool = False,
-    collision: bool = False, shift: bool = False, ignore_index: int = -100, inplace_backward: bool = False,
+    collision: bool = False, shift: bool | None = None, ignore_index: int = -100, inplace_backward: bool = False,
     plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
 ) -> TokenStats:  # fmt: skip
     """Compute fl.token_stats with whole tensors of logits.
 
     The last four arguments say how to compute, and are ignored here.
     """
-    mask = _shifted(check_labels(labels), shift) != ignore_index
-    target = _shifted(labels, shift).long().masked_fill(~mask, 0).unsqueeze(-1)
+    batch = token_batch(labels, shift, ignore_index)
+    return batch_stats(policy, batch, ref, parse(divergence), entropy=entropy, collision=collision)
+
+
+def batch_stats(
+    policy: Source,
+    batch: Batch,
+    ref: Source | None = None,
+    asked: tuple[Divergence, ...] = (),
+    *,
+    entropy: bool = False,
+    collision: bool = False,
+) -> TokenStats:
+    """Compute token_stats of a batch."""
+    mask = batch.mask
+    target = (batch.labels[..., 1:] if batch.shift else batch.labels).long().masked_fill(~mask, 0).unsqueeze(-1)
 
     def side(name: str, source: Source) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the log-prob of the label and, if there are logits, log p [..., V] and z."""
         source = as_source(name, source)
         if isinstance(source, LogProbs):
             return given_logps(name, source, mask), None, None
-        check_aligned(name, source, labels)
+        check_aligned(name, source, batch.labels)
         z = transformed(source)
-        z = z[..., :-1, :] if shift else z
+        z = z[..., :-1, :] if batch.shift else z
         log_p = z.log_softmax(-1)
         return log_p.gather(-1, target).squeeze(-1).masked_fill(~mask, 0), log_p, z
 
     logps, log_p, z = side("policy", policy)
     ref_logps, log_q, _ = (None, None, None) if ref is None else side("ref", ref)
-    asked = parse(divergence)
     if asked and (log_p is None or log_q is None):
         raise ValueError(f"divergence: {asked[0].key!r} needs policy and ref as logits")
     if asked:

@@ -7,29 +7,27 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
-from ..core.inputs import Source, check_labels
+from ..core.inputs import Source
 from ..core.options import check_tdpo
 from ..core.outputs import LossOutput
-from ..core.validation import Count, check_pairs, check_reduction
 from .common import Sequence, cut, joined, pair_metrics, reduced
 
 __all__ = ["tdpo_loss"]
 
 
 def tdpo_loss(
-    policy: Source, labels: Tensor, ref: Source, *, variant: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
-    divergence: str | Divergence = "forward_kl", reduction: str = "mean", num_items: Count | None = None,
-    cu_seqlens: Tensor | None = None, **batch: Any,
+    policy: Source, labels: Tensor, ref: Source, *, loss_type: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
+    divergence: str | Divergence = "forward_kl", **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.tdpo_loss, one pair after another.
 
     In the notation of the paper, the margins are u - delta and u - alpha delta_2.
     """
-    d = check_tdpo(policy, ref, variant, alpha, beta, divergence)
-    check_reduction(reduction, num_items)
-    check_pairs(check_labels(labels), cu_seqlens)
-    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, divergence=d, **batch)
+    d = check_tdpo(policy, ref, loss_type, alpha, beta, divergence)
+    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    stats, every = cut(policy, batch, ref, divergences=(d,), entropy=call.entropy)
     pairs = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
 
     def seq_kl(y: Sequence) -> Tensor:
@@ -38,7 +36,7 @@ def tdpo_loss(
     losses = []
     for w, l in pairs:
         u = beta * w.h - beta * l.h
-        if variant == "tdpo1":
+        if loss_type == "tdpo1":
             losses.append(-logsigmoid(u - (beta * seq_kl(l) - beta * seq_kl(w))))
         else:
             losses.append(-logsigmoid(u - alpha * (beta * seq_kl(l) - (beta * seq_kl(w)).detach())))
@@ -46,4 +44,4 @@ def tdpo_loss(
     metrics = pair_metrics(rewards, [(w.log_p, l.log_p) for w, l in pairs], stats)
     for i, name in enumerate(("kl/chosen", "kl/rejected")):
         metrics[name] = reduced(joined([seq_kl(pair[i]) for pair in pairs], stats)).detach()
-    return LossOutput(reduced(joined(losses, stats), reduction, num_items), metrics, stats)
+    return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), metrics, stats)

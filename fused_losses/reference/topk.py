@@ -7,33 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence, from_key
-from ..core.inputs import Source, as_source, check_labels
-from ..core.layout import shift_packed
+from ..core.inputs import Source, as_source
 from ..core.options import check_teacher, check_topk
 from ..core.outputs import LossOutput
-from ..core.validation import Count
 from .distillation import token_mean
-from .stats import token_stats, transformed
+from .stats import batch_stats, transformed
 
 __all__ = ["topk_distillation_loss"]
 
 
 def topk_distillation_loss(
     student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, *, tail: str = "bucket",
-    divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, reduction: str = "mean",
-    num_items: Count | None = None, cu_seqlens: Tensor | None = None, shift: bool = False, ignore_index: int = -100,
-    entropy: bool = False, **_: Any,
+    divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.topk_distillation_loss from all log-probs of the student, one token after another."""
-    labels, d = check_labels(labels), from_key(divergence)
+    batch, call, d = read_batch(labels, "tokens", options), read_options(options), from_key(divergence)
     check_topk(tail, d)
-    if shift and cu_seqlens is not None:
-        labels, shift = shift_packed(labels, cu_seqlens, ignore_index), False
-    stats = token_stats(student, labels, shift=shift, ignore_index=ignore_index, entropy=entropy)
+    stats = batch_stats(student, batch, entropy=call.entropy)
     check_teacher(topk_logps, topk_ids, stats.mask)
     every = transformed(as_source("student", student)).log_softmax(-1)  # type: ignore[arg-type]
-    every = every[..., :-1, :] if shift else every
+    every = every[..., :-1, :] if batch.shift else every
     rows = zip(
         every[stats.mask], topk_ids[stats.mask].long(), topk_logps[stats.mask].detach().to(every.dtype), strict=True
     )
@@ -56,4 +51,4 @@ def topk_distillation_loss(
     numbers = {"kl": kl, "topk_mass": mass, "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
     metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(losses, count, reduction, num_items), metrics, stats)
+    return LossOutput(token_mean(losses, count, call), metrics, stats)

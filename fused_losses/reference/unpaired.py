@@ -8,55 +8,52 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..core.inputs import Source, TokenStats, check_labels
+from ..core.batch import read_batch, read_options
+from ..core.inputs import Source, TokenStats
 from ..core.options import check_bco, check_kto
 from ..core.outputs import LossOutput
 from ..core.running_delta import RunningDelta
-from ..core.validation import Count, check_reduction
 from .common import Sequence, cut, joined, reduced
 
 __all__ = ["bco_loss", "kto_baseline", "kto_loss"]
 
 
 def kto_loss(
-    policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, loss: str = "kto",
+    policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, loss_type: str = "kto",
     baseline: Tensor | float | None = None, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
-    reduction: str = "mean", num_items: Count | None = None, cu_seqlens: Tensor | None = None, **batch: Any,
+    **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.kto_loss as in 2402.01306: lambda_y - v(x, y), with the value v of eq. 7."""
-    check_reduction(reduction, num_items)
-    labels = check_labels(labels)
-    z0 = check_kto(labels, cu_seqlens, desirable, loss, baseline, beta, desirable_weight, undesirable_weight)
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    z0 = check_kto(batch, desirable, loss_type, baseline, beta, desirable_weight, undesirable_weight)
 
     def value(s: Sequence, good: Tensor) -> Tensor:
         if good:
             return desirable_weight * torch.sigmoid(-beta * (s.h - z0))  # 1 - sigmoid(x) = sigmoid(-x)
         return undesirable_weight * torch.sigmoid(-beta * (z0 - s.h))
 
-    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, **batch)
+    stats, every = cut(policy, batch, ref, entropy=call.entropy)
     losses = joined([value(s, good) for s, good in zip(every, desirable, strict=True)], stats)
     found = metrics(every, desirable, beta, stats) | {"kl": stats.logps.new_zeros(()) + z0}
-    return LossOutput(reduced(losses, reduction, num_items), found, stats)
+    return LossOutput(reduced(losses, call.reduction, call.num_items), found, stats)
 
 
 @torch.no_grad()
-def kto_baseline(policy: Source, labels: Tensor, ref: Source | None, **batch: Any) -> Tensor:
+def kto_baseline(policy: Source, labels: Tensor, ref: Source | None, **options: Any) -> Tensor:
     """Compute fl.kto_baseline over one process."""
-    stats, every = cut(policy, check_labels(labels), ref, **batch)
+    stats, every = cut(policy, read_batch(labels, "sequences", options), ref)
     ratios = joined([s.h for s in every], stats)
     return (ratios.sum() / max(len(every), 1)).relu()
 
 
 def bco_loss(
     policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, delta: RunningDelta | Tensor | float = 0.0,
-    weights: Tensor | None = None, beta: float = 0.1, reduction: str = "mean", num_items: Count | None = None,
-    cu_seqlens: Tensor | None = None, **batch: Any,
+    weights: Tensor | None = None, beta: float = 0.1, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.bco_loss."""
-    check_reduction(reduction, num_items)
-    labels = check_labels(labels)
-    check_bco(labels, cu_seqlens, desirable, weights, beta)
-    stats, every = cut(policy, labels, ref, cu_seqlens=cu_seqlens, **batch)
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    check_bco(batch, desirable, weights, beta)
+    stats, every = cut(policy, batch, ref, entropy=call.entropy)
     shift = (
         delta.update(beta * joined([s.h for s in every], stats).detach()) if isinstance(delta, RunningDelta) else delta
     )
@@ -65,7 +62,7 @@ def bco_loss(
         x = beta * s.h - shift
         losses.append(-logsigmoid(x if desirable[i] else -x) * (1.0 if weights is None else weights[i]))
     found = metrics(every, desirable, beta, stats) | {"delta": stats.logps.new_zeros(()) + shift}
-    return LossOutput(reduced(joined(losses, stats), reduction, num_items), found, stats)
+    return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), found, stats)
 
 
 def metrics(every: list[Sequence], desirable: Tensor, beta: float, stats: TokenStats) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.inputs import Source, check_labels
+from ..core.batch import read_batch, read_options
+from ..core.inputs import Source
 from ..core.options import LARGEST, check_advantages
 from ..core.outputs import LossOutput
-from ..core.validation import Count, check_reduction
+from ..core.validation import Count
 from .common import cut, joined, reduced
 from .preference import preference_loss
 
@@ -22,20 +23,18 @@ __all__ = ["expectile_loss", "upo_loss"]
 
 def upo_loss(
     policy: Source, labels: Tensor, ref: Source | None, advantages: Tensor | tuple[Tensor, Tensor], *,
-    base: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid", tau: float = 1.0, weight: float = 1.0,
-    clip: float | None = None, reduction: str = "mean", num_items: Count | None = None,
-    cu_seqlens: Tensor | None = None, **options: Any,
+    loss_type: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid", tau: float = 1.0, weight: float = 1.0,
+    clip: float | None = None, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """Compute fl.upo_loss, one sequence after another.
 
-    `base` is a name, or another reference implementation.
+    `loss_type` is a name, or another reference implementation.
     """
-    check_reduction(reduction, num_items)
-    call = base if callable(base) else partial(preference_loss, loss=base)
-    out = call(policy, labels, ref=ref, cu_seqlens=cu_seqlens, reduction="none", **options)
-    batch = {name: options[name] for name in ("shift", "ignore_index") if name in options}
-    stats, every = cut(policy, labels, cu_seqlens=cu_seqlens, **batch)
-    a = check_advantages(advantages, len(every), check_labels(labels).device)
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    base = loss_type if callable(loss_type) else partial(preference_loss, loss_type=loss_type)
+    out = base(policy, labels, ref=ref, **{**options, "reduction": "none", "num_items": None})
+    stats, every = cut(policy, batch)
+    a = check_advantages(advantages, batch)
     highest = LARGEST if clip is None else math.log(clip)
     w = [math.exp(min(x / tau, highest)) for x in a.tolist()]
     nll = [-s.log_p for s in every]
@@ -45,7 +44,9 @@ def upo_loss(
     count = max(len(every), 1)
     means = {"advantages": a.sum() / count, "weights": a.new_tensor(sum(w)) / count}
     means["nll"] = joined(nll, stats).detach().sum() / count
-    return LossOutput(reduced(out.loss + joined(terms, stats), reduction, num_items), out.metrics | means, out.stats)
+    return LossOutput(
+        reduced(out.loss + joined(terms, stats), call.reduction, call.num_items), out.metrics | means, out.stats
+    )
 
 
 def expectile_loss(

@@ -207,7 +207,7 @@ def ours(model, z, w, labels, inplace=False):
     logits = z * 1 if inplace else z  # in place of something that is not a leaf, as in training
 
     def loss():
-        stats = fl.token_stats(logits, labels, w, divergence=model.divergences, inplace_backward=inplace)
+        stats = fl.token_stats(logits, labels, w, divergence=model.divergences, inplace_backward=inplace, shift=False)
         return (stats.logps - stats.ref_logps).sum() + sum(d.sum() for d in stats.divergence.values())
 
     return peak_bytes(lambda: gradients(loss(), logits, w))

@@ -132,7 +132,7 @@ def test_what_needs_no_model(under):
                 f.entropy_from_logits(r), f.generalized_jsd_loss(r[None], v[None], beta=0.3),
                 f.selective_log_softmax(r, mask.long(), 0.7),
             ]  # fmt: skip
-        stats = fl.token_stats(thoughts, torch.ones(4, 3, dtype=torch.long, device="cpu"))
+        stats = fl.token_stats(thoughts, torch.ones(4, 3, dtype=torch.long, device="cpu"), shift=False)
         return [*found, fl.calibration(stats)]
 
     expected = every()

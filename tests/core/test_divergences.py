@@ -37,7 +37,9 @@ def random_pair(n=64, v=33):
 @pytest.mark.parametrize("key", VALUES)
 def test_published_values(key, backend, device):
     z, w = STUDENT.float().to(device), TEACHER.float().to(device)
-    ours = fl.token_stats(z[None], torch.zeros(1, dtype=torch.long, device=device), w[None], divergence=key)
+    ours = fl.token_stats(
+        z[None], torch.zeros(1, dtype=torch.long, device=device), w[None], divergence=key, shift=False
+    )
     (value,) = ours.divergence.values()
     assert value.item() == pytest.approx(VALUES[key], rel=3e-6)
     assert divergences.from_key(key).define(STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)).item() == pytest.approx(
@@ -104,7 +106,11 @@ def test_every_divergence_has_a_link_or_a_reason():
     for name, reason in REFUSED.items():
         with pytest.raises(ValueError, match=reason):
             fl.dpo_loss(
-                torch.randn(2, 1, 5), torch.zeros(2, 1, dtype=torch.long), torch.randn(2, 1, 5), divergence=name
+                torch.randn(2, 1, 5),
+                torch.zeros(2, 1, dtype=torch.long),
+                torch.randn(2, 1, 5),
+                divergence=name,
+                shift=False,
             )
 
 
@@ -165,7 +171,7 @@ def test_bad_names(key, error, words):
 def test_neither_weights_nor_sets_are_names(asked, kind):
     z, y = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
     with pytest.raises(TypeError, match=f"divergence: expected a name, a Divergence or a sequence of them, got {kind}"):
-        fl.token_stats(z, y, z, divergence=asked)
+        fl.token_stats(z, y, z, divergence=asked, shift=False)
 
 
 def test_f_dpo_check_values():
@@ -182,10 +188,10 @@ def test_f_dpo_check_values():
     for key, (loss, dw, dl) in expected.items():
         h = torch.tensor([[0.7], [-0.4]], dtype=torch.float64, requires_grad=True)
         ref = fl.LogProbs(torch.zeros(2, 1, dtype=torch.float64))
-        out = fl.dpo_loss(fl.LogProbs(h), y, ref, divergence=key)
+        out = fl.dpo_loss(fl.LogProbs(h), y, ref, divergence=key, shift=False)
         assert out.loss.item() == pytest.approx(loss, rel=1e-12), key
         out.loss.backward()
         if dw is not None:
             assert h.grad.view(-1).tolist() == pytest.approx([dw, dl], rel=1e-9), key
-        at_zero = fl.dpo_loss(fl.LogProbs(torch.zeros(2, 1, dtype=torch.float64)), y, ref, divergence=key)
+        at_zero = fl.dpo_loss(fl.LogProbs(torch.zeros(2, 1, dtype=torch.float64)), y, ref, divergence=key, shift=False)
         assert at_zero.loss.item() == pytest.approx(math.log(2), rel=1e-12)

@@ -11,14 +11,17 @@ Z, Y = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.long)
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: fl.dpo_loss(Z, Y, Z, divergence="kl"), "did you mean 'reverse_kl' or 'forward_kl'"),
-        (lambda: fl.token_stats(Z, Y, Z, divergence="foward_kl"), "did you mean 'forward_kl'"),
-        (lambda: fl.preference_loss(Z, Y, Z, loss="sigmod"), "did you mean 'sigmoid'"),
-        (lambda: fl.reference.preference_loss(Z, Y, Z, loss="sigmod"), "did you mean 'sigmoid'"),
-        (lambda: fl.grpo_loss(Z, Y, Z[:, 0, 0], loss="drgrpo"), "did you mean 'dr_grpo'"),
-        (lambda: fl.dpo_loss(Z, Y, Z, reduction="avg"), "expected one of mean, sum, none, got 'avg'$"),
-        (lambda: fl.dpo_loss(fl.Hidden(Z, Z[0]), Y, plan="slice"), "did you mean 'slices'"),
-        (lambda: fl.dpo_loss(Z, Y, Z, divergence="qqq"), "unknown name 'qqq'; known: reverse_kl, .*alpha_beta$"),
+        (lambda: fl.dpo_loss(Z, Y, Z, divergence="kl", shift=False), "did you mean 'reverse_kl' or 'forward_kl'"),
+        (lambda: fl.token_stats(Z, Y, Z, divergence="foward_kl", shift=False), "did you mean 'forward_kl'"),
+        (lambda: fl.preference_loss(Z, Y, Z, loss_type="sigmod", shift=False), "did you mean 'sigmoid'"),
+        (lambda: fl.reference.preference_loss(Z, Y, Z, loss_type="sigmod", shift=False), "did you mean 'sigmoid'"),
+        (lambda: fl.grpo_loss(Z, Y, Z[:, 0, 0], loss_type="drgrpo", shift=False), "did you mean 'dr_grpo'"),
+        (lambda: fl.dpo_loss(Z, Y, Z, reduction="avg", shift=False), "expected one of mean, sum, none, got 'avg'$"),
+        (lambda: fl.dpo_loss(fl.Hidden(Z, Z[0]), Y, None, plan="slice", shift=False), "did you mean 'slices'"),
+        (
+            lambda: fl.dpo_loss(Z, Y, Z, divergence="qqq", shift=False),
+            "unknown name 'qqq'; known: reverse_kl, .*alpha_beta$",
+        ),
     ],
 )
 def test_the_nearest_name(call, words):
@@ -29,9 +32,12 @@ def test_the_nearest_name(call, words):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: fl.token_stats(Z, Y[:, 1:]), r"expected logits \[4, 2, V\] .* got \[4, 3, 5\]; .*shift=True$"),
         (
-            lambda: fl.token_stats(fl.Hidden(Z, Z[0]), Y[:, 1:]),
+            lambda: fl.token_stats(Z, Y[:, 1:], shift=False),
+            r"expected logits \[4, 2, V\] .* got \[4, 3, 5\]; .*shift=True$",
+        ),
+        (
+            lambda: fl.token_stats(fl.Hidden(Z, Z[0]), Y[:, 1:], shift=False),
             r"expected hidden \[4, 2, H\] .*; .*hidden\[..., :-1, :\]",
         ),
         (
@@ -42,7 +48,7 @@ def test_the_nearest_name(call, words):
             lambda: fl.grpo_loss(Z, Y, Z[:, 0, 0], old_logps=Z[..., 0], shift=True),
             r"old_logps: expected \[4, 2\].*\[..., 1:\]",
         ),
-        (lambda: fl.token_stats(Z, Y[:2]), r"got \[4, 3, 5\]$"),
+        (lambda: fl.token_stats(Z, Y[:2], shift=False), r"got \[4, 3, 5\]$"),
     ],
 )
 def test_shapes_that_shift_explains(call, words):
@@ -53,4 +59,4 @@ def test_shapes_that_shift_explains(call, words):
 def test_a_result_shows_its_metrics():
     shown = repr(fl.dpo_loss(Z.requires_grad_(), Y, Z.detach(), shift=True))
     assert shown.startswith("LossOutput(loss=") and "rewards/margins=" in shown and len(shown) < 400
-    assert "metrics: none" in repr(fl.LossOutput(Z.sum(), {}, fl.token_stats(Z, Y)))
+    assert "metrics: none" in repr(fl.LossOutput(Z.sum(), {}, fl.token_stats(Z, Y, shift=False)))

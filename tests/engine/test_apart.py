@@ -71,7 +71,10 @@ def test_token_stats(backend, device, sides, shift):
 def test_logits_of_two_dtypes(backend, device, dtypes):
     z, w = (torch.randn(4, 5, 19, device=device).to(d).requires_grad_() for d in dtypes)
     y = labels_for((4, 5), 19, device)
-    mine, true = fl.dpo_loss(z, y, w).loss, fl.reference.dpo_loss(z.double(), y, w.double()).loss
+    mine, true = (
+        fl.dpo_loss(z, y, w, shift=False).loss,
+        fl.reference.dpo_loss(z.double(), y, w.double(), shift=False).loss,
+    )
     assert relative(mine, true) <= 1e-5
     for g, e, x in zip(torch.autograd.grad(mine, (z, w)), torch.autograd.grad(true, (z, w)), (z, w), strict=True):
         assert g.dtype == x.dtype and relative(g, e) <= (2**-7 if x.dtype == torch.bfloat16 else 1e-5)
@@ -82,21 +85,21 @@ def test_labels_are_tokens_of_both(monkeypatch):
     z, w, y = torch.randn(4, 3, 9), torch.randn(4, 3, 7), torch.full((4, 3), 8)
     for policy, ref in ((z, w), (w, z)):
         with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 7\).*got 8"):
-            fl.dpo_loss(policy, y, ref)
+            fl.dpo_loss(policy, y, ref, shift=False)
     y[:, 1:] = -100
     y[:, 0] = 6
-    assert fl.dpo_loss(z, y, w).loss.isfinite()
+    assert fl.dpo_loss(z, y, w, shift=False).loss.isfinite()
 
 
 def test_refused_with_a_divergence(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, y = torch.randn(4, 3, 9), torch.zeros(4, 3, dtype=torch.long)
     for call in (
-        lambda ref: fl.token_stats(z, y, ref, divergence="js"),
-        lambda ref: fl.tdpo_loss(z, y, ref),
-        lambda ref: fl.distillation_loss(z, y, ref),
-        lambda ref: fl.grpo_loss(z, y, torch.ones(4), ref=ref, beta=0.1, kl="reverse_kl"),
-        lambda ref: fl.reference.token_stats(z, y, ref, divergence="js"),
+        lambda ref: fl.token_stats(z, y, ref, divergence="js", shift=False),
+        lambda ref: fl.tdpo_loss(z, y, ref, shift=False),
+        lambda ref: fl.distillation_loss(z, y, ref, shift=False),
+        lambda ref: fl.grpo_loss(z, y, torch.ones(4), ref=ref, beta=0.1, kl="reverse_kl", shift=False),
+        lambda ref: fl.reference.token_stats(z, y, ref, divergence="js", shift=False),
     ):
         with pytest.raises(
             ValueError, match="ref: expected the policy's vocabulary of 9, got 7; if one side is padded"
@@ -113,7 +116,7 @@ def test_words_name_the_reference(monkeypatch, ref):
     other = fl.Hidden(x, head) if ref == "hidden" else x @ head.T
     for policy in (z, fl.LogProbs(z[..., 0])):
         with pytest.raises(ValueError, match=rf"ref: expected {ref} \[4, 3"):
-            fl.dpo_loss(policy, y, other)
+            fl.dpo_loss(policy, y, other, shift=False)
 
 
 def test_compiles(monkeypatch):

@@ -36,7 +36,7 @@ def losses(f, wrap=lambda call: call):
     a, b, c = (t.clone().requires_grad_() for t in (z, x, z))
     yield a, wrap(f.dpo_loss)(a, y, f.Logits(w, temperature=2.0), shift=True).loss
     yield b, wrap(f.dpo_loss)(f.Hidden(b, head), y, f.Hidden(ref_x, head), shift=True, plan="slices").loss
-    yield c, wrap(f.distillation_loss)(c * 1, y, w, divergence="js", inplace_backward=True).loss
+    yield c, wrap(f.distillation_loss)(c * 1, y, w, divergence="js", shift=False, inplace_backward=True).loss
 
 def gradients(found):
     return [torch.autograd.grad(loss, leaf)[0] for leaf, loss in found]
@@ -58,7 +58,7 @@ def refused(f):
     for fullgraph in (True, False):
         torch._dynamo.reset()
         try:
-            torch.compile(f.dpo_loss, fullgraph=fullgraph, backend="aot_eager")(z, y, w)
+            torch.compile(f.dpo_loss, fullgraph=fullgraph, backend="aot_eager")(z, y, w, shift=False)
         except Exception as e:
             assert "finds those of another copy of the package" in str(e), e
         else:
@@ -139,16 +139,16 @@ import os
 forget()
 import fused_losses as second
 os.environ |= {"FUSED_LOSSES_BACKEND": "triton", "TRITON_INTERPRET": "1"}
-second.token_stats(z, y, w, divergence="js")
+second.token_stats(z, y, w, divergence="js", shift=False)
 try:  # kernels come with the first call
-    first.token_stats(z, y)
+    first.token_stats(z, y, shift=False)
 except RuntimeError as e:
     assert "another copy of the package has taken this one's place" in str(e), e
 else:
     raise AssertionError("expected words")
 forget()
 import fused_losses as third
-third.token_stats(z, y)
+third.token_stats(z, y, shift=False)
 for mine, true in zip(gradients(losses(second)), TRUE, strict=True):  # kept, whatever took its place since
     torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6)
 """
@@ -156,13 +156,13 @@ for mine, true in zip(gradients(losses(second)), TRUE, strict=True):  # kept, wh
 FOREIGN = """
 second = load("other", FOLDER)
 calls = {
-    "policy": lambda f, g: f.token_stats(g.Logits(z), y),
-    "ref": lambda f, g: f.dpo_loss(z, y, g.Hidden(x, head)),
-    "teacher": lambda f, g: f.sampled_distillation_loss(z, y, g.LogProbs(z[..., 0])),
-    "divergence": lambda f, g: f.token_stats(z, y, w, divergence=g.divergences.get("js")),
-    "divergence ": lambda f, g: f.distillation_loss(z, y, w, divergence=g.divergences.get("js")),
-    "delta": lambda f, g: f.bco_loss(z, y, w, torch.ones(4, dtype=torch.bool), delta=g.RunningDelta()),
-    "stats": lambda f, g: f.calibration(g.token_stats(z, y)),
+    "policy": lambda f, g: f.token_stats(g.Logits(z), y, shift=False),
+    "ref": lambda f, g: f.dpo_loss(z, y, g.Hidden(x, head), shift=False),
+    "teacher": lambda f, g: f.sampled_distillation_loss(z, y, g.LogProbs(z[..., 0]), shift=False),
+    "divergence": lambda f, g: f.token_stats(z, y, w, divergence=g.divergences.get("js"), shift=False),
+    "divergence ": lambda f, g: f.distillation_loss(z, y, w, divergence=g.divergences.get("js"), shift=False),
+    "delta": lambda f, g: f.bco_loss(z, y, w, torch.ones(4, dtype=torch.bool), delta=g.RunningDelta(), shift=False),
+    "stats": lambda f, g: f.calibration(g.token_stats(z, y, shift=False)),
 }
 for f, g in ((first, second), (second, first)):
     for name, call in calls.items():

@@ -1,6 +1,7 @@
 """fl.Hidden in token_stats and the preference losses: every plan against the float64 twin, on both backends."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_each_divergence_alone(backend, device, plan, name):
     leaves = frozen_head(leaves) if plan == "frozen" else leaves
     y = torch.tensor([17, 3], device=device)
     policy, ref = two_sources(leaves)
-    how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=name, **how))
+    how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=name, shift=False, **how))
     compare_sources(two_sources, leaves, y, each=backend == "torch", how=how, divergence=name)
 
 
@@ -200,9 +201,9 @@ def test_logits_beside_hidden_states_need_no_common_dtype(backend, device):
     leaves += [torch.randn(4, 37, device=device).requires_grad_(), None, None, None, None]
     for order in (1, -1):
         build = lambda leaves, order=order: (hidden_source(leaves[:5]), fl.Logits(leaves[5]))[::order]  # noqa: E731
-        stats = fl.token_stats(*build(leaves)[:1], y, build(leaves)[1], divergence="js", plan="slices")
+        stats = fl.token_stats(*build(leaves)[:1], y, build(leaves)[1], divergence="js", plan="slices", shift=False)
         exact = doubles(leaves)
-        truth = fl.reference.token_stats(*build(exact)[:1], y, build(exact)[1], divergence="js")
+        truth = fl.reference.token_stats(*build(exact)[:1], y, build(exact)[1], divergence="js", shift=False)
         assert relative(stats.divergence["js"], truth.divergence["js"]) <= 1e-5
         found = gradients_of(stats.divergence["js"].sum(), leaves)
         for g, t, x in zip(found, gradients_of(truth.divergence["js"].sum(), exact), asking(leaves), strict=True):
@@ -228,7 +229,11 @@ VIEWS = {
 
 def judge_dpo(build, leaves, y, tolerance=1e-5, slack=4.0, how=None, **options):
     """A Judge of fl.dpo_loss: build(leaves) -> policy, ref."""
-    call = lambda f, **how: lambda leaves: f.dpo_loss(build(leaves)[0], y, build(leaves)[1], **options, **how)  # noqa: E731
+    options = {"shift": False, **options}
+
+    def call(f, **how):
+        return lambda leaves: f.dpo_loss(build(leaves)[0], y, build(leaves)[1], **options, **how)
+
     return Judge(call(fl, **(how or {})), call(fl.reference), leaves, tolerance, slack)
 
 
@@ -250,7 +255,7 @@ def test_strides(backend, device, view):
     y = labels_for((2, 3), 37, device)
     if plan == "tiles" and what in ("transposed weight", "expanded weight"):
         with pytest.raises(ValueError, match="plan: 'tiles' is not possible here: .*contiguous"):
-            fl.token_stats(build(leaves)[0], y, plan=plan)
+            fl.token_stats(build(leaves)[0], y, plan=plan, shift=False)
         return
     if plan == "rows":
         judge_dpo(build, leaves, y, how={"plan": "rows"}).gradients(what, lambda out: out.loss)
@@ -288,7 +293,7 @@ def test_shift_is_the_causal_shift(backend, device, plan):
     cut = lambda s: fl.Hidden(s.hidden[:, :-1], s.weight, s.bias)  # noqa: E731
     options = {"divergence": ["forward_kl", "js"], "entropy": True, "plan": plan}
     inside = outputs(fl.token_stats(policy, y, ref, shift=True, **options))
-    outside = outputs(fl.token_stats(cut(policy), y[:, 1:], cut(ref), **options))
+    outside = outputs(fl.token_stats(cut(policy), y[:, 1:], cut(ref), **options, shift=False))
     weight = torch.randn(2, 3, device=device)
     for key, value in outside.items():
         torch.testing.assert_close(inside[key], value, rtol=1e-6, atol=1e-6, msg=key)
@@ -318,7 +323,7 @@ def test_all_masked(backend, device, poison, plan, static):
     leaves = frozen_head(leaves) if plan == "frozen" else leaves
     y = torch.full((3,), -100, device=device)
     policy, ref = two_sources(leaves)
-    stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan, static_shapes=static)
+    stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan, static_shapes=static, shift=False)
     for name, x in outputs(stats).items():
         assert torch.equal(x, torch.zeros(3, device=device)), name
     assert not stats.correct.any() and not stats.mask.any()
@@ -332,7 +337,7 @@ def test_one_token_vocabulary(backend, device, plan):
     leaves = frozen_head(leaves) if plan == "frozen" else leaves
     policy, ref = two_sources(leaves)
     y = torch.zeros(3, dtype=torch.long, device=device)
-    stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan)
+    stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan, shift=False)
     for name, x in outputs(stats).items():
         assert name == "lse" or x.abs().max() <= 1e-6, name
     smooth = [
@@ -359,12 +364,17 @@ def test_suppressed_tokens(backend, device, plan):
     policy, ref = two_sources(leaves)
     options = {"divergence": names, "entropy": True}
     stats = fl.token_stats(
-        policy, y, ref, **options, **tight(plan, lambda **how: fl.token_stats(policy, y, ref, **options, **how))
+        policy,
+        y,
+        ref,
+        **options,
+        **tight(plan, lambda **how: fl.token_stats(policy, y, ref, **options, **how, shift=False)),
+        shift=False,
     )
     exact = doubles(leaves)
     parts = [x if i in (0, 5) or x is None else x[there] for i, x in enumerate(exact)]
     place = torch.where(y == -100, -100, there.cumsum(0)[y.clamp(min=0)] - 1)
-    truth = fl.reference.token_stats(two_sources(parts)[0], place, two_sources(parts)[1], **options)
+    truth = fl.reference.token_stats(two_sources(parts)[0], place, two_sources(parts)[1], **options, shift=False)
     for name, true in outputs(truth).items():
         assert relative(outputs(stats)[name], true) <= 1e-5, name
     for group in [[n] for n in outputs(truth)] if backend == "torch" else [["logps", "entropy", *names]]:
@@ -387,12 +397,12 @@ def test_tokens_suppressed_on_one_side(backend, device, plan, side):
     policy, ref = two_sources(leaves)
     stats = fl.token_stats(
         policy, y, ref, divergence=names,
-        **tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=names, **how)),
+        **tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=names, **how, shift=False)), shift=False,
     )  # fmt: skip
     exact = two_sources(doubles(leaves))
-    truth = fl.reference.token_stats(exact[0], y, exact[1], divergence=names)
+    truth = fl.reference.token_stats(exact[0], y, exact[1], divergence=names, shift=False)
     z, w = (fl.reference.stats.projected(s).detach().requires_grad_() for s in (policy, ref))
-    plain = fl.token_stats(z, y, w, divergence=names)
+    plain = fl.token_stats(z, y, w, divergence=names, shift=False)
     for name in names:
         assert torch.equal(stats.divergence[name].isinf(), truth.divergence[name].isinf()), name
     for group in [[n] for n in names] if backend == "torch" else [names]:
@@ -414,7 +424,7 @@ def test_maxima_that_rise_far_from_slice_to_slice(backend, device, what):
         leaves[7][48:] += 250.0
     y = torch.tensor([50, 63], device=device)
     policy, ref = two_sources(leaves)
-    how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=name, **how), times=1)
+    how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=name, **how, shift=False), times=1)
     compare_sources(two_sources, leaves, y, 3e-5, how=how, divergence=name)
 
 
@@ -425,11 +435,11 @@ def test_labels_of_any_kind(backend, device, plan):
     y = torch.tensor([[3, 40, 0], [17, 3, 16]], device=device)
     policy, ref = two_sources(leaves)
     options = {"divergence": "forward_kl", "entropy": True}
-    how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, **options, **how))
-    expected = outputs(fl.token_stats(policy, y, ref, **options, **how))
+    how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, **options, **how, shift=False))
+    expected = outputs(fl.token_stats(policy, y, ref, **options, **how, shift=False))
     wide = torch.stack([y, y], -1).mT.contiguous()
     for other in (y.int(), y.short(), y.to(torch.uint8), y.T.contiguous().T, wide[:, 1], wide.mT[..., 0]):
-        for key, x in outputs(fl.token_stats(policy, other, ref, **options, **how)).items():
+        for key, x in outputs(fl.token_stats(policy, other, ref, **options, **how, shift=False)).items():
             assert torch.equal(x, expected[key]), key
     compare_sources(two_sources, leaves, y, 3e-5, each=False, how=how, ignore_index=3, **options)
 
@@ -438,7 +448,9 @@ def test_correct_is_the_argmax_over_all_slices(backend, device):
     x, weight = torch.randn(12, 4, device=device), torch.randn(50, 4, device=device)
     y = (x @ weight.T).argmax(-1)
     y[::3] = (y[::3] + 1) % 50
-    stats = fl.token_stats(fl.Hidden(x, weight), y, plan="slices", workspace=1600 if backend == "torch" else 800)
+    stats = fl.token_stats(
+        fl.Hidden(x, weight), y, plan="slices", workspace=1600 if backend == "torch" else 800, shift=False
+    )
     assert torch.equal(stats.correct, (x @ weight.T).argmax(-1) == y)
 
 
@@ -447,7 +459,7 @@ def test_one_graph_walked_twice_and_in_parts(backend, device):
     y = labels_for((3,), 41, device)
     for plan in ("slices", "whole", "frozen"):
         policy, ref = two_sources(leaves)
-        stats = fl.token_stats(policy, y, ref, divergence="js", entropy=True, plan=plan)
+        stats = fl.token_stats(policy, y, ref, divergence="js", entropy=True, plan=plan, shift=False)
         a, b = stats.logps.sum(), (stats.divergence["js"] * 3 + stats.entropy).sum()
         first, again = (torch.autograd.grad(a + b, leaves[0], retain_graph=True)[0] for _ in range(2))
         parts = torch.autograd.grad(a, leaves[0], retain_graph=True)[0] + torch.autograd.grad(b, leaves[0])[0]
@@ -468,7 +480,7 @@ def test_tied_embedding(backend, device, plan):
     def run(f, table):
         source = fl.Hidden(torch.tanh(table[ids]), table)
         how = {"plan": plan} if f is fl else {}
-        return f.dpo_loss(source, ids, shift=True, **how).loss if plan == "rows" else (
+        return f.dpo_loss(source, ids, None, shift=True, **how).loss if plan == "rows" else (
             f.token_stats(source, ids, shift=True, **how).logps.sum()
         )  # fmt: skip
 
@@ -516,9 +528,9 @@ def test_nothing_is_computed_for_what_is_frozen(backend, device, what):
     def step():
         source = hidden_source(leaves)
         if plan == "rows":
-            fl.dpo_loss(source, y, plan="rows").loss.backward()
+            fl.dpo_loss(source, y, None, plan="rows", shift=False).loss.backward()
         else:
-            fl.token_stats(source, y, plan=plan).logps.sum().backward()
+            fl.token_stats(source, y, plan=plan, shift=False).logps.sum().backward()
 
     shapes = [sorted(s) for s in products(step)]
     for name, x in zip(LEAVES, leaves, strict=True):
@@ -535,7 +547,7 @@ def test_no_memory_for_the_gradient_of_a_frozen_weight(device, monkeypatch):
     y = torch.randint(0, 4096, (4,))
     for plan in ("slices", "frozen", "whole"):
         source, how = fl.Hidden(x, weight), {"plan": plan, "workspace": 1 << 21}
-        run = lambda: fl.token_stats(source, y, **how).logps.sum().backward()  # noqa: B023, E731
+        run = lambda: fl.token_stats(source, y, **how, shift=False).logps.sum().backward()  # noqa: B023, E731
         assert peak_bytes(run) < weight.numel() * 4 / 2, plan
 
 
@@ -657,7 +669,14 @@ def test_empty_batches(backend, device, plan, shape):
         judge.gradients("loss", lambda out: out.loss)
     nothing = torch.zeros(1, dtype=torch.int32, device=device)
     flat = [leaves[0].reshape(-1, 5)[:0], *leaves[1:3]]
-    out = fl.dpo_loss(fl.Hidden(*flat), torch.zeros(0, dtype=torch.long, device=device), cu_seqlens=nothing, plan=plan)
+    out = fl.dpo_loss(
+        fl.Hidden(*flat),
+        torch.zeros(0, dtype=torch.long, device=device),
+        None,
+        cu_seqlens=nothing,
+        plan=plan,
+        shift=False,
+    )
     assert out.loss == 0
     out.loss.backward()
 
@@ -708,7 +727,7 @@ def test_low_precision_is_never_worse_than_eager(backend, device, plan, dtype):
 
     def call(f, **how):
         options = {"divergence": names, "entropy": True, **how}
-        return lambda leaves: f.token_stats(two_sources(leaves)[0], y, two_sources(leaves)[1], **options)
+        return lambda leaves: f.token_stats(two_sources(leaves)[0], y, two_sources(leaves)[1], **options, shift=False)
 
     judge = Judge(call(fl, plan=plan), call(fl.reference), leaves, slack=1.0)
     for key in outputs(judge.truth):
@@ -731,7 +750,7 @@ def test_gradients_are_rounded_once(device, monkeypatch, dtype, plan):
     leaves = frozen_head(leaves) if plan == "frozen" else leaves
     y = torch.randint(0, 600, (6, 5), device=device)
     build = lambda leaves: (hidden_source(leaves), None)  # noqa: E731
-    call = lambda bytes: fl.dpo_loss(hidden_source(leaves), y, plan=plan, workspace=bytes)  # noqa: E731
+    call = lambda bytes: fl.dpo_loss(hidden_source(leaves), y, None, plan=plan, workspace=bytes, shift=False)  # noqa: E731
     few = 2 * least_workspace(call) * (2 if plan == "frozen" else 1) if plan in ("slices", "frozen", "rows") else None
     judge = judge_dpo(build, leaves, y, how={"plan": plan, "workspace": few})
     wanted = gradients_of(judge.truth.loss, judge.exact)
@@ -763,8 +782,8 @@ def test_hidden_and_weight_of_different_dtypes(backend, device, dtypes, plan):
     leaves = [x for x in hidden_leaves((2, 3), 16, 60, device) if x is not None]
     leaves = [x.detach().to(d).requires_grad_() for x, d in zip(leaves, (*dtypes, torch.float32), strict=True)]
     y = labels_for((2, 3), 60, device)
-    loss, exact = fl.dpo_loss(fl.Hidden(*leaves), y, plan=plan).loss, doubles(leaves)
-    truth = fl.reference.dpo_loss(fl.Hidden(*exact), y).loss
+    loss, exact = fl.dpo_loss(fl.Hidden(*leaves), y, None, plan=plan, shift=False).loss, doubles(leaves)
+    truth = fl.reference.dpo_loss(fl.Hidden(*exact), y, None, shift=False).loss
     assert relative(loss, truth) <= 1e-6
     for g, t, x in zip(gradients_of(loss, leaves), gradients_of(truth, exact), leaves, strict=True):
         assert g.dtype == x.dtype and relative(g, t) <= max(1e-5, EPS[x.dtype])  # one rounding
@@ -778,7 +797,9 @@ def test_float64(device, monkeypatch, plan):
     y = labels_for((4, 3), 41, device)
     if plan != "rows":
         policy, ref = two_sources(leaves)
-        how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, **how))
+        how = tight(
+            plan, lambda **how: fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, **how, shift=False)
+        )
         compare_sources(two_sources, leaves, y, 1e-12, how=how, divergence=NAMES, entropy=True)
     judge = judge_dpo(two_sources, leaves, y, 1e-12, how={"plan": plan}, divergence="js")
     judge.value("loss", lambda out: out.loss)
@@ -796,8 +817,8 @@ def test_gradcheck(monkeypatch, plan):
 
     def run(*leaves):
         if plan == "rows":
-            return fl.dpo_loss(hidden_source(leaves), y, ref, plan=plan).loss
-        stats = fl.token_stats(hidden_source(leaves), y, ref, divergence=NAMES, entropy=True, plan=plan)
+            return fl.dpo_loss(hidden_source(leaves), y, ref, plan=plan, shift=False).loss
+        stats = fl.token_stats(hidden_source(leaves), y, ref, divergence=NAMES, entropy=True, plan=plan, shift=False)
         return tuple(x for x in outputs(stats).values() if x.requires_grad)
 
     assert torch.autograd.gradcheck(run, leaves)
@@ -813,7 +834,7 @@ def test_autocast(backend, device, plan):
     def call(f, **how):
         def run(leaves):
             with torch.autocast(device.type, torch.bfloat16, enabled=leaves[0].dtype != torch.float64):
-                return f.dpo_loss(two_sources(leaves)[0], y, two_sources(leaves)[1], **how)
+                return f.dpo_loss(two_sources(leaves)[0], y, two_sources(leaves)[1], **how, shift=False)
 
         return run
 
@@ -836,7 +857,7 @@ def sum_errors(monkeypatch, plan, tile):
     monkeypatch.setattr(planner, "tile_shape", lambda facts, budget: tile)
 
     def gradients(f, leaves, **how):
-        stats = f.token_stats(hidden_source(leaves), y, entropy=True, **how)
+        stats = f.token_stats(hidden_source(leaves), y, entropy=True, **how, shift=False)
         return gradients_of((stats.logps - 0.1 * stats.entropy).sum(), leaves)
 
     truth = gradients(fl.reference, doubles(leaves))
@@ -874,7 +895,7 @@ def test_errors_do_not_grow_with_the_number_of_row_blocks(monkeypatch):
     def gradients(f, leaves, teacher, **how):
         options = {"divergence": "forward_kl", "hard": 1.0, **how}
         return gradients_of(
-            f.distillation_loss(hidden_source(leaves), y, hidden_source(teacher), **options).loss, leaves
+            f.distillation_loss(hidden_source(leaves), y, hidden_source(teacher), **options, shift=False).loss, leaves
         )
 
     truth = gradients(fl.reference, doubles(leaves), doubles(teacher))
@@ -892,7 +913,13 @@ def test_errors_do_not_grow_with_the_number_of_row_blocks(monkeypatch):
 X, W, Y = torch.zeros(4, 3, 5), torch.zeros(11, 5), torch.zeros(4, 3, dtype=torch.long)
 H, ASKS = fl.Hidden(X, W), fl.Hidden(X.clone().requires_grad_(), W)
 ALL = fl.Hidden(X.clone().requires_grad_(), W.clone().requires_grad_())
-stats, dpo, Hidden = fl.token_stats, fl.dpo_loss, fl.Hidden
+Hidden, stats = fl.Hidden, partial(fl.token_stats, shift=False)
+
+
+def dpo(policy, labels, ref=None, **options):
+    return fl.dpo_loss(policy, labels, ref, shift=False, **options)
+
+
 BAD = [
     (lambda: stats(Hidden(torch.zeros(4, 3, 11), W), Y), r"policy: .*\[4, 3, 11\].*looks like logits: pass them as fl.Logits"),
     (lambda: stats(H, Y, Hidden(torch.zeros(4, 3, 11), W)), r"ref: .*looks like logits"),
@@ -919,7 +946,7 @@ BAD = [
     (lambda: Hidden(X, W, process_group=object()), "process_group: torch.distributed is not initialised"),
     (lambda: stats(H, Y, Hidden(X, torch.zeros(12, 5)), divergence="js"), "ref: .*vocabulary of 11, got 12.*fl.Hidden.*valid"),
     (lambda: stats(H, Y, torch.zeros(4, 3, 12), divergence="js"), "ref: .*vocabulary of 11, got 12.*fl.Logits.*valid_vocab"),
-    (lambda: fl.tdpo_loss(H, Y, Hidden(X, torch.zeros(12, 5))), "ref: expected the policy's vocabulary of 11"),
+    (lambda: fl.tdpo_loss(H, Y, Hidden(X, torch.zeros(12, 5)), shift=False), "ref: expected the policy's vocabulary of 11"),
     (lambda: stats(H, Y[:2]), r"policy: expected hidden \[2, 3, H\] for labels \[2, 3\], got \[4, 3, 5\]"),
     (lambda: stats(H, Y, Hidden(X[:2], W)), r"ref: expected hidden \[4, 3, H\]"),
     (lambda: stats(H, Y, divergence="js"), "divergence: 'js' needs ref as fl.Hidden or logits, got None"),
@@ -969,16 +996,16 @@ def test_bad_input_gets_words(case, monkeypatch):
 def test_a_workspace_variable_that_is_no_number(monkeypatch, value):
     monkeypatch.setenv("FUSED_LOSSES_WORKSPACE", value)
     with pytest.raises(ValueError, match="FUSED_LOSSES_WORKSPACE: expected a number of bytes >= 1, got"):
-        fl.token_stats(H, Y)
+        fl.token_stats(H, Y, shift=False)
 
 
 def test_the_workspace_variable_counts_and_the_argument_wins(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_WORKSPACE", "8")
     with pytest.raises(ValueError, match="workspace: expected at least .* got 8"):
-        fl.token_stats(H, Y)
-    fl.token_stats(H, Y, workspace=1 << 20)
+        fl.token_stats(H, Y, shift=False)
+    fl.token_stats(H, Y, workspace=1 << 20, shift=False)
     monkeypatch.setenv("FUSED_LOSSES_WORKSPACE", str(1 << 20))
-    fl.token_stats(H, Y)
+    fl.token_stats(H, Y, shift=False)
 
 
 @cases(["auto", "frozen", "whole", "slices"], ["slices"])
@@ -988,7 +1015,7 @@ def test_the_least_workspace_is_enough(backend, device, plan):
     leaves = frozen_head(leaves) if plan == "frozen" else leaves
     policy, ref = two_sources(leaves)
     y = labels_for((3,), 41, device)
-    run = lambda bytes: fl.token_stats(policy, y, ref, divergence="js", plan=plan, workspace=bytes)  # noqa: E731
+    run = lambda bytes: fl.token_stats(policy, y, ref, divergence="js", plan=plan, workspace=bytes, shift=False)  # noqa: E731
     fewest = least_workspace(run)
     run(fewest).logps.sum().backward()
     assert least_workspace(lambda _: run(fewest - 1)) == fewest
@@ -1000,9 +1027,9 @@ def test_labels_out_of_range_on_triton(device, monkeypatch, plan):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
     x, weight = torch.randn(3, 5, device=device).requires_grad_(), torch.randn(11, 5, device=device)
     for bad in (11, -7):
-        stats = fl.token_stats(fl.Hidden(x, weight), torch.tensor([1, bad, 2], device=device), plan=plan)
+        stats = fl.token_stats(fl.Hidden(x, weight), torch.tensor([1, bad, 2], device=device), plan=plan, shift=False)
         assert stats.logps.isnan().tolist() == [False, True, False]
-        good = fl.token_stats(fl.Hidden(x, weight), torch.tensor([1, 0, 2], device=device), plan=plan)
+        good = fl.token_stats(fl.Hidden(x, weight), torch.tensor([1, 0, 2], device=device), plan=plan, shift=False)
         assert torch.equal(stats.logps[::2], good.logps[::2])
         (g,) = torch.autograd.grad(stats.logps[::2].sum(), x)
         torch.testing.assert_close(g[::2], torch.autograd.grad(good.logps[::2].sum(), x)[0][::2])
@@ -1112,7 +1139,7 @@ def test_checkpointing(backend, device, plan, reentrant):
 
     def call(x):
         policy, ref = two_sources([x * 1.0, *leaves[1:]])
-        return fl.dpo_loss(policy, y, ref, plan=plan).loss
+        return fl.dpo_loss(policy, y, ref, plan=plan, shift=False).loss
 
     expected = gradients_of(call(leaves[0]), leaves)
     checkpoint(call, leaves[0], use_reentrant=reentrant).backward()
@@ -1128,12 +1155,12 @@ def test_second_derivative_is_refused_in_words(backend, device, plan):
     y = labels_for((4, 2), 41, device)
     policy, ref = two_sources(leaves)
     if plan != "rows":
-        stats = fl.token_stats(policy, y, ref, divergence="js", plan=plan)
+        stats = fl.token_stats(policy, y, ref, divergence="js", plan=plan, shift=False)
         (g,) = torch.autograd.grad(stats.divergence["js"].sum(), leaves[0], create_graph=True)
         with pytest.raises(RuntimeError, match="can be differentiated once; use fused_losses.reference"):
             torch.autograd.grad(g.sum(), leaves[0])
     for after in (lambda loss: loss, lambda loss: loss**2):
-        loss = after(fl.dpo_loss(policy, y, ref, plan=plan).loss)
+        loss = after(fl.dpo_loss(policy, y, ref, plan=plan, shift=False).loss)
         (g,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
         with pytest.raises(RuntimeError, match="can be differentiated once; use fused_losses.reference"):
             torch.autograd.grad(g.square().sum(), leaves[0])

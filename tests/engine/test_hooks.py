@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 V, H = 61, 16
 PLANS = ("slices", "rows", "auto")
 LOSSES = {
-    "dpo": lambda p, y, **o: fl.dpo_loss(p, y, **o).loss,
-    "mixed": lambda p, y, **o: fl.preference_loss(p, y, loss=("hinge", "ipo", "sft"), **o).loss,
+    "dpo": lambda p, y, **o: fl.dpo_loss(p, y, None, **o).loss,
+    "mixed": lambda p, y, **o: fl.preference_loss(p, y, None, loss_type=("hinge", "ipo", "sft"), **o).loss,
     "kto": lambda p, y, **o: fl.kto_loss(p, y, None, torch.arange(len(y)) % 2 == 0, **o).loss,
     "cross entropy": lambda p, y, **o: fl.cross_entropy_loss(p, y, z_loss=1e-3, **o).loss,
 }
@@ -121,7 +121,7 @@ def test_inside_a_head(plan):
     fl.backbone(model).register_forward_hook(lambda *_: counts.append(1))
 
     def f(x):
-        loss = fl.at_head(model, lambda p: fl.dpo_loss(p, IDS, shift=True, plan=plan).loss, input_ids=IDS).out
+        loss = fl.at_head(model, lambda p: fl.dpo_loss(p, IDS, None, shift=True, plan=plan).loss, input_ids=IDS).out
         return loss + 0 * x
 
     x = torch.zeros((), requires_grad=True)

@@ -26,14 +26,18 @@ def reference(batch, kind, made=lambda x: x):
         return fl.Hidden(made(x), made(weight), lora=(made(weight[:2] * 0.1), made(weight[:, :2]), 0.5))
     if kind == "logits":
         return made(x @ weight.T)
-    return None if kind is None else fl.LogProbs(made(fl.reference.token_stats(fl.Hidden(x, weight), batch.y).logps))
+    return (
+        None
+        if kind is None
+        else fl.LogProbs(made(fl.reference.token_stats(fl.Hidden(x, weight), batch.y, shift=False).logps))
+    )
 
 
 def policy(batch, kind, trained=(0, 1), made=lambda x: x):
     """The source and its leaves. trained: states, head; made: what becomes of those that are not."""
     leaves = [batch.x, batch.weight] if kind == "hidden" else [batch.x @ batch.weight.T]
     if kind == "log-probs":
-        leaves = [fl.reference.token_stats(leaves[0], batch.y).logps]
+        leaves = [fl.reference.token_stats(leaves[0], batch.y, shift=False).logps]
     leaves = [t.clone().requires_grad_() if i in trained else made(t) for i, t in enumerate(leaves)]
     make = {"hidden": fl.Hidden, "logits": fl.Logits, "log-probs": fl.LogProbs}[kind]
     return make(*leaves), [t for t in leaves if t.requires_grad]
@@ -65,17 +69,20 @@ S, T = 4, 6
 Y, GOOD, OFFSETS = torch.arange(S * T).view(S, T) % 37, torch.arange(S) % 2 == 0, torch.arange(0, S * T + 1, T)
 NUMBERS, EACH, ONE = torch.arange(S) * 0.3 - 0.5, torch.arange(S * T).view(S, T) * 0.1 - 1, torch.tensor([3])
 MORE = {  # what a loss may be given beside: m makes it
-    "baseline": lambda p, m: fl.kto_loss(p, Y, None, GOOD, baseline=m(NUMBERS[3])),
-    "delta, weights": lambda p, m: fl.bco_loss(p, Y, None, GOOD, delta=m(NUMBERS[3]), weights=m(NUMBERS.square())),
-    "advantages of tokens": lambda p, m: fl.grpo_loss(p, Y, m(EACH), old_logps=m(EACH - 2)),
-    "nll_labels": lambda p, m: fl.orpo_loss(p, m(Y), nll_labels=m(Y), num_items=m(ONE), num_nll_tokens=m(ONE)),
-    "num_nll_tokens": lambda p, m: fl.preference_loss(p, Y, loss="sft", num_items=m(ONE), num_nll_tokens=m(ONE)),
-    "sums of the reference": lambda p, m: fl.dpo_loss(p, Y, fl.LogProbs(m(NUMBERS))),
-    "values": lambda p, m: fl.upo_loss(p, Y, None, (m(NUMBERS), m(-NUMBERS)), base=fl.kto_loss, desirable=m(GOOD)),
+    "baseline": lambda p, m: fl.kto_loss(p, Y, None, GOOD, baseline=m(NUMBERS[3]), shift=False),
+    "delta, weights": lambda p, m: fl.bco_loss(p, Y, None, GOOD, delta=m(NUMBERS[3]), weights=m(NUMBERS.square()), shift=False),
+    "advantages of tokens": lambda p, m: fl.grpo_loss(p, Y, m(EACH), old_logps=m(EACH - 2), shift=False),
+    "nll_labels": lambda p, m: fl.orpo_loss(p, m(Y), nll_labels=m(Y), shift=False, num_items=m(ONE),
+                                                   num_nll_tokens=m(ONE)),
+    "num_nll_tokens": lambda p, m: fl.preference_loss(p, Y, None, loss_type="sft", shift=False, num_items=m(ONE),
+                                                   num_nll_tokens=m(ONE)),
+    "sums of the reference": lambda p, m: fl.dpo_loss(p, Y, fl.LogProbs(m(NUMBERS)), shift=False),
+    "values": lambda p, m: fl.upo_loss(p, Y, None, (m(NUMBERS), m(-NUMBERS)), shift=False, loss_type=fl.kto_loss,
+                                         desirable=m(GOOD)),
     "offsets": lambda p, m: fl.upo_loss(
-        fl.Hidden(p.hidden.flatten(0, 1), p.weight), m(Y.view(-1)), None, m(NUMBERS), cu_seqlens=m(OFFSETS)
+        fl.Hidden(p.hidden.flatten(0, 1), p.weight), m(Y.view(-1)), None, m(NUMBERS), cu_seqlens=m(OFFSETS), shift=False
     ),
-    "a narrow dtype": lambda p, m: fl.cross_entropy_loss(p, m(Y.to(torch.int8))),
+    "a narrow dtype": lambda p, m: fl.cross_entropy_loss(p, m(Y.to(torch.int8)), shift=False),
     "selective_log_softmax": lambda p, m: fl.selective_log_softmax(p.hidden @ p.weight.T, m(Y), row_mask=m(Y > 3)),
     "generalized_jsd_loss": lambda p, m: fl.generalized_jsd_loss(
         p.hidden @ p.weight.T, m(EACH[..., None].expand(-1, -1, 37)), labels=m(Y), num_items_in_batch=m(ONE)
@@ -141,22 +148,22 @@ def test_a_model_that_was_loaded_there():
     y, x = torch.randint(0, 50, (4, 6)), torch.randn(4, 6, 8, requires_grad=True)
     for loss in (fl.dpo_loss, fl.distillation_loss):
         for plan in ("slices", "auto"):
-            found = loss(fl.Hidden(x, weight.detach().clone()), y, fl.Hidden(states, weight), plan=plan)
+            found = loss(fl.Hidden(x, weight.detach().clone()), y, fl.Hidden(states, weight), plan=plan, shift=False)
             torch.autograd.grad(found.loss, x)
             assert not found.stats.ref_logps.requires_grad
         with pytest.raises(ValueError, match="weight requires grad, but was made under torch.inference_mode"):
-            loss(fl.Hidden(x, weight), y, fl.Hidden(states, weight))
+            loss(fl.Hidden(x, weight), y, fl.Hidden(states, weight), shift=False)
     with torch.no_grad():
-        assert fl.token_stats(fl.Hidden(states, weight), y).logps.isfinite().all()
-    found = fl.dpo_loss(fl.Hidden(x, weight.requires_grad_(False)), y, fl.Hidden(states, weight))
+        assert fl.token_stats(fl.Hidden(states, weight), y, shift=False).logps.isfinite().all()
+    found = fl.dpo_loss(fl.Hidden(x, weight.requires_grad_(False)), y, fl.Hidden(states, weight), shift=False)
     assert torch.autograd.grad(found.loss, x)[0].any()
 
 
 def test_a_whole_loss_inside():
     with torch.inference_mode():
         x, weight, y = torch.randn(4, 6, 8), torch.randn(50, 8), torch.randint(0, 50, (4, 6))
-        loss = fl.dpo_loss(fl.Hidden(x, weight), y, fl.Hidden(-x, weight)).loss
-        assert loss.is_inference() and loss == fl.dpo_loss(x @ weight.T, y, -x @ weight.T).loss
+        loss = fl.dpo_loss(fl.Hidden(x, weight), y, fl.Hidden(-x, weight), shift=False).loss
+        assert loss.is_inference() and loss == fl.dpo_loss(x @ weight.T, y, -x @ weight.T, shift=False).loss
         delta = fl.RunningDelta()
         delta.update(torch.ones(3, dtype=torch.float64))
     assert delta.update(torch.zeros(3, dtype=torch.float64)) == 0.5  # in training, after an evaluation

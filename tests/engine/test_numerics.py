@@ -26,8 +26,8 @@ def test_near_the_reference(backend, device, kl, noise, allowed, offset):
     z = torch.randn(rows, 50304, device=device)
     w = z + noise * torch.randn(rows, 50304, device=device) + offset
     y = torch.randint(0, 50304, (rows,), device=device)
-    ours = fl.token_stats(z, y, w, divergence=NAMES).divergence
-    truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=NAMES).divergence
+    ours = fl.token_stats(z, y, w, divergence=NAMES, shift=False).divergence
+    truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=NAMES, shift=False).divergence
     assert truth["reverse_kl"].mean().item() == pytest.approx(kl, rel=0.3)
     for name in NAMES:
         error = ((ours[name] - truth[name]) / truth[name]).abs().max().item()
@@ -49,12 +49,12 @@ def test_what_the_readme_promises_of_one_pass_divergences(backend, device, scale
     z = torch.randn(len(spread), 1031, device=device) * scale
     w = z + spread[:, None] * torch.randn_like(z) + offset[:, None]
     y = torch.randint(0, 1031, spread.shape, device=device)
-    truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=ONE_PASS).divergence
+    truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=ONE_PASS, shift=False).divergence
     cuts = [0, 1031] if parts == 1 else [0, 206, 515, 1031]
     pieces = [
         fl.partial_stats(z[:, a:b], y, w[:, a:b], divergence=ONE_PASS, first=a) for a, b in itertools.pairwise(cuts)
     ]
-    whole = fl.token_stats(z, y, w, divergence=ONE_PASS) if parts == 1 else fl.merge_stats(pieces).close()
+    whole = fl.token_stats(z, y, w, divergence=ONE_PASS, shift=False) if parts == 1 else fl.merge_stats(pieces).close()
     ulp, apart = 2.0**-23, offset.abs().double()
     for name in ONE_PASS:
         error, (weight, noise) = (whole.divergence[name] - truth[name]).abs(), curvature(name)
@@ -76,9 +76,9 @@ def test_peaked_rows_near_the_reference(backend, device, noise):
     w = z + noise * torch.randn(8, 4099, device=device)
     y = z.argmax(-1)
     names = [n for n in NAMES if n != "total_variation"]
-    ours = fl.token_stats(z, y, w, divergence=names).divergence
-    eager = fl.reference.token_stats(z, y, w, divergence=names).divergence
-    truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=names).divergence
+    ours = fl.token_stats(z, y, w, divergence=names, shift=False).divergence
+    eager = fl.reference.token_stats(z, y, w, divergence=names, shift=False).divergence
+    truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=names, shift=False).divergence
     for name in names:
         assert (ours[name] >= 0).all(), name
         allowed = max(1e-5, relative(eager[name], truth[name]) * (40 if name == "squared_hellinger" else 1))
@@ -89,8 +89,8 @@ def test_gradients_near_the_reference(backend, device):
     z, w = logits((4, 1031), device, spread=1e-4)
     y = torch.zeros(4, dtype=torch.long, device=device)
     z64, w64 = double(z), double(w)
-    ours = fl.token_stats(z, y, w, divergence=NAMES).divergence
-    truth = fl.reference.token_stats(z64, y, w64, divergence=NAMES).divergence
+    ours = fl.token_stats(z, y, w, divergence=NAMES, shift=False).divergence
+    truth = fl.reference.token_stats(z64, y, w64, divergence=NAMES, shift=False).divergence
     for what, error in gradient_errors(ours, truth, (z, w), (z64, w64)):
         assert error <= 1e-5, f"{what}: {error:.1e}"
 
@@ -113,14 +113,14 @@ def test_suppressed_tokens(backend, device, where, low):
             if where in (side, "both"):
                 x[:, 10:60] = low
     y = torch.tensor([0, 5, 299], device=device)
-    ours = fl.token_stats(z, y, w, divergence=NAMES, entropy=True)
+    ours = fl.token_stats(z, y, w, divergence=NAMES, entropy=True, shift=False)
     # The truth: suppressed on both sides is a smaller vocabulary; on one side, a logit so low that it is as good as -inf.
     keep = torch.ones(300, dtype=torch.bool, device=device)
     if where == "both":
         keep[10:60] = False
     z64, w64 = (x.detach().double().clamp(min=-300)[:, keep].requires_grad_() for x in (z, w))
     targets = torch.tensor([0, 5, int(keep.sum()) - 1], device=device)
-    truth = fl.reference.token_stats(z64, targets, w64, divergence=NAMES, entropy=True)
+    truth = fl.reference.token_stats(z64, targets, w64, divergence=NAMES, entropy=True, shift=False)
     found, true = outputs(ours), outputs(truth)
     for name in INFINITE[where]:
         assert (found.pop(name) == INF).all(), name
@@ -139,9 +139,9 @@ def test_forward_kl_gradient_is_exact_where_the_value_is_infinite(backend, devic
     z, w = logits((2, 40), device)
     with torch.no_grad():
         z[:, 3] = -INF
-    kl = fl.token_stats(z, torch.zeros(2, dtype=torch.long, device=device), w, divergence="forward_kl").divergence[
-        "forward_kl"
-    ]
+    kl = fl.token_stats(
+        z, torch.zeros(2, dtype=torch.long, device=device), w, divergence="forward_kl", shift=False
+    ).divergence["forward_kl"]
     (g,) = torch.autograd.grad(kl.sum(), z)
     torch.testing.assert_close(g, (z.softmax(-1) - w.softmax(-1)).detach(), rtol=1e-5, atol=1e-7)
 
@@ -156,9 +156,9 @@ def test_any_level_and_temperature(backend, device, scale, shift):
         w += shift + 30
     y = torch.randint(0, 2050, (4,), device=device)
     names = [n for n in NAMES if not n.endswith("chi2")]  # beyond float32 when the two disagree by hundreds of nats
-    ours = fl.token_stats(z, y, w, divergence=names, entropy=True)
+    ours = fl.token_stats(z, y, w, divergence=names, entropy=True, shift=False)
     z64, w64 = double(z), double(w)
-    truth = fl.reference.token_stats(z64, y, w64, divergence=names, entropy=True)
+    truth = fl.reference.token_stats(z64, y, w64, divergence=names, entropy=True, shift=False)
     one = torch.ones(4, device=device)
     assert (ours.logps <= 0).all() and (ours.ref_logps <= 0).all() and (ours.entropy >= 0).all()
     found, true = outputs(ours), outputs(truth)
@@ -180,8 +180,8 @@ def test_rows_that_rise_late(backend, device):
     w = torch.stack([-v / 50, -v / 50, torch.where(v < 10, 300.0, 0.0), v / 100]) + torch.randn(4, 20000, device=device)
     y = torch.tensor([19999, 0, 19999, 7], device=device)
     names = ["reverse_kl", "forward_kl", "alpha", "squared_hellinger", "js"]
-    ours = fl.token_stats(z, y, w, divergence=names, entropy=True)
-    truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=names, entropy=True)
+    ours = fl.token_stats(z, y, w, divergence=names, entropy=True, shift=False)
+    truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=names, entropy=True, shift=False)
     for name, value in outputs(truth).items():
         torch.testing.assert_close(outputs(ours)[name].double(), value, rtol=1e-5, atol=1e-5, msg=name)
 
@@ -192,12 +192,14 @@ def test_power_sums_that_outgrow_every_shift(backend, device):
     z[0, 5], w[0, 5], z[0, 8000] = 0.0, -100.0, 60.0
     y = torch.zeros(1, dtype=torch.long, device=device)
     truth = divergences.get("pearson_chi2").define(z.double().log_softmax(-1), w.double().log_softmax(-1))
-    ours = fl.token_stats(z, y, w, divergence="pearson_chi2").divergence["pearson_chi2"]
+    ours = fl.token_stats(z, y, w, divergence="pearson_chi2", shift=False).divergence["pearson_chi2"]
     torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=0)
     z, w = torch.randn(1, 6, device=device), torch.randn(1, 6, device=device)
     w[0, 3] = -1e4
     for label in (0, 3):
-        stats = fl.token_stats(z, y + label, w, divergence=["pearson_chi2", "squared_hellinger"]).divergence
+        stats = fl.token_stats(
+            z, y + label, w, divergence=["pearson_chi2", "squared_hellinger"], shift=False
+        ).divergence
         assert stats["pearson_chi2"].item() == INF and 0 < stats["squared_hellinger"].item() < 1
 
 
@@ -210,8 +212,8 @@ def test_label_among_tokens_masked_by_a_large_number(backend, device, low):
     y = torch.tensor([250, 7], device=device)
     names = [n for n in NAMES if n not in ("reverse_kl", "jeffreys", "pearson_chi2")]
     z64, w64 = double(z), double(w)
-    ours = fl.token_stats(z, y, w, divergence=names).divergence
-    truth = fl.reference.token_stats(z64, y, w64, divergence=names).divergence
+    ours = fl.token_stats(z, y, w, divergence=names, shift=False).divergence
+    truth = fl.reference.token_stats(z64, y, w64, divergence=names, shift=False).divergence
     one = torch.ones(2, device=device)
     for name in names:
         assert relative(ours[name], truth[name]) <= 1e-5, name
@@ -229,8 +231,8 @@ def test_first_column_is_an_outlier_and_the_sides_lie_apart(backend, device, off
         z += offset
         z[:, 0], w[:, 0] = -400.0, -400.0
     y = torch.tensor([1, 40, 0], device=device)
-    ours = fl.token_stats(z, y, w, entropy=True)
-    truth = fl.reference.token_stats(double(z), y, double(w), entropy=True)
+    ours = fl.token_stats(z, y, w, entropy=True, shift=False)
+    truth = fl.reference.token_stats(double(z), y, double(w), entropy=True, shift=False)
     for name, value in outputs(truth).items():
         torch.testing.assert_close(outputs(ours)[name].double(), value, rtol=1e-5, atol=1e-5, msg=name)
 
@@ -240,7 +242,7 @@ def test_nan_is_not_hidden(backend, device):
     with torch.no_grad():
         z[0, 33], w[1, 44] = math.nan, math.nan
     y = torch.zeros(3, dtype=torch.long, device=device)
-    stats = fl.token_stats(z, y, w, divergence=NAMES, entropy=True, collision=True)
+    stats = fl.token_stats(z, y, w, divergence=NAMES, entropy=True, collision=True, shift=False)
     for x in (stats.logps, stats.entropy, stats.collision):
         assert x.isnan().tolist() == [True, False, False]
     assert stats.ref_logps.isnan().tolist() == [False, True, False]
@@ -252,7 +254,7 @@ def test_a_row_without_any_token_is_nan_with_zero_gradient(backend, device):
     z, _ = logits((2, 30), device)
     with torch.no_grad():
         z[0] = -INF
-    stats = fl.token_stats(z, torch.zeros(2, dtype=torch.long, device=device))
+    stats = fl.token_stats(z, torch.zeros(2, dtype=torch.long, device=device), shift=False)
     assert stats.logps.isnan().tolist() == [True, False]
     (g,) = torch.autograd.grad(stats.logps[1], z)
     assert not g[0].any()
@@ -265,9 +267,9 @@ def test_parameters_near_their_ends(backend, device, key):
     z, w = logits((16, 333), device)
     z64, w64 = double(z), double(w)
     y = torch.zeros(16, dtype=torch.long, device=device)
-    (ours,) = fl.token_stats(z, y, w, divergence=key).divergence.values()
-    (eager,) = fl.reference.token_stats(z, y, w, divergence=key).divergence.values()
-    (truth,) = fl.reference.token_stats(z64, y, w64, divergence=key).divergence.values()
+    (ours,) = fl.token_stats(z, y, w, divergence=key, shift=False).divergence.values()
+    (eager,) = fl.reference.token_stats(z, y, w, divergence=key, shift=False).divergence.values()
+    (truth,) = fl.reference.token_stats(z64, y, w64, divergence=key, shift=False).divergence.values()
     # The value is a small difference, by a factor that depends on the parameter: eager code shows how small.
     assert relative(ours, truth) <= max(1e-5, 2 * relative(eager, truth))
     one = torch.ones(16, device=device)

@@ -103,7 +103,7 @@ def test_compile_without_graph_breaks(backend, device, dynamic, lengths):
 def test_checkpointing(backend, device, reentrant):
     z, w = logits((4, 6, 45), device)
     y = labels_for((4, 6), 45, device)
-    call = lambda z: fl.dpo_loss(z * 1.0, y, w.detach()).loss  # noqa: E731
+    call = lambda z: fl.dpo_loss(z * 1.0, y, w.detach(), shift=False).loss  # noqa: E731
     expected = torch.autograd.grad(call(z), z)[0]
     checkpoint(call, z, use_reentrant=reentrant).backward()
     torch.testing.assert_close(z.grad, expected)
@@ -113,17 +113,17 @@ def test_autocast(backend, device):
     z, w = logits((4, 6, 45), device)
     y = labels_for((4, 6), 45, device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        inside = fl.dpo_loss(z, y, w).loss
-    assert inside.dtype == torch.float32 and torch.equal(inside, fl.dpo_loss(z, y, w).loss)
+        inside = fl.dpo_loss(z, y, w, shift=False).loss
+    assert inside.dtype == torch.float32 and torch.equal(inside, fl.dpo_loss(z, y, w, shift=False).loss)
 
 
 def test_second_derivative_is_refused_in_words(backend, device):
     z, w = logits((4, 6, 45), device)
     y = labels_for((4, 6), 45, device)
-    (g,) = torch.autograd.grad(fl.dpo_loss(z, y, w).loss, z, create_graph=True)
+    (g,) = torch.autograd.grad(fl.dpo_loss(z, y, w, shift=False).loss, z, create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once; use fused_losses.reference"):
         torch.autograd.grad(g.sum(), z)
-    (g,) = torch.autograd.grad(fl.token_stats(z, y).logps.sum(), z, create_graph=True)
+    (g,) = torch.autograd.grad(fl.token_stats(z, y, shift=False).logps.sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.grad(g.sum(), z)
 
@@ -138,7 +138,7 @@ def test_nothing_of_vocabulary_size_but_the_gradient(device, monkeypatch, one_th
 
     def run(f):
         z.grad = None
-        stats = f.token_stats(z, y, w, divergence="forward_kl")
+        stats = f.token_stats(z, y, w, divergence="forward_kl", shift=False)
         (stats.logps.sum() + stats.divergence["forward_kl"].sum()).backward()
 
     z.grad = None
@@ -153,7 +153,7 @@ def test_inplace_allocates_no_gradient(device, monkeypatch):
     z, w = logits((1024, 50304), device)
     y = labels_for((1024,), 50304, device)
     held = z * 1
-    stats = fl.token_stats(held, y, w.detach(), divergence="js", inplace_backward=True)
+    stats = fl.token_stats(held, y, w.detach(), divergence="js", inplace_backward=True, shift=False)
     loss = (stats.logps + stats.divergence["js"]).sum()
     assert peak_bytes(lambda: torch.autograd.grad(loss, held)) < held.numel() * 4 / 1.5
 

@@ -56,12 +56,14 @@ class Step:
     def run(self):
         if self.unit == 1:
             options = {"divergence": self.asked[0], "hard": 0.5, "entropy": self.entropy, **self.how}
-            loss = fl.distillation_loss(self.source[0], self.y, self.source[1], **options).loss
+            loss = fl.distillation_loss(self.source[0], self.y, self.source[1], **options, shift=False).loss
         elif self.unit:
-            loss = fl.dpo_loss(self.source[0], self.y, self.source[1], entropy=self.entropy, **self.how).loss
+            loss = fl.dpo_loss(
+                self.source[0], self.y, self.source[1], entropy=self.entropy, **self.how, shift=False
+            ).loss
         else:
             options = {"divergence": self.asked, "entropy": self.entropy, **self.how}
-            stats = fl.token_stats(self.source[0], self.y, self.source[1], **options)
+            stats = fl.token_stats(self.source[0], self.y, self.source[1], **options, shift=False)
             loss = stats.logps.sum() + sum(d.sum() for d in stats.divergence.values())
             if self.entropy:
                 loss = loss + stats.entropy.sum()
@@ -353,7 +355,7 @@ def by_name(out, here):
 def truth_of(z, w, y):
     found = fl.reference.token_stats(
         fl.Logits(z.double()), y, fl.Logits(w.double(), softcap=5.0, scale=0.7), divergence=NAMES, entropy=True,
-        collision=True,
+        collision=True, shift=False,
     )  # fmt: skip
     named = {k: getattr(found, k) for k in ("logps", "ref_logps", "lse", "entropy", "collision")} | found.divergence
     return {"hit": found.correct[y != -100]} | {k: v[y != -100] for k, v in named.items()}
@@ -438,7 +440,7 @@ def test_merging_near_the_reference(backend, device, spread, offset):
     w = z + torch.randn(rows, 509, device=device) * spread + offset
     y = torch.tensor([0, 200, 508, 333] * 8, device=device)[:rows]
     whole = one_slice(code, problem, z, w, y)
-    found = fl.reference.token_stats(z.double(), y, w.double(), divergence=NAMES).divergence
+    found = fl.reference.token_stats(z.double(), y, w.double(), divergence=NAMES, shift=False).divergence
     cuts = [0, 100, 101, 300, 310, 450, 508, 509] if backend == "torch" else [0, 101, 509]
     states = [state_of(code, problem, z, w, y, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
     for order in ("tree", range(7), [4, 0, 6, 2, 5, 1, 3])[: 3 if backend == "torch" else 1]:
@@ -460,7 +462,7 @@ def test_partial_stats_are_that_rule(backend, device):
     options = {"divergence": names, "entropy": True, "collision": True}
     logits = [fl.partial_stats(z[:, a:b], y, w[:, a:b], first=a, **options) for a, b in cuts]
     heads = [fl.partial_stats(fl.Hidden(x, weight[a:b]), y, w[:, a:b], first=a, **options) for a, b in cuts]
-    truth = fl.reference.token_stats(z.double(), y, w.double(), **options)
+    truth = fl.reference.token_stats(z.double(), y, w.double(), **options, shift=False)
     grouped = fl.merge_stats([fl.merge_stats(logits[2:]), fl.merge_stats(logits[:2])])
     for merged_parts in (fl.merge_stats(logits), grouped, fl.merge_stats(heads[::-1])):
         found = merged_parts.close()
@@ -478,7 +480,7 @@ def test_gradients_of_the_forward_are_given_away_once(device, dtype):
     x, w = torch.randn(4, 5, 16, device=device), torch.randn(301, 16, device=device)
     x, w = (t.to(dtype).requires_grad_() for t in (x, w))
     y = torch.randint(0, 301, (4, 5), device=device)
-    out = fl.dpo_loss(fl.Hidden(x, w), y, plan="rows")
+    out = fl.dpo_loss(fl.Hidden(x, w), y, None, plan="rows", shift=False)
     first = torch.autograd.grad(3 * out.loss, (x, w), retain_graph=True)
     kept = [g.clone() for g in first]
     again = torch.autograd.grad(3 * out.loss, (x, w), retain_graph=True)
@@ -498,7 +500,7 @@ def test_a_float32_head_has_one_gradient(device, monkeypatch):
     y = torch.randint(0, 20_000, (2, 8), device=device)
 
     def step():
-        fl.dpo_loss(fl.Hidden(x, w), y, plan="rows").loss.backward()
+        fl.dpo_loss(fl.Hidden(x, w), y, None, plan="rows", shift=False).loss.backward()
 
     beyond = peak_bytes(step) - x.nbytes - w.nbytes
     assert beyond < 0.75 * w.nbytes, f"{beyond / MIB:.1f} MiB beside {w.nbytes / MIB:.1f}"

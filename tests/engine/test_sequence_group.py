@@ -130,14 +130,16 @@ def check_references(rank, group):
         mine = slice(0, cut) if rank == 0 else slice(cut, 24)
         flat = fl.Hidden(x.flatten(0, 1)[mine].requires_grad_(), w)
         for ref, given in ((q.sum(1), q.sum(1)), (q.flatten(), q.flatten()[mine])):
-            exact = fl.dpo_loss(fl.Hidden(x.flatten(0, 1), w), y.flatten(), fl.LogProbs(ref), cu_seqlens=cu)
+            exact = fl.dpo_loss(
+                fl.Hidden(x.flatten(0, 1), w), y.flatten(), fl.LogProbs(ref), cu_seqlens=cu, shift=False
+            )
             options = {"cu_seqlens": cu, "sequence_group": group}
-            found = fl.dpo_loss(flat, y.flatten()[mine], fl.LogProbs(given), **options)
+            found = fl.dpo_loss(flat, y.flatten()[mine], fl.LogProbs(given), **options, shift=False)
             same(found.loss, exact.loss, f"cut {cut}, {list(given.shape)}")
-    whole = fl.dpo_loss(fl.Hidden(x, w), y, fl.LogProbs(q.sum(1)))
+    whole = fl.dpo_loss(fl.Hidden(x, w), y, fl.LogProbs(q.sum(1)), shift=False)
     mine = slice(3 * rank, 3 * rank + 3)
     parts = fl.Hidden(x[:, mine].requires_grad_(), w), y[:, mine], fl.LogProbs(q.sum(1))
-    found = fl.dpo_loss(*parts, sequence_group=group, static_shapes=True)
+    found = fl.dpo_loss(*parts, sequence_group=group, static_shapes=True, shift=False)
     same(found.loss, whole.loss, "static")
     compiled = torch.compile(fl.dpo_loss, fullgraph=True, backend="aot_eager")(
         *parts, sequence_group=group, static_shapes=True
@@ -145,8 +147,8 @@ def check_references(rank, group):
     same(compiled.loss, whole.loss, "compiled")
     grads = [torch.autograd.grad(out.loss, parts[0].hidden) for out in (compiled, found)]
     same(*(g for (g,) in grads), "compiled")
-    z0 = fl.kto_baseline(*parts, sequence_group=group)
-    same(z0, fl.kto_baseline(fl.Hidden(x, w), y, fl.LogProbs(q.sum(1))), "baseline")
+    z0 = fl.kto_baseline(*parts, sequence_group=group, shift=False)
+    same(z0, fl.kto_baseline(fl.Hidden(x, w), y, fl.LogProbs(q.sum(1)), shift=False), "baseline")
 
 
 def check_thoughts(rank, group):
@@ -154,8 +156,8 @@ def check_thoughts(rank, group):
     x, w, y, _ = tensors()
     states = [torch.randn(4, *n, 7, dtype=torch.float64, requires_grad=True) for n in ((), (2,), (3,), ())]
     mine = slice(0, 2) if rank == 0 else slice(2, 6)
-    whole = fl.lta_thinker_loss(fl.Hidden(x, w), y, *states).loss
-    found = fl.lta_thinker_loss(fl.Hidden(x[:, mine], w), y[:, mine], *states, sequence_group=group).loss
+    whole = fl.lta_thinker_loss(fl.Hidden(x, w), y, *states, shift=False).loss
+    found = fl.lta_thinker_loss(fl.Hidden(x[:, mine], w), y[:, mine], *states, sequence_group=group, shift=False).loss
     for g, t in zip(*(torch.autograd.grad(loss, states[:3]) for loss in (found, whole)), strict=True):
         same(g, t, "states")
 
@@ -166,25 +168,30 @@ def refusals(rank, group):
     flat = fl.Hidden(x.flatten(0, 1), w), y.flatten()
     cu = torch.tensor([0, 10, 20, 30, 48])
     for call, words in (
-        (lambda: fl.dpo_loss(p, mine, sequence_group=group, shift=True), "shift: beside sequence_group"),
+        (lambda: fl.dpo_loss(p, mine, None, sequence_group=group, shift=True), "shift: beside sequence_group"),
         (lambda: fl.simpo_loss(p, mine, sequence_group=group, shift=True), "shift: beside sequence_group"),
         (lambda: fl.grpo_loss(p, mine, q[:, 0], sequence_group=group, shift=True), "shift: beside sequence_group"),
-        (lambda: fl.dpo_loss(p, mine, sequence_group=group, plan="rows"), "plan: 'rows' is not possible here"),
-        (lambda: fl.dpo_loss(p, mine, sequence_group="world"), "sequence_group: expected a torch.*got str"),
-        (lambda: fl.kto_loss(p, mine, None, y[:, 1] > 3, sequence_group=0), "sequence_group: expected a torch.*got int"),
-        (lambda: fl.cross_entropy_loss(fl.Hidden(x[0, 0], w), y[0, 1], sequence_group=group), "labels: .* a time axis"),
+        (lambda: fl.dpo_loss(p, mine, None, sequence_group=group, plan="rows", shift=False),
+         "plan: 'rows' is not possible here"),
+        (lambda: fl.dpo_loss(p, mine, None, sequence_group="world", shift=False), "sequence_group: expected a torch.*got str"),
+        (lambda: fl.kto_loss(p, mine, None, y[:, 1] > 3, sequence_group=0, shift=False),
+         "sequence_group: expected a torch.*got int"),
+        (lambda: fl.cross_entropy_loss(fl.Hidden(x[0, 0], w), y[0, 1], sequence_group=group, shift=False),
+         "labels: .* a time axis"),
         (
-            lambda: fl.dpo_loss(fl.Hidden(x[: 4 - 2 * rank], w), y[: 4 - 2 * rank], sequence_group=group),
+            lambda: fl.dpo_loss(fl.Hidden(x[: 4 - 2 * rank], w), y[: 4 - 2 * rank], None, sequence_group=group, shift=False),
             r"labels: expected as many sequences on all ranks of sequence_group, got \[4, 2\]",
         ),
-        (lambda: fl.dpo_loss(*flat, cu_seqlens=cu - (cu == 48).long(), sequence_group=group), "rising from 0 to 48, the"),
-        (lambda: fl.dpo_loss(*flat, cu_seqlens=cu.flip(0), sequence_group=group), "cu_seqlens: expected offsets rising"),
+        (lambda: fl.dpo_loss(*flat, cu_seqlens=cu - (cu == 48).long(), sequence_group=group, shift=False),
+         "rising from 0 to 48, the"),
+        (lambda: fl.dpo_loss(*flat, cu_seqlens=cu.flip(0), sequence_group=group, shift=False),
+         "cu_seqlens: expected offsets rising"),
         (
-            lambda: fl.dpo_loss(*flat, fl.LogProbs(q[:, rank]), cu_seqlens=cu, ld_alpha=0.5, sequence_group=group),
+            lambda: fl.dpo_loss(*flat, fl.LogProbs(q[:, rank]), cu_seqlens=cu, ld_alpha=0.5, sequence_group=group, shift=False),
             "ld_alpha: needs the reference's log-probs per token",
         ),
         (
-            lambda: fl.dpo_loss(*flat, fl.LogProbs(q[: 4 - rank, 0]), cu_seqlens=cu, sequence_group=group),
+            lambda: fl.dpo_loss(*flat, fl.LogProbs(q[: 4 - rank, 0]), cu_seqlens=cu, sequence_group=group, shift=False),
             rf"ref: expected fl.LogProbs \[4\] on all ranks of sequence_group, or per token on all, got \[{4 - rank}\]",
         ),
     ):  # fmt: skip

@@ -51,13 +51,13 @@ def sources(policy, ref, rows=slice(None), **shard):
 
 # What the family below does not: softcap, temperature, bias and LoRA on every one, gradients of the reference, other options
 CASES = {
-    "dpo": lambda p, y, q: fl.dpo_loss(p, y, q).loss,
-    "wpo": lambda p, y, q: fl.dpo_loss(p, y, q, use_weighting=True).loss,
-    "js link": lambda p, y, q: fl.dpo_loss(p, y, q, divergence="js(beta=0.5)", plan="whole").loss,
-    "tdpo": lambda p, y, q: fl.tdpo_loss(p, y, q).loss,
-    "jsd": lambda p, y, q: fl.distillation_loss(p, y, q).loss,
-    "alpha": lambda p, y, q: fl.distillation_loss(p, y, q, divergence="alpha(a=0.3)", hard=0.5).loss,
-    "ce": lambda p, y, q: fl.cross_entropy_loss(p, y, z_loss=0.1, label_smoothing=0.2).loss,
+    "dpo": lambda p, y, q: fl.dpo_loss(p, y, q, shift=False).loss,
+    "wpo": lambda p, y, q: fl.dpo_loss(p, y, q, use_weighting=True, shift=False).loss,
+    "js link": lambda p, y, q: fl.dpo_loss(p, y, q, divergence="js(beta=0.5)", plan="whole", shift=False).loss,
+    "tdpo": lambda p, y, q: fl.tdpo_loss(p, y, q, shift=False).loss,
+    "jsd": lambda p, y, q: fl.distillation_loss(p, y, q, shift=False).loss,
+    "alpha": lambda p, y, q: fl.distillation_loss(p, y, q, divergence="alpha(a=0.3)", hard=0.5, shift=False).loss,
+    "ce": lambda p, y, q: fl.cross_entropy_loss(p, y, z_loss=0.1, label_smoothing=0.2, shift=False).loss,
     "entropy": lambda p, y, q: fl.token_stats(p, y, entropy=True, shift=True, workspace=1 << 14).entropy.sum(),
 }
 
@@ -108,9 +108,11 @@ def check(rank, group, split):
             torch.testing.assert_close(g[rows] if here[j] else g, t[rows] if here[j] else t, rtol=1e-9, atol=1e-11,
                                        msg=lambda m, name=name, j=j: f"{name}, gradient {j}: {m}")  # fmt: skip
     z, w = policy[0] @ policy[1].T, ref[0] @ ref[1].T
-    whole = fl.token_stats(z, labels, w, divergence=["forward_kl", "js"], entropy=True, collision=True)
+    whole = fl.token_stats(z, labels, w, divergence=["forward_kl", "js"], entropy=True, collision=True, shift=False)
     mine = [fl.Logits(t[..., rows].clone().requires_grad_(), process_group=group) for t in (z, w)]
-    split = fl.token_stats(mine[0], labels, mine[1], divergence=["forward_kl", "js"], entropy=True, collision=True)
+    split = fl.token_stats(
+        mine[0], labels, mine[1], divergence=["forward_kl", "js"], entropy=True, collision=True, shift=False
+    )
     for key in ("logps", "ref_logps", "entropy", "collision", "lse"):
         torch.testing.assert_close(getattr(split, key), getattr(whole, key), rtol=1e-10, atol=1e-12)
     assert torch.equal(split.correct, whole.correct)
@@ -118,11 +120,16 @@ def check(rank, group, split):
         torch.testing.assert_close(split.divergence[key], value, rtol=1e-9, atol=1e-12)
     for sides in ((mine[0], w), (z, mine[1])):  # one of the two is split: each is gone through on its own
         torch.testing.assert_close(
-            fl.dpo_loss(sides[0], labels, sides[1]).loss, fl.dpo_loss(z, labels, w).loss, rtol=1e-10, atol=1e-12
+            fl.dpo_loss(sides[0], labels, sides[1], shift=False).loss,
+            fl.dpo_loss(z, labels, w, shift=False).loss,
+            rtol=1e-10,
+            atol=1e-12,
         )
     (dz,) = torch.autograd.grad(split.divergence["js"].sum(), mine[0].logits)
     full = z.clone().requires_grad_()
-    (dz_whole,) = torch.autograd.grad(fl.token_stats(full, labels, w, divergence="js").divergence["js"].sum(), full)
+    (dz_whole,) = torch.autograd.grad(
+        fl.token_stats(full, labels, w, divergence="js", shift=False).divergence["js"].sum(), full
+    )
     torch.testing.assert_close(dz, dz_whole[..., rows], rtol=1e-9, atol=1e-12)
 
 
@@ -134,10 +141,10 @@ def check_dtensor(rank, group):
     mesh = init_device_mesh("cpu", (4,))
     policy, _, labels = tensors()
     x, w, bias = (t.requires_grad_() for t in policy[:3])
-    loss = fl.dpo_loss(fl.Hidden(x, w, bias), labels).loss
+    loss = fl.dpo_loss(fl.Hidden(x, w, bias), labels, None, shift=False).loss
     whole = torch.autograd.grad(loss, (x, w, bias))
     parts = [distribute_tensor(t.detach(), mesh, [Shard(0)]).requires_grad_() for t in (w, bias)]
-    split = fl.dpo_loss(fl.Hidden(x, *parts, process_group=mesh.get_group()), labels).loss
+    split = fl.dpo_loss(fl.Hidden(x, *parts, process_group=mesh.get_group()), labels, None, shift=False).loss
     torch.testing.assert_close(split, loss, rtol=1e-10, atol=1e-12)
     dx, dw, dbias = torch.autograd.grad(split, (x, *parts))
     for found, expected in ((dx, whole[0]), (dw.full_tensor(), whole[1]), (dbias.full_tensor(), whole[2])):
@@ -189,7 +196,9 @@ def check_modules(rank, group):
 
     policy, ref, labels = tensors()
     x, w, bias = policy[:3]
-    exact = torch.autograd.grad(fl.dpo_loss(fl.Hidden(x, w.requires_grad_(), bias), labels).loss, w)[0]
+    exact = torch.autograd.grad(fl.dpo_loss(fl.Hidden(x, w.requires_grad_(), bias), labels, None, shift=False).loss, w)[
+        0
+    ]
     rows = own(rank, SPLITS[3], VOCAB)
     linear = torch.nn.Linear(H, rows.stop - rows.start, dtype=torch.float64)
     linear.weight.data, linear.bias.data = w.detach()[rows], bias[rows]
@@ -208,7 +217,7 @@ def check_modules(rank, group):
         setattr(model.lm_head, name, torch.nn.Parameter(p))
     head = fl.find_head(model, process_group=group)
     assert head.weight is model.lm_head.weight and head.options["softcap"] == 20
-    found = fl.token_stats(head.source(fl.backbone(model)(ids).last_hidden_state), ids).logps
+    found = fl.token_stats(head.source(fl.backbone(model)(ids).last_hidden_state), ids, shift=False).logps
     torch.testing.assert_close(found, truth)
     found.sum().backward()
     assert model.lm_head.weight.grad.placements == (Shard(0),)
@@ -235,7 +244,7 @@ def check_rounding(rank, group, split):
         errors = []
         for at, options in ((slice(None), {}), (rows, {"process_group": group})):
             p, q = sources(leaves, ref, at, **options)
-            found = torch.autograd.grad(fl.dpo_loss(p, labels, q).loss, [leaves[0], leaves[3]])
+            found = torch.autograd.grad(fl.dpo_loss(p, labels, q, shift=False).loss, [leaves[0], leaves[3]])
             assert all(g.dtype == dtype for g in found)
             errors.append([relative(g, t) for g, t in zip(found, (truth[0], truth[3]), strict=True)])
         for alone, shared in zip(*errors, strict=True):
@@ -261,13 +270,16 @@ def refusals(rank, group, split):
     p.hidden.requires_grad_()
     whole = sources(policy, ref)[1]
     for call, words in (
-        (lambda: fl.dpo_loss(p, labels, q, plan="rows"), "plan: 'rows'"),
-        (lambda: fl.token_stats(p, labels, plan="frozen"), "plan: 'frozen'"),
-        (lambda: fl.token_stats(p, labels, whole, divergence="js"), "ref: expected the policy's process_group"),
+        (lambda: fl.dpo_loss(p, labels, q, plan="rows", shift=False), "plan: 'rows'"),
+        (lambda: fl.token_stats(p, labels, plan="frozen", shift=False), "plan: 'frozen'"),
+        (
+            lambda: fl.token_stats(p, labels, whole, divergence="js", shift=False),
+            "ref: expected the policy's process_group",
+        ),
         (lambda: fl.partial_stats(p, labels), "leave process_group out"),
         (lambda: fl.Hidden(p.hidden, p.weight, process_group=group, shard=(60, VOCAB)), "shard: expected"),
         (lambda: fl.Hidden(p.hidden, p.weight, shard=(0, VOCAB)), "without one"),
-        (lambda: fl.token_stats(p, labels + VOCAB), "labels: expected ids in .0, 67"),
+        (lambda: fl.token_stats(p, labels + VOCAB, shift=False), "labels: expected ids in .0, 67"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

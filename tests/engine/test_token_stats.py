@@ -40,9 +40,12 @@ def test_low_precision_is_never_worse_than_eager(backend, device, name, dtype):
     z, w = logits((6, 515), device, dtype)
     y = labels_for((6,), 515, device)
     options = {"divergence": name, "entropy": True, "collision": True}
-    ours, eager = fl.token_stats(z, y, w, **options), fl.reference.token_stats(z, y, w, **options)
+    ours, eager = (
+        fl.token_stats(z, y, w, **options, shift=False),
+        fl.reference.token_stats(z, y, w, **options, shift=False),
+    )
     z64, w64 = double(z), double(w)
-    truth = fl.reference.token_stats(z64, y, w64, **options)
+    truth = fl.reference.token_stats(z64, y, w64, **options, shift=False)
     check_collision(ours, truth, 1e-6)
     truth = outputs(truth)
     # The interpreter truncates float32 -> bfloat16, which doubles the rounding.
@@ -66,7 +69,7 @@ def test_gradcheck(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w = logits((3, 11), "cpu", torch.float64)
     y = labels_for((3,), 11, "cpu")
-    fn = lambda z, w: tuple(outputs(fl.token_stats(z, y, w, **EVERYTHING)).values())  # noqa: E731
+    fn = lambda z, w: tuple(outputs(fl.token_stats(z, y, w, **EVERYTHING, shift=False)).values())  # noqa: E731
     assert torch.autograd.gradcheck(fn, (z, w))
 
 
@@ -145,8 +148,8 @@ def test_strides(backend, device):
         y = labels_for(z.shape[:-1], z.shape[-1], device)
         y = y[:1].expand(y.shape) if what == "expanded batch" else y.t().contiguous().t() if y.dim() == 2 else y
         options = {"divergence": ["reverse_kl", "js"], "entropy": True, "collision": True}
-        a = fl.token_stats(z, y, w, **options)
-        b = fl.token_stats(z.contiguous(), y.contiguous(), w.contiguous(), **options)
+        a = fl.token_stats(z, y, w, **options, shift=False)
+        b = fl.token_stats(z.contiguous(), y.contiguous(), w.contiguous(), **options, shift=False)
         weight = torch.randn(y.shape, device=device)
         torch.testing.assert_close(a.collision, b.collision, rtol=1e-6, atol=1e-6, msg=what)
         for key, value in outputs(b).items():
@@ -167,7 +170,7 @@ def test_shift_is_the_causal_shift(backend, device, poison):
     z, w = logits((2, 4, 101), device)
     y = labels_for((2, 4), 101, device)
     inside = fl.token_stats(z, y, w, shift=True, **EVERYTHING)
-    outside = fl.token_stats(z[:, :-1], y[:, 1:], w[:, :-1], **EVERYTHING)
+    outside = fl.token_stats(z[:, :-1], y[:, 1:], w[:, :-1], **EVERYTHING, shift=False)
     weight = torch.randn(2, 3, device=device)
     assert torch.equal(inside.collision, outside.collision)
     for key, value in outputs(outside).items():
@@ -182,9 +185,9 @@ def test_correct_is_the_argmax(backend, device):
     z, w = logits((50, 5), device)
     y = labels_for((50,), 5, device)
     expected = (z.argmax(-1) == y) & (y != -100)
-    assert torch.equal(fl.token_stats(z, y).correct, expected)
+    assert torch.equal(fl.token_stats(z, y, shift=False).correct, expected)
     tie = torch.zeros(2, 7, device=device)
-    assert fl.token_stats(tie, torch.tensor([0, 6], device=device)).correct.all()
+    assert fl.token_stats(tie, torch.tensor([0, 6], device=device), shift=False).correct.all()
 
 
 def test_collision_of_known_rows(backend, device):
@@ -197,13 +200,13 @@ def test_collision_of_known_rows(backend, device):
     rows[4] = -300.0
     rows[4, 17], rows[4, 4000] = 0.0, -math.log(3)  # 3/4 and 1/4
     y = torch.tensor([0, 5, 99, 4000, 17], device=device)
-    found = fl.token_stats(rows, y, collision=True).collision
+    found = fl.token_stats(rows, y, collision=True, shift=False).collision
     sizes = torch.tensor([v, v, 100, 1, 1 / (9 / 16 + 1 / 16)], dtype=torch.float64, device=device)
     torch.testing.assert_close(found.double(), -sizes.log(), rtol=4 * EPS[torch.float32], atol=4 * EPS[torch.float32])
-    with_ref = fl.token_stats(rows, y, rows.flip(1), collision=True)
+    with_ref = fl.token_stats(rows, y, rows.flip(1), collision=True, shift=False)
     torch.testing.assert_close(with_ref.collision, found)
     rows[0] = -math.inf
-    assert fl.token_stats(rows, y, collision=True).collision.isnan().tolist() == [True] + [False] * 4
+    assert fl.token_stats(rows, y, collision=True, shift=False).collision.isnan().tolist() == [True] + [False] * 4
 
 
 def test_collision_where_the_sides_lie_apart(backend, device):
@@ -215,9 +218,9 @@ def test_collision_where_the_sides_lie_apart(backend, device):
     w[:, 2900] += 1.5 * peaks
     z[:, 2000] += 4.0
     y = torch.randint(0, 3000, (6,), device=device)
-    truth = fl.reference.token_stats(z.double(), y, collision=True)
+    truth = fl.reference.token_stats(z.double(), y, collision=True, shift=False)
     for names in ((), ("reverse_kl", "alpha")):
-        check_collision(fl.token_stats(z, y, w, divergence=names, collision=True), truth, 1e-6)
+        check_collision(fl.token_stats(z, y, w, divergence=names, collision=True, shift=False), truth, 1e-6)
 
 
 def test_collision_changes_nothing_else(backend, device):
@@ -225,7 +228,7 @@ def test_collision_changes_nothing_else(backend, device):
     z, w = logits((6, 1500), device)
     y = labels_for((6,), 1500, device)
     options = {"divergence": ["forward_kl", "alpha"], "entropy": True}
-    a, b = (fl.token_stats(z, y, w, collision=on, **options) for on in (False, True))
+    a, b = (fl.token_stats(z, y, w, collision=on, **options, shift=False) for on in (False, True))
     assert a.collision is None and b.collision.grad_fn is None and not b.collision.requires_grad
     weight = torch.randn(6, device=device)
     for key, value in outputs(a).items():
@@ -236,7 +239,9 @@ def test_collision_changes_nothing_else(backend, device):
 
 def test_incoming_gradients_of_any_stride(backend, device):
     z, w = logits((6, 99), device)
-    stats = fl.token_stats(z, labels_for((6,), 99, device), w, divergence=["forward_kl", "js"], entropy=True)
+    stats = fl.token_stats(
+        z, labels_for((6,), 99, device), w, divergence=["forward_kl", "js"], entropy=True, shift=False
+    )
     for value in outputs(stats).values():
         (expanded,) = torch.autograd.grad(
             value, z, torch.ones((), device=device).expand(6), retain_graph=True, allow_unused=True
@@ -252,27 +257,27 @@ def test_repeated_and_separate_backwards_add_up(backend, device):
     """Two losses on the same logits, one graph walked twice, and the same bits every time."""
     z, w = logits((6, 99), device)
     y = labels_for((6,), 99, device)
-    stats = fl.token_stats(z, y, w, divergence="forward_kl", entropy=True)
+    stats = fl.token_stats(z, y, w, divergence="forward_kl", entropy=True, shift=False)
     a, b = stats.logps.sum(), (stats.divergence["forward_kl"] * 3 + stats.entropy).sum()
     first = torch.autograd.grad(a + b, z, retain_graph=True)[0]
     again = torch.autograd.grad(a + b, z, retain_graph=True)[0]
     parts = torch.autograd.grad(a, z, retain_graph=True)[0] + torch.autograd.grad(b, z)[0]
     assert torch.equal(first, again)
     torch.testing.assert_close(first, parts)
-    assert torch.equal(fl.token_stats(z, y).logps, fl.token_stats(z, y).logps)
+    assert torch.equal(fl.token_stats(z, y, shift=False).logps, fl.token_stats(z, y, shift=False).logps)
 
 
 def test_gradients_only_where_asked(backend, device):
     z, w = logits((4, 50), device)
     y = labels_for((4,), 50, device)
-    stats = fl.token_stats(z, y, w.detach(), divergence="js")
+    stats = fl.token_stats(z, y, w.detach(), divergence="js", shift=False)
     stats.divergence["js"].sum().backward()
     assert z.grad is not None and w.grad is None and not stats.ref_logps.requires_grad
-    stats = fl.token_stats(z.detach(), y, w, divergence="js")
+    stats = fl.token_stats(z.detach(), y, w, divergence="js", shift=False)
     stats.divergence["js"].sum().backward()
     assert w.grad is not None and not stats.logps.requires_grad
     with torch.no_grad():
-        assert not fl.token_stats(z, y, w, divergence="js").divergence["js"].requires_grad
+        assert not fl.token_stats(z, y, w, divergence="js", shift=False).divergence["js"].requires_grad
 
 
 def test_inplace_backward(backend, device):
@@ -280,12 +285,12 @@ def test_inplace_backward(backend, device):
     y = labels_for((5,), 130, device)
     options = {"divergence": ["forward_kl", "alpha"], "entropy": True}
     loss = lambda s: (s.logps + s.divergence["alpha"] + s.divergence["forward_kl"] - s.entropy).sum()  # noqa: E731
-    expected = torch.autograd.grad(loss(fl.token_stats(z, y, w, **options)), (z, w))
+    expected = torch.autograd.grad(loss(fl.token_stats(z, y, w, **options, shift=False)), (z, w))
     copy = z.detach().clone().requires_grad_()
     held = copy * 1  # not a leaf, as logits from a head
     pointer = held.data_ptr()
     held.retain_grad()
-    total = loss(fl.token_stats(held, y, w, inplace_backward=True, **options))
+    total = loss(fl.token_stats(held, y, w, inplace_backward=True, **options, shift=False))
     got = torch.autograd.grad(total, (held, w), retain_graph=True)
     assert got[0].data_ptr() == pointer
     for g, e in zip(got, expected, strict=True):
@@ -297,7 +302,7 @@ def test_inplace_backward(backend, device):
 @pytest.mark.parametrize("shape", [(0, 9), (0, 3, 9), (3, 0, 9)], ids=str)
 def test_no_rows(backend, device, shape):
     z, w = logits(shape, device)
-    stats = fl.token_stats(z, torch.zeros(shape[:-1], dtype=torch.long, device=device), w, **EVERYTHING)
+    stats = fl.token_stats(z, torch.zeros(shape[:-1], dtype=torch.long, device=device), w, **EVERYTHING, shift=False)
     sum(x.sum() for x in outputs(stats).values()).backward()
     assert z.grad.shape == z.shape and w.grad.shape == w.shape
 
@@ -306,7 +311,7 @@ def test_no_rows(backend, device, shape):
 def test_one_token_vocabulary(backend, device, size):
     """Its probability is 1 and a constant, whatever was rounded: no gradient but that of lse, and none to the reference."""
     z, w = ((torch.randn(3, 1, device=device) * size).requires_grad_() for _ in range(2))
-    stats = fl.token_stats(z, torch.zeros(3, dtype=torch.long, device=device), w, **EVERYTHING)
+    stats = fl.token_stats(z, torch.zeros(3, dtype=torch.long, device=device), w, **EVERYTHING, shift=False)
     for key, value in outputs(stats).items():
         torch.testing.assert_close(value, z.detach()[:, 0] if key == "lse" else torch.zeros(3, device=device), msg=key)
     for exact in (stats.logps, stats.ref_logps, stats.collision):
@@ -324,7 +329,7 @@ def test_one_token_vocabulary_from_hidden_states(backend, device, plan):
     weight, ref = v.clone().requires_grad_(plan != "frozen"), fl.Hidden(x.detach() + 1, v, valid_vocab=1)
     y = torch.zeros(4, dtype=torch.long, device=device)
     policy = fl.Hidden(x, weight, valid_vocab=1)
-    stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan)
+    stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan, shift=False)
     assert torch.equal(stats.logps, torch.zeros(4, device=device))
     values = {key: value for key, value in outputs(stats).items() if value.requires_grad and key != "lse"}
     total = sum((value * torch.randn(4, device=device)).sum() for value in values.values())
@@ -334,7 +339,7 @@ def test_one_token_vocabulary_from_hidden_states(backend, device, plan):
 
 def test_all_masked(backend, device, poison):
     z, w = logits((4, 33), device)
-    stats = fl.token_stats(z, torch.full((4,), -100, device=device), w, **EVERYTHING)
+    stats = fl.token_stats(z, torch.full((4,), -100, device=device), w, **EVERYTHING, shift=False)
     for value in [*outputs(stats).values(), stats.collision]:
         assert torch.equal(value, torch.zeros(4, device=device))
     sum(x.sum() for x in outputs(stats).values()).backward()
@@ -354,12 +359,14 @@ def test_one_valid_token_of_many(backend, device):
 def test_label_types(backend, device, dtype):
     z, _ = logits((4, 50), device)
     y = torch.tensor([0, 49, 7, 20], device=device)
-    assert torch.equal(fl.token_stats(z, y.to(dtype)).logps, fl.token_stats(z, y).logps)
+    assert torch.equal(fl.token_stats(z, y.to(dtype), shift=False).logps, fl.token_stats(z, y, shift=False).logps)
 
 
 def test_ignore_index_does_not_wrap_around(backend, device):
     z, _ = logits((1, 200), device)
-    stats = fl.token_stats(z, torch.tensor([156], dtype=torch.uint8, device=device))  # -100 as uint8 is 156
+    stats = fl.token_stats(
+        z, torch.tensor([156], dtype=torch.uint8, device=device), shift=False
+    )  # -100 as uint8 is 156
     assert stats.mask.all() and stats.logps.item() < 0
 
 
@@ -367,19 +374,19 @@ def test_labels_out_of_range(device, monkeypatch):
     z, _ = logits((3, 50), device)
     y = torch.tensor([1, 50, 2], device=device)
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
-    assert fl.token_stats(z, y).logps.isnan().tolist() == [False, True, False]
-    assert fl.token_stats(z, -y).logps.isnan().tolist() == [True, True, True]
+    assert fl.token_stats(z, y, shift=False).logps.isnan().tolist() == [False, True, False]
+    assert fl.token_stats(z, -y, shift=False).logps.isnan().tolist() == [True, True, True]
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     if device.type == "cpu":
         with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 50\)"):
-            fl.token_stats(z, y)
+            fl.token_stats(z, y, shift=False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 5 GB of GPU memory")
 def test_more_than_2_to_the_31_elements(device):
     z = torch.zeros(17_000, 131_072, dtype=torch.bfloat16, device=device).requires_grad_()
     y = torch.zeros(17_000, dtype=torch.long, device=device)
-    stats = fl.token_stats(z, y)
+    stats = fl.token_stats(z, y, shift=False)
     torch.testing.assert_close(stats.logps, torch.full_like(stats.logps, -(131_072.0**1)).fill_(-11.7835))
     stats.logps.sum().backward()
     assert z.grad[-1, 0] == 1
@@ -388,26 +395,33 @@ def test_more_than_2_to_the_31_elements(device):
 L = torch.zeros(3, dtype=torch.long)
 X = torch.zeros(3, 5)
 BAD = [
-    (lambda: fl.token_stats([1.0], L), TypeError, "policy: expected a tensor of logits"),
-    (lambda: fl.token_stats(X.long(), L), TypeError, "logits: expected float32"),
-    (lambda: fl.token_stats(X, L.float()), TypeError, "labels: expected integer token ids, got torch.float32"),
-    (lambda: fl.token_stats(X, L[:2]), ValueError, r"policy: expected logits \[2, V\] for labels \[2\], got \[3, 5\]"),
-    (lambda: fl.token_stats(X, L, X[:2]), ValueError, r"ref: expected logits"),
-    (lambda: fl.token_stats(X, L, X.half(), divergence="js"), TypeError, "ref: expected torch.float32 as the policy has"),
-    (lambda: fl.token_stats(X, L, torch.zeros(3, 6), divergence="js"), ValueError, "vocabulary of 5, got 6.*valid_vocab"),
-    (lambda: fl.token_stats(X, L.to("meta")), ValueError, "policy: expected logits on meta"),
-    (lambda: fl.token_stats(X, L, divergence="js"), ValueError, "divergence: 'js' needs ref as fl.Hidden or logits, got None"),
-    (lambda: fl.token_stats(X, L, fl.LogProbs(X[:, 0]), divergence="js"), ValueError, "got fl.LogProbs"),
-    (lambda: fl.token_stats(X, L, fl.LogProbs(X)), ValueError, r"ref: expected fl.LogProbs \[3\].*got \[3, 5\]"),
-    (lambda: fl.token_stats(fl.LogProbs(X[:, 0]), L, entropy=True), ValueError, "policy: fl.LogProbs has no distribution"),
-    (lambda: fl.token_stats(fl.LogProbs(X[:, 0]), L, collision=True), ValueError, "policy: fl.LogProbs has .* collision"),
+    (lambda: fl.token_stats([1.0], L, shift=False), TypeError, "policy: expected a tensor of logits"),
+    (lambda: fl.token_stats(X.long(), L, shift=False), TypeError, "logits: expected float32"),
+    (lambda: fl.token_stats(X, L.float(), shift=False), TypeError, "labels: expected integer token ids, got torch.float32"),
+    (lambda: fl.token_stats(X, L[:2], shift=False), ValueError,
+     r"policy: expected logits \[2, V\] for labels \[2\], got \[3, 5\]"),
+    (lambda: fl.token_stats(X, L, X[:2], shift=False), ValueError, r"ref: expected logits"),
+    (lambda: fl.token_stats(X, L, X.half(), divergence="js", shift=False), TypeError,
+     "ref: expected torch.float32 as the policy has"),
+    (lambda: fl.token_stats(X, L, torch.zeros(3, 6), divergence="js", shift=False), ValueError,
+     "vocabulary of 5, got 6.*valid_vocab"),
+    (lambda: fl.token_stats(X, L.to("meta"), shift=False), ValueError, "policy: expected logits on meta"),
+    (lambda: fl.token_stats(X, L, divergence="js", shift=False), ValueError,
+     "divergence: 'js' needs ref as fl.Hidden or logits, got None"),
+    (lambda: fl.token_stats(X, L, fl.LogProbs(X[:, 0]), divergence="js", shift=False), ValueError, "got fl.LogProbs"),
+    (lambda: fl.token_stats(X, L, fl.LogProbs(X), shift=False), ValueError, r"ref: expected fl.LogProbs \[3\].*got \[3, 5\]"),
+    (lambda: fl.token_stats(fl.LogProbs(X[:, 0]), L, entropy=True, shift=False), ValueError,
+     "policy: fl.LogProbs has no distribution"),
+    (lambda: fl.token_stats(fl.LogProbs(X[:, 0]), L, collision=True, shift=False), ValueError,
+     "policy: fl.LogProbs has .* collision"),
     (lambda: fl.token_stats(X[0], L[0], shift=True), ValueError, "shift: expected labels with a time dimension"),
     (lambda: fl.Logits(X, softcap=-1), ValueError, "softcap: expected a finite number > 0 or None, got -1"),
     (lambda: fl.Logits(X, temperature=0), ValueError, "temperature"),
     (lambda: fl.Logits(X, scale=float("nan")), ValueError, "scale"),
     (lambda: fl.Logits(X, valid_vocab=6), ValueError, r"valid_vocab: expected an int in \[1, 5\]"),
     (lambda: fl.Logits(torch.zeros(3, 0)), ValueError, "V >= 1"),
-    (lambda: fl.token_stats(X.expand(3, 5)[:1].expand(3, 5), L, inplace_backward=True), ValueError, "inplace_backward"),
+    (lambda: fl.token_stats(X.expand(3, 5)[:1].expand(3, 5), L, inplace_backward=True, shift=False), ValueError,
+     "inplace_backward"),
 ]  # fmt: skip
 
 
@@ -422,10 +436,10 @@ def test_backend_choice(monkeypatch):
     z, y = torch.zeros(1, 4), torch.zeros(1, dtype=torch.long)
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "cuda")
     with pytest.raises(ValueError, match="FUSED_LOSSES_BACKEND: expected one of triton, torch"):
-        fl.token_stats(z, y)
+        fl.token_stats(z, y, shift=False)
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
     with pytest.raises(ValueError, match="float64 logits"):
-        fl.token_stats(z.double().to("cuda") if torch.cuda.is_available() else z.double(), y.to(z.device))
+        fl.token_stats(z.double().to("cuda") if torch.cuda.is_available() else z.double(), y.to(z.device), shift=False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="cannot run on cpu tensors"):
-        fl.token_stats(z, y)
+        fl.token_stats(z, y, shift=False)

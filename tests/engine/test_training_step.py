@@ -114,7 +114,7 @@ def test_tiles_are_no_business_of_the_compiler(fresh):
     weight, ref_weight = torch.randn(2000, 16, requires_grad=True), torch.randn(2000, 16)
 
     def step(x, ref_x, y):
-        return fl.dpo_loss(fl.Hidden(x, weight), y, fl.Hidden(ref_x, ref_weight), workspace=60_000).loss
+        return fl.dpo_loss(fl.Hidden(x, weight), y, fl.Hidden(ref_x, ref_weight), workspace=60_000, shift=False).loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for i, (pairs, length) in enumerate(SIZES):
@@ -128,7 +128,11 @@ def test_tiles_are_no_business_of_the_compiler(fresh):
 def test_compiles_without_a_warning(fresh, recwarn):
     """Divergences come out of a cache, of which torch.compile would warn."""
     z, w = torch.randn(4, 3, V, requires_grad=True), torch.randn(4, 3, V)
-    step = lambda: fl.distillation_loss(z, torch.ones(4, 3, dtype=torch.long), w, divergence="js(beta=0.2)").loss  # noqa: E731
+
+    def step():
+        y = torch.ones(4, 3, dtype=torch.long)
+        return fl.distillation_loss(z, y, w, divergence="js(beta=0.2)", shift=False).loss
+
     torch.compile(step, fullgraph=True, backend="eager")()
     assert not [str(w.message) for w in recwarn]
 
@@ -159,14 +163,14 @@ def inside(model, what, ids, labels, options):
     """A step that has other machinery in it."""
 
     def loss_of(embedded):
-        return fl.dpo_loss(fl.Hidden(model.body(embedded), model.head.weight), labels, **options).loss
+        return fl.dpo_loss(fl.Hidden(model.body(embedded), model.head.weight), labels, None, **options).loss
 
     if what == "checkpoint":
         return checkpoint(loss_of, model.embed(ids), use_reentrant=False)
     if what == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             return loss_of(model.embed(ids))
-    return fl.dpo_loss(model.source(ids, "logits"), labels, inplace_backward=True, **options).loss
+    return fl.dpo_loss(model.source(ids, "logits"), labels, None, inplace_backward=True, **options).loss
 
 
 @pytest.mark.slow
@@ -249,10 +253,10 @@ def test_products_run_in_the_dtype_of_autocast(plan):
     y = torch.randint(0, V, (4, 3))
     low, head = x.detach().bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = fl.dpo_loss(fl.Hidden(x, weight), y, plan=plan).loss
-    outside = fl.dpo_loss(fl.Hidden(low, head), y, plan=plan).loss
+        inside = fl.dpo_loss(fl.Hidden(x, weight), y, None, plan=plan, shift=False).loss
+    outside = fl.dpo_loss(fl.Hidden(low, head), y, None, plan=plan, shift=False).loss
     assert torch.equal(inside, outside) and not torch.equal(
-        inside, fl.dpo_loss(fl.Hidden(x, weight), y, plan=plan).loss
+        inside, fl.dpo_loss(fl.Hidden(x, weight), y, None, plan=plan, shift=False).loss
     )
     same(
         torch.autograd.grad(inside, (x, weight)),
@@ -343,7 +347,8 @@ def test_several_losses_and_walks_of_one_graph(kind, how):
 
     def losses():
         source = model.source(ids, kind)
-        return [f(source, labels, **options, **how).loss for f in (fl.dpo_loss, fl.cross_entropy_loss)]
+        dpo = fl.dpo_loss(source, labels, None, **options, **how)
+        return [dpo.loss, fl.cross_entropy_loss(source, labels, **options, **how).loss]
 
     alone = [torch.autograd.grad(losses()[i], parameters) for i in range(2)]
     a, b = losses()
@@ -478,22 +483,25 @@ def first_order():
     y, ids = torch.randint(0, 11, (4, 3)), torch.arange(2).expand(4, 3, 2)
     top = new(4, 3, 2).log_softmax(-1)
     given = fl.LogProbs(logps)
-    several = {"loss": ("sigmoid", "hinge")}
+    several = {"loss_type": ("sigmoid", "hinge"), "shift": False}
 
     def rows(x):
-        return fl.dpo_loss(fl.Hidden(x, weight), y, given, plan="rows").loss
+        return fl.dpo_loss(fl.Hidden(x, weight), y, given, plan="rows", shift=False).loss
 
     return {
-        "logits": (lambda z: fl.token_stats(z, y, other, divergence="js").divergence["js"].sum(), z),
-        "hidden": (lambda x: fl.token_stats(fl.Hidden(x, weight), y, plan="slices").logps.sum(), x),
-        "frozen": (lambda x: fl.token_stats(fl.Hidden(x, weight), y, plan="frozen", entropy=True).entropy.sum(), x),
+        "logits": (lambda z: fl.token_stats(z, y, other, divergence="js", shift=False).divergence["js"].sum(), z),
+        "hidden": (lambda x: fl.token_stats(fl.Hidden(x, weight), y, plan="slices", shift=False).logps.sum(), x),
+        "frozen": (
+            lambda x: fl.token_stats(fl.Hidden(x, weight), y, plan="frozen", entropy=True, shift=False).entropy.sum(),
+            x,
+        ),
         "rows": (rows, x),
         "rows, squared": (lambda x: rows(x) ** 2, x),
-        "rows, weight": (lambda w: fl.cross_entropy_loss(fl.Hidden(x, w), y, plan="rows").loss, weight),
-        "pairs": (lambda p: fl.dpo_loss(fl.LogProbs(p), y, given).loss, logps + 1),
+        "rows, weight": (lambda w: fl.cross_entropy_loss(fl.Hidden(x, w), y, plan="rows", shift=False).loss, weight),
+        "pairs": (lambda p: fl.dpo_loss(fl.LogProbs(p), y, given, shift=False).loss, logps + 1),
         "curve": (lambda p: fl.preference_loss(fl.LogProbs(p), y, given, **several).loss, logps + 1),
-        "top k, logits": (lambda z: fl.topk_distillation_loss(z, y, top, ids).loss, z),
-        "top k, hidden": (lambda x: fl.topk_distillation_loss(fl.Hidden(x, weight), y, top, ids).loss, x),
+        "top k, logits": (lambda z: fl.topk_distillation_loss(z, y, top, ids, shift=False).loss, z),
+        "top k, hidden": (lambda x: fl.topk_distillation_loss(fl.Hidden(x, weight), y, top, ids, shift=False).loss, x),
     }
 
 
@@ -571,11 +579,13 @@ def test_the_twins_go_with_all_of_them():
         torch.randn(11, 5, dtype=torch.float64),
         torch.ones(4, 3).long(),
     )
-    f = lambda x: fl.reference.dpo_loss(fl.Hidden(x, weight), y).loss  # noqa: E731
+    f = lambda x: fl.reference.dpo_loss(fl.Hidden(x, weight), y, None, shift=False).loss  # noqa: E731
     gradient, (_, slope) = TRANSFORMS["grad"](f, x), TRANSFORMS["jvp"](f, x)
     torch.testing.assert_close(slope, gradient.sum())
     leaf = x.clone().requires_grad_()
-    torch.testing.assert_close(torch.autograd.grad(fl.dpo_loss(fl.Hidden(leaf, weight), y).loss, leaf)[0], gradient)
+    torch.testing.assert_close(
+        torch.autograd.grad(fl.dpo_loss(fl.Hidden(leaf, weight), y, None, shift=False).loss, leaf)[0], gradient
+    )
     torch.testing.assert_close(TRANSFORMS["vmap"](f, x), f(x).expand(2))
     torch.testing.assert_close(hessian(f, x), TRANSFORMS["hessian"](f, x))
 

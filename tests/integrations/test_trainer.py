@@ -342,7 +342,7 @@ def test_without_a_reference_on_purpose(tmp_path):
         loss_is_scaled_for_ga = False
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return fl.reference.dpo_loss(model(inputs["input_ids"]).logits, inputs["labels"], shift=True).loss
+            return fl.reference.dpo_loss(model(inputs["input_ids"]).logits, inputs["labels"], None, shift=True).loss
 
     same(
         train(FusedTrainer, tiny(), tmp_path, more={"fused_loss": partial(fl.dpo_loss, ref=None)}),
@@ -405,9 +405,10 @@ def test_what_splits_or_does_not_shift_labels_is_refused(tmp_path, monkeypatch):
 
 # Every loss of the family, and special cases whose units or numbers are counted otherwise.
 CALLS = {name: partial(entry.call) for name, entry in FAMILY.items()} | {
-    "dpo_loss": partial(fl.dpo_loss), "MPO": partial(fl.preference_loss, loss=("sigmoid", "sft"), loss_weights=(1, 0.5)),
-    "dapo": partial(fl.grpo_loss, loss="dapo", beta=0.1), "CPO-SimPO": partial(fl.simpo_loss, cpo_alpha=0.5),
-    "UPO on KTO": partial(fl.upo_loss, base=fl.kto_loss), "sampled": partial(fl.preference_matching_loss, form="sampled"),
+    "dpo_loss": partial(fl.dpo_loss), "MPO": partial(fl.preference_loss, loss_type=("sigmoid", "sft"), loss_weights=(1, 0.5)),
+    "dapo": partial(fl.grpo_loss, loss_type="dapo", beta=0.1), "CPO-SimPO": partial(fl.simpo_loss, cpo_alpha=0.5),
+    "UPO on KTO": partial(fl.upo_loss, loss_type=fl.kto_loss),
+    "sampled": partial(fl.preference_matching_loss, loss_type="sampled"),
 }  # fmt: skip
 MADE = {
     "per sequence": lambda k: torch.randn(k), "per token": lambda k: -torch.rand(k, LENGTH - 1),
@@ -579,7 +580,7 @@ KINDS = {
         FusedTrainer,
         {
             "aux_loss_coef": lambda c: c, "per_token": lambda c: False,
-            "fused_loss": lambda c: lambda p, y, shift: fl.dpo_loss(p, y, shift=shift),
+            "fused_loss": lambda c: lambda p, y, shift: fl.dpo_loss(p, y, None, shift=shift),
         },
     ),
 }  # fmt: skip
@@ -720,7 +721,8 @@ def sequences(**columns):
 UNREAD = [  # what is given, columns, the batch comes from a collator of the user's, and words
     ({"fused_loss": fl.kto_loss, "reference": "model"}, {}, False, r"train_dataset: kto_loss needs desirable in the batches"),
     ({"fused_loss": fl.grpo_loss, "reference": "model"}, {}, False, "train_dataset: grpo_loss needs advantages"),
-    ({"fused_loss": partial(fl.upo_loss, base=fl.kto_loss), "reference": "model"}, {}, False, "needs advantages, desirable"),
+    ({"fused_loss": partial(fl.upo_loss, loss_type=fl.kto_loss), "reference": "model"}, {}, False,
+     "needs advantages, desirable"),
     ({"fused_loss": fl.topk_distillation_loss}, {}, False, "needs topk_ids, topk_logps"),
     ({"fused_loss": fl.kto_loss, "reference": "model"}, {}, True, "desirable: kto_loss needs it in the batch"),
     ({"fused_loss": fl.cross_entropy_loss}, {"weight": torch.ones(16)}, True, "weight: in the batch, but neither the model"),

@@ -37,7 +37,7 @@ def triton(device, monkeypatch):
 
 
 def numbers(z, w, y, **how):
-    s = fl.token_stats(z, y, w, divergence=["js", "forward_kl"], entropy=True, collision=True, **how)
+    s = fl.token_stats(z, y, w, divergence=["js", "forward_kl"], entropy=True, collision=True, **how, shift=False)
     return [s.logps, s.ref_logps, s.lse, s.entropy, s.collision, *s.divergence.values()]
 
 
@@ -62,10 +62,10 @@ def test_logits_far_apart(triton, strides):
 
 def test_gradients_written_far_apart(triton):
     z, y = torch.randn(ROWS, V).half(), torch.tensor([1, -100, 39])
-    (truth,) = torch.autograd.grad(fl.token_stats(leaf := z.clone().requires_grad_(), y).logps.sum(), leaf)
+    (truth,) = torch.autograd.grad(fl.token_stats(leaf := z.clone().requires_grad_(), y, shift=False).logps.sum(), leaf)
     there = far(z, FAR, 1)
     leaf = there.detach().requires_grad_()
-    fl.token_stats(leaf.view_as(leaf), y, inplace_backward=True).logps.sum().backward()
+    fl.token_stats(leaf.view_as(leaf), y, inplace_backward=True, shift=False).logps.sum().backward()
     assert torch.equal(there, truth)  # in place of the logits
 
 

@@ -76,7 +76,7 @@ def truth(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, Non
 
     stats = fl.reference.token_stats(
         source(policy, heads[0]), labels, ref and source(ref, heads[1]), divergence=names or None, entropy=sums,
-        collision=sums,
+        collision=sums, shift=False,
     )  # fmt: skip
     out = {"logps": stats.logps, "lse": stats.lse, "correct": stats.correct} | stats.divergence
     return out | {k: v for k in ("entropy", "collision", "ref_logps") if (v := getattr(stats, k)) is not None}
@@ -158,7 +158,7 @@ def test_near_the_reference(device, monkeypatch, noise, allowed, offset):
     labels = torch.randint(0, v, (n,), device=device)
     names = [*KLS, "alpha", "js"]
     found = ours(policy, labels, ref, names, splits=2)
-    expected = fl.reference.token_stats(z.double(), labels, w.double(), divergence=names).divergence
+    expected = fl.reference.token_stats(z.double(), labels, w.double(), divergence=names, shift=False).divergence
     for name in names:
         error = ((found[name] - expected[name]) / expected[name]).abs().max().item()
         assert (found[name] >= 0).all() and error <= (2 * allowed if offset else allowed), f"{name}: {error:.1e}"

@@ -69,7 +69,9 @@ def test_dpo(loss):
     theirs = LigerFusedLinearDPOLoss(beta=0.3, loss_type=loss, compiled=False, **DPO[loss])
     x, weight, bias = b.leaves
     found, numbers = theirs(weight, x, b.labels, bias, *b.ref)
-    out = fl.reference.preference_loss(b.policy, b.labels, b.reference, loss=loss, beta=0.3, **DPO[loss])
+    out = fl.reference.preference_loss(
+        b.policy, b.labels, b.reference, loss_type=loss, beta=0.3, **DPO[loss], shift=False
+    )
     b.compare(found, out, pair_numbers(numbers))
 
 
@@ -80,7 +82,7 @@ def test_dpo_with_nll():
     x, weight, bias = b.leaves
     found, _ = theirs(weight, x, b.labels, bias, *b.ref)
     out = fl.reference.preference_loss(
-        b.policy, b.labels, b.reference, loss=["sigmoid", "sft"], loss_weights=[1, 0.7], beta=0.3
+        b.policy, b.labels, b.reference, loss_type=["sigmoid", "sft"], loss_weights=[1, 0.7], beta=0.3, shift=False
     )
     b.compare(found, out)
 
@@ -97,7 +99,7 @@ def test_cpo_and_simpo(alpha, smoothing):
         b = Batch()
         x, weight, bias = b.leaves
         found, numbers = theirs(weight, x, b.labels, bias)
-        out = twin(b.policy, b.labels, cpo_alpha=alpha, **common, **own)
+        out = twin(b.policy, b.labels, cpo_alpha=alpha, shift=False, **common, **own)
         more = {"nll_loss": numbers[4]} if alpha else {}
         b.compare(found, out, pair_numbers(numbers) | more)
 
@@ -108,7 +110,7 @@ def test_orpo(everything):
     nll_labels = b.ids.masked_fill(~b.mask, -100) if everything else None
     x, weight, bias = b.leaves
     found, numbers = LigerFusedLinearORPOLoss(beta=0.3, compiled=False)(weight, x, b.labels, bias, nll_labels)
-    out = fl.reference.orpo_loss(b.policy, b.labels, beta=0.3, nll_labels=nll_labels)
+    out = fl.reference.orpo_loss(b.policy, b.labels, beta=0.3, nll_labels=nll_labels, shift=False)
     named = dict(zip(("nll_loss", "log_odds_ratio", "log_odds_chosen"), (numbers[4], *numbers[7:]), strict=True))
     b.compare(found, out, pair_numbers(numbers) | named)
 
@@ -120,33 +122,35 @@ def test_kto(ref):
     x, weight, bias = b.leaves
     theirs = LigerFusedLinearKTOLoss(beta=0.3, use_ref_model=ref, compiled=False)
     found, numbers = theirs(x, weight, b.labels, bias, good, *(b.ref if ref else (None,) * 3), z0)
-    out = fl.reference.kto_loss(b.policy, b.labels, b.reference if ref else None, good, beta=0.3, baseline=z0.double())
+    out = fl.reference.kto_loss(
+        b.policy, b.labels, b.reference if ref else None, good, beta=0.3, baseline=z0.double(), shift=False
+    )
     names = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
     sums = dict(zip(names, numbers[:2] + numbers[4:], strict=True))
     b.compare(found, out, {name: total / 3 for name, total in sums.items()})
 
 
 GRPO = {
-    "grpo": {}, "k3": {"beta": 0.2}, "dr_grpo": {"loss": "dr_grpo", "max_completion_length": 7},
-    "bnpo": {"loss": "bnpo", "beta": 0.2}, "dapo": {"loss": "dapo", "epsilon_high": 0.28},
-    "delta": {"loss": "dapo", "delta": 1.5}, "cispo": {"loss": "cispo", "epsilon_high": 1.1, "beta": 0.2},
+    "grpo": {}, "k3": {"beta": 0.2}, "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 7},
+    "bnpo": {"loss_type": "bnpo", "beta": 0.2}, "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "delta": {"loss_type": "dapo", "delta": 1.5}, "cispo": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.2},
     "GSPO": {"importance": "sequence", "epsilon": 0.03, "beta": 0.2},
-    "dapo, sequence": {"loss": "dapo", "importance": "sequence", "epsilon": 0.03},
+    "dapo, sequence": {"loss_type": "dapo", "importance": "sequence", "epsilon": 0.03},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRPO)
 def test_grpo(name):
     b = Batch()
-    o = {"loss": "grpo", "importance": "token", "epsilon": 0.2, "beta": 0.0} | GRPO[name]
+    o = {"loss_type": "grpo", "importance": "token", "epsilon": 0.2, "beta": 0.0} | GRPO[name]
     high = o.get("epsilon_high", o["epsilon"])
     theirs = LigerFusedLinearGRPOLoss(
-        beta=o["beta"], compiled=False, epsilon_low=o["epsilon"], epsilon_high=high, loss_type=o["loss"],
+        beta=o["beta"], compiled=False, epsilon_low=o["epsilon"], epsilon_high=high, loss_type=o["loss_type"],
         max_completion_length=o.get("max_completion_length"), importance_sampling_level=o["importance"],
         temperature=0.8, delta=o.get("delta"), use_ref_model=o["beta"] != 0,
     )  # fmt: skip
     policy = fl.Hidden(*b.doubles, temperature=0.8)
-    logps = fl.reference.token_stats(policy, b.labels).logps.detach()
+    logps = fl.reference.token_stats(policy, b.labels, shift=False).logps.detach()
     old, ref = (logps + torch.randn_like(logps) * 0.3 for _ in range(2))
     advantages = torch.tensor([1.0, -0.7, 0.4, -1.2, 0.3, 0.9])
     x, weight, bias = b.leaves
@@ -155,13 +159,13 @@ def test_grpo(name):
         x, weight, b.ids, counts.long(), advantages, bias, ref.float() if o["beta"] else None, old.float()
     )
     out = fl.reference.grpo_loss(
-        policy, b.labels, advantages, old_logps=old, ref=fl.LogProbs(ref) if o["beta"] else None, **o
+        policy, b.labels, advantages, old_logps=old, ref=fl.LogProbs(ref) if o["beta"] else None, **o, shift=False
     )
     named = dict(zip(["kl"] * (o["beta"] != 0) + ["clip_ratio/region_mean"], numbers, strict=True))
     clipped = named.pop("clip_ratio/region_mean")
     assert 0 < clipped < 1
     if o["importance"] == "token":  # of sequences ours, as TRL's, is over these, Liger's over their tokens
-        named["cispo_clip_ratio" if o["loss"] == "cispo" else "clip_ratio/region_mean"] = clipped
+        named["cispo_clip_ratio" if o["loss_type"] == "cispo" else "clip_ratio/region_mean"] = clipped
     b.compare(found, out, named)
 
 
@@ -177,4 +181,6 @@ def test_jsd(beta, temperature, hard):
     ref_x, ref_weight, ref_bias = b.ref
     found = theirs(x.flatten(0, 1), weight, ref_x.flatten(0, 1), ref_weight, b.labels.flatten(), bias, ref_bias)
     student, teacher = (fl.Hidden(*side, temperature=temperature) for side in (b.doubles, [t.double() for t in b.ref]))
-    b.compare(found, fl.reference.distillation_loss(student, b.labels, teacher, beta=beta, soft=0.6, hard=hard))
+    b.compare(
+        found, fl.reference.distillation_loss(student, b.labels, teacher, beta=beta, soft=0.6, hard=hard, shift=False)
+    )

@@ -36,7 +36,7 @@ def test_kl_div(sides, library, name):
     p, q = z.log_softmax(-1), w.log_softmax(-1)
     order = (p, q) if name == "forward_kl" else (q, p)  # torch's target comes first in KL(. || .)
     kl = F.kl_div(*(x[y != -100] for x in order), log_target=True, reduction="batchmean")
-    same(library.distillation_loss(z, y, w, divergence=name).loss, kl, [z, w])
+    same(library.distillation_loss(z, y, w, divergence=name, shift=False).loss, kl, [z, w])
 
 
 @LIBRARIES
@@ -45,14 +45,20 @@ def test_kl_div(sides, library, name):
 def test_cross_entropy(sides, library, smoothing, reduction):
     z, _, y = sides
     given = {"label_smoothing": smoothing, "reduction": reduction}
-    same(library.cross_entropy_loss(z, y, **given).loss, F.cross_entropy(z.flatten(0, 1), y.flatten(), **given), [z])
+    same(
+        library.cross_entropy_loss(z, y, **given, shift=False).loss,
+        F.cross_entropy(z.flatten(0, 1), y.flatten(), **given),
+        [z],
+    )
 
 
 @LIBRARIES
 def test_cross_entropy_of_each_token(sides, library):
     z, _, y = sides
     each = F.cross_entropy(z.movedim(-1, 1), y, reduction="none", label_smoothing=0.2)
-    torch.testing.assert_close(library.cross_entropy_loss(z, y, reduction="none", label_smoothing=0.2).loss, each)
+    torch.testing.assert_close(
+        library.cross_entropy_loss(z, y, reduction="none", label_smoothing=0.2, shift=False).loss, each
+    )
 
 
 @LIBRARIES
@@ -63,13 +69,13 @@ def test_linear_cross_entropy(library, smoothing):
     y[::4] = -100
     x, weight, bias = leaves
     theirs = F.linear_cross_entropy(x, weight, y, linear_bias=bias, label_smoothing=smoothing)
-    same(library.cross_entropy_loss(fl.Hidden(*leaves), y, label_smoothing=smoothing).loss, theirs, leaves)
+    same(library.cross_entropy_loss(fl.Hidden(*leaves), y, label_smoothing=smoothing, shift=False).loss, theirs, leaves)
 
 
 @LIBRARIES
 def test_entropy_is_that_of_a_categorical(sides, library):
     z, _, y = sides
-    stats = library.token_stats(z, y, entropy=True)
+    stats = library.token_stats(z, y, entropy=True, shift=False)
     categorical = torch.distributions.Categorical(logits=z)
     torch.testing.assert_close(stats.entropy, categorical.entropy().masked_fill(y == -100, 0))
     torch.testing.assert_close(stats.logps, categorical.log_prob(y.clamp(min=0)).masked_fill(y == -100, 0))

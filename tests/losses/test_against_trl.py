@@ -153,7 +153,7 @@ def compare_dpo(models, losses, link="reverse_kl", weights=None, **options):
     with torch.no_grad():
         w = logits_of(ref, batch)
     twin = fl.reference.preference_loss(
-        logits_of(policy, batch), labels_of(batch), w, loss=losses[0] if len(losses) == 1 else losses, divergence=link,
+        logits_of(policy, batch), labels_of(batch), w, loss_type=losses[0] if len(losses) == 1 else losses, divergence=link,
         beta=0.3, loss_weights=weights, shift=True, entropy=True, **options,
     )  # fmt: skip
     compare(made, made._compute_loss(made.model, batch, return_outputs=False), twin, policy)
@@ -204,8 +204,8 @@ def paired(made, batch):
 
 
 CPO = {
-    "CPO": ("cpo_loss", {"loss": "sigmoid"}), "smoothed": ("cpo_loss", {"loss": "sigmoid", "label_smoothing": 0.1}),
-    "hinge": ("cpo_loss", {"loss": "hinge", "cpo_alpha": 0.5}), "IPO": ("cpo_loss", {"loss": "ipo"}),
+    "CPO": ("cpo_loss", {"loss_type": "sigmoid"}), "smoothed": ("cpo_loss", {"loss_type": "sigmoid", "label_smoothing": 0.1}),
+    "hinge": ("cpo_loss", {"loss_type": "hinge", "cpo_alpha": 0.5}), "IPO": ("cpo_loss", {"loss_type": "ipo"}),
     "SimPO": ("simpo_loss", {"beta": 2.0, "gamma": 0.7}),
     "CPO-SimPO": ("simpo_loss", {"beta": 2.0, "gamma": 0.7, "cpo_alpha": 0.5, "label_smoothing": 0.1}),
     "AlphaPO": ("simpo_loss", {"beta": 2.5, "gamma": 0.1, "alpha": 0.25}),
@@ -216,12 +216,12 @@ CPO = {
 @pytest.mark.parametrize("name", CPO)
 def test_cpo_trainer(models, name):
     twin, options = CPO[name]
-    o = {"beta": 0.3, "cpo_alpha": 1.0 if twin == "cpo_loss" else 0.0, "loss": "simpo"} | options
-    theirs = {"gamma": "simpo_gamma", "loss": "loss_type"}
+    o = {"beta": 0.3, "cpo_alpha": 1.0 if twin == "cpo_loss" else 0.0, "loss_type": "simpo"} | options
+    theirs = {"gamma": "simpo_gamma"}
     made = trainer(CPOTrainer, CPOConfig, *models, **{theirs.get(n, n): x for n, x in o.items()})
     batch = tokens(6, seed=1)
     if twin == "simpo_loss":
-        o.pop("loss")
+        o.pop("loss_type")
     out = getattr(fl.reference, twin)(logits_of(models[0], batch), labels_of(batch), shift=True, **o)
     loss, metrics = paired(made, batch)
     if not o["cpo_alpha"]:  # then TRL logs 0
@@ -262,7 +262,7 @@ def test_kto_trainer(models, loss, desirable):
     batch, z0 = tokens(5, seed=3), baseline(other)
     label = torch.tensor(desirable, dtype=torch.bool)
     out = fl.reference.kto_loss(
-        logits_of(policy, batch), labels_of(batch), logits_of(ref, batch), label, loss=loss, beta=0.3, shift=True,
+        logits_of(policy, batch), labels_of(batch), logits_of(ref, batch), label, loss_type=loss, beta=0.3, shift=True,
         entropy=True, baseline=z0.detach() if loss == "kto" else None, **weights,
     )  # fmt: skip
     batch |= {"label": label} | {f"KL_{n}": x for n, x in other.items()}
@@ -286,12 +286,12 @@ def test_bco_is_trls_pair_loss_taken_apart(models):
 # ---- policy gradients -----------------------------------------------------------------------------------------------------
 
 GRPO = {
-    "grpo": {}, "beta": {"beta": 0.2}, "dr_grpo": {"loss": "dr_grpo", "max_completion_length": 8},
-    "bnpo": {"loss": "bnpo", "beta": 0.2}, "dapo": {"loss": "dapo", "epsilon_high": 0.28},
-    "delta": {"loss": "dapo", "delta": 1.5}, "GSPO": {"importance": "sequence", "epsilon": 0.03, "beta": 0.2},
-    "dapo, sequence": {"loss": "dapo", "importance": "sequence", "epsilon": 0.03, "delta": 1.2},
-    "cispo": {"loss": "cispo", "epsilon_high": 1.1, "beta": 0.2},
-    "cispo, sequence": {"loss": "cispo", "epsilon_high": 1.02, "importance": "sequence"},
+    "grpo": {}, "beta": {"beta": 0.2}, "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 8},
+    "bnpo": {"loss_type": "bnpo", "beta": 0.2}, "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "delta": {"loss_type": "dapo", "delta": 1.5}, "GSPO": {"importance": "sequence", "epsilon": 0.03, "beta": 0.2},
+    "dapo, sequence": {"loss_type": "dapo", "importance": "sequence", "epsilon": 0.03, "delta": 1.2},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.2},
+    "cispo, sequence": {"loss_type": "cispo", "epsilon_high": 1.02, "importance": "sequence"},
 }  # fmt: skip
 
 
@@ -313,11 +313,12 @@ def completions(sequences=5, prompt=4, length=6):
 
 def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, on_policy=False):
     policy, ref = models
-    o = {"loss": "grpo", "importance": "token", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0, "delta": None}
+    o = {"loss_type": "grpo", "importance": "token", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0, "delta": None}
     o |= options
     high = o["epsilon"] if o["epsilon_high"] is None else o["epsilon_high"]
     made = trainer(
-        GRPOTrainer, GRPOConfig, policy, ref, temperature=temperature, loss_type=o["loss"], delta=o["delta"], beta=o["beta"],
+        GRPOTrainer, GRPOConfig, policy, ref, temperature=temperature, loss_type=o["loss_type"], delta=o["delta"],
+        beta=o["beta"],
         importance_sampling_level=o["importance"], epsilon_low=o["epsilon"], epsilon_high=high, steps_per_generation=2,
         max_completion_length=o.get("max_completion_length"), current_gradient_accumulation_steps=2, use_vllm=False,
         _entropy_bonus_enabled=False, use_bias_correction_kl=False,
@@ -347,7 +348,7 @@ def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, o
     per_token = advantages.dim() == 2
     own = torch.nn.functional.pad(advantages, (x["prompt_ids"].shape[1] - 1, 0)) if per_token else advantages
     # In training TRL divides by the steps that it accumulates over, or by the tokens of all of them.
-    by_tokens, half = o["loss"] in ("dapo", "cispo"), 2 * {"bnpo": int(items)}.get(o["loss"], len(ids))
+    by_tokens, half = o["loss_type"] in ("dapo", "cispo"), 2 * {"bnpo": int(items)}.get(o["loss_type"], len(ids))
     out = fl.reference.grpo_loss(
         z, labels, own, old_logps=None if on_policy else old, ref=fl.LogProbs(known[1]) if o["beta"] else None, shift=True,
         entropy=True, num_items=items + 7 if by_tokens else half if train else None, **o,
@@ -412,7 +413,7 @@ def logits():
 
 def test_statistics_of_logits(logits):
     z, _, labels = logits
-    stats = fl.reference.token_stats(fl.Logits(z, temperature=0.7), labels, entropy=True)
+    stats = fl.reference.token_stats(fl.Logits(z, temperature=0.7), labels, entropy=True, shift=False)
     logps, entropy = utils.selective_log_softmax_and_entropy(
         z, labels.clamp(min=0), temperature=0.7, row_mask=labels != -100
     )
@@ -426,18 +427,18 @@ def test_statistics_of_logits(logits):
 def test_generalised_jsd(logits, beta):
     z, w, labels = logits
     out = fl.reference.distillation_loss(
-        fl.Logits(z, temperature=0.9), labels, fl.Logits(w, temperature=0.9), beta=beta
+        fl.Logits(z, temperature=0.9), labels, fl.Logits(w, temperature=0.9), beta=beta, shift=False
     )
     theirs = GKDTrainer.generalized_jsd_loss(z, w, labels, beta=beta, temperature=0.9)
     close(out.loss, theirs, tolerance=1e-12)
     close(*(torch.autograd.grad(x, z)[0] for x in (out.loss, theirs)), tolerance=1e-12)
     close(
-        fl.reference.distillation_loss(z, labels, w, beta=beta, num_items=4).loss,
+        fl.reference.distillation_loss(z, labels, w, beta=beta, num_items=4, shift=False).loss,
         GKDTrainer.generalized_jsd_loss(z, w, labels, beta=beta, num_items_in_batch=4), tolerance=1e-12,
     )  # fmt: skip
     each = compute_full_logit_self_distillation_loss(z, w, distillation_alpha=beta)
     close(
-        fl.reference.distillation_loss(z, labels, w, beta=beta, reduction="none").loss,
+        fl.reference.distillation_loss(z, labels, w, beta=beta, reduction="none", shift=False).loss,
         each.masked_fill(labels == -100, 0), tolerance=1e-12,
     )  # fmt: skip
 
@@ -503,7 +504,7 @@ def test_chunked_log_probs(options):
     width = 24  # of the vocabulary at a time
     found = ChunkedLogProbFunction.apply(*leaves, labels, 0.7, width, options.get("softcap"), options.get("scale", 1.0))
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    stats = fl.reference.token_stats(fl.Hidden(*doubles, temperature=0.7, **options), labels, entropy=True)
+    stats = fl.reference.token_stats(fl.Hidden(*doubles, temperature=0.7, **options), labels, entropy=True, shift=False)
     assert torch.equal(stats.correct, found[4])
     for mine, theirs in ((stats.logps, found[0]), (stats.entropy, found[1])):
         close(mine, theirs)
@@ -523,7 +524,7 @@ def test_chunked_divergence(beta, options):
     out = fl.reference.distillation_loss(
         fl.Hidden(*doubles, temperature=0.7, **options), labels,
         fl.Hidden(*(x.detach().double() for x in teacher), temperature=0.7, **options), beta=beta, reduction="none",
-        entropy=True,
+        entropy=True, shift=False,
     )  # fmt: skip
     close(out.loss, divergence)
     close(out.stats.entropy, entropy)
@@ -543,7 +544,7 @@ def test_distillation_from_the_best_tokens(logits, alpha, divergence, tail):
     )
     ids = z.detach().topk(5).indices
     out = fl.reference.topk_distillation_loss(
-        z, labels, w.log_softmax(-1).gather(-1, ids), ids, tail=tail, divergence=divergence
+        z, labels, w.log_softmax(-1).gather(-1, ids), ids, tail=tail, divergence=divergence, shift=False
     )
     theirs = each[labels != -100].mean()
     close(out.loss, theirs, tolerance=1e-10)
@@ -577,7 +578,7 @@ DEFAULTS = {  # our function: TRL's configuration, and our options with the name
     "kto_loss": (KTOConfig, "beta desirable_weight undesirable_weight"),
     "grpo_loss": (GRPOConfig, "beta epsilon epsilon_high delta importance=importance_sampling_level"),
     "group_advantages": (GRPOConfig, "scale=scale_rewards"),
-    "cpo_loss": (CPOConfig, "beta cpo_alpha label_smoothing loss=loss_type"),
+    "cpo_loss": (CPOConfig, "beta cpo_alpha label_smoothing loss_type"),
     "simpo_loss": (CPOConfig, "gamma=simpo_gamma alpha label_smoothing"),
     "orpo_loss": (ORPOConfig, "beta"),
     "distillation_loss": (GKDConfig, "beta"),

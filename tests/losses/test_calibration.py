@@ -35,7 +35,7 @@ def batch(pairs=40, length=5, vocab=7):
 @pytest.mark.parametrize("shift", [False, True])
 def test_matches_a_loop(device, bins, shift):
     z, y = (x.to(device) for x in batch())
-    stats = fl.dpo_loss(z, y, shift=shift).stats
+    stats = fl.dpo_loss(z, y, None, shift=shift).stats
     found = fl.calibration(stats, bins=bins)
     error, counts = by_loop(stats.logps, stats.mask, bins)
     assert found.counts.tolist() == counts and 0 < sum(counts) < 40
@@ -46,8 +46,8 @@ def test_matches_a_loop(device, bins, shift):
 def test_packed(shift):
     z, y = batch()
     cu = torch.arange(81) * 5
-    padded = fl.calibration(fl.dpo_loss(z, y, shift=shift).stats)
-    packed = fl.dpo_loss(z.flatten(0, 1), y.flatten(), cu_seqlens=cu, shift=shift).stats
+    padded = fl.calibration(fl.dpo_loss(z, y, None, shift=shift).stats)
+    packed = fl.dpo_loss(z.flatten(0, 1), y.flatten(), None, cu_seqlens=cu, shift=shift).stats
     found = fl.calibration(packed, cu_seqlens=cu)
     torch.testing.assert_close(found.error, padded.error)
     assert torch.equal(found.counts, padded.counts)
@@ -55,11 +55,11 @@ def test_packed(shift):
 
 def test_batches_add():
     z, y = batch()
-    whole = fl.calibration(fl.dpo_loss(z, y).stats)
+    whole = fl.calibration(fl.dpo_loss(z, y, None, shift=False).stats)
     total = None
     for rows in (slice(0, 13), slice(13, 40)):
         pick = lambda x, rows=rows: torch.cat([x[:40][rows], x[40:][rows]])  # noqa: E731
-        part = fl.calibration(fl.dpo_loss(pick(z), pick(y)).stats)
+        part = fl.calibration(fl.dpo_loss(pick(z), pick(y), None, shift=False).stats)
         total = part if total is None else total + part
     assert total.error.item() == pytest.approx(whole.error.item(), rel=1e-12)
     assert torch.equal(total.counts, whole.counts)
@@ -69,7 +69,7 @@ def test_by_hand():
     """Of four pairs at confidence 3/4 three are right: calibrated; of the two that are certain one is wrong."""
     y = torch.zeros(12, 2, dtype=torch.long)
     p = torch.tensor([0.75] * 4 + [1.0] * 2 + [0.5] * 3 + [0.9] + [0.5, 1.0], dtype=torch.float64)
-    stats = fl.dpo_loss(fl.LogProbs(p.log()[:, None].expand(12, 2).contiguous()), y).stats
+    stats = fl.dpo_loss(fl.LogProbs(p.log()[:, None].expand(12, 2).contiguous()), y, None, shift=False).stats
     found = fl.calibration(stats)
     assert found.counts.tolist() == [0] * 7 + [4, 0, 2] and found.correct.tolist() == [0] * 7 + [3, 0, 1]
     assert found.error.item() == pytest.approx(1 / 6, rel=1e-12)  # at a tie nothing is preferred
@@ -79,17 +79,17 @@ def test_by_hand():
 
 def test_of_nothing():
     z, y = batch(8)
-    assert fl.calibration(fl.dpo_loss(z, torch.full_like(y, -100)).stats).error == 0
-    assert fl.calibration(fl.dpo_loss(z[:0], y[:0]).stats).error == 0
+    assert fl.calibration(fl.dpo_loss(z, torch.full_like(y, -100), None, shift=False).stats).error == 0
+    assert fl.calibration(fl.dpo_loss(z[:0], y[:0], None, shift=False).stats).error == 0
 
 
 def test_bad_input_gets_words():
     z, y = batch(8)
-    stats = fl.dpo_loss(z, y).stats
+    stats = fl.dpo_loss(z, y, None, shift=False).stats
     with pytest.raises(ValueError, match="bins: expected an int >= 1, got 0"):
         fl.calibration(stats, bins=0)
     with pytest.raises(TypeError, match="stats: expected TokenStats, .* got Tensor"):
         fl.calibration(stats.logps)
-    odd = fl.token_stats(z[:3], y[:3])
+    odd = fl.token_stats(z[:3], y[:3], shift=False)
     with pytest.raises(ValueError, match=r"expected \[2B, T\]"):
         fl.calibration(odd)

@@ -30,11 +30,11 @@ def exact(z, y, smoothing, z_loss=0.0, reduction="mean"):
 def test_is_torchs(backend, device, smoothing, z_loss):
     z, _ = logits((2, 4, V), device)
     y, z64 = Y.to(device), double(z)
-    out = fl.cross_entropy_loss(z, y, label_smoothing=smoothing, z_loss=z_loss)
+    out = fl.cross_entropy_loss(z, y, label_smoothing=smoothing, z_loss=z_loss, shift=False)
     truth = exact(z64, y, smoothing, z_loss)
     assert relative(out.loss, truth) <= 1e-6
     assert relative(torch.autograd.grad(out.loss, z)[0], torch.autograd.grad(truth, z64)[0]) <= 1e-6
-    none = fl.cross_entropy_loss(z, y, label_smoothing=smoothing, z_loss=z_loss, reduction="none").loss
+    none = fl.cross_entropy_loss(z, y, label_smoothing=smoothing, z_loss=z_loss, reduction="none", shift=False).loss
     assert none.shape == y.shape
     torch.testing.assert_close(none.flatten().double(), exact(z64, y, smoothing, z_loss, "none"), rtol=1e-5, atol=1e-6)
 
@@ -46,7 +46,8 @@ def test_low_precision_is_never_worse_than_torch(device, smoothing, dtype, monke
     z, _ = logits((2, 4, V), device, dtype)
     y, z64 = Y.to(device), double(z)
     truth, eager, ours = (
-        exact(z64, y, smoothing), exact(z, y, smoothing), fl.cross_entropy_loss(z, y, label_smoothing=smoothing).loss
+        exact(z64, y, smoothing), exact(z, y, smoothing),
+        fl.cross_entropy_loss(z, y, label_smoothing=smoothing, shift=False).loss
     )  # fmt: skip
     assert relative(ours, truth) <= max(1e-6, relative(eager, truth))
     (g,), (e,), (t,) = (torch.autograd.grad(x, leaf) for x, leaf in ((ours, z), (eager, z), (truth, z64)))
@@ -66,7 +67,7 @@ def test_from_hidden_states_with_every_option_of_a_head(monkeypatch, smoothing, 
 
     def loss(f, leaves, how):
         source = hidden_source(leaves, **head)
-        return f.cross_entropy_loss(source, y, label_smoothing=smoothing, z_loss=1e-2, **how).loss
+        return f.cross_entropy_loss(source, y, label_smoothing=smoothing, z_loss=1e-2, **how, shift=False).loss
 
     leaves = [x, weight, bias, a, b]
     wide = doubles(leaves)
@@ -83,7 +84,7 @@ def test_half_precision_hidden_states(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     leaves = hidden_leaves((2, 4), 6, V, "cpu", bias=False, dtype=torch.bfloat16)
     wide = doubles(leaves)
-    ours = fl.cross_entropy_loss(hidden_source(leaves), Y, label_smoothing=0.2).loss
+    ours = fl.cross_entropy_loss(hidden_source(leaves), Y, label_smoothing=0.2, shift=False).loss
     truth = exact(wide[0] @ wide[1].T, Y, 0.2)
     assert relative(ours, truth) <= 1e-6
     for g, t in zip(gradients_of(ours, leaves), gradients_of(truth, wide), strict=True):
@@ -94,7 +95,7 @@ def test_gradient_in_closed_form(backend, device):
     """dL/dz = p - (1 - eps) onehot - eps / V + 2 z_loss lse p."""
     z, _ = logits((5, V), device)
     y = torch.arange(5, device=device)
-    out = fl.cross_entropy_loss(z, y, label_smoothing=0.25, z_loss=0.01, reduction="sum")
+    out = fl.cross_entropy_loss(z, y, label_smoothing=0.25, z_loss=0.01, reduction="sum", shift=False)
     p, lse = z.detach().softmax(-1), z.detach().logsumexp(-1, keepdim=True)
     expected = p - 0.75 * torch.nn.functional.one_hot(y, V) - 0.25 / V + 0.02 * lse * p
     torch.testing.assert_close(torch.autograd.grad(out.loss, z)[0], expected, rtol=1e-5, atol=1e-6)
@@ -105,24 +106,26 @@ def test_known_values(monkeypatch):
     y = torch.tensor([2, 0])
     uniform = torch.full((2, 7), 3.0, dtype=torch.float64)
     for eps in EPS:  # log V, however smooth
-        assert fl.cross_entropy_loss(uniform, y, label_smoothing=eps).loss.item() == pytest.approx(
+        assert fl.cross_entropy_loss(uniform, y, label_smoothing=eps, shift=False).loss.item() == pytest.approx(
             math.log(7), rel=1e-14
         )
-    out = fl.cross_entropy_loss(uniform, y, z_loss=0.5)
+    out = fl.cross_entropy_loss(uniform, y, z_loss=0.5, shift=False)
     assert out.loss.item() == pytest.approx(math.log(7) + 0.5 * (3 + math.log(7)) ** 2, rel=1e-14)
     z = torch.tensor([[1.0, 0.0, -1.0, 0.5]], dtype=torch.float64)
-    assert fl.cross_entropy_loss(z, y[1:]).loss.item() == pytest.approx(-math.log(0.473990846254078), rel=1e-12)
+    assert fl.cross_entropy_loss(z, y[1:], shift=False).loss.item() == pytest.approx(
+        -math.log(0.473990846254078), rel=1e-12
+    )
 
 
 def test_the_uniform_distribution_takes_one_element(monkeypatch):
     seen = []
     whole = shared.evaluate
     monkeypatch.setattr(
-        shared, "evaluate", lambda f, policy, labels, ref, **k: seen.append(ref) or whole(f, policy, labels, ref, **k)
+        shared, "evaluate", lambda f, policy, batch, ref, *rest: seen.append(ref) or whole(f, policy, batch, ref, *rest)
     )
     for z in (torch.randn(2, 4, V), torch.randn(2, 4, V, dtype=torch.bfloat16)):
-        fl.cross_entropy_loss(z, Y, label_smoothing=0.1)
-        fl.cross_entropy_loss(z, Y, z_loss=0.1)
+        fl.cross_entropy_loss(z, Y, label_smoothing=0.1, shift=False)
+        fl.cross_entropy_loss(z, Y, z_loss=0.1, shift=False)
         ref, none = seen[-2:]
         assert ref.logits.shape == z.shape and ref.logits.dtype == z.dtype and none is None
         assert ref.logits.untyped_storage().nbytes() == z.element_size()
@@ -131,7 +134,7 @@ def test_the_uniform_distribution_takes_one_element(monkeypatch):
 def test_metrics(own_backend, device):
     z, _ = logits((2, 4, V), device)
     y = Y.to(device)
-    out = fl.cross_entropy_loss(z, y, entropy=True, label_smoothing=0.1)
+    out = fl.cross_entropy_loss(z, y, entropy=True, label_smoothing=0.1, shift=False)
     count, p = y != -100, z.detach().log_softmax(-1)
     expected = {
         "logps": p.gather(-1, y.clamp(min=0)[..., None]).squeeze(-1)[count].mean(),
@@ -147,10 +150,10 @@ def test_metrics(own_backend, device):
 def test_micro_batches_packed_rows_and_shift(own_backend, device):
     z, _ = logits((2, 4, V), device)
     y = Y.to(device)
-    whole = torch.autograd.grad(fl.cross_entropy_loss(z, y, label_smoothing=0.1).loss, z)[0]
-    parts = [fl.cross_entropy_loss(z[i], y[i], label_smoothing=0.1, num_items=6).loss for i in (0, 1)]
+    whole = torch.autograd.grad(fl.cross_entropy_loss(z, y, label_smoothing=0.1, shift=False).loss, z)[0]
+    parts = [fl.cross_entropy_loss(z[i], y[i], label_smoothing=0.1, num_items=6, shift=False).loss for i in (0, 1)]
     torch.testing.assert_close(torch.autograd.grad(sum(parts), z)[0], whole)
-    shifted = fl.cross_entropy_loss(z[:, :-1], y[:, 1:], label_smoothing=0.1).loss
+    shifted = fl.cross_entropy_loss(z[:, :-1], y[:, 1:], label_smoothing=0.1, shift=False).loss
     torch.testing.assert_close(fl.cross_entropy_loss(z, y, label_smoothing=0.1, shift=True).loss, shifted)
     cu = torch.tensor([0, 4, 8], device=device)
     flat = fl.cross_entropy_loss(z.flatten(0, 1), y.flatten(), label_smoothing=0.1, shift=True, cu_seqlens=cu).loss
@@ -163,7 +166,7 @@ def test_nothing_counts(backend, device, poison):
         z[0] = math.nan
     for y in (Y.clone().to(device), torch.full_like(Y, -100).to(device)):
         y[0] = -100
-        out = fl.cross_entropy_loss(z, y, label_smoothing=0.1, z_loss=0.1)
+        out = fl.cross_entropy_loss(z, y, label_smoothing=0.1, z_loss=0.1, shift=False)
         g = torch.autograd.grad(out.loss, z)[0]
         assert out.loss.isfinite() and g.isfinite().all() and not g[0].any()
         assert (out.loss == 0) == bool((y == -100).all())
@@ -171,16 +174,16 @@ def test_nothing_counts(backend, device, poison):
 
 def test_log_probs_are_enough_without_smoothing():
     logps = torch.randn(2, 4).requires_grad_()
-    out = fl.cross_entropy_loss(fl.LogProbs(logps), Y)
+    out = fl.cross_entropy_loss(fl.LogProbs(logps), Y, shift=False)
     torch.testing.assert_close(out.loss, -logps[Y != -100].mean())
-    torch.testing.assert_close(fl.reference.cross_entropy_loss(fl.LogProbs(logps), Y).loss, out.loss)
+    torch.testing.assert_close(fl.reference.cross_entropy_loss(fl.LogProbs(logps), Y, shift=False).loss, out.loss)
     assert out.metrics.keys() == {"logps"}
 
 
 def test_second_derivatives_from_the_twin():
     z = torch.randn(3, V, dtype=torch.float64).requires_grad_()
     y = torch.tensor([1, -100, 4])
-    loss = lambda z: fl.reference.cross_entropy_loss(z, y, label_smoothing=0.1, z_loss=0.1).loss  # noqa: E731
+    loss = lambda z: fl.reference.cross_entropy_loss(z, y, label_smoothing=0.1, z_loss=0.1, shift=False).loss  # noqa: E731
     assert torch.autograd.gradcheck(loss, z) and torch.autograd.gradgradcheck(loss, z)
 
 
@@ -196,15 +199,15 @@ def test_a_reference_whose_rows_share_memory(monkeypatch, plan):
 
 Z = torch.zeros(2, 4, V)
 BAD = [
-    (lambda: fl.cross_entropy_loss(Z, Y, label_smoothing=1.5), ValueError, "label_smoothing: expected.* got 1.5"),
-    (lambda: fl.cross_entropy_loss(Z, Y, label_smoothing=math.nan), ValueError, "label_smoothing"),
-    (lambda: fl.cross_entropy_loss(Z, Y, z_loss=-1), ValueError, "z_loss: expected a finite number >= 0, got -1"),
-    (lambda: fl.cross_entropy_loss(Z, Y, weight=torch.ones(V)), TypeError, "weight"),
-    (lambda: fl.cross_entropy_loss(Z, Y, reduction="avg"), ValueError, "reduction"),
-    (lambda: fl.cross_entropy_loss(Z, Y[:1], label_smoothing=0.1), ValueError, "policy: expected logits"),
-    (lambda: fl.cross_entropy_loss(Z, Y.float()), TypeError, "labels: expected integer token ids"),
-    (lambda: fl.cross_entropy_loss(fl.LogProbs(Z[..., 0]), Y, z_loss=0.1), ValueError, "policy: label_smoothing"),
-    (lambda: fl.cross_entropy_loss([1], Y), TypeError, "policy: expected a tensor of logits"),
+    (lambda: fl.cross_entropy_loss(Z, Y, label_smoothing=1.5, shift=False), ValueError, "label_smoothing: expected.* got 1.5"),
+    (lambda: fl.cross_entropy_loss(Z, Y, label_smoothing=math.nan, shift=False), ValueError, "label_smoothing"),
+    (lambda: fl.cross_entropy_loss(Z, Y, z_loss=-1, shift=False), ValueError, "z_loss: expected a finite number >= 0, got -1"),
+    (lambda: fl.cross_entropy_loss(Z, Y, weight=torch.ones(V), shift=False), TypeError, "weight"),
+    (lambda: fl.cross_entropy_loss(Z, Y, reduction="avg", shift=False), ValueError, "reduction"),
+    (lambda: fl.cross_entropy_loss(Z, Y[:1], label_smoothing=0.1, shift=False), ValueError, "policy: expected logits"),
+    (lambda: fl.cross_entropy_loss(Z, Y.float(), shift=False), TypeError, "labels: expected integer token ids"),
+    (lambda: fl.cross_entropy_loss(fl.LogProbs(Z[..., 0]), Y, z_loss=0.1, shift=False), ValueError, "policy: label_smoothing"),
+    (lambda: fl.cross_entropy_loss([1], Y, shift=False), TypeError, "policy: expected a tensor of logits"),
 ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def test_published_values(monkeypatch, options, value):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w = published(STUDENT, TEACHER)
     for library in (fl, fl.reference):
-        out = library.distillation_loss(z, torch.tensor([0]), w, **options)
+        out = library.distillation_loss(z, torch.tensor([0]), w, **options, shift=False)
         assert out.loss.item() == pytest.approx(value, rel=1e-11)
         assert out.metrics["kl"].item() == pytest.approx(value, rel=1e-11)
 
@@ -48,7 +48,7 @@ def test_the_published_form_of_distillm_differs_by_a_constant(monkeypatch):
     """Its code returns the cross entropy: the teacher's entropy is left out."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w = published(STUDENT, TEACHER)
-    own = fl.distillation_loss(z, torch.tensor([0]), w, divergence="skew_forward_kl").loss
+    own = fl.distillation_loss(z, torch.tensor([0]), w, divergence="skew_forward_kl", shift=False).loss
     assert (own + fl.entropy_from_logits(w)).item() == pytest.approx(1.4660370175676445, rel=1e-12)
 
 
@@ -69,7 +69,7 @@ def test_gradient_in_closed_form(own_backend, device, kind):
     z, w = logits((3, 4, 29), device)
     y = torch.zeros(3, 4, dtype=torch.long, device=device)
     y[0, 1:] = -100
-    out = fl.distillation_loss(z, y, w, divergence=kind, reduction="sum", soft=2.0, hard=0.5)
+    out = fl.distillation_loss(z, y, w, divergence=kind, reduction="sum", soft=2.0, hard=0.5, shift=False)
     p, q = (x.detach().double().softmax(-1) for x in (z, w))
     slope = SLOPES[kind](p, q)
     onehot = torch.nn.functional.one_hot(y.clamp(min=0), 29)
@@ -81,7 +81,9 @@ def test_gradient_in_closed_form(own_backend, device, kind):
 def test_forward_kl_pulls_by_the_difference(backend, device):
     """dKL(teacher || student)/dz = p - q."""
     z, w = logits((5, 29), device)
-    out = fl.distillation_loss(z, torch.zeros(5, dtype=torch.long, device=device), w, beta=0, reduction="sum")
+    out = fl.distillation_loss(
+        z, torch.zeros(5, dtype=torch.long, device=device), w, beta=0, reduction="sum", shift=False
+    )
     expected = z.detach().softmax(-1) - w.detach().softmax(-1)
     torch.testing.assert_close(torch.autograd.grad(out.loss, z)[0], expected, rtol=1e-5, atol=1e-6)
 
@@ -90,12 +92,15 @@ def test_identities(own_backend, device):
     z, w = logits((2, 3, 11), device)
     y = torch.randint(0, 11, (2, 3), device=device)
     for beta in (0.1, 0.5, 0.8):  # gJSD(beta) of (p, q) is gJSD(1 - beta) of (q, p)
-        one, other = fl.distillation_loss(z, y, w, beta=beta).loss, fl.distillation_loss(w, y, z, beta=1 - beta).loss
+        one, other = (
+            fl.distillation_loss(z, y, w, beta=beta, shift=False).loss,
+            fl.distillation_loss(w, y, z, beta=1 - beta, shift=False).loss,
+        )
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     for options in ({"beta": 0}, {}, *({"divergence": kind} for kind in SLOPES)):  # a student that is its teacher
-        out = fl.distillation_loss(z, y, z.detach().clone(), **options)
+        out = fl.distillation_loss(z, y, z.detach().clone(), **options, shift=False)
         assert out.loss.abs() <= 1e-6 and torch.autograd.grad(out.loss, z)[0].abs().max() <= 1e-6
-    plain = fl.distillation_loss(z, y, w, soft=0.0, hard=1.0).loss
+    plain = fl.distillation_loss(z, y, w, soft=0.0, hard=1.0, shift=False).loss
     torch.testing.assert_close(plain, torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten()))
 
 
@@ -104,7 +109,7 @@ def test_ends_of_gkd_are_no_limits(own_backend, device):
     z, w = logits((3, 4, 29), device)
     y = torch.zeros(3, 4, dtype=torch.long, device=device)
     for end, near in ((0.0, 1e-4), (1.0, 1 - 1e-4)):
-        at, by = (fl.distillation_loss(z, y, w, beta=beta).loss for beta in (end, near))
+        at, by = (fl.distillation_loss(z, y, w, beta=beta, shift=False).loss for beta in (end, near))
         assert at > 0.05 and 0 < by < 1e-3
         torch.testing.assert_close(by / 1e-4, at, rtol=5e-2, atol=0)
 
@@ -116,7 +121,7 @@ def test_sampled_tokens(backend, device):
     z, w = logits((3, 4, 29), device)
     y = torch.randint(0, 29, (3, 4), device=device)
     y[0, 1:] = -100
-    out = fl.sampled_distillation_loss(z, y, w)
+    out = fl.sampled_distillation_loss(z, y, w, shift=False)
     z64, count = double(z), y != -100
     at = y.clamp(min=0).unsqueeze(-1)
     logp, logq = (x.log_softmax(-1).gather(-1, at).squeeze(-1) for x in (z64, w.detach().double()))
@@ -135,27 +140,32 @@ def test_sampled_tokens_estimate_the_divergence(monkeypatch):
     z, w = published(STUDENT, TEACHER)
     every, y = z.expand(4, 4), torch.arange(4)
     p = z.detach().softmax(-1).squeeze(0)
-    out = fl.sampled_distillation_loss(every, y, w.detach().expand(4, 4), reduction="none")
-    exact = fl.distillation_loss(z, y[:1], w.detach(), divergence="reverse_kl")
+    out = fl.sampled_distillation_loss(every, y, w.detach().expand(4, 4), reduction="none", shift=False)
+    exact = fl.distillation_loss(z, y[:1], w.detach(), divergence="reverse_kl", shift=False)
     mine, truth = (torch.autograd.grad(x, z, retain_graph=True)[0] for x in ((out.loss * p).sum(), exact.loss))
     torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-12)
-    kl = fl.sampled_distillation_loss(fl.LogProbs(p.log()), y, fl.LogProbs(w.detach().log_softmax(-1).squeeze(0)))
+    kl = fl.sampled_distillation_loss(
+        fl.LogProbs(p.log()), y, fl.LogProbs(w.detach().log_softmax(-1).squeeze(0)), shift=False
+    )
     assert kl.metrics["kl"].item() == pytest.approx((p.log() - w.log_softmax(-1)).mean().item(), rel=1e-12)
 
 
 Z, Y = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
 BAD = [
-    (lambda: fl.distillation_loss(Z, Y, Z, beta=1.1), ValueError, r"beta: expected a number in \[0, 1\], got 1.1"),
-    (lambda: fl.distillation_loss(Z, Y, Z, soft=-1), ValueError, "soft: expected a finite number >= 0, got -1"),
-    (lambda: fl.distillation_loss(Z, Y, Z, hard=math.inf), ValueError, "hard: expected"),
-    (lambda: fl.distillation_loss(Z, Y, Z, divergence="kl"), ValueError, "unknown name 'kl'"),
-    (lambda: fl.distillation_loss(Z, Y, Z, divergence="alpha_beta(a=1, b=0)"), ValueError, "is forward_kl"),
-    (lambda: fl.distillation_loss(Z, Y, fl.LogProbs(Z[..., 0])), ValueError, "divergence.* needs ref .*got fl.LogProbs"),
-    (lambda: fl.distillation_loss(Z, Y, Z[..., :4]), ValueError, "ref: expected the policy's vocabulary of 5, got 4"),
-    (lambda: fl.distillation_loss(Z, Y, Z, temperature=2.0), TypeError, "temperature"),
-    (lambda: fl.sampled_distillation_loss(Z, Y, None), TypeError, "teacher: expected a tensor of logits"),
-    (lambda: fl.sampled_distillation_loss(Z, Y, Z, beta=0.5), TypeError, "beta"),
-    (lambda: fl.sampled_distillation_loss(Z, Y, fl.LogProbs(Z[0, :, 0])), ValueError, r"ref: expected fl.LogProbs \[2, 3\]"),
+    (lambda: fl.distillation_loss(Z, Y, Z, beta=1.1, shift=False), ValueError, r"beta: expected a number in \[0, 1\], got 1.1"),
+    (lambda: fl.distillation_loss(Z, Y, Z, soft=-1, shift=False), ValueError, "soft: expected a finite number >= 0, got -1"),
+    (lambda: fl.distillation_loss(Z, Y, Z, hard=math.inf, shift=False), ValueError, "hard: expected"),
+    (lambda: fl.distillation_loss(Z, Y, Z, divergence="kl", shift=False), ValueError, "unknown name 'kl'"),
+    (lambda: fl.distillation_loss(Z, Y, Z, divergence="alpha_beta(a=1, b=0)", shift=False), ValueError, "is forward_kl"),
+    (lambda: fl.distillation_loss(Z, Y, fl.LogProbs(Z[..., 0]), shift=False), ValueError,
+     "divergence.* needs ref .*got fl.LogProbs"),
+    (lambda: fl.distillation_loss(Z, Y, Z[..., :4], shift=False), ValueError,
+     "ref: expected the policy's vocabulary of 5, got 4"),
+    (lambda: fl.distillation_loss(Z, Y, Z, temperature=2.0, shift=False), TypeError, "temperature"),
+    (lambda: fl.sampled_distillation_loss(Z, Y, None, shift=False), TypeError, "teacher: expected a tensor of logits"),
+    (lambda: fl.sampled_distillation_loss(Z, Y, Z, beta=0.5, shift=False), TypeError, "beta"),
+    (lambda: fl.sampled_distillation_loss(Z, Y, fl.LogProbs(Z[0, :, 0]), shift=False), ValueError,
+     r"ref: expected fl.LogProbs \[2, 3\]"),
 ]  # fmt: skip
 
 

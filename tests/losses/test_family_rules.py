@@ -123,7 +123,7 @@ def test_runs_inside_a_head(monkeypatch, name):
     linear = torch.nn.Linear(*batch.weight.T.shape, bias=False)
     linear.weight.data = batch.weight.clone()
     ref = None if entry.ref == "unused" else fl.Hidden(batch.ref_x, batch.ref_weight)
-    loss, options = functools.partial(entry.call, **batch.options), batch.extra
+    loss, options = functools.partial(entry.call, shift=False, **batch.options), batch.extra
     out = fl.FusedHead(linear)(batch.x, batch.y, ref, loss=loss, **options)
     expected, _ = batch.call(fl, torch.float32, "hidden", None if ref is None else "hidden")
     assert torch.equal(out.loss, expected.loss) and out.loss.requires_grad
@@ -154,7 +154,9 @@ def totals_of(name, variant):
     if name in ("simpo_loss", "cpo_loss", "orpo_loss", "preference_loss"):
         return NLL
     return (
-        BY_TOKENS if name == "grpo_loss" and FAMILY[name].variants[variant].get("loss") in ("dapo", "cispo") else TOTALS
+        BY_TOKENS
+        if name == "grpo_loss" and FAMILY[name].variants[variant].get("loss_type") in ("dapo", "cispo")
+        else TOTALS
     )
 
 
@@ -204,9 +206,9 @@ def test_log_probs_of_low_precision_are_summed_in_float32(monkeypatch):
     logps, y = torch.full((2000,), -1.0), torch.zeros(2000, dtype=torch.long)
     cu = torch.tensor([0, 1000, 2000])
     for dtype in (torch.bfloat16, torch.float16):
-        out = fl.cpo_loss(fl.LogProbs(logps.to(dtype)), y, cu_seqlens=cu)
+        out = fl.cpo_loss(fl.LogProbs(logps.to(dtype)), y, cu_seqlens=cu, shift=False)
         assert out.loss.dtype == torch.float32 and out.metrics["logps/chosen"] == -1000
-        odds = fl.orpo_loss(fl.LogProbs(-logps.to(dtype) * 1e-4), y, cu_seqlens=cu).loss
+        odds = fl.orpo_loss(fl.LogProbs(-logps.to(dtype) * 1e-4), y, cu_seqlens=cu, shift=False).loss
         assert odds.isfinite()
 
 
@@ -219,7 +221,7 @@ def test_a_suppressed_label_leaves_gradients_finite(backend, device, name, where
         w, y = torch.randn_like(z), torch.ones(4, 3, dtype=torch.long, device=device)
         (z if where == "policy" else w)[row, 1, 1] = -torch.inf
         z.requires_grad_()
-        out = fl.preference_loss(z, y, w, loss=name, label_smoothing=smoothing, reduction="none")
+        out = fl.preference_loss(z, y, w, loss_type=name, label_smoothing=smoothing, reduction="none", shift=False)
         assert not out.loss.isnan().any()
         (g,) = torch.autograd.grad(out.loss.sum(), z)
         assert g.isfinite().all()
@@ -235,7 +237,9 @@ def test_topk_from_hidden_states_of_any_stride(monkeypatch):
     logps[0, 0, 2:] = -torch.inf  # fewer than K
     for tail in ("bucket", "renormalise", "ignore"):
         calls = [
-            lambda leaves, f=f, tail=tail: f.topk_distillation_loss(fl.Hidden(*leaves), y, logps, ids, tail=tail)
+            lambda leaves, f=f, tail=tail: f.topk_distillation_loss(
+                fl.Hidden(*leaves), y, logps, ids, tail=tail, shift=False
+            )
             for f in (fl, fl.reference)
         ]
         Judge(*calls, [x, weight]).gradients(tail, lambda out: out.loss)
@@ -265,15 +269,21 @@ def test_steps_that_are_not_there_may_be_nan():
 Z, Y = torch.zeros(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
 BAD = [
     (
-        lambda: fl.dpo_loss(Z, Y, num_items=torch.ones(2)),
+        lambda: fl.dpo_loss(Z, Y, None, num_items=torch.ones(2), shift=False),
         r"num_items: expected a finite number >= 0 or a tensor of one element, got \[2\]",
     ),
-    (lambda: fl.dpo_loss(Z, Y, num_items="3"), "num_items: expected a finite number >= 0.*got '3'"),
-    (lambda: fl.dpo_loss(Z, Y, num_items=float("nan")), "num_items: expected a finite number >= 0.*got nan"),
-    (lambda: fl.distillation_loss(Z, Y, Z, divergence="js", beta=0.3), "beta: is of GKD's divergence"),
-    (lambda: fl.upo_loss(Z, Y, Z, torch.zeros(4), base="sigmoid", loss="hinge"), "loss: the base loss is `base`"),
-    (lambda: fl.dpo_loss(Z, Y, per_token={}), "per_token"),
-    (lambda: fl.cross_entropy_loss(Z, Y, divergences=()), "divergences"),
+    (lambda: fl.dpo_loss(Z, Y, None, num_items="3", shift=False), "num_items: expected a finite number >= 0.*got '3'"),
+    (
+        lambda: fl.dpo_loss(Z, Y, None, num_items=float("nan"), shift=False),
+        "num_items: expected a finite number >= 0.*got nan",
+    ),
+    (lambda: fl.distillation_loss(Z, Y, Z, divergence="js", beta=0.3, shift=False), "beta: is of GKD's divergence"),
+    (
+        lambda: fl.upo_loss(Z, Y, Z, torch.zeros(4), loss_type="sigmoid", loss="hinge", shift=False),
+        "unknown option 'loss'",
+    ),
+    (lambda: fl.dpo_loss(Z, Y, None, per_token={}, shift=False), "per_token"),
+    (lambda: fl.cross_entropy_loss(Z, Y, divergences=(), shift=False), "divergences"),
 ]
 
 

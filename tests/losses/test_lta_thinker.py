@@ -130,7 +130,7 @@ def test_the_whole(backend, device):
     found, exact = (torch.autograd.grad(x.loss, (z, q, thoughts, steps)) for x in (out, twin))
     for g, e in zip(found, exact, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
-    nothing = fl.lta_thinker_loss(z, torch.full_like(y, -100), q, thoughts[:, :0], steps[:, :0], answers)
+    nothing = fl.lta_thinker_loss(z, torch.full_like(y, -100), q, thoughts[:, :0], steps[:, :0], answers, shift=False)
     assert nothing.loss == 0 and not torch.autograd.grad(nothing.loss, z)[0].any()
 
 
@@ -148,16 +148,16 @@ BAD = [
     (lambda: RF(Q, Z, Q, temperature=0), ValueError, "temperature: expected a finite number > 0"),
     (lambda: RF(Q, Z, Q, mask=Y[:1] > 0), ValueError, r"mask: expected bool \[2, 4\] as steps"),
     (
-        lambda: LTA(Z, Y, Q[:1], Z, Z, Q),
+        lambda: LTA(Z, Y, Q[:1], Z, Z, Q, shift=False),
         ValueError,
         r"question: expected \[2, H\], one for each sequence, got \[1, 3\]",
     ),
     (
-        lambda: LTA(Z, Y, Q, Z, Z, Q, weights=(1, 2)),
+        lambda: LTA(Z, Y, Q, Z, Z, Q, weights=(1, 2), shift=False),
         ValueError,
         r"weights: expected three finite numbers >= 0, got \(1, 2\)",
     ),
-    (lambda: LTA(Z, Y, Q, Z, Z, Q, weights=(1, -2, 0)), ValueError, "weights"),
+    (lambda: LTA(Z, Y, Q, Z, Z, Q, weights=(1, -2, 0), shift=False), ValueError, "weights"),
     (lambda: LTA(Z, Y, Q, Z, Z, Q, beta=0.1), TypeError, "beta"),
 ]
 

@@ -13,7 +13,7 @@ from fused_losses.core.options import GRPO_LOSSES
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MORE = {"dr_grpo": {"max_completion_length": 11}, "cispo": {"epsilon_high": 1.5}}
-EVERY = [{"loss": name, **MORE.get(name, {})} for name in GRPO_LOSSES]
+EVERY = [{"loss_type": name, **MORE.get(name, {})} for name in GRPO_LOSSES]
 
 
 def batch(s=4, t=6, dtype=torch.float64):
@@ -47,17 +47,17 @@ def by_hand(logps, old, ref, mask, a, loss, sequence, epsilon, high, delta=None,
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["A of sequences", "A of tokens"])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["loss"])
+@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["loss_type"])
 def test_formulas_of_trl(options, importance, per_token):
     logps, old, ref, y, a = batch()
     a = a[:, None] * torch.randn(4, 6, dtype=torch.float64) if per_token else a
     options = dict(options)
-    loss, high = options["loss"], options.pop("epsilon_high", 0.3)
+    loss, high = options["loss_type"], options.pop("epsilon_high", 0.3)
     more = {} if loss == "cispo" else {"delta": 1.5}
     items = {"num_items": 31} if loss in ("dapo", "cispo") else {}
     args = (fl.LogProbs(logps), y, a)
     named = {"old_logps": old, "ref": fl.LogProbs(ref), "importance": importance, "epsilon_high": high, "beta": 0.2}
-    out = fl.grpo_loss(*args, **named, **more, **options, **items)
+    out = fl.grpo_loss(*args, **named, **more, **options, **items, shift=False)
     truth = by_hand(
         logps, old, ref, y != -100, a, loss, importance == "sequence", 0.2, high, beta=0.2,
         delta=more.get("delta"), length=options.get("max_completion_length"), items=items.get("num_items"),
@@ -66,18 +66,18 @@ def test_formulas_of_trl(options, importance, per_token):
     torch.testing.assert_close(torch.autograd.grad(out.loss, logps), torch.autograd.grad(truth, logps))
 
 
-@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["loss"])
+@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["loss_type"])
 def test_on_policy_gradient_is_reinforce(options):
     """Without old log-probs the ratio is 1: dloss/dlog p_t = -A / normaliser, whatever the bounds."""
     logps, _, _, y, a = batch()
-    mask, loss = y != -100, options["loss"]
+    mask, loss = y != -100, options["loss_type"]
     share = {"grpo": 4 * mask.sum(1, keepdim=True).clamp(min=1), "dr_grpo": torch.tensor(44)}.get(loss, mask.sum())
     for importance in ("token", "sequence"):
         named = {"epsilon": 0.0, **options, "importance": importance}
-        out = fl.grpo_loss(fl.LogProbs(logps), y, a, **named)
+        out = fl.grpo_loss(fl.LogProbs(logps), y, a, **named, shift=False)
         (g,) = torch.autograd.grad(out.loss, logps)
         torch.testing.assert_close(g, -a[:, None] * mask / share)
-        same = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=logps.detach(), **named)
+        same = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=logps.detach(), **named, shift=False)
         torch.testing.assert_close(out.loss, same.loss)
         assert not any(x for n, x in out.metrics.items() if "clip" in n)
         value = (-a[:, None] * mask / share * (logps.detach() if loss == "cispo" else 1)).sum()
@@ -105,7 +105,7 @@ CLIPPED = [
 def test_clipping_on_both_sides(x, a, ratio, through, importance):
     logps = torch.full((1, 2), -1.0).requires_grad_()
     named = {"old_logps": logps.detach() - x, "importance": importance, "epsilon_high": 0.3, "delta": 4.0}
-    out = fl.grpo_loss(fl.LogProbs(logps), torch.zeros(1, 2, dtype=torch.long), torch.tensor([a]), **named)
+    out = fl.grpo_loss(fl.LogProbs(logps), torch.zeros(1, 2, dtype=torch.long), torch.tensor([a]), **named, shift=False)
     (g,) = torch.autograd.grad(out.loss, logps)
     assert out.loss.item() == pytest.approx(-a * ratio)
     assert g.tolist() == [pytest.approx([-a * ratio / 2 * through] * 2)]
@@ -116,7 +116,9 @@ def test_clipping_on_both_sides(x, a, ratio, through, importance):
 
 def test_wide_bounds_do_not_clip():
     logps, old, _, y, a = batch()
-    out = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=old, epsilon=1.0, epsilon_high=1e6, loss="dapo")
+    out = fl.grpo_loss(
+        fl.LogProbs(logps), y, a, old_logps=old, epsilon=1.0, epsilon_high=1e6, loss_type="dapo", shift=False
+    )
     mask = y != -100
     torch.testing.assert_close(out.loss, -((logps - old).exp() * a[:, None] * mask).sum() / mask.sum())
 
@@ -127,10 +129,15 @@ def test_extreme_ratios_have_finite_gradients():
     y = torch.zeros(1, 3, dtype=torch.long)
     for a in (1.0, -1.0, 0.0):
         for kl in ("k1", "k2", "k3"):
-            for options in [*EVERY, {"delta": 1e300}, {"epsilon": 1e300}, {"loss": "cispo", "epsilon_high": 1e300}]:
+            for options in [
+                *EVERY,
+                {"delta": 1e300},
+                {"epsilon": 1e300},
+                {"loss_type": "cispo", "epsilon_high": 1e300},
+            ]:
                 out = fl.grpo_loss(
                     fl.LogProbs(logps), y, torch.tensor([a]), old_logps=old, ref=fl.LogProbs(old.clamp(min=-900)), kl=kl,
-                    beta=0.1, **options,
+                    beta=0.1, **options, shift=False,
                 )  # fmt: skip
                 (g,) = torch.autograd.grad(out.loss, logps)
                 assert out.loss.isfinite() and g.isfinite().all(), (a, kl, options)
@@ -142,24 +149,26 @@ def test_metrics_as_trl_logs_them():
     logps = torch.full((2, 3), -1.0)
     y = torch.tensor([[0, -100, -100], [0, 0, 0]])
     named = {"old_logps": logps - x, "ref": fl.LogProbs(logps + 0.3)}
-    out = fl.grpo_loss(fl.LogProbs(logps), y, torch.tensor([1.0, -1.0]), **named)
+    out = fl.grpo_loss(fl.LogProbs(logps), y, torch.tensor([1.0, -1.0]), **named, shift=False)
     k3 = 0.04985880757600314
     assert {n: m.item() for n, m in out.metrics.items()} == pytest.approx(
         {"kl": k3, "clip_ratio/low_mean": 0.25, "clip_ratio/high_mean": 0.25, "clip_ratio/region_mean": 0.5}, rel=1e-5
     )
-    both = fl.grpo_loss(fl.LogProbs(logps), y, torch.tensor([1.0, -1.0]), **named, importance="sequence").metrics
+    both = fl.grpo_loss(
+        fl.LogProbs(logps), y, torch.tensor([1.0, -1.0]), **named, importance="sequence", shift=False
+    ).metrics
     assert [both[f"clip_ratio/{n}_mean"].item() for n in ("low", "high", "region")] == [
         0,
         0.5,
         0.5,
     ]  # mean x: 0.5, -0.067
     one = fl.grpo_loss(
-        fl.LogProbs(logps), y, torch.tensor([1.0, -1.0]), **named, loss="cispo", epsilon_high=0.92
+        fl.LogProbs(logps), y, torch.tensor([1.0, -1.0]), **named, loss_type="cispo", epsilon_high=0.92, shift=False
     ).metrics
     assert one.keys() == {"kl", "cispo_clip_ratio"} and one["cispo_clip_ratio"] == 0.25
     z = torch.randn(2, 3, 7)
     entropy = torch.distributions.Categorical(logits=z).entropy()[y != -100].mean()
-    out = fl.grpo_loss(z, y, torch.tensor([1.0, -1.0]), entropy=True)
+    out = fl.grpo_loss(z, y, torch.tensor([1.0, -1.0]), entropy=True, shift=False)
     assert out.metrics["entropy"].item() == pytest.approx(entropy.item(), rel=1e-5) and "kl" not in out.metrics
 
 
@@ -181,7 +190,9 @@ def test_kl_estimators(kl, d, value, slope):
     p = torch.full((1, 1), -2.0, dtype=torch.float64).requires_grad_()
     y, nothing = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.float64)
     for library in (fl, fl.reference):
-        out = library.grpo_loss(fl.LogProbs(p), y, nothing, ref=fl.LogProbs(p.detach() + d), beta=1.0, kl=kl)
+        out = library.grpo_loss(
+            fl.LogProbs(p), y, nothing, ref=fl.LogProbs(p.detach() + d), beta=1.0, kl=kl, shift=False
+        )
         assert out.loss.item() == pytest.approx(value, rel=1e-12) == out.metrics["kl"].item()
         assert torch.autograd.grad(out.loss, p)[0].item() == pytest.approx(slope, rel=1e-12)
 
@@ -191,13 +202,13 @@ def test_exact_kl_is_the_sum_over_the_vocabulary(backend, kl):
     z, w = (torch.randn(3, 5, 17) for _ in range(2))
     y = torch.randint(0, 17, (3, 5))
     y[0, 2:] = -100
-    d = fl.reference.token_stats(z, y, w, divergence=kl).divergence[kl]
-    named = {"beta": 1.0, "kl": kl, "loss": "dapo"}
-    out = fl.grpo_loss(z.requires_grad_(), y, torch.zeros(3), ref=w, **named)
+    d = fl.reference.token_stats(z, y, w, divergence=kl, shift=False).divergence[kl]
+    named = {"beta": 1.0, "kl": kl, "loss_type": "dapo"}
+    out = fl.grpo_loss(z.requires_grad_(), y, torch.zeros(3), ref=w, **named, shift=False)
     torch.testing.assert_close(out.loss.detach(), d.sum() / 12)
     torch.testing.assert_close(out.metrics["kl"], out.loss.detach())
     (g,) = torch.autograd.grad(out.loss, z)
-    (exact,) = torch.autograd.grad(fl.reference.grpo_loss(z, y, torch.zeros(3), ref=w, **named).loss, z)
+    (exact,) = torch.autograd.grad(fl.reference.grpo_loss(z, y, torch.zeros(3), ref=w, **named, shift=False).loss, z)
     torch.testing.assert_close(g, exact, rtol=1e-4, atol=1e-6)
 
 
@@ -222,14 +233,18 @@ def test_exact_kl_in_every_plan(monkeypatch, options, packed, plan):
 # ---- batches -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["loss"])
+@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["loss_type"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(options):
     logps, old, ref, y, a = batch()
     named = {**options, "beta": 0.1}
-    whole = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), **named)
-    none = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), reduction="none", **named)
-    total = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), reduction="sum", **named)
-    by_tokens = options["loss"] in ("bnpo", "dapo", "cispo")
+    whole = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), **named, shift=False)
+    none = fl.grpo_loss(
+        fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), reduction="none", **named, shift=False
+    )
+    total = fl.grpo_loss(
+        fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), reduction="sum", **named, shift=False
+    )
+    by_tokens = options["loss_type"] in ("bnpo", "dapo", "cispo")
     items = (y != -100).sum() if by_tokens else 4
     assert none.loss.shape == (4,) and none.loss[3] == 0
     torch.testing.assert_close(none.loss.sum() / items, whole.loss)
@@ -239,7 +254,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(options):
         parts = (
             parts
             + fl.grpo_loss(
-                fl.LogProbs(logps[s]), y[s], a[s], old_logps=old[s], ref=fl.LogProbs(ref[s]), num_items=items, **named
+                fl.LogProbs(logps[s]),
+                y[s],
+                a[s],
+                old_logps=old[s],
+                ref=fl.LogProbs(ref[s]),
+                num_items=items,
+                **named,
+                shift=False,
             ).loss
         )
     torch.testing.assert_close(torch.autograd.grad(parts, logps), torch.autograd.grad(whole.loss, logps))
@@ -282,10 +304,19 @@ def test_packed_equals_padded(shift, per_token, plan):
 def test_what_lies_under_the_mask_does_not_matter(options):
     logps, old, ref, y, a = batch()
     a = a[:, None].expand(4, 6)
-    clean = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), beta=0.1, **options)
+    clean = fl.grpo_loss(
+        fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), beta=0.1, **options, shift=False
+    )
     rubbish = [v.masked_fill(y == -100, math.nan) for v in (a, old, ref)]
     out = fl.grpo_loss(
-        fl.LogProbs(logps), y, rubbish[0], old_logps=rubbish[1], ref=fl.LogProbs(rubbish[2]), beta=0.1, **options
+        fl.LogProbs(logps),
+        y,
+        rubbish[0],
+        old_logps=rubbish[1],
+        ref=fl.LogProbs(rubbish[2]),
+        beta=0.1,
+        **options,
+        shift=False,
     )
     torch.testing.assert_close(out.loss, clean.loss)
     torch.testing.assert_close(torch.autograd.grad(out.loss, logps), torch.autograd.grad(clean.loss, logps))
@@ -299,7 +330,7 @@ def test_gradients_of_ignored_tokens_are_zero(importance):
     for number in (math.nan, -math.inf, math.inf):
         out = fl.grpo_loss(
             torch.randn(4, 6, 7, requires_grad=True), y, a[:, None].expand(4, 6).masked_fill(y == -100, number),
-            old_logps=old.masked_fill(y == -100, number), importance=importance,
+            old_logps=old.masked_fill(y == -100, number), importance=importance, shift=False,
         )  # fmt: skip
         (g,) = torch.autograd.grad(out.loss, out.stats.logps)
         assert g.isfinite().all() and not g[y == -100].any() and g.any()
@@ -310,7 +341,7 @@ def test_a_kl_that_nobody_asks_for():
     z, y, a = torch.randn(2, 3, 7), torch.randint(0, 7, (2, 3)), torch.ones(2)
     w = z + torch.randn(2, 3, 7)
     for kl in ("k2", "forward_kl"):
-        free, reported = (fl.grpo_loss(z, y, a, ref=r, kl=kl) for r in (None, w))
+        free, reported = (fl.grpo_loss(z, y, a, ref=r, kl=kl, shift=False) for r in (None, w))
         assert "kl" not in free.metrics and reported.metrics["kl"] > 0
         torch.testing.assert_close(free.loss, reported.loss)
 
@@ -319,7 +350,14 @@ def test_a_weight_of_the_policy_term_is_a_factor_of_the_advantage():
     logps, old, ref, y, a = batch()
     w = torch.rand(4, 6, dtype=torch.float64)
     out = fl.grpo_loss(
-        fl.LogProbs(logps), y, a[:, None] * w, old_logps=old, ref=fl.LogProbs(ref), beta=0.2, loss="dapo"
+        fl.LogProbs(logps),
+        y,
+        a[:, None] * w,
+        old_logps=old,
+        ref=fl.LogProbs(ref),
+        beta=0.2,
+        loss_type="dapo",
+        shift=False,
     )
     ratio = (logps - old).exp()
     policy = -torch.min(ratio * a[:, None], ratio.clamp(0.8, 1.2) * a[:, None])
@@ -333,7 +371,7 @@ def test_empty_batches():
         z = torch.zeros(s, t, 5, requires_grad=True)
         y = torch.zeros(s, t, dtype=torch.long)
         for options in EVERY:
-            out = fl.grpo_loss(z, y, torch.ones(s), old_logps=torch.zeros(s, t), **options)
+            out = fl.grpo_loss(z, y, torch.ones(s), old_logps=torch.zeros(s, t), **options, shift=False)
             (g,) = torch.autograd.grad(out.loss, z)
             assert out.loss == 0 and g.shape == z.shape and not any(x.isnan() for x in out.metrics.values())
 
@@ -363,32 +401,45 @@ def test_group_advantages_without_scores(scale):
 Z, Y, A = torch.zeros(3, 4, 5), torch.zeros(3, 4, dtype=torch.long), torch.ones(3)
 P = torch.zeros(3, 4)
 BAD = [
-    (lambda: fl.grpo_loss(Z, Y, A[:2]), ValueError, r"advantages: expected \[3\] or \[3, 4\] on cpu, got \[2\]"),
-    (lambda: fl.grpo_loss(Z, Y, A[:, None]), ValueError, r"advantages: expected \[3\] or \[3, 4\]"),
+    (lambda: fl.grpo_loss(Z, Y, A[:2], shift=False), ValueError, r"advantages: expected \[3\] or \[3, 4\] on cpu, got \[2\]"),
+    (lambda: fl.grpo_loss(Z, Y, A[:, None], shift=False), ValueError, r"advantages: expected \[3\] or \[3, 4\]"),
     (lambda: fl.grpo_loss(Z, Y, P, shift=True), ValueError, r"advantages: expected \[3\] or \[3, 3\]"),
-    (lambda: fl.grpo_loss(Z, Y, A.long()), TypeError, "advantages: expected a float tensor, got torch.int64"),
-    (lambda: fl.grpo_loss(Z, Y, None), TypeError, "advantages: expected a float tensor, got NoneType"),
-    (lambda: fl.grpo_loss(Z, Y, A, old_logps=A), ValueError, r"old_logps: expected \[3, 4\] on cpu, got \[3\]"),
-    (lambda: fl.grpo_loss(Z[0], Y[0], A), ValueError, r"labels: expected \[S, T\]"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss="ppo"), ValueError, "loss: unknown name 'ppo'; known: grpo, dr_grpo, bnpo"),
-    (lambda: fl.grpo_loss(Z, Y, A, importance="gspo"), ValueError, "importance: expected one of token, sequence, got 'gspo'"),
-    (lambda: fl.grpo_loss(Z, Y, A, epsilon=-0.1), ValueError, "epsilon: expected a finite number >= 0, got -0.1"),
-    (lambda: fl.grpo_loss(Z, Y, A, epsilon_high="x"), ValueError, "epsilon_high: expected a finite number >= 0"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss="cispo"), ValueError, "epsilon_high: expected the largest ratio for loss='cispo'"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss="cispo", epsilon_high=0.0), ValueError, "epsilon_high: expected a finite number > 0"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss="cispo", epsilon_high=2.0, delta=3.0), ValueError, "delta: loss='cispo' has one bound"),
-    (lambda: fl.grpo_loss(Z, Y, A, delta=1.1), ValueError, r"delta: expected a number > 1 \+ epsilon_high = 1.2, got 1.1"),
-    (lambda: fl.grpo_loss(Z, Y, A, beta=0.1), ValueError, "ref: needed for beta=0.1, got None"),
-    (lambda: fl.grpo_loss(Z, Y, A, ref=fl.LogProbs(A)), ValueError, r"ref: expected fl.LogProbs \[3, 4\].*got \[3\]"),
-    (lambda: fl.grpo_loss(Z, Y, A, ref=Z, kl="k4"), ValueError, "kl: expected 'k1', 'k2', 'k3' or the name of a divergence"),
-    (lambda: fl.grpo_loss(Z, Y, A, ref=Z, kl=None), TypeError, "kl: expected 'k1', 'k2', 'k3' or the name of a divergence"),
-    (lambda: fl.grpo_loss(Z, Y, A, ref=fl.LogProbs(P), kl="reverse_kl", beta=0.1), ValueError, "'reverse_kl' needs ref as"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss="dr_grpo"), ValueError, "max_completion_length: is .* needed there"),
-    (lambda: fl.grpo_loss(Z, Y, A, max_completion_length=9), ValueError, "max_completion_length: is for loss='dr_grpo'"),
-    (lambda: fl.grpo_loss(Z, Y, A, reduction="avg"), ValueError, "reduction: expected one of mean, sum, none"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss="dapo", reduction="sum", num_items=3), ValueError, "num_items: only goes with"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss="dapo", num_items=-1), ValueError, "num_items: expected a finite number >= 0"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss_type="dapo"), TypeError, "loss_type"),
+    (lambda: fl.grpo_loss(Z, Y, A.long(), shift=False), TypeError, "advantages: expected a float tensor, got torch.int64"),
+    (lambda: fl.grpo_loss(Z, Y, None, shift=False), TypeError, "advantages: expected a float tensor, got NoneType"),
+    (lambda: fl.grpo_loss(Z, Y, A, old_logps=A, shift=False), ValueError, r"old_logps: expected \[3, 4\] on cpu, got \[3\]"),
+    (lambda: fl.grpo_loss(Z[0], Y[0], A, shift=False), ValueError, r"labels: expected \[S, T\]"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="ppo", shift=False), ValueError,
+     "loss_type: unknown name 'ppo'; known: grpo, dr_grpo, bnpo"),
+    (lambda: fl.grpo_loss(Z, Y, A, importance="gspo", shift=False), ValueError,
+     "importance: expected one of token, sequence, got 'gspo'"),
+    (lambda: fl.grpo_loss(Z, Y, A, epsilon=-0.1, shift=False), ValueError, "epsilon: expected a finite number >= 0, got -0.1"),
+    (lambda: fl.grpo_loss(Z, Y, A, epsilon_high="x", shift=False), ValueError, "epsilon_high: expected a finite number >= 0"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="cispo", shift=False), ValueError,
+     "epsilon_high: expected the largest ratio for loss_type='cispo'"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="cispo", epsilon_high=0.0, shift=False), ValueError,
+     "epsilon_high: expected a finite number > 0"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="cispo", epsilon_high=2.0, delta=3.0, shift=False), ValueError,
+     "delta: loss_type='cispo' has one bound"),
+    (lambda: fl.grpo_loss(Z, Y, A, delta=1.1, shift=False), ValueError,
+     r"delta: expected a number > 1 \+ epsilon_high = 1.2, got 1.1"),
+    (lambda: fl.grpo_loss(Z, Y, A, beta=0.1, shift=False), ValueError, "ref: needed for beta=0.1, got None"),
+    (lambda: fl.grpo_loss(Z, Y, A, ref=fl.LogProbs(A), shift=False), ValueError,
+     r"ref: expected fl.LogProbs \[3, 4\].*got \[3\]"),
+    (lambda: fl.grpo_loss(Z, Y, A, ref=Z, kl="k4", shift=False), ValueError,
+     "kl: expected 'k1', 'k2', 'k3' or the name of a divergence"),
+    (lambda: fl.grpo_loss(Z, Y, A, ref=Z, kl=None, shift=False), TypeError,
+     "kl: expected 'k1', 'k2', 'k3' or the name of a divergence"),
+    (lambda: fl.grpo_loss(Z, Y, A, ref=fl.LogProbs(P), kl="reverse_kl", beta=0.1, shift=False), ValueError,
+     "'reverse_kl' needs ref as"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="dr_grpo", shift=False), ValueError, "max_completion_length: is .* needed there"),
+    (lambda: fl.grpo_loss(Z, Y, A, max_completion_length=9, shift=False), ValueError,
+     "max_completion_length: is for loss_type='dr_grpo'"),
+    (lambda: fl.grpo_loss(Z, Y, A, reduction="avg", shift=False), ValueError, "reduction: expected one of mean, sum, none"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="dapo", reduction="sum", num_items=3, shift=False), ValueError,
+     "num_items: only goes with"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="dapo", num_items=-1, shift=False), ValueError,
+     "num_items: expected a finite number >= 0"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss="dapo", shift=False), TypeError, "unknown option 'loss'; did you mean 'loss_type'"),
     (lambda: fl.group_advantages(A, 2), ValueError, r"rewards: expected \[groups \* group_size\] for group_size=2, got \[3\]"),
     (lambda: fl.group_advantages(A, 0), ValueError, "rewards: expected"),
     (lambda: fl.group_advantages(A.long(), 3), TypeError, "rewards: expected a float tensor"),

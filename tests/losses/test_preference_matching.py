@@ -35,10 +35,10 @@ def test_where_the_objectives_lead(monkeypatch, beta):
     """Preference matching to softmax(r / beta), which at beta = 1 are the preferences; a KL to ref exp(r / beta)."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     gain = lambda z: (z.softmax(-1) * R).sum()  # noqa: E731
-    p, value = optimum(lambda z: fl.preference_matching_loss(z, ZERO, beta=beta).loss - gain(z))
+    p, value = optimum(lambda z: fl.preference_matching_loss(z, ZERO, beta=beta, shift=False).loss - gain(z))
     torch.testing.assert_close(p, (R / beta).softmax(-1), rtol=1e-6, atol=0)
     assert value == pytest.approx(beta * (R / beta).logsumexp(-1).item(), rel=1e-12)
-    kl = lambda z: fl.token_stats(z, ZERO, REF.log()[None, None], divergence="reverse_kl").divergence  # noqa: E731
+    kl = lambda z: fl.token_stats(z, ZERO, REF.log()[None, None], divergence="reverse_kl", shift=False).divergence  # noqa: E731
     q, _ = optimum(lambda z: beta * kl(z)["reverse_kl"].sum() - gain(z))
     torch.testing.assert_close(q, (R / beta + REF.log()).softmax(-1), rtol=1e-6, atol=0)
     if beta == 1:
@@ -62,14 +62,16 @@ def test_sampled_form_is_unbiased(monkeypatch, baseline):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     table, z, y, logp = sequences()
     b = torch.full((len(y),), -1.7, dtype=torch.float64) if baseline else None
-    out = fl.preference_matching_loss(z, y, form="sampled", beta=0.7, baseline=b, reduction="none")
+    out = fl.preference_matching_loss(z, y, loss_type="sampled", beta=0.7, baseline=b, reduction="none", shift=False)
     truth = 0.7 * (logp.exp() * logp).sum()
     mean = (logp.detach().exp() * out.loss).sum()
     assert mean.item() == pytest.approx(truth.item(), rel=1e-12)
     found, exact = (torch.autograd.grad(x, table, retain_graph=True)[0] for x in (mean, truth))
     torch.testing.assert_close(found, exact)
     if not baseline:  # the entropy form knows the value as well, and of the gradient the part with prefixes as given
-        form = (logp.detach().exp() * fl.preference_matching_loss(z, y, beta=0.7, reduction="none").loss).sum()
+        form = (
+            logp.detach().exp() * fl.preference_matching_loss(z, y, beta=0.7, reduction="none", shift=False).loss
+        ).sum()
         assert form.item() == pytest.approx(truth.item(), rel=1e-12)
         part = torch.autograd.grad(form, table)[0]
         torch.testing.assert_close(part[1:], exact[1:])
@@ -87,7 +89,7 @@ def test_conditional_form_is_unbiased(monkeypatch):
     penalty = (logp + torch.where(likely, 0, -q).sum(1)) * 0.7
     truth = (logp.exp() * penalty).sum()
     for ref in (w, fl.LogProbs(q)):
-        out = fl.conditional_preference_matching_loss(z, y, ref, threshold=0.3, beta=0.7, reduction="none")
+        out = fl.conditional_preference_matching_loss(z, y, ref, threshold=0.3, beta=0.7, reduction="none", shift=False)
         mean = (logp.detach().exp() * out.loss).sum()
         assert mean.item() == pytest.approx(truth.item(), rel=1e-12)
         found, exact = (torch.autograd.grad(x, table, retain_graph=True)[0] for x in (mean, truth))
@@ -98,13 +100,13 @@ def test_conditional_form_is_unbiased(monkeypatch):
 def test_from_log_probs_and_without_tokens(backend, device):
     y = torch.tensor([[0, 0], [0, -100], [-100, -100]], device=device)
     logps = torch.tensor([[-1.0, -2.0], [-0.5, math.nan], [math.nan, math.nan]], device=device).requires_grad_()
-    out = fl.preference_matching_loss(fl.LogProbs(logps), y, form="sampled", reduction="none")
+    out = fl.preference_matching_loss(fl.LogProbs(logps), y, loss_type="sampled", reduction="none", shift=False)
     assert out.loss.tolist() == [-3.0, -0.5, 0.0]
     assert torch.autograd.grad(out.loss.sum(), logps)[0].tolist() == [[-3, -3], [-0.5, 0], [0, 0]]
     z = torch.randn(3, 2, 5, device=device).requires_grad_()
-    out = fl.preference_matching_loss(z, torch.full_like(y, -100))
+    out = fl.preference_matching_loss(z, torch.full_like(y, -100), shift=False)
     assert out.loss == 0 and not torch.autograd.grad(out.loss, z)[0].any()
-    empty = fl.preference_matching_loss(z[:0], y[:0])
+    empty = fl.preference_matching_loss(z[:0], y[:0], shift=False)
     assert empty.loss == 0 and empty.metrics["logps"] == 0
 
 
@@ -205,18 +207,34 @@ Z, Y = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.long)
 S, T = torch.zeros(4), torch.zeros(4, 3)
 PM, CPM, REWARD = fl.preference_matching_loss, fl.conditional_preference_matching_loss, fl.preference_matching_reward
 BAD = [
-    (lambda: PM(Z, Y, form="exact"), ValueError, "form: expected one of entropy, sampled, got 'exact'"),
-    (lambda: PM(Z, Y, beta=0), ValueError, "beta: expected a finite number > 0, got 0"),
-    (lambda: PM(Z, Y, baseline=S), ValueError, "baseline: is for form='sampled'"),
-    (lambda: PM(Z, Y, form="sampled", baseline=S[:3]), ValueError, r"baseline: expected \[4\].*got \[3\]"),
-    (lambda: PM(Z[0], Y[0]), ValueError, r"labels: expected \[S, T\]"),
-    (lambda: PM(fl.LogProbs(T), Y), ValueError, "policy: fl.LogProbs has no distribution"),
-    (lambda: PM(Z, Y, threshold=0.1), TypeError, "threshold"),
-    (lambda: PM(Z, Y, reduction="avg"), ValueError, "reduction: expected"),
-    (lambda: CPM(Z, Y, None), ValueError, "ref: expected a reference, got None"),
-    (lambda: CPM(Z, Y, fl.LogProbs(S)), ValueError, "ref: expected fl.LogProbs of each token, got one per sequence"),
-    (lambda: CPM(Z, Y, Z, threshold=0), ValueError, r"threshold: expected a probability in \(0, 1\], got 0"),
-    (lambda: CPM(Z, Y, Z, form="sampled"), TypeError, "form"),
+    (
+        lambda: PM(Z, Y, loss_type="exact", shift=False),
+        ValueError,
+        "loss_type: expected one of entropy, sampled, got 'exact'",
+    ),
+    (lambda: PM(Z, Y, beta=0, shift=False), ValueError, "beta: expected a finite number > 0, got 0"),
+    (lambda: PM(Z, Y, baseline=S, shift=False), ValueError, "baseline: is for loss_type='sampled'"),
+    (
+        lambda: PM(Z, Y, loss_type="sampled", baseline=S[:3], shift=False),
+        ValueError,
+        r"baseline: expected \[4\].*got \[3\]",
+    ),
+    (lambda: PM(Z[0], Y[0], shift=False), ValueError, r"labels: expected \[S, T\]"),
+    (lambda: PM(fl.LogProbs(T), Y, shift=False), ValueError, "policy: fl.LogProbs has no distribution"),
+    (lambda: PM(Z, Y, threshold=0.1, shift=False), TypeError, "threshold"),
+    (lambda: PM(Z, Y, reduction="avg", shift=False), ValueError, "reduction: expected"),
+    (lambda: CPM(Z, Y, None, shift=False), ValueError, "ref: expected a reference, got None"),
+    (
+        lambda: CPM(Z, Y, fl.LogProbs(S), shift=False),
+        ValueError,
+        "ref: expected fl.LogProbs of each token, got one per sequence",
+    ),
+    (
+        lambda: CPM(Z, Y, Z, threshold=0, shift=False),
+        ValueError,
+        r"threshold: expected a probability in \(0, 1\], got 0",
+    ),
+    (lambda: CPM(Z, Y, Z, loss_type="sampled", shift=False), TypeError, "loss_type"),
     (lambda: REWARD(T, threshold=0.1), ValueError, "threshold: goes with ref_logps"),
     (lambda: REWARD(T, T), ValueError, "threshold: goes with ref_logps"),
     (lambda: REWARD(T, T[:2], threshold=0.1), ValueError, r"ref_logps: expected \[4, 3\] as logps, got \[2, 3\]"),

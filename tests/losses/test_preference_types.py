@@ -39,7 +39,7 @@ AT_0 = {  # where the policy is the reference
     "hinge": 1.0, "ipo": 25.0, "nca_pair": 2 * LN2, "bco_pair": 2 * LN2, "sppo_hard": 50.0, "apo_zero": 1.0, "apo_down": 1.0,
     "discopop": LN2 / 2 + 0.5,
 }  # fmt: skip
-SEVERAL = {"loss": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)}
+SEVERAL = {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)}
 
 
 def given(h, dtype=torch.float64, device="cpu"):
@@ -84,9 +84,9 @@ def test_published_values(monkeypatch, name):
     value, options = AT_H[name]
     h, y = given([0.7, -0.4])
     for library in (fl, fl.reference):
-        assert library.preference_loss(fl.LogProbs(h), y, loss=name, **options).loss.item() == pytest.approx(
-            value, 1e-12
-        )
+        assert library.preference_loss(
+            fl.LogProbs(h), y, None, loss_type=name, **options, shift=False
+        ).loss.item() == pytest.approx(value, 1e-12)
 
 
 LINKED = [
@@ -105,7 +105,9 @@ def test_value_where_policy_is_reference(monkeypatch, name, link):
     y = torch.zeros(4, 3, dtype=torch.long)
     y[1, 1:] = -100
     for library in (fl, fl.reference):
-        out = library.preference_loss(fl.LogProbs(logps), y, fl.LogProbs(logps), loss=name, divergence=link)
+        out = library.preference_loss(
+            fl.LogProbs(logps), y, fl.LogProbs(logps), loss_type=name, divergence=link, shift=False
+        )
         assert out.loss.item() == pytest.approx(AT_0.get(name, LN2), rel=1e-12)
 
 
@@ -134,11 +136,13 @@ def test_margin_losses_are_one_kernel(backend, device, monkeypatch, name):
     monkeypatch.setattr(
         logits_ops.backend_module(backend), "pair_forward", lambda *x: (calls.append(x[0].term), run(*x))[1]
     )
-    options = AT_H[name][1] | {"loss": name, "beta": 0.4, "divergence": "js", "reduction": "none"}
+    options = AT_H[name][1] | {"loss_type": name, "beta": 0.4, "divergence": "js", "reduction": "none"}
     y = torch.zeros(6, 3, dtype=torch.long, device=device)
     y[1, 1:] = -100
     p, q = (torch.randn(6, 3, device=device).requires_grad_() for _ in range(2))
-    compare(lambda library, p, q: library.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q), **options), p, q)
+    compare(
+        lambda library, p, q: library.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q), **options, shift=False), p, q
+    )
     assert calls == [margin_losses.TERMS["sigmoid" if name == "cdpo" else name]]
 
 
@@ -149,8 +153,10 @@ def test_every_loss_with_every_link(monkeypatch, name, link):
     y = torch.zeros(6, 3, dtype=torch.long)
     y[1, 1:], y[3, 2:] = -100, -100
     p, q = (torch.randn(6, 3).mul(0.5).requires_grad_() for _ in range(2))
-    options = {"loss": name, "divergence": link, "beta": 0.3, "discopop_tau": 0.3}
-    compare(lambda library, p, q: library.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q), **options), p, q)
+    options = {"loss_type": name, "divergence": link, "beta": 0.3, "discopop_tau": 0.3}
+    compare(
+        lambda library, p, q: library.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q), **options, shift=False), p, q
+    )
 
 
 def test_scores_that_enter_alone():
@@ -163,7 +169,7 @@ def test_scores_that_enter_alone():
     }  # fmt: skip
     for link, s in scores.items():
         expected = math.log1p(math.exp(-0.1 * s(0.7))) + math.log1p(math.exp(0.1 * s(-0.4)))
-        out = fl.preference_loss(fl.LogProbs(h), y, ref, loss="bco_pair", divergence=link)
+        out = fl.preference_loss(fl.LogProbs(h), y, ref, loss_type="bco_pair", divergence=link, shift=False)
         assert out.loss.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -175,7 +181,7 @@ def test_extreme_ratios_stay_finite(backend, device, name):
     for link in ("reverse_kl",) if name in UNLINKED | squares else ("reverse_kl", "forward_kl", "js"):
         for loss in (name, (name, "sft", "hinge")):
             x = h.clone().requires_grad_()
-            out = fl.preference_loss(fl.LogProbs(x), y, ref, loss=loss, divergence=link, beta=1.0)
+            out = fl.preference_loss(fl.LogProbs(x), y, ref, loss_type=loss, divergence=link, beta=1.0, shift=False)
             assert out.loss.isfinite() and torch.autograd.grad(out.loss, x)[0].isfinite().all(), (link, loss)
 
 
@@ -183,7 +189,7 @@ def test_discopop_does_not_overflow_where_its_parts_do():
     """c e^-m with e^-m infinite: c vanishes faster for tau < 1."""
     h, y = given([-60.0, 60.0], torch.float32)
     h.requires_grad_()
-    out = fl.preference_loss(fl.LogProbs(h), y, loss="discopop", beta=1.0)
+    out = fl.preference_loss(fl.LogProbs(h), y, None, loss_type="discopop", beta=1.0, shift=False)
     assert out.loss.item() == pytest.approx(120.0)
     assert torch.autograd.grad(out.loss, h)[0].flatten().tolist() == pytest.approx([-1.0, 1.0])
 
@@ -191,9 +197,11 @@ def test_discopop_does_not_overflow_where_its_parts_do():
 def test_ipo_takes_means_over_tokens(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w, y = batch()
-    out = compare(lambda library, z, w: library.ipo_loss(z, y, w, beta=0.5, reduction="none"), z, w)
-    assert torch.equal(out.loss, fl.preference_loss(z, y, w, loss="ipo", beta=0.5, reduction="none").loss)
-    p, q = (fl.token_stats(x, y).logps.detach() for x in (z, w))
+    out = compare(lambda library, z, w: library.ipo_loss(z, y, w, beta=0.5, reduction="none", shift=False), z, w)
+    assert torch.equal(
+        out.loss, fl.preference_loss(z, y, w, loss_type="ipo", beta=0.5, reduction="none", shift=False).loss
+    )
+    p, q = (fl.token_stats(x, y, shift=False).logps.detach() for x in (z, w))
     mean = (p - q).sum(1) / (y != -100).sum(1).clamp(min=1)
     torch.testing.assert_close(out.loss.detach(), (mean[:3] - mean[3:] - 1).square())
 
@@ -204,12 +212,15 @@ def test_several_losses_are_a_weighted_sum(monkeypatch):
     names = ("sigmoid", "hinge", "robust", "ipo", "apo_down", "sft")
     weights = (1.0, 0.5, 2.0, 0.25, 0.0, -1.0)
     options = {"divergence": "js", "beta": 0.7, "label_smoothing": 0.2}
-    call = lambda library, z, w: library.preference_loss(z, y, w, loss=names, loss_weights=weights, **options)  # noqa: E731
+
+    def call(library, z, w):
+        return library.preference_loss(z, y, w, loss_type=names, loss_weights=weights, shift=False, **options)
+
     mine = compare(call, z, w).loss
     alone = [{k: x for k, x in options.items() if k != "label_smoothing" or n in ("sigmoid", "robust")} for n in names]
-    parts = [fl.preference_loss(z, y, w, loss=n, **o).loss for n, o in zip(names, alone, strict=True)]
+    parts = [fl.preference_loss(z, y, w, loss_type=n, **o, shift=False).loss for n, o in zip(names, alone, strict=True)]
     torch.testing.assert_close(mine, sum(x * part for x, part in zip(weights, parts, strict=True)))
-    total = fl.preference_loss(z, y, w, loss=list(names), **options).loss
+    total = fl.preference_loss(z, y, w, loss_type=list(names), **options, shift=False).loss
     torch.testing.assert_close(total, sum(parts))
 
 
@@ -223,7 +234,7 @@ def test_sums_are_shared(monkeypatch, loss, kernels):
     monkeypatch.setattr(logits_ops, "pair_loss", lambda *x: (calls.append(x), run(*x))[1])
     monkeypatch.setattr(evaluate.Tokens, "log_ratios", lambda t: (sums.append(t), add(t))[1])
     z, w, y = batch()
-    fl.preference_loss(z, y, w, loss=loss)
+    fl.preference_loss(z, y, w, loss_type=loss, shift=False)
     assert len(calls) == kernels and len(sums) == 2 - kernels  # one of them for the metrics
 
 
@@ -231,7 +242,7 @@ def test_sums_are_shared(monkeypatch, loss, kernels):
 def test_sft_is_cross_entropy_of_chosen_tokens(monkeypatch, shift):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w, y = batch()
-    out = fl.preference_loss(z, y, w, loss="sft", shift=shift)
+    out = fl.preference_loss(z, y, w, loss_type="sft", shift=shift)
     at, labels = (z[:3, :-1], y[:3, 1:]) if shift else (z[:3], y[:3])
     truth = torch.nn.functional.cross_entropy(at.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(out.loss, truth)
@@ -241,8 +252,8 @@ def test_sft_is_cross_entropy_of_chosen_tokens(monkeypatch, shift):
     short = y.clone()
     for i, n in enumerate(lengths):
         short[i, n:] = -100
-    found = fl.preference_loss(pz, py, pw, loss="sft", shift=shift, cu_seqlens=cu).loss
-    torch.testing.assert_close(found, fl.preference_loss(z, short, w, loss="sft", shift=shift).loss)
+    found = fl.preference_loss(pz, py, pw, loss_type="sft", shift=shift, cu_seqlens=cu).loss
+    torch.testing.assert_close(found, fl.preference_loss(z, short, w, loss_type="sft", shift=shift).loss)
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -250,7 +261,7 @@ def test_sft_is_cross_entropy_of_chosen_tokens(monkeypatch, shift):
 def test_ld_dpo_matches_the_twin(monkeypatch, loss, shift):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w, y = batch()
-    options = {"loss": loss, "ld_alpha": 0.3, "shift": shift, "beta": 0.5}
+    options = {"loss_type": loss, "ld_alpha": 0.3, "shift": shift, "beta": 0.5}
     compare(lambda library, z, w: library.preference_loss(z, y, w, **options), z, w)
     (pz, pw, py), cu = pack([6, 5, 0, 6, 4, 6], *(x.detach() for x in (z, w, y)))
     leaves = [x.requires_grad_() for x in (pz, pw)]
@@ -265,7 +276,7 @@ def test_ld_dpo_at_its_ends():
     cut = torch.tensor(
         [[1, 1, -100, -100, -100], [-100, 1, -100, 1, 1], [-100, 1, 1, -100, -100], [1, 1, 1, -100, -100]]
     )
-    call = lambda y, **o: fl.dpo_loss(fl.LogProbs(p), y, fl.LogProbs(q), reduction="none", **o)  # noqa: E731
+    call = lambda y, **o: fl.dpo_loss(fl.LogProbs(p), y, fl.LogProbs(q), reduction="none", shift=False, **o)  # noqa: E731
     torch.testing.assert_close(call(y, ld_alpha=1).loss, call(y).loss)
     torch.testing.assert_close(call(y, ld_alpha=0).loss, call(cut).loss)
     assert call(y, ld_alpha=0).metrics == call(cut).metrics != call(y).metrics
@@ -277,7 +288,9 @@ def test_published_wpo_weight(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z = torch.tensor([[[1, 0, -1, 0.5]], [[900.0, 0, 0, 0]]], dtype=torch.float64, requires_grad=True)
     y = torch.zeros(2, 1, dtype=torch.long)
-    weighted, plain = (fl.preference_loss(z, y, loss="bco_pair", use_weighting=on).loss for on in (True, False))
+    weighted, plain = (
+        fl.preference_loss(z, y, None, loss_type="bco_pair", use_weighting=on, shift=False).loss for on in (True, False)
+    )
     assert (weighted / plain).item() == pytest.approx(1.3865943362111943, rel=1e-12)
     torch.testing.assert_close(  # the weight has no gradient
         torch.autograd.grad(weighted, z)[0], 1.3865943362111943 * torch.autograd.grad(plain, z)[0]
@@ -285,13 +298,13 @@ def test_published_wpo_weight(monkeypatch):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("loss", ["sigmoid", "sppo_hard", "sft", SEVERAL["loss"]], ids=str)
+@pytest.mark.parametrize("loss", ["sigmoid", "sppo_hard", "sft", SEVERAL["loss_type"]], ids=str)
 def test_wpo_matches_the_twin(monkeypatch, loss, shift):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w, y = batch()
     head = {"softcap": 5.0, "scale": 0.9, "temperature": 0.7, "valid_vocab": 20}
     y = y.clamp(max=19)
-    options = {"loss": loss, "use_weighting": True, "shift": shift, "reduction": "none"}
+    options = {"loss_type": loss, "use_weighting": True, "shift": shift, "reduction": "none"}
 
     def call(library, z, w, y=y, **more):
         return library.preference_loss(fl.Logits(z, **head), y, fl.Logits(w, **head), **options, **more)
@@ -309,7 +322,7 @@ def test_wpo_weights_come_from_the_same_pass(monkeypatch, plan):
     z, w, y = batch()
     calls, forward = [], torch_backend.forward
     monkeypatch.setattr(torch_backend, "forward", lambda *args: (calls.append(args), forward(*args)))
-    fl.preference_loss(z, y, w, use_weighting=True)
+    fl.preference_loss(z, y, w, use_weighting=True, shift=False)
     assert len(calls) == 1
     x, weight, other = (torch.randn(4, 5, 6).requires_grad_(), torch.randn(19, 6), torch.randn(19, 6))
     weight.requires_grad_(plan != "frozen")
@@ -318,7 +331,7 @@ def test_wpo_weights_come_from_the_same_pass(monkeypatch, plan):
     ref = fl.Hidden(x.detach(), other)
 
     def step(library=fl, on=True, **how):
-        loss = library.preference_loss(fl.Hidden(x, weight), y, ref, use_weighting=on, **how).loss
+        loss = library.preference_loss(fl.Hidden(x, weight), y, ref, use_weighting=on, shift=False, **how).loss
         return loss, *torch.autograd.grad(loss, [t for t in (x, weight) if t.requires_grad])
 
     assert products(lambda: step(plan=plan)) == products(lambda: step(on=False, plan=plan))
@@ -332,7 +345,7 @@ def test_wpo_weights_come_from_the_same_pass(monkeypatch, plan):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"loss": name} for name in sorted(set(fl.losses.LOSSES) - SORTED)),
+        *({"loss_type": name} for name in sorted(set(fl.losses.LOSSES) - SORTED)),
         SEVERAL,
         {"ld_alpha": 0.4},
         {"use_weighting": True},
@@ -353,7 +366,7 @@ def test_row_blocks_give_the_same(monkeypatch, options, packed):
     def call(library, x, weight):
         how = {"plan": "rows", "workspace": 16_000} if library is fl else {}
         ref = fl.Hidden(x.detach(), weight.detach() * 0.8)
-        return library.preference_loss(fl.Hidden(x, weight), y, ref, beta=0.5, **options, **how)
+        return library.preference_loss(fl.Hidden(x, weight), y, ref, beta=0.5, **options, **how, shift=False)
 
     compare(call, x, weight)
 
@@ -366,32 +379,36 @@ def test_aot_pairs_ranks(monkeypatch):
 
     def losses(name, order):
         sources = fl.LogProbs(p[order]), y, fl.LogProbs(q[order])
-        return fl.preference_loss(*sources, loss=name, reduction="none").loss
+        return fl.preference_loss(*sources, loss_type=name, reduction="none", shift=False).loss
 
     torch.testing.assert_close(losses("aot_unpaired", [2, 0, 1, 3, 4, 5]), losses("aot_unpaired", list(range(6))))
     torch.testing.assert_close(losses("aot", [2, 0, 1, 5, 3, 4]), losses("aot", list(range(6))))
-    summed = fl.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q[:, 0]), loss="aot").loss
-    torch.testing.assert_close(summed, fl.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q), loss="aot").loss)
-    free = fl.preference_loss(fl.LogProbs(p), y, loss="aot", reduction="none").loss
+    summed = fl.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q[:, 0]), loss_type="aot", shift=False).loss
+    torch.testing.assert_close(
+        summed, fl.preference_loss(fl.LogProbs(p), y, fl.LogProbs(q), loss_type="aot", shift=False).loss
+    )
+    free = fl.preference_loss(fl.LogProbs(p), y, None, loss_type="aot", reduction="none", shift=False).loss
     d = torch.tensor([2.0, 2.0, 2.5], dtype=torch.float64)
     torch.testing.assert_close(free, -torch.nn.functional.logsigmoid(0.1 * d))
 
 
 @pytest.mark.parametrize(
-    "options", [*({"loss": name} for name in fl.losses.LOSSES), {"use_weighting": True}, {"ld_alpha": 0.5}], ids=str
+    "options",
+    [*({"loss_type": name} for name in fl.losses.LOSSES), {"use_weighting": True}, {"ld_alpha": 0.5}],
+    ids=str,
 )
 def test_empty_sequences_and_batches(monkeypatch, options):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w, y = batch()
     y[[0, 3]] = -100
-    out = fl.preference_loss(z, y, w, **options)
+    out = fl.preference_loss(z, y, w, **options, shift=False)
     g = torch.autograd.grad(out.loss, z)[0]
     assert out.loss.isfinite() and g.isfinite().all() and not g[0].any() and not g[2].any()
     for shape in ((0, 5), (4, 0)):
         x, v = logits((*shape, 9), "cpu")
-        out = fl.preference_loss(x, torch.zeros(shape, dtype=torch.long), v, **options)
+        out = fl.preference_loss(x, torch.zeros(shape, dtype=torch.long), v, **options, shift=False)
         assert out.loss.isfinite() and not torch.autograd.grad(out.loss, x)[0].any()
-    none = fl.preference_loss(z, torch.full_like(y, -100), w, **options)
+    none = fl.preference_loss(z, torch.full_like(y, -100), w, **options, shift=False)
     assert none.loss.isfinite() and not torch.autograd.grad(none.loss, z)[0].any()
 
 
@@ -399,8 +416,8 @@ def test_empty_sequences_and_batches(monkeypatch, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss": "discopop"},
-        {"loss": "nca_pair", "divergence": "js"},
+        {"loss_type": "discopop"},
+        {"loss_type": "nca_pair", "divergence": "js"},
         SEVERAL | {"ld_alpha": 0.5},
         {"use_weighting": True},
     ],
@@ -409,7 +426,7 @@ def test_empty_sequences_and_batches(monkeypatch, options):
 def test_compiles_without_graph_breaks(monkeypatch, options):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w, y = batch()
-    call = lambda z: fl.preference_loss(z, y, w, **options).loss  # noqa: E731
+    call = lambda z: fl.preference_loss(z, y, w, **options, shift=False).loss  # noqa: E731
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(z), call(z))
     torch.testing.assert_close(torch.autograd.grad(compiled(z), z), torch.autograd.grad(call(z), z))
@@ -419,7 +436,7 @@ def test_second_derivative_is_an_error():
     h, y = given([0.7, -0.4])
     h.requires_grad_()
     ref = fl.LogProbs(torch.zeros_like(h))
-    out = fl.preference_loss(fl.LogProbs(h), y, ref, loss="bco_pair", divergence="js")
+    out = fl.preference_loss(fl.LogProbs(h), y, ref, loss_type="bco_pair", divergence="js", shift=False)
     (g,) = torch.autograd.grad(out.loss, h, create_graph=True)
     with pytest.raises(RuntimeError, match="preference_loss can be differentiated once"):
         g.sum().backward()
@@ -427,25 +444,26 @@ def test_second_derivative_is_an_error():
 
 Z, Y = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.long)
 BAD = [
-    ({"loss": "aot_pair"}, ValueError, "loss: unknown name 'aot_pair'; known: sigmoid, cdpo, .*sft"),
-    ({"loss": ()}, ValueError, "loss: expected a name or a sequence of names, got none"),
-    ({"loss": ("sigmoid", 3)}, ValueError, "loss: unknown name 3"),
-    ({"loss": ("sigmoid", "sft"), "loss_weights": [1.0]}, ValueError, "loss_weights: expected 2 finite numbers"),
+    ({"loss_type": "aot_pair"}, ValueError, "loss_type: unknown name 'aot_pair'; known: sigmoid, cdpo, .*sft"),
+    ({"loss_type": ()}, ValueError, "loss_type: expected a name or a sequence of names, got none"),
+    ({"loss_type": ("sigmoid", 3)}, ValueError, "loss_type: unknown name 3"),
+    ({"loss_type": ("sigmoid", "sft"), "loss_weights": [1.0]}, ValueError, "loss_weights: expected 2 finite numbers"),
     ({"loss_weights": [math.inf]}, ValueError, "loss_weights: expected 1 finite numbers"),
     ({"loss_weights": 2.0}, TypeError, "loss_weights: expected a sequence of numbers, got 2.0"),
     ({"loss_weights": ["1"]}, TypeError, "loss_weights: expected a sequence of numbers"),
     ({"discopop_tau": 0}, ValueError, "discopop_tau: expected a finite number > 0, got 0"),
-    ({"loss": "exo_pair", "label_smoothing": 0.0}, ValueError, r"'exo_pair' needs a number in \(0, 0.5\)"),
-    ({"loss": "robust", "label_smoothing": 0.5}, ValueError, r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),
-    ({"loss": "robust", "label_smoothing": "0.1"}, ValueError, "label_smoothing"),
-    ({"loss": "hinge", "label_smoothing": 0.1}, ValueError, "label_smoothing: read by aot, .*; got loss hinge"),
+    ({"loss_type": "exo_pair", "label_smoothing": 0.0}, ValueError, r"'exo_pair' needs a number in \(0, 0.5\)"),
+    ({"loss_type": "robust", "label_smoothing": 0.5}, ValueError, r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),
+    ({"loss_type": "robust", "label_smoothing": "0.1"}, ValueError, "label_smoothing"),
+    ({"loss_type": "hinge", "label_smoothing": 0.1}, ValueError, "label_smoothing: read by aot, .*; got loss_type hinge"),
     ({"ld_alpha": 1.5}, ValueError, r"ld_alpha: expected a number in \[0, 1\] or None, got 1.5"),
     ({"ld_alpha": 0.5, "ref": fl.LogProbs(torch.zeros(4))}, ValueError, "ld_alpha: needs the reference's log-probs per token"),
     ({"use_weighting": 1}, TypeError, "use_weighting: expected a bool, got 1"),
-    ({"use_weighting": True, "loss": ("sigmoid", "aot")}, ValueError, "use_weighting: loss 'aot' sorts over the batch"),
+    ({"use_weighting": True, "loss_type": ("sigmoid", "aot")}, ValueError,
+     "use_weighting: loss_type 'aot' sorts over the batch"),
     ({"use_weighting": True, "policy": fl.LogProbs(torch.zeros(4, 3))}, ValueError, "use_weighting: needs the policy's logits"),
-    ({"loss": "apo_zero", "divergence": "js"}, ValueError, "divergence: loss 'apo_zero' has no f-DPO form, got 'js'"),
-    ({"loss": ("sigmoid", "aot"), "divergence": "js"}, ValueError, "divergence: loss 'aot' has no f-DPO form"),
+    ({"loss_type": "apo_zero", "divergence": "js"}, ValueError, "divergence: loss_type 'apo_zero' has no f-DPO form, got 'js'"),
+    ({"loss_type": ("sigmoid", "aot"), "divergence": "js"}, ValueError, "divergence: loss_type 'aot' has no f-DPO form"),
     ({"alpha": 0.5}, TypeError, "alpha"),
 ]  # fmt: skip
 
@@ -455,11 +473,13 @@ def test_bad_input_gets_words(case):
     options, error, words = BAD[case]
     options = {"policy": Z, "ref": Z} | options
     with pytest.raises(error, match=words):
-        fl.preference_loss(labels=Y, **options)
+        fl.preference_loss(labels=Y, **options, shift=False)
 
 
 def test_what_the_plans_and_names_refuse():
     with pytest.raises(ValueError, match="plan: 'rows' is not possible here: this loss looks at the whole batch"):
-        fl.preference_loss(fl.Hidden(torch.zeros(4, 3, 2), torch.zeros(5, 2)), Y, loss="aot", plan="rows")
-    with pytest.raises(TypeError, match="ipo_loss: `loss` is fixed to 'ipo'"):
-        fl.ipo_loss(Z, Y, Z, loss="sigmoid")
+        fl.preference_loss(
+            fl.Hidden(torch.zeros(4, 3, 2), torch.zeros(5, 2)), Y, None, loss_type="aot", plan="rows", shift=False
+        )
+    with pytest.raises(TypeError, match="ipo_loss: `loss_type` is fixed to 'ipo'"):
+        fl.ipo_loss(Z, Y, Z, loss_type="sigmoid", shift=False)

@@ -12,9 +12,9 @@ import fused_losses as fl
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSSES = {
-    "simpo": lambda f, z, y, **o: f.simpo_loss(z, y, cpo_alpha=0.3, **o),
-    "cpo": lambda f, z, y, **o: f.cpo_loss(z, y, **o),
-    "orpo": lambda f, z, y, **o: f.orpo_loss(z, y, **o),
+    "simpo": lambda f, z, y, **o: f.simpo_loss(z, y, cpo_alpha=0.3, **{"shift": False, **o}),
+    "cpo": lambda f, z, y, **o: f.cpo_loss(z, y, **{"shift": False, **o}),
+    "orpo": lambda f, z, y, **o: f.orpo_loss(z, y, **{"shift": False, **o}),
 }
 
 
@@ -38,11 +38,11 @@ def test_published_values():
     """Mean log-probs of -0.9 and -1.3."""
     x, y = means(-0.9, -1.3)
     for library in (fl, fl.reference):
-        out = library.simpo_loss(fl.LogProbs(x), y, beta=2.0, gamma=0.5)
+        out = library.simpo_loss(fl.LogProbs(x), y, beta=2.0, gamma=0.5, shift=False)
         assert out.loss.item() == pytest.approx(0.5543552444685271, rel=1e-12)
         assert out.metrics["rewards/chosen"].item() == pytest.approx(-1.8)
         assert out.metrics["logps/rejected"].item() == pytest.approx(-1.3)
-        out = library.orpo_loss(fl.LogProbs(x), y, beta=0.1)
+        out = library.orpo_loss(fl.LogProbs(x), y, beta=0.1, shift=False)
         assert out.loss.item() == pytest.approx(0.9 + 0.04361959567485065, rel=1e-12)
         assert out.metrics["log_odds_ratio"].item() == pytest.approx(-0.4361959567485065, rel=1e-12)
         assert out.metrics["nll_loss"].item() == pytest.approx(0.9)
@@ -54,14 +54,14 @@ def test_cpo_is_dpo_without_a_reference(backend, device):
     """h_chosen = 0.7, h_rejected = -0.4 as published for DPO; and the NLL on top is torch's cross entropy."""
     h, y = torch.tensor([[0.7], [-0.4]], dtype=torch.float64), torch.zeros(2, 1, dtype=torch.long)
     if backend == "torch":
-        values = {0.639658918622423: {}, 0.650658918622423: {"label_smoothing": 0.1}, 0.89: {"loss": "hinge"}}
-        values[15.21] = {"loss": "ipo"}
+        values = {0.639658918622423: {}, 0.650658918622423: {"label_smoothing": 0.1}, 0.89: {"loss_type": "hinge"}}
+        values[15.21] = {"loss_type": "ipo"}
         for value, options in values.items():
-            out = fl.cpo_loss(fl.LogProbs(h), y, cpo_alpha=0, **options)
+            out = fl.cpo_loss(fl.LogProbs(h), y, cpo_alpha=0, **options, shift=False)
             assert out.loss.item() == pytest.approx(value, rel=1e-12)
     z, y = batch(device)
     nll = cross_entropy(z[:3].flatten(0, 1), y[:3].flatten())
-    mine, dpo = fl.cpo_loss(z, y, cpo_alpha=0.7, beta=0.4), fl.dpo_loss(z, y, beta=0.4)
+    mine, dpo = fl.cpo_loss(z, y, cpo_alpha=0.7, beta=0.4, shift=False), fl.dpo_loss(z, y, None, beta=0.4, shift=False)
     torch.testing.assert_close(mine.loss, dpo.loss + 0.7 * nll)
     torch.testing.assert_close(mine.metrics["nll_loss"], nll.detach())
     expected = torch.autograd.grad(dpo.loss + 0.7 * nll, z)[0]
@@ -75,13 +75,16 @@ def test_gradients_in_closed_form(loss):
     x.requires_grad_()
     if loss == "simpo":
         g = 2 / (1 + math.exp(2 * 0.4 - 0.5))
-        out, expected = fl.simpo_loss(fl.LogProbs(x), y, beta=2, gamma=0.5), [-g, g]
+        out, expected = fl.simpo_loss(fl.LogProbs(x), y, beta=2, gamma=0.5, shift=False), [-g, g]
     elif loss == "orpo":
         g = 0.3 * math.expm1(0.9) / (math.expm1(0.9) + math.expm1(1.3))  # sigmoid(-log odds ratio)
-        out, expected = fl.orpo_loss(fl.LogProbs(x), y, beta=0.3), [g / math.expm1(-0.9) - 1, -g / math.expm1(-1.3)]
+        out, expected = (
+            fl.orpo_loss(fl.LogProbs(x), y, beta=0.3, shift=False),
+            [g / math.expm1(-0.9) - 1, -g / math.expm1(-1.3)],
+        )
     else:
         g = 2 * (0.4 - 1 / 0.6)
-        out, expected = fl.cpo_loss(fl.LogProbs(x), y, beta=0.3, loss="ipo"), [g - 1, -g]
+        out, expected = fl.cpo_loss(fl.LogProbs(x), y, beta=0.3, loss_type="ipo", shift=False), [g - 1, -g]
     found = torch.autograd.grad(out.loss, x)[0]
     chosen, rejected = expected
     torch.testing.assert_close(found, torch.tensor([[chosen / 2, chosen / 2], [rejected, 0]], dtype=torch.float64))
@@ -97,9 +100,9 @@ def test_nll_is_a_token_mean_of_the_batch(device, monkeypatch, name):
     cu = torch.tensor([0, 6, 12, 18, 18, 24, 30], device=device)
     free = {"simpo": {"cpo_alpha": 0}, "cpo": {"cpo_alpha": 0}, "orpo": {}}[name]
     for a, b, options, logits_of, ids in (
-        (z, y, {}, z[:3], y[:3]),
+        (z, y, {"shift": False}, z[:3], y[:3]),
         (z, y, {"shift": True}, z[:3, :-1], y[:3, 1:]),
-        (z.flatten(0, 1)[keep], y.flatten()[keep], {"cu_seqlens": cu}, z[:3], y[:3]),
+        (z.flatten(0, 1)[keep], y.flatten()[keep], {"cu_seqlens": cu, "shift": False}, z[:3], y[:3]),
         (z.flatten(0, 1)[keep], y.flatten()[keep], {"cu_seqlens": cu, "shift": True}, z[:3, :-1], y[:3, 1:]),
     ):
         out = LOSSES[name](fl, a, b, **options)
@@ -138,12 +141,12 @@ def test_alphapo():
     x, y = means(-0.9, -1.3)
     for alpha in (0.25, 1.0, -0.5):
         gap = (math.exp(1.3 * alpha) - math.exp(0.9 * alpha)) / alpha
-        loss = fl.simpo_loss(fl.LogProbs(x), y, beta=2.5, gamma=0.2, alpha=alpha).loss
+        loss = fl.simpo_loss(fl.LogProbs(x), y, beta=2.5, gamma=0.2, alpha=alpha, shift=False).loss
         assert loss.item() == pytest.approx(math.log1p(math.exp(0.2 - 2.5 * gap)), rel=1e-12)
-    near, simpo = (fl.simpo_loss(fl.LogProbs(x), y, alpha=a).loss.item() for a in (1e-7, 0.0))
+    near, simpo = (fl.simpo_loss(fl.LogProbs(x), y, alpha=a, shift=False).loss.item() for a in (1e-7, 0.0))
     assert near == pytest.approx(simpo, rel=1e-6) and near != simpo
     far = torch.tensor([[-3000.0], [-1.0]]).requires_grad_()
-    out = fl.simpo_loss(fl.LogProbs(far), torch.zeros(2, 1, dtype=torch.long), alpha=1.0)
+    out = fl.simpo_loss(fl.LogProbs(far), torch.zeros(2, 1, dtype=torch.long), alpha=1.0, shift=False)
     assert out.loss.isfinite() and torch.autograd.grad(out.loss, far)[0].isfinite().all()
 
 
@@ -152,7 +155,7 @@ def test_alphapo():
 def test_orpo_odds_are_accurate(chosen, rejected):
     x = torch.tensor([[chosen], [rejected]]).requires_grad_()
     y, x64 = torch.zeros(2, 1, dtype=torch.long), double(x)
-    mine, truth = fl.orpo_loss(fl.LogProbs(x), y), fl.reference.orpo_loss(fl.LogProbs(x64), y)
+    mine, truth = fl.orpo_loss(fl.LogProbs(x), y, shift=False), fl.reference.orpo_loss(fl.LogProbs(x64), y, shift=False)
     m = [math.exp(v) for v in x64.flatten().tolist()]
     log_odds = [math.log(m) - math.log(-math.expm1(v)) for m, v in zip(m, x64.flatten().tolist(), strict=True)]
     expected = log_odds[0] - log_odds[1]
@@ -166,7 +169,7 @@ def test_orpo_of_a_certain_response():
     """Probability 1, or no tokens: finite odds that ask for nothing; the NLL's gradient is there."""
     y = torch.tensor([[0], [0], [0], [-100]])
     x = torch.tensor([[0.0], [-1.0], [0.0], [-1.0]]).requires_grad_()
-    out = fl.orpo_loss(fl.LogProbs(x), y, reduction="none")
+    out = fl.orpo_loss(fl.LogProbs(x), y, reduction="none", shift=False)
     assert out.loss.isfinite().all() and all(v.isfinite() for v in out.metrics.values())
     assert out.loss[0].item() == pytest.approx(0.1 * math.log(2))
     g = torch.autograd.grad(out.loss.sum(), x)[0]
@@ -256,21 +259,25 @@ def test_compiles_in_one_graph(device, monkeypatch, packed):
 
 Z, Y = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.long)
 BAD = [
-    (lambda f: f.simpo_loss(Z, Y, gamma=-1), ValueError, "gamma: expected a finite number >= 0, got -1"),
-    (lambda f: f.simpo_loss(Z, Y, beta=0), ValueError, "beta: expected a finite number > 0"),
-    (lambda f: f.simpo_loss(Z, Y, alpha=math.inf), ValueError, "alpha: expected a finite number, got inf"),
-    (lambda f: f.simpo_loss(Z, Y, cpo_alpha=None), ValueError, "cpo_alpha"),
-    (lambda f: f.simpo_loss(Z, Y, label_smoothing=0.5), ValueError, r"label_smoothing: expected a number in \[0, 0.5\)"),
-    (lambda f: f.cpo_loss(Z, Y, loss="simpo"), ValueError, "for 'simpo' call fl.simpo"),
-    (lambda f: f.cpo_loss(Z, Y, loss="ipo", label_smoothing=0.1), ValueError, "label_smoothing: only goes with loss='sigmoid'"),
-    (lambda f: f.cpo_loss(Z, Y, cpo_alpha=-0.1), ValueError, "cpo_alpha: expected a finite number >= 0"),
-    (lambda f: f.cpo_loss(Z, Y, num_nll_tokens=-1), ValueError, "num_nll_tokens: expected a finite number >= 0.*got -1"),
-    (lambda f: f.cpo_loss(Z[:3], Y[:3]), ValueError, r"labels: expected \[2B, T\]"),
-    (lambda f: f.cpo_loss(Z, Y, reduction="avg"), ValueError, "reduction"),
-    (lambda f: f.cpo_loss(Z, Y, reduction="sum", num_items=3), ValueError, "num_items"),
-    (lambda f: f.orpo_loss(Z, Y, nll_labels=Y[:2]), ValueError, r"nll_labels: expected token ids \[4, 3\].*got \[2, 3\]"),
-    (lambda f: f.orpo_loss(Z, Y, nll_labels=7), ValueError, "nll_labels: expected token ids.*got int"),
-    (lambda f: f.orpo_loss(Z, Y, beta=-1), ValueError, "beta"),
+    (lambda f: f.simpo_loss(Z, Y, gamma=-1, shift=False), ValueError, "gamma: expected a finite number >= 0, got -1"),
+    (lambda f: f.simpo_loss(Z, Y, beta=0, shift=False), ValueError, "beta: expected a finite number > 0"),
+    (lambda f: f.simpo_loss(Z, Y, alpha=math.inf, shift=False), ValueError, "alpha: expected a finite number, got inf"),
+    (lambda f: f.simpo_loss(Z, Y, cpo_alpha=None, shift=False), ValueError, "cpo_alpha"),
+    (lambda f: f.simpo_loss(Z, Y, label_smoothing=0.5, shift=False), ValueError,
+     r"label_smoothing: expected a number in \[0, 0.5\)"),
+    (lambda f: f.cpo_loss(Z, Y, loss_type="simpo", shift=False), ValueError, "for 'simpo' call fl.simpo"),
+    (lambda f: f.cpo_loss(Z, Y, loss_type="ipo", label_smoothing=0.1, shift=False), ValueError,
+     "label_smoothing: only goes with loss_type='sigmoid'"),
+    (lambda f: f.cpo_loss(Z, Y, cpo_alpha=-0.1, shift=False), ValueError, "cpo_alpha: expected a finite number >= 0"),
+    (lambda f: f.cpo_loss(Z, Y, num_nll_tokens=-1, shift=False), ValueError,
+     "num_nll_tokens: expected a finite number >= 0.*got -1"),
+    (lambda f: f.cpo_loss(Z[:3], Y[:3], shift=False), ValueError, r"labels: expected \[2B, T\]"),
+    (lambda f: f.cpo_loss(Z, Y, reduction="avg", shift=False), ValueError, "reduction"),
+    (lambda f: f.cpo_loss(Z, Y, reduction="sum", num_items=3, shift=False), ValueError, "num_items"),
+    (lambda f: f.orpo_loss(Z, Y, nll_labels=Y[:2], shift=False), ValueError,
+     r"nll_labels: expected token ids \[4, 3\].*got \[2, 3\]"),
+    (lambda f: f.orpo_loss(Z, Y, nll_labels=7, shift=False), ValueError, "nll_labels: expected token ids.*got int"),
+    (lambda f: f.orpo_loss(Z, Y, beta=-1, shift=False), ValueError, "beta"),
 ]  # fmt: skip
 
 

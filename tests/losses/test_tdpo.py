@@ -28,13 +28,13 @@ def test_published_values():
         torch.tensor([[0, 2], [1, -100]]),
     )
     values = {
-        0.6405063609831316: {"variant": "tdpo1"},
+        0.6405063609831316: {"loss_type": "tdpo1"},
         0.6451564886535707: {"alpha": 0.5},
         0.6498305991132274: {"alpha": 0},
     }
     for value, options in values.items():
         for library in (fl, fl.reference):
-            out = library.tdpo_loss(z, y, w, beta=0.1, **options)
+            out = library.tdpo_loss(z, y, w, beta=0.1, **options, shift=False)
             assert out.loss.item() == pytest.approx(value, rel=1e-12)
     assert out.metrics["kl/chosen"].item() == pytest.approx(0.23170172675141876, rel=1e-12)
     assert out.metrics["kl/rejected"].item() == pytest.approx(0.035575291182849494, rel=1e-12)
@@ -51,7 +51,7 @@ def test_gradients_in_closed_form(own_backend, device, variant):
     """With g = sigmoid(-margin): TDPO1's softmax of the policy cancels; TDPO2's divergence acts on the rejected alone."""
     z, w, y = batch(device)
     beta, alpha = 0.3, 0.7
-    out = fl.tdpo_loss(z, y, w.detach(), variant=variant, alpha=alpha, beta=beta, reduction="none")
+    out = fl.tdpo_loss(z, y, w.detach(), loss_type=variant, alpha=alpha, beta=beta, reduction="none", shift=False)
     found = torch.autograd.grad(out.loss.sum(), z)[0]
 
     log_p, log_r, counts = z.detach().double().log_softmax(-1), w.detach().double().log_softmax(-1), y != -100
@@ -75,13 +75,13 @@ def test_ends_of_alpha(own_backend, device):
     w = w.detach()
 
     def run(loss, **options):
-        out = loss(z, y, w, beta=0.4, **options)
+        out = loss(z, y, w, beta=0.4, shift=False, **options)
         return out.loss, torch.autograd.grad(out.loss, z)[0]
 
     (value, grad), (dpo, dpo_grad) = run(fl.tdpo_loss, alpha=0), run(fl.dpo_loss)
     torch.testing.assert_close(value, dpo)
     torch.testing.assert_close(grad, dpo_grad)
-    (value, grad), (one, one_grad) = run(fl.tdpo_loss, alpha=1), run(fl.tdpo_loss, variant="tdpo1")
+    (value, grad), (one, one_grad) = run(fl.tdpo_loss, alpha=1), run(fl.tdpo_loss, loss_type="tdpo1")
     torch.testing.assert_close(value, one)
     assert relative(grad[:3], one_grad[:3]) > 0.01  # stopped
     torch.testing.assert_close(grad[3:], one_grad[3:])
@@ -93,9 +93,12 @@ def test_every_divergence(device, monkeypatch, key, variant):
     """Against the twin, in the gradients of both sides; and the twin's divergence is the definition's."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w, y = batch(device)
-    options = {"divergence": key, "variant": variant, "beta": 0.2, "alpha": 1.5}
+    options = {"divergence": key, "loss_type": variant, "beta": 0.2, "alpha": 1.5}
     z64, w64 = double(z), double(w)
-    mine, truth = fl.tdpo_loss(z, y, w, **options), fl.reference.tdpo_loss(z64, y, w64, **options)
+    mine, truth = (
+        fl.tdpo_loss(z, y, w, **options, shift=False),
+        fl.reference.tdpo_loss(z64, y, w64, **options, shift=False),
+    )
     assert relative(mine.loss, truth.loss) <= 1e-5
     for g, t in zip(torch.autograd.grad(mine.loss, (z, w)), torch.autograd.grad(truth.loss, (z64, w64)), strict=True):
         assert relative(g, t) <= 2e-5
@@ -110,17 +113,17 @@ def test_policy_is_the_reference(device, monkeypatch, variant):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, _, y = batch(device)
     for key in ("forward_kl", "js", "pearson_chi2"):
-        out = fl.tdpo_loss(z, y, z.detach(), variant=variant, divergence=key)
+        out = fl.tdpo_loss(z, y, z.detach(), loss_type=variant, divergence=key, shift=False)
         assert out.loss.item() == pytest.approx(math.log(2))
         assert out.metrics["kl/chosen"] == 0
-        dpo = torch.autograd.grad(fl.dpo_loss(z, y, z.detach()).loss, z)[0]
+        dpo = torch.autograd.grad(fl.dpo_loss(z, y, z.detach(), shift=False).loss, z)[0]
         torch.testing.assert_close(torch.autograd.grad(out.loss, z)[0], dpo)
 
 
 def test_pairs_without_tokens(backend, device, poison):
     z, w, y = batch(device)
     y[1], y[4] = -100, -100
-    out = fl.tdpo_loss(z, y, w, reduction="none")
+    out = fl.tdpo_loss(z, y, w, reduction="none", shift=False)
     assert out.loss[1].item() == pytest.approx(math.log(2))
     g = torch.autograd.grad(out.loss.sum(), z)[0]
     assert g.isfinite().all() and not g[1].any() and not g[4].any() and g[0].any()
@@ -129,22 +132,24 @@ def test_pairs_without_tokens(backend, device, poison):
 def test_micro_batches(device, monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z, w, y = batch(device)
-    whole = torch.autograd.grad(fl.tdpo_loss(z, y, w).loss, z)[0]
-    parts = [fl.tdpo_loss(z[rows], y[rows], w[rows], num_items=3).loss for rows in ([0, 3], [1, 2, 4, 5])]
+    whole = torch.autograd.grad(fl.tdpo_loss(z, y, w, shift=False).loss, z)[0]
+    parts = [fl.tdpo_loss(z[rows], y[rows], w[rows], num_items=3, shift=False).loss for rows in ([0, 3], [1, 2, 4, 5])]
     torch.testing.assert_close(torch.autograd.grad(sum(parts), z)[0], whole)
 
 
 Z, Y = torch.zeros(4, 3, 5), torch.zeros(4, 3, dtype=torch.long)
 BAD = [
-    (lambda f: f(Z, Y, Z, variant="tdpo"), ValueError, "variant: expected one of tdpo1, tdpo2, got 'tdpo'; did you mean"),
-    (lambda f: f(Z, Y, Z, alpha=-1), ValueError, "alpha: expected a finite number >= 0, got -1"),
-    (lambda f: f(Z, Y, Z, beta=0), ValueError, "beta: expected a finite number > 0, got 0"),
-    (lambda f: f(Z, Y, Z, divergence="kl"), ValueError, "unknown name 'kl'; known"),
-    (lambda f: f(Z, Y, None), ValueError, "ref: expected fl.Hidden or logits.*got None"),
-    (lambda f: f(Z, Y, fl.LogProbs(torch.zeros(4))), ValueError, "ref: expected fl.Hidden or logits.*got fl.LogProbs"),
-    (lambda f: f(fl.LogProbs(torch.zeros(4, 3)), Y, Z), ValueError, "policy: expected fl.Hidden or logits"),
-    (lambda f: f(Z[:3], Y[:3], Z[:3]), ValueError, r"labels: expected \[2B, T\]"),
-    (lambda f: f(Z, Y, Z, reduction="avg"), ValueError, "reduction"),
+    (lambda f: f(Z, Y, Z, loss_type="tdpo", shift=False), ValueError,
+     "loss_type: expected one of tdpo1, tdpo2, got 'tdpo'; did you mean"),
+    (lambda f: f(Z, Y, Z, alpha=-1, shift=False), ValueError, "alpha: expected a finite number >= 0, got -1"),
+    (lambda f: f(Z, Y, Z, beta=0, shift=False), ValueError, "beta: expected a finite number > 0, got 0"),
+    (lambda f: f(Z, Y, Z, divergence="kl", shift=False), ValueError, "unknown name 'kl'; known"),
+    (lambda f: f(Z, Y, None, shift=False), ValueError, "ref: expected fl.Hidden or logits.*got None"),
+    (lambda f: f(Z, Y, fl.LogProbs(torch.zeros(4)), shift=False), ValueError,
+     "ref: expected fl.Hidden or logits.*got fl.LogProbs"),
+    (lambda f: f(fl.LogProbs(torch.zeros(4, 3)), Y, Z, shift=False), ValueError, "policy: expected fl.Hidden or logits"),
+    (lambda f: f(Z[:3], Y[:3], Z[:3], shift=False), ValueError, r"labels: expected \[2B, T\]"),
+    (lambda f: f(Z, Y, Z, reduction="avg", shift=False), ValueError, "reduction"),
 ]  # fmt: skip
 
 
@@ -159,4 +164,4 @@ def test_bad_input_gets_words(case):
 def test_unknown_options_are_refused():
     for options in ({"label_smoothing": 0.1}, {"loss": "sigmoid"}, {"divergences": ()}, {"unit": "pair"}):
         with pytest.raises(TypeError, match=next(iter(options))):
-            fl.tdpo_loss(Z, Y, Z, **options)
+            fl.tdpo_loss(Z, Y, Z, **options, shift=False)

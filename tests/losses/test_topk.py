@@ -7,6 +7,7 @@ import torch
 from helpers import double, doubles, gradients_of, hidden_leaves, hidden_source, logits, relative
 
 import fused_losses as fl
+from fused_losses.core.batch import CallOptions, token_batch
 from fused_losses.engine import logits_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,8 +45,8 @@ def test_all_tokens_are_the_whole_vocabulary(backend, device, tail, kind):
     z, _ = logits((2, 4, V), device)
     y = Y.to(device)
     q, logps, ids = teacher(device, V)
-    out = fl.topk_distillation_loss(z, y, logps, ids, tail=tail, divergence=kind, hard=0.3)
-    whole = fl.distillation_loss(z, y, q, divergence=kind, hard=0.3)
+    out = fl.topk_distillation_loss(z, y, logps, ids, tail=tail, divergence=kind, hard=0.3, shift=False)
+    whole = fl.distillation_loss(z, y, q, divergence=kind, hard=0.3, shift=False)
     assert relative(out.loss, whole.loss) <= 1e-5
     assert relative(torch.autograd.grad(out.loss, z)[0], torch.autograd.grad(whole.loss, z)[0]) <= 1e-5
     assert out.metrics["topk_mass"].item() == pytest.approx(1, abs=1e-6)
@@ -78,7 +79,7 @@ def test_gradient_in_closed_form(monkeypatch, tail, kind):
         expected = at - torch.zeros_like(p).scatter(-1, ids, pk) * h.sum()
     else:
         expected = at - p * h.sum()
-    out = fl.topk_distillation_loss(z, torch.tensor([2]), logps, ids, tail=tail, divergence=kind)
+    out = fl.topk_distillation_loss(z, torch.tensor([2]), logps, ids, tail=tail, divergence=kind, shift=False)
     assert out.loss.item() == pytest.approx(value.item(), rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(out.loss, z)[0], expected, rtol=1e-9, atol=1e-12)
 
@@ -88,14 +89,14 @@ def test_known_values(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     z = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
     logps, ids = torch.tensor([[0.5, 0.25]], dtype=torch.float64).log(), torch.tensor([[1, 0]])
-    call = lambda **o: fl.topk_distillation_loss(z, torch.tensor([0]), logps, ids, **o).loss.item()  # noqa: E731
+    call = lambda **o: fl.topk_distillation_loss(z, torch.tensor([0]), logps, ids, **o, shift=False).loss.item()  # noqa: E731
     log2 = math.log(2)
     for kind in ("forward_kl", "reverse_kl"):
         assert call(divergence=kind) == pytest.approx(log2 / 4, rel=1e-12)  # buckets of 1/4 on both sides
         assert call(tail="ignore", divergence=kind) == pytest.approx(log2 / 4, rel=1e-12)
         assert call(tail="renormalise", divergence=kind) == pytest.approx(log2 / 3, rel=1e-12)
     assert call(tail="ignore", hard=1.0, soft=0.0) == pytest.approx(log2, rel=1e-12)
-    short = fl.topk_distillation_loss(z, torch.tensor([0]), logps[:, 1:], ids[:, 1:], tail="ignore")
+    short = fl.topk_distillation_loss(z, torch.tensor([0]), logps[:, 1:], ids[:, 1:], tail="ignore", shift=False)
     assert short.loss.item() == pytest.approx(-log2 / 4, rel=1e-12)  # of a part of the tokens: no divergence
     assert short.metrics["topk_mass"].item() == pytest.approx(0.5, rel=1e-12)
 
@@ -128,7 +129,7 @@ def test_one_tensor_of_the_head_wants_a_gradient(monkeypatch, wanted):
     leaves = [x.detach() for x in hidden_leaves((2, 4), 6, V, "cpu", rank=2)]
     leaves[wanted].requires_grad_()
     q, logps, ids = teacher("cpu")
-    loss = lambda f, x: f.topk_distillation_loss(hidden_source(x), Y, logps, ids).loss  # noqa: E731
+    loss = lambda f, x: f.topk_distillation_loss(hidden_source(x), Y, logps, ids, shift=False).loss  # noqa: E731
     wide = doubles(leaves)
     (g,), (t,) = gradients_of(loss(fl, leaves), leaves), gradients_of(loss(fl.reference, wide), wide)
     assert relative(g, t) <= 5e-6
@@ -140,7 +141,7 @@ def test_low_precision_is_never_worse_than_eager(device, tail, dtype, monkeypatc
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton" if device.type != "cpu" else "torch")
     z, _ = logits((2, 4, V), device, dtype)
     q, logps, ids = teacher(device)
-    loss = lambda f, z: f.topk_distillation_loss(z, Y.to(device), logps, ids, tail=tail, hard=0.1).loss  # noqa: E731
+    loss = lambda f, z: f.topk_distillation_loss(z, Y.to(device), logps, ids, tail=tail, hard=0.1, shift=False).loss  # noqa: E731
     z64 = double(z)
     ours, eager, truth = loss(fl, z), loss(fl.reference, z), loss(fl.reference, z64)
     assert relative(ours, truth) <= max(1e-5, relative(eager, truth))
@@ -152,7 +153,7 @@ def test_half_precision_hidden_states(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     leaves = hidden_leaves((2, 4), 6, V, "cpu", rank=2, dtype=torch.bfloat16)
     q, logps, ids = teacher("cpu")
-    loss = lambda f, x: f.topk_distillation_loss(hidden_source(x), Y, logps, ids).loss  # noqa: E731
+    loss = lambda f, x: f.topk_distillation_loss(hidden_source(x), Y, logps, ids, shift=False).loss  # noqa: E731
     wide = doubles(leaves)
     ours, truth = loss(fl, leaves), loss(fl.reference, wide)
     assert relative(ours, truth) <= 1e-5
@@ -168,10 +169,11 @@ def test_gradients_of_all_statistics(backend, device):
     ids[..., 3] = y.clamp(min=0)
     keep = torch.rand(ids.shape, device=device) < 0.8
     weights = [torch.randn(ids.shape, device=device), *torch.randn(3, 2, 4, device=device)]
-    stats, at = logits_at.stats_at(fl.Logits(z, softcap=4.0, temperature=0.7), y, ids, keep, entropy=True)
+    labels, options = token_batch(y, shift=False, ignore_index=-100), CallOptions(entropy=True)
+    stats, at, _ = logits_at.stats_at(fl.Logits(z, softcap=4.0, temperature=0.7), labels, ids, keep, options)
     total = sum((w * x).sum() for w, x in zip(weights, (at, stats.logps, stats.lse, stats.entropy), strict=True))
     z64 = double(z)
-    twin = fl.reference.token_stats(fl.Logits(z64, softcap=4.0, temperature=0.7), y, entropy=True)
+    twin = fl.reference.token_stats(fl.Logits(z64, softcap=4.0, temperature=0.7), y, entropy=True, shift=False)
     there = (4 * torch.tanh(z64 / 4) / 0.7).gather(-1, ids) * (keep & (y != -100).unsqueeze(-1))
     torch.testing.assert_close(at.double(), there, rtol=1e-5, atol=1e-6)
     truth = sum((w * x).sum() for w, x in zip(weights, (there, twin.logps, twin.lse, twin.entropy), strict=True))
@@ -192,12 +194,12 @@ def test_entries_that_are_not_there(monkeypatch, source, tail):
     more = torch.full((2, 4, 2), -math.inf)
     filled = torch.cat([logps, more], -1), torch.cat([ids, ids[..., :1], torch.full_like(ids[..., :1], -7)], -1)
     for options in ({"divergence": "js"}, {"divergence": "reverse_kl"}):
-        plain = fl.topk_distillation_loss(made(leaves), Y, logps, ids, tail=tail, **options).loss
-        padded = fl.topk_distillation_loss(made(leaves), Y, *filled, tail=tail, **options).loss
+        plain = fl.topk_distillation_loss(made(leaves), Y, logps, ids, tail=tail, **options, shift=False).loss
+        padded = fl.topk_distillation_loss(made(leaves), Y, *filled, tail=tail, **options, shift=False).loss
         torch.testing.assert_close(padded, plain)
         for g, e in zip(gradients_of(padded, leaves), gradients_of(plain, leaves), strict=True):
             torch.testing.assert_close(g, e)
-    nothing = fl.topk_distillation_loss(made(leaves), Y, torch.full_like(logps, -math.inf), ids, tail=tail)
+    nothing = fl.topk_distillation_loss(made(leaves), Y, torch.full_like(logps, -math.inf), ids, tail=tail, shift=False)
     assert nothing.loss.abs() <= 1e-5 and nothing.metrics["topk_mass"] == 0
     assert all(g is None or g.isfinite().all() for g in gradients_of(nothing.loss, leaves))
 
@@ -215,7 +217,7 @@ def test_extremes_stay_finite(backend, device, tail):
             for kind in KINDS:
                 ids = torch.tensor([[0, 1]], device=device)
                 out = fl.topk_distillation_loss(
-                    z, torch.tensor([1], device=device), logps, ids, tail=tail, divergence=kind
+                    z, torch.tensor([1], device=device), logps, ids, tail=tail, divergence=kind, shift=False
                 )
                 g = torch.autograd.grad(out.loss, z)[0]
                 assert out.loss.isfinite() and g.isfinite().all() and g[0, 7] == 0, (sure, q, kind)
@@ -230,7 +232,7 @@ def test_nothing_counts(backend, device, poison):
         z[0] = math.nan
     for y in (Y.clone().to(device), torch.full_like(Y, -100).to(device)):
         y[0] = -100
-        out = fl.topk_distillation_loss(z, y, logps, ids, hard=0.1)
+        out = fl.topk_distillation_loss(z, y, logps, ids, hard=0.1, shift=False)
         g = torch.autograd.grad(out.loss, z)[0]
         assert out.loss.isfinite() and g.isfinite().all() and not g[0].any()
         assert (out.loss == 0) == bool((y == -100).all())
@@ -238,7 +240,7 @@ def test_nothing_counts(backend, device, poison):
     with torch.no_grad():
         x[0] = math.nan
     y[1, 2] = 3
-    out = fl.topk_distillation_loss(fl.Hidden(x, weight), y, logps, ids, static_shapes=False)
+    out = fl.topk_distillation_loss(fl.Hidden(x, weight), y, logps, ids, static_shapes=False, shift=False)
     for g in torch.autograd.grad(out.loss, (x, weight)):
         assert g.isfinite().all()
 
@@ -247,8 +249,8 @@ def test_micro_batches_and_packed_rows(backend, device):
     z, _ = logits((2, 4, V), device)
     y = Y.to(device)
     q, logps, ids = teacher(device)
-    whole = torch.autograd.grad(fl.topk_distillation_loss(z, y, logps, ids).loss, z)[0]
-    parts = [fl.topk_distillation_loss(z[i], y[i], logps[i], ids[i], num_items=6).loss for i in (0, 1)]
+    whole = torch.autograd.grad(fl.topk_distillation_loss(z, y, logps, ids, shift=False).loss, z)[0]
+    parts = [fl.topk_distillation_loss(z[i], y[i], logps[i], ids[i], num_items=6, shift=False).loss for i in (0, 1)]
     torch.testing.assert_close(torch.autograd.grad(sum(parts), z)[0], whole)
     cu = torch.tensor([0, 4, 8], device=device)
     packed = fl.topk_distillation_loss(
@@ -256,7 +258,7 @@ def test_micro_batches_and_packed_rows(backend, device):
     )
     padded = fl.topk_distillation_loss(z, y, logps[:, :-1], ids[:, :-1].int(), shift=True)
     torch.testing.assert_close(packed.loss, padded.loss)
-    none = fl.topk_distillation_loss(z, y, logps, ids, reduction="none").loss
+    none = fl.topk_distillation_loss(z, y, logps, ids, reduction="none", shift=False).loss
     assert none.shape == y.shape and not none[y == -100].any()
 
 
@@ -265,12 +267,14 @@ def test_strides_and_gradient_in_place(backend, device):
     big, _ = logits((3, 5, 2 * V), device)
     y = Y.to(device)
     inner = big[:2, 1:, :V]
-    expected = torch.autograd.grad(fl.topk_distillation_loss(inner.contiguous(), y, logps, ids).loss, big)[0]
-    loss = fl.topk_distillation_loss(inner, y, logps, ids).loss
+    expected = torch.autograd.grad(fl.topk_distillation_loss(inner.contiguous(), y, logps, ids, shift=False).loss, big)[
+        0
+    ]
+    loss = fl.topk_distillation_loss(inner, y, logps, ids, shift=False).loss
     torch.testing.assert_close(torch.autograd.grad(loss, big)[0], expected)
     held = inner.contiguous() * 1
     held.retain_grad()
-    fl.topk_distillation_loss(held, y, logps, ids, inplace_backward=True).loss.backward()
+    fl.topk_distillation_loss(held, y, logps, ids, inplace_backward=True, shift=False).loss.backward()
     torch.testing.assert_close(held.grad, expected[:2, 1:, :V])
 
 
@@ -289,7 +293,7 @@ def test_memory_of_hidden_states_is_bounded():
 def test_once():
     z = torch.randn(3, V, requires_grad=True)
     q, logps, ids = teacher("cpu", lead=(3,))
-    loss = fl.topk_distillation_loss(z, torch.tensor([1, 2, 3]), logps, ids).loss
+    loss = fl.topk_distillation_loss(z, torch.tensor([1, 2, 3]), logps, ids, shift=False).loss
     (g,) = torch.autograd.grad(loss, z, create_graph=True)
     with pytest.raises(RuntimeError, match="token_stats can be differentiated once"):
         g.sum().backward()
@@ -298,20 +302,23 @@ def test_once():
 Z, Q, I = torch.zeros(2, 4, V), torch.full((2, 4, K), -2.0), torch.arange(K).expand(2, 4, K)
 call = fl.topk_distillation_loss
 BAD = [
-    (lambda: call(Z, Y, Q, I, tail="drop"), ValueError, "tail: expected one of bucket, renormalise, ignore, got 'drop'"),
-    (lambda: call(Z, Y, Q, I, tail="ignore", divergence="alpha"), ValueError, "divergence: with tail='ignore' expected"),
-    (lambda: call(Z, Y, Q, I, divergence="kl"), ValueError, "unknown name 'kl'"),
-    (lambda: call(Z, Y, Q[..., 0], I), ValueError, r"topk_logps: expected \[2, 4, K\] for \[2, 4\] tokens, got \[2, 4\]"),
-    (lambda: call(Z, Y, Q, I[..., :2]), ValueError, "topk_logps: expected"),
+    (lambda: call(Z, Y, Q, I, tail="drop", shift=False), ValueError,
+     "tail: expected one of bucket, renormalise, ignore, got 'drop'"),
+    (lambda: call(Z, Y, Q, I, tail="ignore", divergence="alpha", shift=False), ValueError,
+     "divergence: with tail='ignore' expected"),
+    (lambda: call(Z, Y, Q, I, divergence="kl", shift=False), ValueError, "unknown name 'kl'"),
+    (lambda: call(Z, Y, Q[..., 0], I, shift=False), ValueError,
+     r"topk_logps: expected \[2, 4, K\] for \[2, 4\] tokens, got \[2, 4\]"),
+    (lambda: call(Z, Y, Q, I[..., :2], shift=False), ValueError, "topk_logps: expected"),
     (lambda: call(Z, Y, Q, I, shift=True), ValueError, r"topk_logps: expected \[2, 3, K\]"),
-    (lambda: call(Z, Y, Q.long(), I), TypeError, "topk_logps: expected a float tensor, got torch.int64"),
-    (lambda: call(Z, Y, Q, Q), TypeError, "topk_ids: expected a int32 or int64 tensor, got torch.float32"),
-    (lambda: call(Z, Y, Q, I + V - 2), ValueError, rf"ids: expected tokens in \[0, {V}\), got {V}"),
-    (lambda: call(fl.LogProbs(Z[..., 0]), Y, Q, I), ValueError, "student: expected fl.Hidden or logits"),
-    (lambda: call(Z, Y, Q, I, hard=-1), ValueError, "hard: expected a finite number >= 0"),
-    (lambda: call(Z, Y, Q, I, reduction="avg"), ValueError, "reduction: expected"),
-    (lambda: call(Z, Y, Q, I, plan="slices"), ValueError, "plan, workspace, static_shapes: are for fl.Hidden"),
-    (lambda: call(Z, Y, Q, I, beta=0.5), TypeError, "beta"),
+    (lambda: call(Z, Y, Q.long(), I, shift=False), TypeError, "topk_logps: expected a float tensor, got torch.int64"),
+    (lambda: call(Z, Y, Q, Q, shift=False), TypeError, "topk_ids: expected a int32 or int64 tensor, got torch.float32"),
+    (lambda: call(Z, Y, Q, I + V - 2, shift=False), ValueError, rf"ids: expected tokens in \[0, {V}\), got {V}"),
+    (lambda: call(fl.LogProbs(Z[..., 0]), Y, Q, I, shift=False), ValueError, "student: expected fl.Hidden or logits"),
+    (lambda: call(Z, Y, Q, I, hard=-1, shift=False), ValueError, "hard: expected a finite number >= 0"),
+    (lambda: call(Z, Y, Q, I, reduction="avg", shift=False), ValueError, "reduction: expected"),
+    (lambda: call(Z, Y, Q, I, plan="slices", shift=False), ValueError, "plan, workspace, static_shapes: are for fl.Hidden"),
+    (lambda: call(Z, Y, Q, I, beta=0.5, shift=False), TypeError, "beta"),
 ]  # fmt: skip
 
 

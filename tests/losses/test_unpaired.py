@@ -41,7 +41,7 @@ def test_kto_check_values():
     """h = 0.7 desirable, h = -0.4 undesirable, beta = 0.1, z0 = 0.25."""
     p, y, q = given(0.7, -0.4)
     for library in (fl, fl.reference):
-        found = library.kto_loss(fl.LogProbs(p), y, q, flags(1, 0), baseline=0.25, reduction="none").loss
+        found = library.kto_loss(fl.LogProbs(p), y, q, flags(1, 0), baseline=0.25, reduction="none", shift=False).loss
         assert found.tolist() == pytest.approx([0.4887518980531451, 0.48375571893792757], rel=1e-12)
 
 
@@ -59,6 +59,7 @@ def test_kto_gradient(baseline):
         beta=0.5,
         desirable_weight=1.5,
         undesirable_weight=0.25,
+        shift=False,
     )
     (g,) = torch.autograd.grad(out.loss, p)
     for s, (x, w) in enumerate(zip(h, (-1.5, 0.25, 0.25), strict=True)):
@@ -68,14 +69,16 @@ def test_kto_gradient(baseline):
 
 def test_kto_at_the_reference():
     p, y, q = given(0.0, 0.0)
-    out = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0), reduction="none", desirable_weight=3.0)
+    out = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0), reduction="none", desirable_weight=3.0, shift=False)
     assert out.loss.tolist() == [1.5, 0.5]
 
 
 def test_apo_zero_is_kto_without_a_baseline():
     p, y, q = given(0.7, -0.4, 0.2)
-    same = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0, 0), baseline=0.0, reduction="none").loss
-    other = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0, 0), loss="apo_zero_unpaired", reduction="none").loss
+    same = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0, 0), baseline=0.0, reduction="none", shift=False).loss
+    other = fl.kto_loss(
+        fl.LogProbs(p), y, q, flags(1, 0, 0), loss_type="apo_zero_unpaired", reduction="none", shift=False
+    ).loss
     torch.testing.assert_close(other, same)
     assert other.sum().item() == pytest.approx(
         sum((1 - 1 / (1 + math.exp(-0.07)), 1 / (1 + math.exp(0.04)), 1 / (1 + math.exp(-0.02))))
@@ -84,14 +87,14 @@ def test_apo_zero_is_kto_without_a_baseline():
 
 def test_metrics_as_trl_logs_them():
     p, y, q = given(0.7, -0.4, 0.2)
-    out = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0, 1), baseline=torch.tensor(0.25), beta=0.5)
+    out = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0, 1), baseline=torch.tensor(0.25), beta=0.5, shift=False)
     expected = {
         "rewards/chosen": 0.225, "rewards/rejected": -0.2, "rewards/margins": 0.425, "logps/chosen": -2.55,
         "logps/rejected": -3.4, "count/chosen": 2, "count/rejected": 1, "kl": 0.25,
     }  # fmt: skip
     assert {n: x.item() for n, x in out.metrics.items()} == pytest.approx(expected)
     assert not any(x.requires_grad or x.dim() for x in out.metrics.values())
-    none = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 1, 1)).metrics
+    none = fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 1, 1), shift=False).metrics
     assert none["rewards/rejected"].isnan() and none["logps/rejected"].isnan() and none["rewards/margins"].isnan()
     assert none["rewards/chosen"].item() == pytest.approx(0.1 * 0.5 / 3) and none["count/rejected"] == 0
 
@@ -100,8 +103,8 @@ def test_constants_get_no_gradient():
     p, y, q = given(0.7, -0.4)
     constant, w = torch.tensor(0.2, requires_grad=True), torch.ones(2, requires_grad=True)
     for out in (
-        fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0), baseline=constant),
-        fl.bco_loss(fl.LogProbs(p), y, q, flags(1, 0), delta=constant, weights=w),
+        fl.kto_loss(fl.LogProbs(p), y, q, flags(1, 0), baseline=constant, shift=False),
+        fl.bco_loss(fl.LogProbs(p), y, q, flags(1, 0), delta=constant, weights=w, shift=False),
     ):
         assert torch.autograd.grad(out.loss, [p, constant, w], allow_unused=True)[1:] == (None, None)
         assert not any(x.requires_grad for x in out.metrics.values())
@@ -111,7 +114,7 @@ def test_constants_get_no_gradient():
 def test_far_from_the_reference_stays_finite(loss):
     for x in (1e4, -1e4):
         p, y, q = given(x, x, dtype=torch.float32)
-        out = loss(fl.LogProbs(p), y, q, flags(1, 0), beta=1.0, reduction="none")
+        out = loss(fl.LogProbs(p), y, q, flags(1, 0), beta=1.0, reduction="none", shift=False)
         (g,) = torch.autograd.grad(out.loss.sum(), p)
         assert out.loss.isfinite().all() and g.isfinite().all()
         wrong = 1 if x > 0 else 0  # of the two, the one that is not as wished
@@ -121,7 +124,7 @@ def test_far_from_the_reference_stays_finite(loss):
 @pytest.mark.parametrize("loss", [fl.kto_loss, fl.bco_loss])
 def test_ignored_sequences(backend, loss):
     z, y, w = batch()
-    out = loss(z, y, w, flags(1, 0, 0, 1, 1), reduction="none")
+    out = loss(z, y, w, flags(1, 0, 0, 1, 1), reduction="none", shift=False)
     (g,) = torch.autograd.grad(out.loss.sum(), z)
     assert out.loss[1].item() == pytest.approx(0.5 if loss is fl.kto_loss else LN2)  # h = 0
     assert not g[y == -100].any() and g[y != -100].any(-1).all()
@@ -129,10 +132,11 @@ def test_ignored_sequences(backend, loss):
 
 def test_reference_of_whole_sequences(backend):
     z, y, w = batch()
-    tokens = fl.token_stats(w, y).logps
+    tokens = fl.token_stats(w, y, shift=False).logps
     good = flags(1, 0, 0, 1, 1)
     for loss in (fl.kto_loss, fl.bco_loss):
-        torch.testing.assert_close(loss(z, y, fl.LogProbs(tokens.sum(1)), good).loss, loss(z, y, w, good).loss)
+        sums = loss(z, y, fl.LogProbs(tokens.sum(1)), good, shift=False).loss
+        torch.testing.assert_close(sums, loss(z, y, w, good, shift=False).loss)
 
 
 # ---- its baseline ------------------------------------------------------------------------------------------------------
@@ -140,18 +144,22 @@ def test_reference_of_whole_sequences(backend):
 
 def test_baseline_is_the_mean_and_not_negative():
     p, y, q = given(0.7, -0.4, 0.9)
-    z0 = fl.kto_baseline(fl.LogProbs(p), y, q)
+    z0 = fl.kto_baseline(fl.LogProbs(p), y, q, shift=False)
     assert z0.shape == () and not z0.requires_grad and z0.item() == pytest.approx(0.4)
     p, y, q = given(0.7, -1.4)
-    assert fl.kto_baseline(fl.LogProbs(p), y, q) == 0 == fl.reference.kto_baseline(fl.LogProbs(p), y, q)
-    assert fl.kto_baseline(fl.LogProbs(p[:0]), y[:0], fl.LogProbs(p[:0].detach())) == 0
+    assert (
+        fl.kto_baseline(fl.LogProbs(p), y, q, shift=False)
+        == 0
+        == fl.reference.kto_baseline(fl.LogProbs(p), y, q, shift=False)
+    )
+    assert fl.kto_baseline(fl.LogProbs(p[:0]), y[:0], fl.LogProbs(p[:0].detach()), shift=False) == 0
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"shift": True}, {"packed": True}, {"plan": "rows"}, {"plan": "slices"}], ids=str
 )
 def test_baseline_from_hidden_states(options):
-    options = dict(options)
+    options = {"shift": False, **options}
     x, a = torch.randn(4, 5, 8), torch.randn(13, 8, requires_grad=True)
     y = torch.randint(0, 13, (4, 5))
     y[2, 1:] = -100
@@ -180,9 +188,9 @@ def test_baseline_and_delta_over_ranks(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     p, y, q = given(4.0, 0.4)
-    assert fl.kto_baseline(fl.LogProbs(p), y, q, process_group=group).item() == pytest.approx(2.0 / 5)
+    assert fl.kto_baseline(fl.LogProbs(p), y, q, process_group=group, shift=False).item() == pytest.approx(2.0 / 5)
     p, y, q = given(0.4)
-    assert fl.kto_baseline(fl.LogProbs(p), y, q, process_group=group) == 0
+    assert fl.kto_baseline(fl.LogProbs(p), y, q, process_group=group, shift=False) == 0
     delta = fl.RunningDelta(process_group=group)
     assert delta.update(torch.tensor([4.0, 0.4])).item() == pytest.approx(2.0 / 5)
     assert delta.count == 5 and asked == [group] * 3
@@ -195,15 +203,17 @@ def test_bco_values_and_gradient():
     """bco_pair's check value is one loss of each kind, without a shift."""
     p, y, q = given(0.7, -0.4)
     for library in (fl, fl.reference):
-        out = library.bco_loss(fl.LogProbs(p), y, q, flags(1, 0), reduction="sum")
+        out = library.bco_loss(fl.LogProbs(p), y, q, flags(1, 0), reduction="sum", shift=False)
         assert out.loss.item() == pytest.approx(1.3321067227767311, rel=1e-12)
-    out = fl.bco_loss(fl.LogProbs(p), y, q, flags(1, 0), delta=torch.tensor(0.3), weights=torch.tensor([1.0, 5.0]))
+    out = fl.bco_loss(
+        fl.LogProbs(p), y, q, flags(1, 0), delta=torch.tensor(0.3), weights=torch.tensor([1.0, 5.0]), shift=False
+    )
     (g,) = torch.autograd.grad(out.loss, p)
     minus = 1 / (1 + math.exp(0.07 - 0.3)), 1 / (1 + math.exp(-(-0.04 - 0.3)))
     assert g[:, 0].tolist() == pytest.approx([-0.1 * minus[0] / 2, 5 * 0.1 * minus[1] / 2], rel=1e-6)
     assert out.metrics["delta"].item() == pytest.approx(0.3) and "kl" not in out.metrics
     p, y, q = given(0.0, 0.0)
-    assert fl.bco_loss(fl.LogProbs(p), y, q, flags(1, 0)).loss.item() == pytest.approx(LN2)
+    assert fl.bco_loss(fl.LogProbs(p), y, q, flags(1, 0), shift=False).loss.item() == pytest.approx(LN2)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
@@ -214,8 +224,8 @@ def test_running_delta_is_updated_before_use(momentum):
         delta = fl.RunningDelta(momentum)
         for h, good, mean in zip([(0.7, -0.4), (0.9, 0.5, 0.1)], [flags(1, 0), flags(0, 1, 0)], means, strict=True):
             p, y, q = given(*h)
-            out = library.bco_loss(fl.LogProbs(p), y, q, good, delta=delta)
-            fixed = fl.bco_loss(fl.LogProbs(p), y, q, good, delta=mean)
+            out = library.bco_loss(fl.LogProbs(p), y, q, good, delta=delta, shift=False)
+            fixed = fl.bco_loss(fl.LogProbs(p), y, q, good, delta=mean, shift=False)
             assert delta.mean.item() == pytest.approx(mean) == out.metrics["delta"].item()
             torch.testing.assert_close(out.loss, fixed.loss)
             torch.testing.assert_close(torch.autograd.grad(out.loss, p), torch.autograd.grad(fixed.loss, p))
@@ -245,33 +255,40 @@ def test_running_delta_from_hidden_states():
     x, a = torch.randn(4, 5, 8, requires_grad=True), torch.randn(13, 8)
     y, good = torch.randint(0, 13, (4, 5)), flags(1, 0, 0, 1)
     policy, ref = fl.Hidden(x, a), fl.Hidden(x.detach(), a + 0.3)
-    out = fl.bco_loss(policy, y, ref, good, delta=fl.RunningDelta())
-    fixed = fl.bco_loss(policy, y, ref, good, delta=out.metrics["delta"], plan="rows")
+    out = fl.bco_loss(policy, y, ref, good, delta=fl.RunningDelta(), shift=False)
+    fixed = fl.bco_loss(policy, y, ref, good, delta=out.metrics["delta"], plan="rows", shift=False)
     torch.testing.assert_close(out.loss, fixed.loss)
     torch.testing.assert_close(torch.autograd.grad(out.loss, x), torch.autograd.grad(fixed.loss, x))
     with pytest.raises(ValueError, match="plan: 'rows' is not possible here: this loss looks at the whole batch"):
-        fl.bco_loss(policy, y, ref, good, delta=fl.RunningDelta(), plan="rows")
+        fl.bco_loss(policy, y, ref, good, delta=fl.RunningDelta(), plan="rows", shift=False)
 
 
 Z, Y, GOOD = torch.zeros(3, 4, 5), torch.zeros(3, 4, dtype=torch.long), torch.tensor([True, False, True])
 BAD = [
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD[:2]), ValueError, r"desirable: expected \[3\] on cpu, one for each sequence, got \[2\]"),
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD.float()), TypeError, "desirable: expected a bool tensor, got torch.float32"),
-    (lambda: fl.kto_loss(Z, Y, Z, [True]), TypeError, "desirable: expected a bool tensor, got list"),
-    (lambda: fl.kto_loss(Z[0], Y[0], Z[0], GOOD), ValueError, r"labels: expected \[S, T\]"),
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD, loss="bco"), ValueError, "loss: unknown name 'bco'; known: kto, apo_zero_unpaired"),
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD, beta=0), ValueError, "beta: expected a finite number > 0"),
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD, desirable_weight=-1), ValueError, "desirable_weight: expected a finite number > 0"),
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD, baseline=GOOD.float()), ValueError, r"baseline: .* 0-d float tensor, got .* \[3\]"),
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD, baseline=math.inf), ValueError, "baseline: expected a finite number"),
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD, loss="apo_zero_unpaired", baseline=0.1), ValueError, "baseline: is for loss='kto'"),
-    (lambda: fl.kto_loss(Z, Y, Z, GOOD, betta=1), TypeError, "betta"),
-    (lambda: fl.kto_loss(Z.flatten(0, 1), Y.flatten(), Z.flatten(0, 1), GOOD, cu_seqlens=torch.tensor([0, 4, 9, 13])),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD[:2], shift=False), ValueError,
+     r"desirable: expected \[3\] on cpu, one for each sequence, got \[2\]"),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD.float(), shift=False), TypeError,
+     "desirable: expected a bool tensor, got torch.float32"),
+    (lambda: fl.kto_loss(Z, Y, Z, [True], shift=False), TypeError, "desirable: expected a bool tensor, got list"),
+    (lambda: fl.kto_loss(Z[0], Y[0], Z[0], GOOD, shift=False), ValueError, r"labels: expected \[S, T\]"),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD, loss_type="bco", shift=False), ValueError,
+     "loss_type: unknown name 'bco'; known: kto, apo_zero_unpaired"),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD, beta=0, shift=False), ValueError, "beta: expected a finite number > 0"),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD, desirable_weight=-1, shift=False), ValueError,
+     "desirable_weight: expected a finite number > 0"),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD, baseline=GOOD.float(), shift=False), ValueError,
+     r"baseline: .* 0-d float tensor, got .* \[3\]"),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD, baseline=math.inf, shift=False), ValueError, "baseline: expected a finite number"),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD, loss_type="apo_zero_unpaired", baseline=0.1, shift=False), ValueError,
+     "baseline: is for loss_type='kto'"),
+    (lambda: fl.kto_loss(Z, Y, Z, GOOD, betta=1, shift=False), TypeError, "betta"),
+    (lambda: fl.kto_loss(Z.flatten(0, 1), Y.flatten(), Z.flatten(0, 1), GOOD, shift=False,
+                         cu_seqlens=torch.tensor([0, 4, 9, 13])),
      ValueError, "cu_seqlens: expected offsets rising from 0 to 12"),
-    (lambda: fl.kto_baseline(Z, Y, Z, reduction="sum"), TypeError, "reduction: kto_baseline has no such option"),
-    (lambda: fl.bco_loss(Z, Y, Z, GOOD, weights=torch.ones(2)), ValueError, r"weights: expected \[3\]"),
-    (lambda: fl.bco_loss(Z, Y, Z, GOOD, weights=GOOD), TypeError, "weights: expected a float32 or"),
-    (lambda: fl.bco_loss(Z, Y, Z, GOOD, delta="mean"), ValueError, "delta: expected a finite number"),
+    (lambda: fl.kto_baseline(Z, Y, Z, reduction="sum", shift=False), TypeError, "fl.kto_baseline: unknown option 'reduction'"),
+    (lambda: fl.bco_loss(Z, Y, Z, GOOD, weights=torch.ones(2), shift=False), ValueError, r"weights: expected \[3\]"),
+    (lambda: fl.bco_loss(Z, Y, Z, GOOD, weights=GOOD, shift=False), TypeError, "weights: expected a float32 or"),
+    (lambda: fl.bco_loss(Z, Y, Z, GOOD, delta="mean", shift=False), ValueError, "delta: expected a finite number"),
     (lambda: fl.RunningDelta(1.0), ValueError, r"momentum: expected a number in \[0, 1\) or None, got 1.0"),
 ]  # fmt: skip
 

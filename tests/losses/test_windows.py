@@ -174,7 +174,10 @@ def test_no_number(name, wrong):
     z, y = torch.zeros(4, 3, 7), torch.zeros(4, 3, dtype=torch.long)
     shapes = {(): "", (0,): r"\[0\]", (2,): r"\[2\]"}
     words = f"{name}: expected a finite number >= 0 or a tensor of one element, got " + shapes[np.shape(wrong)]
-    calls = [lambda f, n: f.cpo_loss(z, y, **n), lambda f, n: f.preference_loss(z, y, loss="sft", **n)]
+    calls = [
+        lambda f, n: f.cpo_loss(z, y, **n, shift=False),
+        lambda f, n: f.preference_loss(z, y, None, loss_type="sft", **n, shift=False),
+    ]
     for f, call in itertools.product((fl, fl.reference), calls):
         with pytest.raises(ValueError, match=words):
             call(f, {name: wrong})
@@ -185,10 +188,10 @@ def test_compiled(monkeypatch):
     torch._dynamo.reset()
     z, y = torch.randn(4, 3, 7, requires_grad=True), torch.zeros(4, 3, dtype=torch.long)
     step = torch.compile(
-        lambda z, n: fl.cpo_loss(z, y, num_items=n, num_nll_tokens=n).loss, fullgraph=True, backend="eager"
+        lambda z, n: fl.cpo_loss(z, y, num_items=n, num_nll_tokens=n, shift=False).loss, fullgraph=True, backend="eager"
     )
     for count in (torch.tensor([0]), torch.tensor([7]), 0):
-        loss, eager = step(z, count), fl.cpo_loss(z, y, num_items=count, num_nll_tokens=count).loss
+        loss, eager = step(z, count), fl.cpo_loss(z, y, num_items=count, num_nll_tokens=count, shift=False).loss
         torch.testing.assert_close(loss, eager)
         torch.testing.assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(eager, z))
         assert loss.shape == () and (loss == 0) == (count == 0)
@@ -226,7 +229,7 @@ def test_at_log_probs_of_the_reference(monkeypatch, scale):
     for plan in ("slices", "rows"):
         leaves = [t.clone().requires_grad_() for t in (batch.x, batch.weight, torch.full(batch.y.shape, -3.0))]
         x, weight, ref = leaves
-        loss = fl.dpo_loss(fl.Hidden(x, weight), batch.y, fl.LogProbs(ref), plan=plan).loss
+        loss = fl.dpo_loss(fl.Hidden(x, weight), batch.y, fl.LogProbs(ref), plan=plan, shift=False).loss
         found[plan] = torch.autograd.grad(loss * scale, leaves)
     for g, t in zip(*found.values(), strict=True):
         assert g.any() and torch.equal(g.isfinite(), t.isfinite())

@@ -55,7 +55,9 @@ def test_measured_options():
     assert type(FusedHead.from_model(model)) is FusedHead
     ids = torch.randint(3, 90, (2, 5))
     logits = model(ids).logits / 2
-    torch.testing.assert_close(fl.token_stats(head.source(model.body.embed(ids)), ids).lse, logits.logsumexp(-1))
+    torch.testing.assert_close(
+        fl.token_stats(head.source(model.body.embed(ids)), ids, shift=False).lse, logits.logsumexp(-1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,9 +185,9 @@ def test_gradients_of_loss_and_statistics_reach_the_tied_embedding():
     weight = model.body.embed.weight
     torch.testing.assert_close(out.loss, truth.loss)
     torch.testing.assert_close(*(torch.autograd.grad(x.loss, weight)[0] for x in (out, truth)))
-    stats = head(model.body(**inputs).last_hidden_state, labels, loss=fl.token_stats, entropy=True)
+    stats = head(model.body(**inputs).last_hidden_state, labels, loss=fl.token_stats, entropy=True, shift=False)
     assert type(stats) is fl.TokenStats and stats.entropy.shape == labels.shape
-    assert head(states, labels, loss=lambda source, y, ref: source.weight) is weight  # anything else as it is
+    assert head(states, labels, loss=lambda source, y: source.weight) is weight  # anything else as it is
     with torch.no_grad():
         assert not head.source(states).weight.requires_grad
 
@@ -226,7 +228,7 @@ def test_the_loss_runs_inside_the_hooks_of_both_heads(loss):
     states, other = torch.randn(4, 6, H, requires_grad=True), torch.randn(4, 6, H)
     labels = torch.randint(0, V, (4, 6))
     scalar = lambda out: out.loss if loss is fl.dpo_loss else (out.logps - out.ref_logps).sum()  # noqa: E731
-    truth = scalar(loss(fl.Hidden(states, policy.weight), labels, fl.Hidden(other, ref.weight)))
+    truth = scalar(loss(fl.Hidden(states, policy.weight), labels, fl.Hidden(other, ref.weight), shift=False))
     exact = torch.autograd.grad(truth, (states, policy.weight))
     head, ref_head, log = FusedHead(policy), FusedHead(ref), []
     shard(head, log), shard(ref_head, log)
@@ -234,7 +236,7 @@ def test_the_loss_runs_inside_the_hooks_of_both_heads(loss):
         ValueError, match=r"head \(Linear\): its weight is a Parameter \[0\] of a sharding engine: call the FusedHead"
     ):
         head.source(states)
-    ours = scalar(head(states, labels, (ref_head, other), loss=loss))
+    ours = scalar(head(states, labels, (ref_head, other), loss=loss, shift=False))
     assert log == [head, ref_head] and head.weight.numel() == ref_head.weight.numel() == 0
     torch.testing.assert_close(ours, truth)
     gradient = torch.autograd.grad(ours, (states, head.weight))

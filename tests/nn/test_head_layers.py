@@ -200,7 +200,7 @@ def test_weights_that_are_computed(name):
     model = make("LlamaForCausalLM")
     inputs, labels = batch()
     WEIGHTS[name](model.lm_head)
-    loss = lambda source: fl.token_stats(source, labels).logps.sum()  # noqa: E731
+    loss = lambda source: fl.token_stats(source, labels, shift=False).logps.sum()  # noqa: E731
     parameters = list(model.parameters())
     truth = torch.autograd.grad(loss(model(**inputs).logits), parameters)
     found = torch.autograd.grad(fl.at_head(model, loss, **inputs).out, parameters)

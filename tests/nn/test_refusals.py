@@ -31,17 +31,19 @@ def split():
 
 
 SPLIT = {
-    "logits": lambda d: fl.token_stats(d(Z), Y),
-    "logits of the reference": lambda d: fl.dpo_loss(Z, Y, d(Z)),
+    "logits": lambda d: fl.token_stats(d(Z), Y, shift=False),
+    "logits of the reference": lambda d: fl.dpo_loss(Z, Y, d(Z), shift=False),
     "logits with options": lambda d: fl.Logits(d(Z), softcap=3.0),
     "hidden": lambda d: fl.Hidden(d(X), W),
     "weight": lambda d: fl.Hidden(X, d(W)),
     "bias": lambda d: fl.Hidden(X, W, d(W[:, 0])),
     "lora a": lambda d: fl.Hidden(X, W, lora=(d(W[:2]), W[:, :2])),
     "lora b": lambda d: fl.Hidden(X, W, lora=(W[:2], d(W[:, :2]))),
-    "logps": lambda d: fl.dpo_loss(Z, Y, fl.LogProbs(d(Z[..., 0]))),
-    "labels": lambda d: fl.token_stats(Z, d(Y)),
-    "labels of a loss": lambda d: fl.kto_loss(fl.Hidden(X, W), d(Y), None, torch.ones(4, dtype=torch.bool)),
+    "logps": lambda d: fl.dpo_loss(Z, Y, fl.LogProbs(d(Z[..., 0])), shift=False),
+    "labels": lambda d: fl.token_stats(Z, d(Y), shift=False),
+    "labels of a loss": lambda d: fl.kto_loss(
+        fl.Hidden(X, W), d(Y), None, torch.ones(4, dtype=torch.bool), shift=False
+    ),
     "labels of parts": lambda d: fl.partial_stats(Z, d(Y)),
     "logits of a drop-in": lambda d: fl.selective_log_softmax(d(Z), Y),
     "logits of TRL's": lambda d: fl.generalized_jsd_loss(d(Z), Z),
@@ -68,7 +70,7 @@ def test_other_layouts(layout):
         with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor, got torch"):
             call()
     with pytest.raises(TypeError, match="^labels: expected a dense tensor, got torch.sparse"):
-        fl.token_stats(Z, Y.to_sparse())
+        fl.token_stats(Z, Y.to_sparse(), shift=False)
 
 
 class Packed(torch.Tensor):
@@ -120,7 +122,7 @@ def test_a_weight_scattered_before_backward(plan, side, backend):
     weights = {name: nn.Parameter(torch.randn(11, 5), requires_grad=plan != "frozen") for name in ("policy", "ref")}
     x = torch.randn(4, 3, 5, requires_grad=True)
     policy, ref = (fl.Hidden(y, weights[name]) for name, y in (("policy", x), ("ref", x.detach())))
-    stats = fl.token_stats(policy, Y, ref, divergence="js", plan=plan)
+    stats = fl.token_stats(policy, Y, ref, divergence="js", plan=plan, shift=False)
     weights[side].data = torch.empty(0)
     with pytest.raises(
         RuntimeError, match=rf"^{side}: the weight has shape \[0\] in backward: .* call fl.FusedHead as a module"

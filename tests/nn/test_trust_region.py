@@ -203,7 +203,7 @@ def test_losses_right_after_a_hard_update():
         z = policy(ids)
         h = (fl.token_stats(z, ids, ref, shift=True).logps - fl.token_stats(ref, ids, shift=True).logps).sum(1)
         dpo = fl.dpo_loss(z, ids, ref, beta=beta, shift=True)
-        ipo = fl.preference_loss(z, ids, ref, loss="ipo", beta=beta, shift=True).loss.item()
+        ipo = fl.preference_loss(z, ids, ref, loss_type="ipo", beta=beta, shift=True).loss.item()
         kto = fl.kto_loss(z, ids, ref, good, beta=beta, shift=True).loss.item()
         if step == 3:
             assert not h.any()

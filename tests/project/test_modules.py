@@ -21,6 +21,7 @@ MODULES = sorted(
 )
 # Modules whose own names no test calls, and the words in a test that reach them.
 BEHIND = {
+    "fused_losses/core/sequence_parallel": ("test_sequence_group", "sequence_group="),
     "fused_losses/core/validation": ("test_defaults", '"num_items"'),
     "fused_losses/engine/plan_frozen": ("test_hidden", '"frozen"'),
     "fused_losses/engine/plan_rows": ("test_hidden", '"rows"'),
@@ -32,7 +33,7 @@ BEHIND = {
     "fused_losses/integrations/adapters": ("test_ref_logps", "adapter="),
     "fused_losses/integrations/batches": ("test_trainer", "FusedTrainer("),
     "fused_losses/losses/matrix": ("test_family_rules", "table.row"),
-    "fused_losses/losses/pair_losses": ("test_preference_types", "loss=name"),
+    "fused_losses/losses/pair_losses": ("test_preference_types", "loss_type=name"),
     "fused_losses/reference/common": ("test_twins", "fl.reference"),
     "kernels/token_stats": ("test_modules", "fl.token_stats("),
     "kernels/row_stats": ("test_modules", "fl.token_stats("),
@@ -86,9 +87,9 @@ def test_kernels_of_token_stats(monkeypatch, device):
     pytest.importorskip("triton")
     z, w = (torch.randn(3, 1100, device=device).requires_grad_() for _ in range(2))
     y = labels_for((3,), 1100, device)
-    mine = fl.token_stats(z, y, w, divergence="js", entropy=True)
+    mine = fl.token_stats(z, y, w, divergence="js", entropy=True, shift=False)
     z64, w64 = double(z), double(w)
-    truth = fl.reference.token_stats(z64, y, w64, divergence="js", entropy=True)
+    truth = fl.reference.token_stats(z64, y, w64, divergence="js", entropy=True, shift=False)
     total = lambda s: (s.logps + s.divergence["js"] - s.entropy).sum()  # noqa: E731
     assert relative(mine.logps, truth.logps) <= 1e-6
     for g, t in zip(
@@ -116,7 +117,7 @@ def test_kernels_of_pairs(monkeypatch, device):
     p, q = (torch.randn(4, 5, device=device).requires_grad_() for _ in range(2))
     y, exact = labels_for((4, 5), 9, device), [double(p), double(q)]
     found, truth = (
-        library.dpo_loss(fl.LogProbs(p), y, fl.LogProbs(q), beta=0.3, divergence="forward_kl").loss
+        library.dpo_loss(fl.LogProbs(p), y, fl.LogProbs(q), beta=0.3, divergence="forward_kl", shift=False).loss
         for library, p, q in ((fl, p, q), (fl.reference, *exact))
     )
     assert relative(found, truth) <= 1e-6

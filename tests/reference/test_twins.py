@@ -82,7 +82,9 @@ def test_divergences(key, scale):
     y = torch.randint(0, 29, (1,))
 
     def call(leaves, _):
-        stats = fl.reference.token_stats(leaves[0], y, leaves[1], divergence=key, entropy=True, collision=True)
+        stats = fl.reference.token_stats(
+            leaves[0], y, leaves[1], divergence=key, entropy=True, collision=True, shift=False
+        )
         return {"logps": stats.logps, "entropy": stats.entropy, "collision": stats.collision, **stats.divergence}
 
     for _ in range(3):  # a row whose value float32 does not hold leaves no gradient to others
@@ -97,7 +99,7 @@ def test_links(key, scale):
     y = torch.randint(0, 17, (4, 3))
 
     def call(leaves, _):
-        return {"loss": fl.reference.dpo_loss(leaves[0], y, leaves[1], divergence=key).loss}
+        return {"loss": fl.reference.dpo_loss(leaves[0], y, leaves[1], divergence=key, shift=False).loss}
 
     check(call, [z, w])
 
@@ -116,7 +118,7 @@ def test_what_needs_no_model(scale):
             "ranking": f.plackett_luce_loss(a), "pairs": f.bradley_terry_loss(a, b),
             "alignment": f.semantic_alignment_loss(a[:, 0], b),
             "focus": f.reasoning_focus_loss(a[:, 0], b, a[:, 1], temperature=0.005),
-            "preferences": f.upo_loss(a, y, b, (a[:, 0, 0] * 10).detach()).loss,
+            "preferences": f.upo_loss(a, y, b, (a[:, 0, 0] * 10).detach(), shift=False).loss,
         }  # fmt: skip
 
     check(call, [a, b])
@@ -131,7 +133,7 @@ def test_tokens_that_neither_side_has(name):
     for leaves in ([z, w], less):
         leaves = [x.clone().requires_grad_() for x in leaves]
         (value,) = fl.reference.token_stats(
-            leaves[0], torch.zeros(3).long(), leaves[1], divergence=name
+            leaves[0], torch.zeros(3).long(), leaves[1], divergence=name, shift=False
         ).divergence.values()
         found.append((value, *(g[:, :9] for g in torch.autograd.grad(value.sum(), leaves))))
     for x, y in zip(*found, strict=True):

@@ -66,7 +66,7 @@ class Batch:
                 return [x, weight], lambda a, b: fl.Hidden(a, b, **self.head)
             if kind == "logits":
                 return [x @ weight.T], lambda a: fl.Logits(a, **self.head) if self.head else a
-            logps = fl.reference.token_stats(fl.Hidden(x, weight), self.y).logps
+            logps = fl.reference.token_stats(fl.Hidden(x, weight), self.y, shift=False).logps
             return [logps], lambda a: fl.LogProbs(a)
 
         leaves, make = build(source, self.x, self.weight)
@@ -81,6 +81,7 @@ class Batch:
     def loss(self, library, dtype, policy, other, **how):
         """The output, of sources."""
         extra = {n: x.to(dtype) if x.is_floating_point() else x for n, x in self.extra.items()}
+        how = {"shift": False, **how}
         given = () if self.entry.ref == "unused" else (other,)
         if "ref" in inspect.signature(self.entry.call).parameters:  # not always the third
             given, extra = (), extra | {"ref": other}

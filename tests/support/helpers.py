@@ -192,7 +192,7 @@ def check_collision(mine, truth, tolerance):
 def compare(z, w, y, tolerance, wrap=fl.Logits, wrap_ref=None, **options):
     """Every output and both gradients of fl.token_stats against the float64 twin, as a Judge; tolerance(kind) bounds the
     error."""
-    wrap_ref = wrap_ref or wrap
+    wrap_ref, options = wrap_ref or wrap, {"shift": False, **options}
 
     def call(library):
         return lambda leaves: library.token_stats(wrap(leaves[0]), y, wrap_ref(leaves[1]), **options)
@@ -305,6 +305,7 @@ def compare_sources(build, leaves, y, tolerance=1e-5, slack=4.0, each=True, how=
     how: plan, workspace, static_shapes. each: differentiate every output on its own; otherwise one sum, to which all
     contribute alike, and the last on its own.
     """
+    options = {"shift": False, **options}
 
     def call(f, **how):
         return lambda leaves: f.token_stats(build(leaves)[0], y, build(leaves)[1], **options, **how)

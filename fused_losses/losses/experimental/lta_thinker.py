@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from ...core.inputs import FLOATS, Source, check_labels
+from ...core.batch import read_batch, read_options
+from ...core.inputs import FLOATS, Source
 from ...core.layout import stats_dtype
-from ...core.options import TimeAxis, check_lta_weights
+from ...core.options import SequenceOptions, check_lta_weights
 from ...core.outputs import LossOutput, Part
-from ...core.validation import Count, check_positive, check_reduction, check_sequences, divided, read_count
-from ...engine.evaluate import Tokens
-from ...engine.shards import span_of
+from ...core.validation import Count, check_positive, divided, read_count
+from ...engine.evaluate import FormulaInputs, Tokens
 from ...engine.token_stats import token_stats
-from ..shared import Entry, Needs, counting_mask, fused, loss_and_nll, output, reduced, sequence_part, takes
+from ..shared import Entry, fused, loss_and_nll, output, reduced, sequence_part, takes
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
@@ -48,7 +48,7 @@ def semantic_alignment_loss(
     labels = torch.zeros(thoughts.shape[:2], dtype=torch.int64, device=thoughts.device)
     labels = labels if mask is None else labels.masked_fill(~mask, -100)
     p = question[:, None].expand(-1, count, -1)  # it is not copied: strides may be 0
-    kl = token_stats(thoughts, labels, p, divergence="forward_kl").divergence["forward_kl"]
+    kl = token_stats(thoughts, labels, p, divergence="forward_kl", shift=False).divergence["forward_kl"]
     counts = max(count, 1) if mask is None else mask.sum(1).clamp(min=1)
     return reduced(kl.sum(1) / counts, reduction, num_items)
 
@@ -94,13 +94,22 @@ def reasoning_focus_loss(
     return reduced(losses.where(there.any(-1), 0), reduction, num_items)
 
 
-@takes(TimeAxis)
+@takes(SequenceOptions)
 def lta_thinker_loss(
-    policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
-    weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
-    step_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, reduction: str = "mean",
-    num_items: Count | None = None, num_nll_tokens: Count | None = None, **batch: Unpack[TimeAxis],
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    question: Tensor,
+    thoughts: Tensor,
+    steps: Tensor,
+    answers: Tensor,
+    *,
+    weights: tuple[float, float, float] = (0.33, 0.33, 0.33),
+    temperature: float = 0.1,
+    thought_mask: Tensor | None = None,
+    step_mask: Tensor | None = None,
+    num_nll_tokens: Count | None = None,
+    **options: Unpack[SequenceOptions],
+) -> LossOutput:
     """Compute the loss of LTA-Thinker (arXiv 2509.12875).
 
     With the weights of the released code it is
@@ -125,40 +134,32 @@ def lta_thinker_loss(
         temperature: as in reasoning_focus_loss.
         thought_mask: the mask of semantic_alignment_loss.
         step_mask: the mask of reasoning_focus_loss.
-        cu_seqlens: offsets [S + 1] of the packed sequences. None: labels are [S, T].
-        reduction: as in preference_loss, over sequences.
-        num_items: when gradients accumulate, the number of sequences of the whole batch.
         num_nll_tokens: when gradients accumulate, the number of tokens that count in the whole batch.
-        **batch: the other options of a batch, as in preference_loss.
+        **options: the options of a batch, as in preference_loss; num_items is the number of sequences of the whole batch.
 
     The metrics are sft, reasoning_focus and semantic_alignment, before they are weighted, and entropy if it is requested.
     """
-    labels = check_labels(labels)
-    sequences = check_sequences(labels, cu_seqlens, batch.get("sequence_group"))
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
+    sequences = batch.sequences
     check_lta_weights(weights)
     if isinstance(question, Tensor) and question.dim() and question.shape[0] != sequences:
         raise ValueError(f"question: expected [{sequences}, H], one for each sequence, got {list(question.shape)}")
-    batch["sequence_group"] = span = span_of(labels, cu_seqlens=cu_seqlens, **batch)
-    tokens_that_count = span.summed(counting_mask(labels, cu_seqlens=cu_seqlens, **batch).sum()).clamp(min=1)
-    by, times = read_count("num_nll_tokens", num_nll_tokens), check_reduction(reduction, num_items)
-    by, times = (tokens_that_count, sequences) if by is None else (by, sequences if times is None else times)
+    by, times = read_count("num_nll_tokens", num_nll_tokens), call.num_items
+    by, times = (batch.count(), sequences) if by is None else (by, sequences if times is None else times)
 
     def formula(tokens: Tokens) -> Tensor:
         return -weights[0] * divided(tokens.sums(tokens.logps) * times, by)
 
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
     alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
-    found = fused(
-        formula, policy, labels, None, Needs("sequence"), cu_seqlens=cu_seqlens, reduction=reduction, num_items=num_items,
-        **batch,
-    )  # fmt: skip
+    found = fused(formula, policy, batch, None, FormulaInputs("sequence"), call)
     more, tokens = weights[1] * focus + weights[2] * alignment, found.tokens
     parts: dict[str, Any] = {"reasoning_focus": Part(focus.detach()), "semantic_alignment": Part(alignment.detach())}
     parts["sft"] = sequence_part(tokens, -tokens.logps)
     if tokens.entropy is not None:
         parts["entropy"] = sequence_part(tokens, tokens.entropy)
     losses = None if found.losses is None else found.losses + more.detach()
-    found = found._replace(loss=found.loss + reduced(more, reduction, num_items), losses=losses)
+    found = found._replace(loss=found.loss + reduced(more, call.reduction, call.num_items), losses=losses)
     return output(found, parts | loss_and_nll(found, parts["sft"], weights[0], times, by))
 
 

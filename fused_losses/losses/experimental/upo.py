@@ -6,37 +6,35 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from ...core.inputs import Source, check_labels, ordinary
+from ...core.batch import read_batch, read_options
+from ...core.inputs import Source
 from ...core.layout import stats_dtype
-from ...core.options import LARGEST, check_advantages
+from ...core.options import LARGEST, UPOOptions, check_advantages
 from ...core.outputs import LossOutput, Part
-from ...core.validation import Count, check_positive, check_sequences
-from ...engine.shards import span_of
+from ...core.validation import Count, check_positive
 from ..preference import preference_loss
-from ..shared import Entry, reduced, sequences_of, with_parts
+from ..shared import Entry, reduced, sequences_of, takes, with_parts
 
 __all__ = ["expectile_loss", "upo_loss"]
 
 
+@takes(UPOOptions)
 def upo_loss(
     policy: Source,
     labels: Tensor,
     ref: Source | None,
     advantages: Tensor | tuple[Tensor, Tensor],
     *,
-    base: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid",
+    loss_type: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid",
     tau: float = 1.0,
     weight: float = 1.0,
     clip: float | None = None,
-    reduction: str = "mean",
-    num_items: Count | None = None,
-    cu_seqlens: Tensor | None = None,
-    **options: Any,
+    **options: Unpack[UPOOptions],
 ) -> LossOutput:
     """Compute unified preference optimisation (arXiv 2405.17956): a preference loss plus a weighted log-likelihood.
 
@@ -56,28 +54,25 @@ def upo_loss(
         ref: as in the base loss.
         advantages: [S], one for each sequence, chosen first; or (rewards, values), both [S]. They get no gradient: add
             expectile_loss to train the values.
-        base: a loss name of preference_loss, or several; or a loss function of pairs or of sequences, such as fl.kto_loss or
-            fl.tdpo_loss.
+        loss_type: the base loss: a loss_type of preference_loss, or several; or a loss function of pairs or of sequences, such
+            as fl.kto_loss or fl.tdpo_loss. Bind options that only your function has: functools.partial(f, name=value).
         tau: the temperature of the weights w, > 0.
         weight: the factor of the second term, > 0.
         clip: the largest w, > 0. None: w is finite in this case too, at most e^80.
-        reduction: as in preference_loss, over the units of the base. A pair gets the mean of its two weighted likelihoods, so
-            that they are averaged over sequences with any base.
-        num_items: the number of units of the whole batch.
-        cu_seqlens: as in the base loss.
-        **options: the options of the base and of a batch (desirable=... for fl.kto_loss).
+        **options: the options of the base loss (desirable=... for fl.kto_loss), and those of a batch, as in preference_loss.
+            reduction is over the units of the base, and num_items is their number in the whole batch. A pair gets the mean of
+            its two weighted likelihoods, so that they are averaged over sequences with any base.
 
     The metrics are those of the base; advantages and weights, means over sequences; and nll, the mean of -log p(y | x).
     """
-    labels, cu_seqlens = check_labels(labels), None if cu_seqlens is None else ordinary(cu_seqlens)
+    batch, call = read_batch(labels, "sequences", options), read_options(options)
     check_positive(tau=tau, weight=weight, **({} if clip is None else {"clip": clip}))
-    sequences = check_sequences(labels, cu_seqlens, options.get("sequence_group"))
-    a = check_advantages(advantages, sequences, labels.device)
-    if not callable(base) and "loss" in options:
-        raise TypeError(f"loss: the base loss is `base`, here {base!r}")
-    call = base if callable(base) else partial(preference_loss, loss=base)
-    out = call(policy, labels, ref=ref, cu_seqlens=cu_seqlens, reduction="none", **options)
-    tokens = sequences_of(out.stats, cu_seqlens, span_of(labels, cu_seqlens=cu_seqlens, **options))
+    a = check_advantages(advantages, batch)
+    base = loss_type if callable(loss_type) else partial(preference_loss, loss_type=loss_type)
+    each_unit: dict[str, Any] = {**options, "reduction": "none"}
+    each_unit.pop("num_items", None)
+    out = base(policy, labels, ref=ref, **each_unit)
+    tokens = sequences_of(out.stats, batch)
     nll = -tokens.sums(tokens.logps)
     w = (a / tau).clamp(max=LARGEST if clip is None else math.log(clip)).exp().to(nll.dtype)
     losses = out.loss + weight * _per_unit(w * nll, out.loss)
@@ -85,7 +80,7 @@ def upo_loss(
     for name, x in (("advantages", a), ("weights", w), ("nll", nll)):
         each = x.detach().view(len(x) // max(len(losses), 1), len(losses)).t()  # per unit: one, or chosen and rejected
         parts[name] = Part(each, torch.ones_like(each))
-    made = with_parts(reduced(losses, reduction, num_items), out.stats, parts)
+    made = with_parts(reduced(losses, call.reduction, call.num_items), out.stats, parts)
     return replace(made, metrics=out.metrics | made.metrics)  # a user's own base may have metrics without parts
 
 
@@ -95,7 +90,7 @@ def _per_unit(x: Tensor, losses: Tensor) -> Tensor:
         return x
     if losses.shape != (len(x) // 2,):
         raise ValueError(
-            f"base: expected losses of sequences [{len(x)}] or pairs [{len(x) // 2}] for reduction='none', got "
+            f"loss_type: expected losses of sequences [{len(x)}] or pairs [{len(x) // 2}] for reduction='none', got "
             f"{list(losses.shape)}"
         )
     chosen, rejected = x.tensor_split(2)
