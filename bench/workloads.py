@@ -219,14 +219,20 @@ def _ours(name: str, *args: Callable[[Problem], Any], **fixed: Any) -> Callable[
 
     def call(lib: Any, p: Problem, options: dict[str, Any]) -> Tensor:
         given = {k: v(p) if callable(v) else v for k, v in fixed.items()}
-        return getattr(lib, name)(p.policy, p.labels, *(a(p) for a in args), **given, **options).loss
+        return getattr(lib, name)(p.policy, p.labels, *(a(p) for a in args), shift=False, **given, **options).loss
 
     return call
 
 
 def _stats(lib: Any, p: Problem, options: dict[str, Any], entropy: bool = False, divergence: str = "") -> Tensor:
     stats = lib.token_stats(
-        p.policy, p.labels, p.ref if divergence else None, entropy=entropy, divergence=divergence or None, **options
+        p.policy,
+        p.labels,
+        p.ref if divergence else None,
+        entropy=entropy,
+        divergence=divergence or None,
+        shift=False,
+        **options,
     )
     found = {"logps": stats.logps, "entropy": stats.entropy} | stats.divergence
     formula = partial(_mean_of, name=divergence) if divergence else _nll_entropy if entropy else _nll

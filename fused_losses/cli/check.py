@@ -211,7 +211,7 @@ def measure(
 
         p, q = (_mapped(source, side, leaf) for source, side in zip(sides, "zw", strict=True))
         function = library.preference_loss if case.pairs else library.token_stats
-        value = case.pick(function(p, x.labels, q, plan=plan, **how, **case.options))
+        value = case.pick(function(p, x.labels, q, shift=False, plan=plan, **how, **case.options))
         weight = x.weight[: value.numel()].view(value.shape).to(value.dtype)
         found = torch.autograd.grad(value, list(leaves.values()), weight) if leaves else ()
         return {"value": value.detach(), **dict(zip(leaves, found, strict=True))}

@@ -426,7 +426,7 @@ def entry_of(loss):
 def units(name, count):
     """Rows that are pairs or sequences, with all that the loss reads; each has another number of tokens. The same in every
     process and for every trainer."""
-    loss, base = CALLS[name].func, CALLS[name].keywords.get("base")
+    loss, base = CALLS[name].func, CALLS[name].keywords.get("loss_type")
     torch.manual_seed(5)
     kind = entry_of(base if callable(base) else loss)
     extra = entry_of(loss).inputs | kind.inputs

@@ -455,10 +455,10 @@ def test_two_ranks(tmp_path):
 
 
 REFUSED = [  # when the trainer is made, where TRL finds out in the first step or never
-    (dict(loss_type=["sigmoid", "dpo"]), "loss: unknown name 'dpo'; known: sigmoid"),
+    (dict(loss_type=["sigmoid", "dpo"]), "loss_type: unknown name 'dpo'; known: sigmoid"),
     (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "`loss_weights` must have the same length as `loss_type`"),
-    (dict(loss_type=["hinge"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss hinge"),
-    (dict(loss_type=["ipo"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss ipo"),
+    (dict(loss_type=["hinge"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss_type hinge"),
+    (dict(loss_type=["ipo"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss_type ipo"),
     (dict(loss_type=["robust"], label_smoothing=0.5), r"label_smoothing: expected a number in \[0, 0.5\), got 0.5"),
     (dict(f_divergence_type="kl"), "f_divergence_type: expected one of reverse_kl, .*, got 'kl'"),
     (dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=2.0), "^f_alpha_divergence_coef: expected a number"),
@@ -487,7 +487,7 @@ def test_options_are_looked_at_when_a_trainer_is_made(case, tokenizer, tmp_path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(loss_type="bco"), "loss: unknown name 'bco'; known: kto, apo_zero_unpaired"),
+        (dict(loss_type="bco"), "loss_type: unknown name 'bco'; known: kto, apo_zero_unpaired"),
         (dict(beta=-1.0), "beta: expected a finite number > 0, got -1.0"),
         (dict(undesirable_weight=float("nan")), "undesirable_weight: expected a finite number > 0, got nan"),
         (dict(mode="lora", sync_ref_model=True), "sync_ref_model=True` while using a PEFT model"),

@@ -21,7 +21,6 @@ MODULES = sorted(
 )
 # Modules whose own names no test calls, and the words in a test that reach them.
 BEHIND = {
-    "fused_losses/core/sequence_parallel": ("test_sequence_group", "sequence_group="),
     "fused_losses/core/validation": ("test_defaults", '"num_items"'),
     "fused_losses/engine/plan_frozen": ("test_hidden", '"frozen"'),
     "fused_losses/engine/plan_rows": ("test_hidden", '"rows"'),

@@ -106,3 +106,22 @@ def sources_of(entry):
     refs = [None] if entry.ref == "unused" else list(kinds)
     found = [(kind, refs[i % len(refs)]) for i, kind in enumerate(kinds)]
     return found + ([("hidden", None)] if entry.ref == "optional" else [])
+
+
+def family_call(library, name, flat=False):
+    """call(**options) of a loss, or of token_stats, on random logits and labels [4, 6] (6 pairs of sequences of pairs)."""
+    known = {"dpo_loss": "preference_loss", "kto_baseline": "kto_loss", "token_stats": "distillation_loss"}.get(
+        name, name
+    )
+    batch = Batch(known, next(iter(FAMILY[known].variants)))
+    policy, ref, y = batch.x @ batch.weight.T, batch.ref_x @ batch.ref_weight.T, batch.y
+    extra, options = dict(batch.extra), dict(batch.options)
+    if flat:
+        policy, ref, y = policy[0], ref[0], y[0]
+        extra = {n: x[0] for n, x in extra.items()}
+    if name in ("dpo_loss", "kto_baseline"):
+        extra, options = {}, {}
+    if name == "token_stats":
+        return lambda **more: library.token_stats(policy, y, ref, **more)
+    given = {} if FAMILY[known].ref == "unused" else {"teacher" if "distillation" in known else "ref": ref}
+    return lambda **more: getattr(library, name)(policy, y, **given, **extra, **options, **more)
