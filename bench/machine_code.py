@@ -193,12 +193,12 @@ def compile_workload(
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses.core.layout import Problem
+    from fused_losses.core.layout import StatsSpec
     from fused_losses.engine import logits_ops
     from fused_losses.kernels import configs, launch
 
     entropy, collision = "entropy" in sums, "collision" in sums
-    problem = Problem(registry.parse(divergences), entropy, collision, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
+    problem = StatsSpec(registry.parse(divergences), entropy, collision, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
     z = torch.empty(2, vocab, dtype=getattr(torch, dtype))
     z = z.t().contiguous().t() if strided else z
     w = torch.empty_like(z) if ref else None
@@ -221,7 +221,7 @@ def compile_pairs(target: str) -> list[tuple]:
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses.core.layout import PairProblem
+    from fused_losses.core.layout import PairLossSpec
     from fused_losses.core.margin_losses import TERMS
     from fused_losses.kernels import launch
 
@@ -232,7 +232,7 @@ def compile_pairs(target: str) -> list[tuple]:
     found = []
     for number, (term, link) in enumerate(every):
         numbers = (0.1,) * (len(inspect.signature(term).parameters) - 1)
-        problem = PairProblem(link, term, numbers, 0.1, 4, False)
+        problem = PairLossSpec(link, term, numbers, 0.1, 4, False)
         packed = cu if number % 2 else None
         coef, grads = torch.zeros(4), (torch.zeros(2), None, None)
         with compiled(target) as kernels:

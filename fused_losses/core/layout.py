@@ -16,7 +16,7 @@ def stats_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class Problem(NamedTuple):
+class StatsSpec(NamedTuple):
     """All arguments of a token_stats call that are not tensors."""
 
     divergences: tuple[Divergence, ...]
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
     first: int = 0  # the token id of column 0; it can differ from 0 for a slice of the vocabulary
 
 
-class PairProblem(NamedTuple):
+class PairLossSpec(NamedTuple):
     """All arguments of a pair_loss call that are not tensors."""
 
     divergence: Divergence

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import backend_module, torch_backend
 from ..core import divergences as registry
-from ..core.layout import Problem, effective, stats_dtype
+from ..core.layout import StatsSpec, effective, stats_dtype
 from . import plan_chunks, plan_frozen
 from .logits_ops import once_differentiable, operator
 from .planner import Facts, choose
@@ -50,9 +50,9 @@ class Options(NamedTuple):
     first: int = 0
     total: int = 0
 
-    def problem(self) -> Problem:
+    def problem(self) -> StatsSpec:
         bound = tuple(registry.from_key(key) for key in self.divergences.split(";") if key)
-        return Problem(bound, self.entropy, self.collision, False, *self[5:11], self.first)
+        return StatsSpec(bound, self.entropy, self.collision, False, *self[5:11], self.first)
 
     @property
     def shard(self) -> Shard:
@@ -88,7 +88,7 @@ def _factors(policy: Inputs, ref: Inputs | None, i: int) -> list[tuple[Any, Any,
 
 
 def facts_of(
-    problem: Problem, policy: Inputs, ref: Inputs | None, rows: int, backend: str, wanted: tuple[bool, ...] | list[bool],
+    problem: StatsSpec, policy: Inputs, ref: Inputs | None, rows: int, backend: str, wanted: tuple[bool, ...] | list[bool],
     unit: int = 0, static: bool = False,
 ) -> Facts:  # fmt: skip
     """Return what the planner needs to know of a call.
@@ -114,7 +114,7 @@ def facts_of(
     )  # fmt: skip
 
 
-def check_labels(problem: Problem, backend: str, labels: Tensor) -> None:
+def check_labels(problem: StatsSpec, backend: str, labels: Tensor) -> None:
     """Raise on a label out of range, on the torch backend only: Triton returns NaN for its row."""
     if backend == "torch":
         torch_backend.check_labels(labels, problem)
@@ -278,7 +278,7 @@ def log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:
 
     So blocks of rows hold the logits of one model only.
     """
-    problem = Problem((), False, False, False, options.ignore_index, options.vocab, *options[9:11], 0.0, 1.0)
+    problem = StatsSpec((), False, False, False, options.ignore_index, options.vocab, *options[9:11], 0.0, 1.0)
     facts = facts_of(problem, ref, None, labels.numel(), options.backend, [False] * 10)
     backend, plan = backend_module(options.backend), choose(facts, "slices", options.workspace)
     call = plan_chunks.open_call(problem, backend, plan, labels, ref, None, options.static_shapes)

@@ -21,7 +21,7 @@ from torch.library import custom_op
 
 from ..backends import backend_module
 from ..core import divergences as registry
-from ..core.layout import PairProblem, Problem, effective, stats_dtype
+from ..core.layout import PairLossSpec, StatsSpec, effective, stats_dtype
 from ..core.margin_losses import TERMS
 
 
@@ -51,19 +51,19 @@ def check_plain(name: str, *tensors: Tensor | None) -> None:
         )
 
 
-# These arguments describe the problem in every operator below, in the order of layout.Problem.
+# These arguments describe the problem in every operator below, in the order of layout.StatsSpec.
 _PROBLEM = (
     "str divergences, bool entropy, bool collision, bool shift, int ignore_index, int vocab, "
     "float softcap, float multiplier, float ref_softcap, float ref_multiplier, str backend"
 )
 
 
-def _problem(divergences: str, *rest) -> tuple[Problem, str]:  # type: ignore[no-untyped-def]
+def _problem(divergences: str, *rest) -> tuple[StatsSpec, str]:  # type: ignore[no-untyped-def]
     bound = tuple(registry.from_key(key) for key in divergences.split(";") if key)
-    return Problem(bound, *rest[:-1]), rest[-1]
+    return StatsSpec(bound, *rest[:-1]), rest[-1]
 
 
-def _allocate(policy: Tensor, ref: Tensor | None, problem: Problem) -> list[Tensor]:
+def _allocate(policy: Tensor, ref: Tensor | None, problem: StatsSpec) -> list[Tensor]:
     rows = policy.numel() // policy.shape[-1]
     n = len(problem.divergences)
 
@@ -241,7 +241,7 @@ _PAIR = "str term, float[] term_params, str divergence, float beta, SymInt seque
 
 def pair_problem(term, term_params, divergence, beta, sequences, ref_summed, backend):  # type: ignore[no-untyped-def]
     link = registry.from_key(divergence)
-    return PairProblem(link, TERMS[term], tuple(term_params), beta, sequences, ref_summed), backend
+    return PairLossSpec(link, TERMS[term], tuple(term_params), beta, sequences, ref_summed), backend
 
 
 def _allocate_pairs(logps: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends.torch_backend import write_divergence
 from ..core.divergences import Divergence
-from ..core.layout import Grads, Problem
+from ..core.layout import Grads, StatsSpec
 from ..core.moments import fields
 from .planner import Plan
 from .projection import HiddenSide, Inputs, Side, side
@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
 class Call(NamedTuple):
     """A problem with only the rows that count, and how to compute it."""
 
-    problem: Problem
+    problem: StatsSpec
     backend: ModuleType
     plan: Plan
     labels: Tensor  # of the rows that count
@@ -49,7 +49,13 @@ class Call(NamedTuple):
 
 
 def open_call(
-    problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, static: bool
+    problem: StatsSpec,
+    backend: ModuleType,
+    plan: Plan,
+    labels: Tensor,
+    policy: Inputs,
+    ref: Inputs | None,
+    static: bool,
 ) -> Call:
     """Return the call without the rows that do not count, which are dropped before any product.
 
@@ -74,12 +80,12 @@ def _count(inputs: Inputs) -> int:
 
 def plain_problem(
     divergences: tuple[Divergence, ...], entropy: bool, collision: bool, ignore_index: int, vocab: int
-) -> Problem:
+) -> StatsSpec:
     """Return a problem without head options, for states: the options were applied when these were computed."""
-    return Problem(divergences, entropy, collision, False, ignore_index, vocab, 0.0, 1.0, 0.0, 1.0)
+    return StatsSpec(divergences, entropy, collision, False, ignore_index, vocab, 0.0, 1.0, 0.0, 1.0)
 
 
-def blank(problem: Problem, labels: Tensor, ref: bool, dtype: torch.dtype) -> Outputs:
+def blank(problem: StatsSpec, labels: Tensor, ref: bool, dtype: torch.dtype) -> Outputs:
     """Return zeros for the outputs of rows with these labels."""
     n, count = len(labels), len(problem.divergences)
 
@@ -130,7 +136,7 @@ class Tiles:
         n = len(self.call.labels)
         return (slice(r, min(r + self.rows, n)) for r in range(0, n, self.rows))
 
-    def load(self, r: slice, c: slice) -> tuple[Problem, Tensor, Tensor | None]:
+    def load(self, r: slice, c: slice) -> tuple[StatsSpec, Tensor, Tensor | None]:
         """Compute the tile, unless it is kept already. Return it as a problem of its own, with z and w."""
         call, height, width = self.call, r.stop - r.start, c.stop - c.start
         z = self.z[:height, :width]
@@ -143,7 +149,7 @@ class Tiles:
         return call.problem._replace(vocab=width, first=call.problem.first + c.start), z, w
 
 
-def powers(problem: Problem) -> int:
+def powers(problem: StatsSpec) -> int:
     return len({d.power for d in problem.divergences if d.power is not None})
 
 

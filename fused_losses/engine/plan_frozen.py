@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ..core.divergences import Divergence, from_key
-from ..core.layout import Problem
+from ..core.layout import StatsSpec
 from ..core.moments import fields, log_ratio
 from .plan_chunks import Call, Grads, Outputs, Tiles, allocate, powers, second_sweep
 from .projection import HiddenSide
 
 
-def bases(problem: Problem) -> list[Divergence]:
+def bases(problem: StatsSpec) -> list[Divergence]:
     """Return the problem's divergences, each once, where a sum of others is replaced by its parts."""
     return [from_key(k) for k in dict.fromkeys(k for d in problem.divergences for k in (d.parts or (d.key,)))]
 
@@ -41,7 +41,7 @@ class _Frozen:
         self.one = torch.ones((1, tiles.rows), dtype=call.dtype, device=call.labels.device)
 
     def _add(
-        self, i: int, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor, g: int
+        self, i: int, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor, g: int
     ) -> None:
         """Add sum_v h_v s_v W_v to keep[i].
 
@@ -54,7 +54,7 @@ class _Frozen:
         self.call.backend.backward(part, z, self.call.labels[r], w, frame, tuple(grads), dz, None)
         self.policy.pull(self.keep[i, r], c, dz)
 
-    def add_slice(self, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor) -> None:
+    def add_slice(self, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor) -> None:
         alone = part._replace(divergences=())
         self._add(0, r, c, alone, z, None, frame[:7].contiguous(), 2)
         if part.entropy:
@@ -62,7 +62,7 @@ class _Frozen:
         self.add_bases(r, c, part, z, w, frame, second=False)
 
     def add_bases(
-        self, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor, second: bool
+        self, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor, second: bool
     ) -> None:
         for i, d in enumerate(self.bases, self.at):
             if (d.scaling is None) == second:
@@ -104,7 +104,7 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
     backend.close(problem, state, call.labels, *out)
     if any(d.scaling is None for d in sums.bases):
 
-        def visit(r: slice, c: slice, part: Problem, z: Tensor, w: Tensor) -> None:
+        def visit(r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor) -> None:
             row = torch.cat([out.saved[:6, r], torch.zeros_like(out.saved[:3, r])])
             sums.add_bases(r, c, part, z, w, row, second=True)
 

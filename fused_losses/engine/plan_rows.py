@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.layout import Problem, effective
+from ..core.layout import StatsSpec, effective
 from .plan_chunks import Call, Grads, Outputs, Tiles, allocate, spare_buffer, spread_out
 from .planner import Plan
 from .projection import HiddenSide, Inputs, side
@@ -90,7 +90,7 @@ def _layout(labels: Tensor, ignore_index: int, units: Units, most: int) -> tuple
 
 
 def row_blocks(
-    problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, units: Units,
+    problem: StatsSpec, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, units: Units,
     wanted: list[bool], dtype: torch.dtype, loss: Loss,
 ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:  # fmt: skip
     """Compute statistics of all rows, losses of all units, and the policy's gradients of the sum of the losses.

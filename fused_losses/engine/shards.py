@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.inputs import Hidden, Logits
-from ..core.layout import Problem
+from ..core.layout import StatsSpec
 
 
 class Shard(NamedTuple):
@@ -31,11 +31,11 @@ class Shard(NamedTuple):
     first: int = 0
     total: int = 0
 
-    def whole(self, problem: Problem) -> Problem:
+    def whole(self, problem: StatsSpec) -> StatsSpec:
         """Return the problem over the vocabulary of all ranks."""
         return problem._replace(vocab=self.total, first=0) if self.group else problem
 
-    def merged(self, problem: Problem, backend: ModuleType, state: Tensor) -> Tensor:
+    def merged(self, problem: StatsSpec, backend: ModuleType, state: Tensor) -> Tensor:
         """Return the running sums over the columns of all ranks."""
         if not self.group:
             return state

@@ -8,7 +8,7 @@ import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.backends import torch_backend
 from fused_losses.cli.memory_probe import peak_bytes
-from fused_losses.core.layout import Problem
+from fused_losses.core.layout import StatsSpec
 from fused_losses.core.moments import fields
 from fused_losses.engine import planner
 from fused_losses.engine.prepare import How, request
@@ -279,7 +279,7 @@ CUTS = [[0, 40, 77], [0, 1, 30, 77], [0, 3, 5, 20, 21, 50, 76, 77]]
 
 
 def whole_problem(vocab):
-    return Problem(DIVS, True, True, False, -100, vocab, 0.0, 1.0, 5.0, 0.7)
+    return StatsSpec(DIVS, True, True, False, -100, vocab, 0.0, 1.0, 5.0, 0.7)
 
 
 def part_of(problem, start, end, *tensors):
@@ -433,7 +433,7 @@ def test_parts_merge_in_any_order(backend, device, order):
 def test_merging_near_the_reference(backend, device, spread, offset):
     """Where p is almost q: no worse than three times the error of the rows unsplit, and never negative."""
     code, rows = backend_of(backend), 32 if backend == "torch" else 6
-    problem = Problem(DIVS, True, True, False, -100, 509, 0.0, 1.0, 0.0, 1.0)
+    problem = StatsSpec(DIVS, True, True, False, -100, 509, 0.0, 1.0, 0.0, 1.0)
     z = torch.randn(rows, 509, device=device) * 2
     w = z + torch.randn(rows, 509, device=device) * spread + offset
     y = torch.tensor([0, 200, 508, 333] * 8, device=device)[:rows]
