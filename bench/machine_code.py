@@ -193,8 +193,8 @@ def compile_workload(
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses.core.layout import StatsSpec
-    from fused_losses.engine import logits_ops
+    from fused_losses.core.layout import Grads, StatsSpec
+    from fused_losses.engine.stats_outputs import empty_outputs
     from fused_losses.kernels import configs, launch
 
     entropy, collision = "entropy" in sums, "collision" in sums
@@ -203,15 +203,15 @@ def compile_workload(
     z = z.t().contiguous().t() if strided else z
     w = torch.empty_like(z) if ref else None
     y = torch.zeros(2, dtype=torch.int64)
-    logps, ref_logps, lse, ent, div, hit, squares, saved = logits_ops._allocate(z, w, problem)
+    out = empty_outputs(problem, z, len(z), bool(ref), torch.float32)
     g = torch.zeros(2)
-    grads = (g, g if to_ref else None, None, g if entropy else None, torch.zeros_like(div) if divergences else None)
+    g_div = None if out.divergence is None else torch.zeros_like(out.divergence)
+    grads = Grads(logps=g, ref_logps=g if to_ref else None, entropy=g if entropy else None, divergence=g_div)
     with compiled(target) as kernels:
-        launch.forward(
-            problem, z, y, w, logps, ref_logps if ref else None, lse, ent if entropy else None,
-            div if divergences else None, hit, squares if collision else None, saved,
-        )  # fmt: skip
-        launch.backward(problem, z, y, w, saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
+        launch.forward(problem, z, y, w, *out)
+        launch.backward(
+            problem, z, y, w, out.saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None
+        )
     config = launch.forward_config(problem, z.dtype)
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
 

@@ -31,11 +31,11 @@ class Shard(NamedTuple):
     first: int = 0
     total: int = 0
 
-    def whole(self, problem: StatsSpec) -> StatsSpec:
-        """Return the problem over the vocabulary of all ranks."""
-        return problem._replace(vocab=self.total, first=0) if self.group else problem
+    def whole(self, spec: StatsSpec) -> StatsSpec:
+        """Return the spec over the vocabulary of all ranks."""
+        return spec._replace(vocab=self.total, first=0) if self.group else spec
 
-    def merged(self, problem: StatsSpec, backend: ModuleType, state: Tensor) -> Tensor:
+    def merged(self, spec: StatsSpec, backend: ModuleType, state: Tensor) -> Tensor:
         """Return the running sums over the columns of all ranks."""
         if not self.group:
             return state
@@ -43,7 +43,7 @@ class Shard(NamedTuple):
         parts = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, state.contiguous(), group=group)
         for part in parts[1:]:
-            backend.merge_states(problem, parts[0], part)
+            backend.merge_states(spec, parts[0], part)
         return parts[0]
 
     def summed(self, x: Tensor) -> Tensor:
@@ -132,9 +132,14 @@ class Span(NamedTuple):
 
 
 def span_of(
-    labels: Tensor, sequence_group: object = None, *, cu_seqlens: Tensor | None = None, shift: bool = False,
-    static_shapes: bool = False, **_: Any,
-) -> Span:  # fmt: skip
+    labels: Tensor,
+    sequence_group: object = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    static_shapes: bool = False,
+    **_: Any,
+) -> Span:
     """Return where the labels [..., T_rank] of this rank lie on the time axis.
 
     The ranks exchange their sizes, which is a collective and a synchronisation; with static_shapes the sizes are assumed to

@@ -22,7 +22,7 @@ from ..core.options import (
 )
 from ..core.validation import Count, divided
 from ..engine.evaluate import Tokens
-from ..engine.logits_ops import check_plain, once
+from ..engine.operators import check_plain, once
 
 
 def _once(f: Callable[[Pairs], Tensor]) -> Any:

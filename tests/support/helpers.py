@@ -21,7 +21,7 @@ import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.backends import torch_backend
 from fused_losses.core.layout import PairLossSpec, StatsSpec
-from fused_losses.engine import evaluate, hidden_ops, logits_ops
+from fused_losses.engine import fused_backward, hidden_ops, logits_ops, pair_ops
 
 EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
@@ -387,7 +387,7 @@ def kernels_of(call):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, FUSED_LOSSES_BACKEND="torch"))
-        for module in (logits_ops, hidden_ops, evaluate):
+        for module in (logits_ops, pair_ops, hidden_ops, fused_backward):
             stack.enter_context(mock.patch.object(module, "backend_module", lambda name: Spy()))
         call()
     return frozenset(asked)
