@@ -193,25 +193,25 @@ def compile_workload(
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses.core.layout import Problem
-    from fused_losses.engine import logits_ops
+    from fused_losses.core.layout import Grads, StatsSpec
+    from fused_losses.engine.stats_outputs import empty_outputs
     from fused_losses.kernels import configs, launch
 
     entropy, collision = "entropy" in sums, "collision" in sums
-    problem = Problem(registry.parse(divergences), entropy, collision, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
+    problem = StatsSpec(registry.parse(divergences), entropy, collision, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
     z = torch.empty(2, vocab, dtype=getattr(torch, dtype))
     z = z.t().contiguous().t() if strided else z
     w = torch.empty_like(z) if ref else None
     y = torch.zeros(2, dtype=torch.int64)
-    logps, ref_logps, lse, ent, div, hit, squares, saved = logits_ops._allocate(z, w, problem)
+    out = empty_outputs(problem, z, len(z), bool(ref), torch.float32)
     g = torch.zeros(2)
-    grads = (g, g if to_ref else None, None, g if entropy else None, torch.zeros_like(div) if divergences else None)
+    g_div = None if out.divergence is None else torch.zeros_like(out.divergence)
+    grads = Grads(logps=g, ref_logps=g if to_ref else None, entropy=g if entropy else None, divergence=g_div)
     with compiled(target) as kernels:
-        launch.forward(
-            problem, z, y, w, logps, ref_logps if ref else None, lse, ent if entropy else None,
-            div if divergences else None, hit, squares if collision else None, saved,
-        )  # fmt: skip
-        launch.backward(problem, z, y, w, saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
+        launch.forward(problem, z, y, w, *out)
+        launch.backward(
+            problem, z, y, w, out.saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None
+        )
     config = launch.forward_config(problem, z.dtype)
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
 
@@ -221,7 +221,7 @@ def compile_pairs(target: str) -> list[tuple]:
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses.core.layout import PairProblem
+    from fused_losses.core.layout import PairLossSpec
     from fused_losses.core.margin_losses import TERMS
     from fused_losses.kernels import launch
 
@@ -232,7 +232,7 @@ def compile_pairs(target: str) -> list[tuple]:
     found = []
     for number, (term, link) in enumerate(every):
         numbers = (0.1,) * (len(inspect.signature(term).parameters) - 1)
-        problem = PairProblem(link, term, numbers, 0.1, 4, False)
+        problem = PairLossSpec(link, term, numbers, 0.1, 4, False)
         packed = cu if number % 2 else None
         coef, grads = torch.zeros(4), (torch.zeros(2), None, None)
         with compiled(target) as kernels:

@@ -80,10 +80,10 @@ class Launch(NamedTuple):
 
 def _problem(case: tuple, vocab: int, softcap: float = 0.0):
     from fused_losses import divergences
-    from fused_losses.core.layout import Problem
+    from fused_losses.core.layout import StatsSpec
 
     names, sums, _ = case
-    return Problem(
+    return StatsSpec(
         divergences=divergences.parse(names), entropy="entropy" in sums, collision="collision" in sums, shift=False,
         ignore_index=-100, vocab=vocab, softcap=softcap, multiplier=1.0, ref_softcap=softcap, ref_multiplier=1.0,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from triton.runtime import driver
 
 from ..core.divergences import Divergence
-from ..core.layout import PairProblem, Problem, row_layout
+from ..core.layout import PairLossSpec, StatsSpec, row_layout
 from . import configs, fused_linear, pair_loss, token_stats, vocab_chunks
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
 
@@ -48,12 +48,12 @@ def _formulas(divergences: tuple[Divergence, ...]):
     }
 
 
-def forward_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
+def forward_config(problem: StatsSpec, dtype: torch.dtype) -> configs.Config:
     two_pass = any(d.term is not None for d in problem.divergences)
     return configs.FORWARD_TWO_PASS if two_pass else fold_config(problem, dtype)
 
 
-def fold_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
+def fold_config(problem: StatsSpec, dtype: torch.dtype) -> configs.Config:
     """Return the launch configuration of one sweep over logits."""
     wide = problem.entropy or problem.collision or dtype == torch.float32
     more = any(d.power is not None for d in problem.divergences) or (wide and problem.divergences)
@@ -61,7 +61,7 @@ def fold_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
 
 
 def forward(
-    problem: Problem, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, collision, saved
+    problem: StatsSpec, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, collision, saved
 ) -> None:  # fmt: skip
     config = forward_config(problem, policy.dtype)
     with on(policy.device):
@@ -75,7 +75,7 @@ def forward(
         )  # fmt: skip
 
 
-def backward(problem: Problem, policy, labels, ref, saved, grads, dz, dw) -> None:
+def backward(problem: StatsSpec, policy, labels, ref, saved, grads, dz, dw) -> None:
     """Launch the kernel that writes dz and dw.
 
     grads: the gradients of logps, ref_logps, lse, entropy [rows] and divergences [n, rows], each contiguous or None.
@@ -101,11 +101,11 @@ def _take(formulas: dict, *names: str) -> dict:
     return {name: formulas[name] for name in names}
 
 
-def _sides(problem: Problem, z, w):
+def _sides(problem: StatsSpec, z, w):
     return *_side(z, problem.softcap, problem.multiplier), *_side(w, problem.ref_softcap, problem.ref_multiplier)
 
 
-def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
+def fold(problem: StatsSpec, z, labels, w, state, fresh: bool) -> None:
     """Add logits [rows, columns] to the running sums in state [fields, rows].
 
     Column 0 is the token problem.first of the vocabulary. fresh: the state holds no sums yet and is overwritten.
@@ -121,7 +121,7 @@ def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
         )  # fmt: skip
 
 
-def terms(problem: Problem, z, labels, w, saved, sums) -> None:
+def terms(problem: StatsSpec, z, labels, w, saved, sums) -> None:
     """Add sum_v c and sum_v h of the term divergences of logits [rows, columns] to sums [2 n, rows]."""
     config = configs.FORWARD_TWO_PASS
     with on(z.device):
@@ -148,7 +148,7 @@ def frame(c: torch.Tensor, mp: torch.Tensor, mq: torch.Tensor) -> torch.Tensor:
     return (c - apart * LN2_HI.value) - apart * LN2_LO.value
 
 
-def merge_states(problem: Problem, state, other) -> None:
+def merge_states(problem: StatsSpec, state, other) -> None:
     """Merge other into state in place, both [fields, rows]."""
     with on(state.device):
         vocab_chunks.merge_states[(state.shape[1],)](
@@ -156,7 +156,7 @@ def merge_states(problem: Problem, state, other) -> None:
         )  # fmt: skip
 
 
-def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, hit, collision, saved) -> None:
+def close(problem: StatsSpec, state, labels, logps, ref_logps, lse, entropy, div, hit, collision, saved) -> None:
     """Write the outputs of all rows, computed from the sums over the whole vocabulary.
 
     Term divergences are not written here; terms() computes them.
@@ -169,7 +169,7 @@ def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, 
         )  # fmt: skip
 
 
-def pair_forward(problem: PairProblem, logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef) -> None:
+def pair_forward(problem: PairLossSpec, logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef) -> None:
     with on(logps.device):
         pair_loss.pair_forward[(losses.numel(),)](
             logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef,
@@ -180,7 +180,7 @@ def pair_forward(problem: PairProblem, logps, ref, mask, cu_seqlens, losses, seq
         )  # fmt: skip
 
 
-def pair_backward(problem: PairProblem, grads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
+def pair_backward(problem: PairLossSpec, grads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
     """Launch the kernel that writes d_logps and d_ref.
 
     grads: the gradients of losses [B], seq_logps [2B] and seq_ref [2B], each contiguous or None.
@@ -207,7 +207,7 @@ def _hidden(side, softcap, multiplier):
     return x, x.stride(0), weight, weight.stride(0), x.shape[1], bias, lora, _side(x, softcap, multiplier)[3]
 
 
-def tile_config(problem: Problem, dtype: torch.dtype, ref: bool, second: bool) -> configs.Tile:
+def tile_config(problem: StatsSpec, dtype: torch.dtype, ref: bool, second: bool) -> configs.Tile:
     if dtype == torch.float32:
         return configs.TILE_FLOAT32
     family = "sm_80"
@@ -233,7 +233,7 @@ def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:
     return -(-columns // -(-columns // best))  # so no range is empty
 
 
-def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas) -> torch.Tensor:
+def _tiles(problem: StatsSpec, policy, labels, ref, saved, out, splits, **formulas) -> torch.Tensor:
     """Launch tile_sums and return the tensor that it writes, [fields, splits, rows].
 
     In the first sweep with one split it is a view of out [fields, rows]; otherwise it is a new tensor.
@@ -264,7 +264,7 @@ def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas
     return parts
 
 
-def tile_states(problem: Problem, policy, labels, ref, state, splits: int | None = None) -> None:
+def tile_states(problem: StatsSpec, policy, labels, ref, state, splits: int | None = None) -> None:
     """Write the state [fields, rows] of a part of the vocabulary; rows that are ignored keep their values.
 
     Row 0 of the weights is the token problem.first. policy, ref: (x [rows, H], weight [V, H], bias [V] or None,
@@ -283,7 +283,7 @@ def tile_states(problem: Problem, policy, labels, ref, state, splits: int | None
     torch.where(labels == problem.ignore_index, state, parts[:, 0], out=state)
 
 
-def tile_terms(problem: Problem, policy, labels, ref, saved, sums, splits: int | None = None) -> None:
+def tile_terms(problem: StatsSpec, policy, labels, ref, saved, sums, splits: int | None = None) -> None:
     """Add sum_v c and sum_v h of the term divergences to sums [2 n, rows], from the numbers that close() saved.
 
     The arguments are those of tile_states.

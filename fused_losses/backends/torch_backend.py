@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.divergences import Divergence
 from ..core.elementwise import FLOOR, HUGE, INF, frame
-from ..core.layout import PairProblem, Problem, rows_view, shifted_labels, stats_dtype
+from ..core.layout import PairLossSpec, StatsSpec, rows_view, shifted_labels, stats_dtype
 from ..core.moments import SIDES, close_pair, close_power, merge, merge_power
 
 __all__ = ["frame"]  # frame() of a row's shifts: plan_frozen.py calls it on either backend
@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 20  # size of one temporary: about ten of them fit in a proce
 Sums = tuple[list[Tensor], list[list[Tensor]]]  # moments.SIDES of some rows, and three numbers for each power
 
 
-def _blocks(labels: Tensor, problem: Problem, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(labels: Tensor, problem: StatsSpec, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the row numbers and the label columns of each block of rows that are not ignored."""
     y = labels.reshape(-1).long()
     rows = (y != problem.ignore_index).nonzero().squeeze(1)
@@ -96,16 +96,16 @@ def _normalised(z: Tensor, w: Tensor, row: list[Tensor]) -> tuple[Tensor, Tensor
     return _exp(lp), _exp(lq), (z - w).sub_(c).sub_(k), lp, lq
 
 
-def _pair_of(problem: Problem, z: Tensor, w: Tensor | None, y: Tensor) -> tuple[_Side, _Side | None]:
+def _pair_of(problem: StatsSpec, z: Tensor, w: Tensor | None, y: Tensor) -> tuple[_Side, _Side | None]:
     alone = not problem.divergences
     return _Side(z, y, alone and not problem.entropy), None if w is None else _Side(w, y, alone)
 
 
-def _powers(problem: Problem) -> list[float]:
+def _powers(problem: StatsSpec) -> list[float]:
     return list(dict.fromkeys(d.power for d in problem.divergences if d.power is not None))
 
 
-def _sums(p: _Side, q: _Side | None, problem: Problem) -> Sums:
+def _sums(p: _Side, q: _Side | None, problem: StatsSpec) -> Sums:
     """Compute the sums of a block of rows, in the order of moments.SIDES, and the sums of each power."""
     zero = torch.zeros_like(p.shift)
     e = _dot(p.exp, p.centred) if problem.entropy else zero
@@ -154,7 +154,7 @@ def _log_prob(shift: Tensor, total: Tensor, target: Tensor) -> tuple[Tensor, Ten
     return logp.masked_fill(total == 0, float("nan")), log_total
 
 
-def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
+def _close(sums: Sums, problem: StatsSpec, ref: bool) -> _Row:
     pair, powers = sums
     mp, a, _, zy, e, mq, b, wy, c = pair[:9]
     logp, log_a = _log_prob(mp, a, zy)
@@ -187,7 +187,7 @@ def _close(sums: Sums, problem: Problem, ref: bool) -> _Row:
     return _Row(logp, lse, log_a, entropy, collision, logq, log_b, c, k, results, empty)
 
 
-def _terms(z: Tensor, w: Tensor, saved: Tensor, problem: Problem) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _terms(z: Tensor, w: Tensor, saved: Tensor, problem: StatsSpec) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (i, sum_v c, sum_v h) of every term divergence of a block, computed from the saved numbers of its rows."""
     x = _normalised(z, w, list(saved[:6]))
     for i, div in enumerate(problem.divergences):
@@ -200,7 +200,7 @@ def finite(x: Tensor) -> Tensor:
     return x.masked_fill(x.isinf(), 0)
 
 
-def check_labels(labels: Tensor, problem: Problem) -> None:
+def check_labels(labels: Tensor, problem: StatsSpec) -> None:
     """Raise an error if a label is out of range.
 
     The Triton backend instead gives NaN for such a row; it does not read out of bounds.
@@ -217,7 +217,7 @@ def check_labels(labels: Tensor, problem: Problem) -> None:
 
 
 def forward(
-    problem: Problem, policy: Tensor, labels: Tensor, ref: Tensor | None, logps: Tensor, ref_logps: Tensor | None,
+    problem: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, logps: Tensor, ref_logps: Tensor | None,
     lse: Tensor, entropy: Tensor | None, div: Tensor | None, hit: Tensor, collision: Tensor | None, saved: Tensor,
 ) -> None:  # fmt: skip
     labels = shifted_labels(labels, problem.shift, problem.ignore_index)
@@ -247,7 +247,7 @@ def _packed(sums: Sums) -> Tensor:
 
 
 def _tiles(
-    problem: Problem, policy: Tensor, labels: Tensor, ref: Tensor | None
+    problem: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Yield (rows, label columns, z, w) of each block of rows that are not ignored.
 
@@ -264,7 +264,7 @@ def _tiles(
 
 
 def _write(
-    problem: Problem, rows: Tensor, sums: Sums, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
+    problem: StatsSpec, rows: Tensor, sums: Sums, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
     entropy: Tensor | None, div: Tensor | None, hit: Tensor, collision: Tensor | None, saved: Tensor,
 ) -> None:  # fmt: skip
     """Write the outputs of some rows, computed from their sums.
@@ -293,7 +293,7 @@ def _write(
 
 
 def write_divergence(
-    problem: Problem, i: int, value: Tensor, slope: Tensor, rows: Tensor | slice, logps: Tensor, ref_logps: Tensor,
+    problem: StatsSpec, i: int, value: Tensor, slope: Tensor, rows: Tensor | slice, logps: Tensor, ref_logps: Tensor,
     div: Tensor, saved: Tensor,
 ) -> None:  # fmt: skip
     """Write a divergence of some rows, and the sums sum_v h and sum_v k that backward needs."""
@@ -305,7 +305,7 @@ def write_divergence(
     saved[8 + 2 * i, rows] = other.masked_fill(empty, 0)
 
 
-def fold(problem: Problem, z: Tensor, labels: Tensor, w: Tensor | None, state: Tensor, fresh: bool) -> None:
+def fold(problem: StatsSpec, z: Tensor, labels: Tensor, w: Tensor | None, state: Tensor, fresh: bool) -> None:
     """Add logits [rows, columns] to the running sums in state [fields, rows].
 
     Column 0 is the token problem.first of the vocabulary. fresh: the state holds no sums yet and is overwritten.
@@ -336,13 +336,13 @@ def merge_sums(s: Sums, t: Sums, powers: list[float]) -> Sums:
     return list(pair), [list(m) for m in merged]
 
 
-def merge_states(problem: Problem, state: Tensor, other: Tensor) -> None:
+def merge_states(problem: StatsSpec, state: Tensor, other: Tensor) -> None:
     """Merge other into state in place, both [fields, rows]."""
     state.copy_(_packed(merge_sums(_unpack(state), _unpack(other), _powers(problem))))
 
 
 def close(
-    problem: Problem, state: Tensor, labels: Tensor, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
+    problem: StatsSpec, state: Tensor, labels: Tensor, logps: Tensor, ref_logps: Tensor | None, lse: Tensor,
     entropy: Tensor | None, div: Tensor | None, hit: Tensor, collision: Tensor | None, saved: Tensor,
 ) -> None:  # fmt: skip
     """Write the outputs of all rows, computed from the sums over the whole vocabulary.
@@ -367,7 +367,7 @@ def in_nats(x: Tensor) -> Tensor:
     return x
 
 
-def terms(problem: Problem, z: Tensor, labels: Tensor, w: Tensor, saved: Tensor, sums: Tensor) -> None:
+def terms(problem: StatsSpec, z: Tensor, labels: Tensor, w: Tensor, saved: Tensor, sums: Tensor) -> None:
     """Add sum_v c and sum_v h of the term divergences of logits [rows, columns] to sums [2 n, rows]."""
     for rows, _, z_block, w_block in _tiles(problem, z, labels, w):
         assert w_block is not None
@@ -403,7 +403,7 @@ def _slopes(
 
 
 def backward(
-    problem: Problem, policy: Tensor, labels: Tensor, ref: Tensor | None, saved: Tensor,
+    problem: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, saved: Tensor,
     grads: tuple[Tensor | None, ...], dz: Tensor | None, dw: Tensor | None,
 ) -> None:  # fmt: skip
     """Write the gradients dz and dw; dz may be the tensor of the policy logits itself."""
@@ -459,7 +459,7 @@ def backward(
             dw_rows[(*_at(dw_rows, rows), slice(v))] = _times(out, slope_q).to(dw.dtype)
 
 
-def _zero_outside(out: Tensor, labels: Tensor, problem: Problem) -> None:
+def _zero_outside(out: Tensor, labels: Tensor, problem: StatsSpec) -> None:
     """Write zeros to ignored rows and to padded columns."""
     inner = out.shape[1]
     rows = (labels.reshape(-1) == problem.ignore_index).nonzero().squeeze(1)
@@ -468,7 +468,7 @@ def _zero_outside(out: Tensor, labels: Tensor, problem: Problem) -> None:
 
 
 def _sequence_sums(
-    x: Tensor, mask: Tensor, problem: PairProblem, cu_seqlens: Tensor | None, dtype: torch.dtype
+    x: Tensor, mask: Tensor, problem: PairLossSpec, cu_seqlens: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     x = x.to(dtype).masked_fill(~mask, 0)
     if cu_seqlens is None:
@@ -476,7 +476,7 @@ def _sequence_sums(
     return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), initial=0.0)
 
 
-def _spread(x: Tensor, mask: Tensor, problem: PairProblem, cu_seqlens: Tensor | None) -> Tensor:
+def _spread(x: Tensor, mask: Tensor, problem: PairLossSpec, cu_seqlens: Tensor | None) -> Tensor:
     """Copy the number of each sequence to its tokens where the mask is True, and 0 to the other tokens."""
     if cu_seqlens is None:
         tokens = x[:, None].expand(-1, mask.numel() // problem.sequences).reshape(-1)
@@ -486,7 +486,7 @@ def _spread(x: Tensor, mask: Tensor, problem: PairProblem, cu_seqlens: Tensor | 
 
 
 def pair_forward(
-    problem: PairProblem, logps: Tensor, ref: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None,
+    problem: PairLossSpec, logps: Tensor, ref: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None,
     losses: Tensor, seq_logps: Tensor, seq_ref: Tensor, coef: Tensor,
 ) -> None:  # fmt: skip
     seq_logps.copy_(_sequence_sums(logps, mask, problem, cu_seqlens, coef.dtype))
@@ -504,7 +504,7 @@ def pair_forward(
 
 
 def pair_backward(
-    problem: PairProblem, grads: tuple[Tensor | None, ...], coef: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
+    problem: PairLossSpec, grads: tuple[Tensor | None, ...], coef: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
     d_logps: Tensor | None, d_ref: Tensor | None,
 ) -> None:  # fmt: skip
     g_losses, g_logps, g_ref = grads

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fused_losses as fl
 
-from ..engine.prepare import How, request
+from ..engine.prepare import How, prepare_call
 from .memory import byte_count
 from .memory_probe import peak_bytes
 
@@ -344,7 +344,7 @@ def main(args: argparse.Namespace) -> int:
 
     policy, ref, labels = inputs
     how = How(workspace=args.workspace)
-    plan = request(policy, labels, ref, (), False, False, IGNORE, how, 2 * labels.shape[1]).plan
+    plan = prepare_call(policy, labels, ref, (), False, False, IGNORE, how, 2 * labels.shape[1]).plan
     print(f"from hidden: {plan}")
     plain = {name: runs[name] for name in PLAIN}
     gradients = (policy.hidden.nbytes + policy.weight.nbytes) / 2**20

@@ -138,17 +138,33 @@ class HeadStep(Step):
         """
         return max(super().naive(), self.logits * (1 + self.both) + sum(self.gradients().values()))
 
-    def facts(self, device: str) -> planner.Facts:
+    def plan_inputs(self, device: str) -> planner.PlanInputs:
         bases = [from_key(k) for k in {key for d in self.divergences for key in (d.parts or (d.key,))}]
-        widths = self.hidden, self.ref * self.ref_hidden
-        cast = 4 * max(widths) * (device == "cpu" and self.itemsize < 4)  # a CPU multiplies in float32
-        return planner.Facts(
-            self.rows, self.vocab, widths, self.itemsize, 4, self.ref, device, "torch" if device == "cpu" else "triton",
-            bases=len(bases), pair=bool(self.divergences), second=any(d.term is not None for d in self.divergences),
-            frozen_second=any(d.scaling is None for d in bases), to_hidden=True, to_head=not self.frozen,
-            to_weight=not self.frozen, to_ref=self.both, unit=self.unit, casts=(cast, cast),
+        ref_hidden = self.ref * self.ref_hidden
+        cast = 4 * max(self.hidden, ref_hidden) * (device == "cpu" and self.itemsize < 4)  # a CPU multiplies in float32
+        return planner.PlanInputs(
+            rows=self.rows,
+            vocab=self.vocab,
+            hidden=self.hidden,
+            ref_hidden=ref_hidden,
+            itemsize=self.itemsize,
+            sums=4,
+            ref=self.ref,
+            device=device,
+            backend="torch" if device == "cpu" else "triton",
+            bases=len(bases),
+            pair=bool(self.divergences),
+            second=any(d.term is not None for d in self.divergences),
+            frozen_second=any(d.scaling is None for d in bases),
+            grad_hidden=True,
+            grad_head=not self.frozen,
+            grad_weight=not self.frozen,
+            grad_ref=self.both,
+            unit=self.unit,
+            row_cast=cast,
+            column_cast=cast,
             weight=self.vocab * self.hidden,
-        )  # fmt: skip
+        )
 
     def ours(self, device: str, plan: planner.Plan) -> dict[str, int]:
         """Return the bytes at the peak of this library's code, by purpose.
@@ -157,18 +173,18 @@ class HeadStep(Step):
         """
         gradients = {f"gradient of {name}": count for name, count in self.gradients().items() if count}
         states, other = (self.rows * h * self.itemsize for h in (self.hidden, self.ref_hidden))
-        facts = self.facts(device)
+        call = self.plan_inputs(device)
         beside = {
             "sums, and what is kept for backward": plan.kept,
             "states of the rows that count": states
-            + other * self.ref * (plan.kind != "slices" or facts.pair or facts.to_ref),
+            + other * self.ref * (plan.kind != "slices" or call.pair or call.grad_ref),
             "their gradient, before it is put back": states * (self.itemsize == 4),
             "numbers per row": self.rows * (140 + 36 * len(self.divergences)),
         }
         tiles, held = plan.tiles, sum(beside.values()) + sum(gradients.values())
-        if plan.kind == "slices" and not (facts.pair or facts.to_ref):  # no w in backward, no gradients in forward
+        if plan.kind == "slices" and not (call.pair or call.grad_ref):  # no w in backward, no gradients in forward
             before = plan.tiles - plan.kept - states - sum(gradients.values())
-            alone = facts._replace(ref=False, hidden=(self.hidden, 0))
+            alone = call._replace(ref=False, ref_hidden=0)
             tiles = max(before, planner._bytes(alone, *planner.tile_shape(alone, plan.workspace)))
         if plan.kind == "rows":  # backward scales the gradients, kept in float32, into new ones
             wide = [4 * self.hidden * n for n in (self.rows, self.vocab * (not self.frozen))]
@@ -291,7 +307,7 @@ def _main_hidden(args: argparse.Namespace, given: dict[str, Any]) -> int:
     if min(args.hidden, width) < 1:
         raise ValueError(f"hidden, ref-hidden: expected numbers >= 1, got {args.hidden}, {width}")
     step = HeadStep(hidden=args.hidden, ref_hidden=width, frozen=args.frozen, unit=unit, **given)
-    plan = planner.choose(step.facts(args.device), workspace=args.workspace)
+    plan = planner.make_plan(step.plan_inputs(args.device), workspace=args.workspace)
     naive, ours = step.naive(), step.ours(args.device, plan)
     if args.json:
         chosen = plan._asdict() | {"gemms": plan.gemms}

@@ -1,9 +1,9 @@
-"""The memory layout of rows, and the description of one token_stats problem that is passed to a backend."""
+"""The memory layout of rows, and the descriptions of calls that are passed to a backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ def stats_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class Problem(NamedTuple):
-    """All arguments of a token_stats call that are not tensors."""
+class StatsSpec(NamedTuple):
+    """What token_stats is asked for: all arguments of a call that are not tensors and do not say how to compute it."""
 
     divergences: tuple[Divergence, ...]
     entropy: bool
@@ -25,25 +25,35 @@ class Problem(NamedTuple):
     shift: bool
     ignore_index: int
     vocab: int  # valid columns, the same on both sides
-    softcap: float  # 0.0: no softcap
-    multiplier: float  # scale / temperature
-    ref_softcap: float
-    ref_multiplier: float
+    softcap: float = 0.0  # 0.0: no softcap
+    multiplier: float = 1.0  # scale / temperature
+    ref_softcap: float = 0.0
+    ref_multiplier: float = 1.0
     first: int = 0  # the token id of column 0; it can differ from 0 for a slice of the vocabulary
 
 
-class PairProblem(NamedTuple):
-    """All arguments of a pair_loss call that are not tensors."""
+SymInt = Annotated[int, "SymInt"]  # an int that torch.compile may keep as a symbol
+
+
+class PairLossSpec(NamedTuple):
+    """What pair_loss is asked for: all arguments of a call that are not tensors and do not say how to compute it."""
 
     divergence: Divergence
     term: Callable  # the loss as a formula of the margin: (margin, *term_params) -> loss, dloss/dmargin
     term_params: tuple[float, ...]
     beta: float
-    sequences: int  # 2 B
+    sequences: SymInt  # 2 B
     ref_summed: bool  # reference log-probs are given as one per sequence
 
 
-Grads = tuple[Tensor | None, ...]  # of logps, ref_logps, lse, entropy [n], divergences [n_div, n]; None: no gradient
+class Grads(NamedTuple):
+    """The gradients at the statistics of n rows. None: no gradient."""
+
+    logps: Tensor | None = None  # [n], and so are the others
+    ref_logps: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None  # [number of divergences, n]
 
 
 def effective(grads: Grads, vocab: int) -> Grads:
@@ -52,7 +62,7 @@ def effective(grads: Grads, vocab: int) -> Grads:
     A distribution over one token is a constant: only lse depends on the logit. The other gradients are then replaced by
     None, which is exact; their terms would cancel only up to rounding.
     """
-    return (None, None, grads[2], None, None) if vocab == 1 else grads
+    return Grads(lse=grads.lse) if vocab == 1 else grads
 
 
 def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:

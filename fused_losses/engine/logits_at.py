@@ -7,7 +7,7 @@ they are x . W[ids], a few rows at a time: the gathered rows of the head take at
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from ..backends import choose
 from ..backends.torch_backend import _head as head
 from ..core.batch import Batch, CallOptions
 from ..core.inputs import Hidden, Logits, TokenStats
-from ..core.layout import collapse
+from ..core.layout import Grads, StatsSpec, collapse
 from . import logits_ops
-from .prepare import How
-from .prepare import _inputs as inputs_of
-from .projection import HiddenSide, Inputs
+from .operator_args import Layout
+from .operators import check_plain, once
+from .prepare import Asks, How, inputs_of, spec_of
+from .projection import HiddenSide
+from .sides import InputFlags, InputGradients, Inputs
+from .stats_outputs import Outputs
 from .token_stats import check_sources, compute_stats, pack_stats
 
 BYTES = 64 << 20
@@ -50,7 +53,8 @@ def stats_at(
         ids, keep, wrong = (pad(x, (0, 0, 0, 1)) for x in (ids, keep, wrong))
     if isinstance(policy, Hidden):
         stats = compute_stats(policy, batch, None, (), False, options)
-        z = _HiddenAt.apply(ids, keep, policy.softcap or 0.0, policy.multiplier, *_tensors(inputs_of(policy)))
+        args = HiddenAtArgs(ids, keep, policy.softcap or 0.0, policy.multiplier, inputs_of(policy))
+        z = _HiddenAt.apply(*HIDDEN_AT.flat(args))
     else:
         stats, z = _from_logits(policy, batch, ids, keep, options)
     z = z.masked_fill(wrong, float("nan"))
@@ -63,60 +67,105 @@ def stats_at(
 def _from_logits(
     policy: Logits, batch: Batch, ids: Tensor, keep: Tensor, options: CallOptions
 ) -> tuple[TokenStats, Tensor]:
-    x, y, entropy = policy.logits, batch.predicted, options.entropy
+    x, y = policy.logits, batch.predicted
     x = x if len(collapse(x, 1)) <= 2 else x.contiguous()
-    head_options = policy.vocab, policy.softcap or 0.0, policy.multiplier
-    problem = "", entropy, False, False, batch.ignore_index, *head_options, 0.0, 1.0, choose(x.device, x.dtype)
-    logits_ops.check_plain("token_stats", x)
-    logps, lse, ent, hit, z = _LogitsAt.apply(x, y.contiguous(), ids, keep, problem, options.inplace_backward)
-    empty = lse.new_empty((0, lse.numel()))
-    found = logps, empty, lse, ent, empty, hit, empty
-    return pack_stats(found, (x.requires_grad, False), batch, None, (), entropy, False), z
+    spec = spec_of(policy, None, (), options.entropy, False, False, batch.ignore_index)
+    check_plain("token_stats", x)
+    logps, lse, entropies, hit, saved, z = _LogitsAt.apply(
+        x, y.contiguous(), ids, keep, spec, choose(x.device, x.dtype), options.inplace_backward
+    )
+    out = Outputs(
+        logps=logps,
+        ref_logps=None,
+        lse=lse,
+        entropy=entropies if options.entropy else None,
+        divergence=None,
+        hit=hit,
+        collision=None,
+        saved=saved,
+    )
+    return pack_stats(out, Asks(x.requires_grad, False), batch, None, ()), z
+
+
+class _SavedAt(NamedTuple):
+    """What _LogitsAt saves for backward."""
+
+    x: Tensor
+    labels: Tensor
+    ids: Tensor  # followed by the label
+    keep: Tensor  # the same
+    counts: Tensor  # whether the row counts
+    raw: Tensor  # the logits at ids, before the options of the head
+    lse: Tensor
+    entropy: Tensor
+    saved: Tensor
+    spec: StatsSpec
+    backend: str
+    inplace: bool
+
+
+SAVED_AT = Layout(_SavedAt)
 
 
 class _LogitsAt(torch.autograd.Function):
     """Compute log-probs of the labels, lse, entropy and hits [rows], and the logits at ids."""
 
     @staticmethod
-    def forward(ctx, x, labels, ids, keep, problem, inplace):  # type: ignore[no-untyped-def]
-        logps, _, lse, entropy, _, hit, _, saved = logits_ops.token_stats(x, labels, None, *problem, inplace)
-        counts = (labels != problem[4]).unsqueeze(-1)
-        label = labels.long().unsqueeze(-1).clamp(0, problem[5] - 1).masked_fill(~counts, 0)
+    def forward(ctx, x, labels, ids, keep, spec, backend, inplace):  # type: ignore[no-untyped-def]
+        args = logits_ops.TokenStatsArgs(x, labels, None, spec, backend, inplace)
+        out = logits_ops.STATS.unpack(logits_ops.token_stats(*logits_ops.ARGS.pack(args)))
+        counts = (labels != spec.ignore_index).unsqueeze(-1)
+        label = labels.long().unsqueeze(-1).clamp(0, spec.vocab - 1).masked_fill(~counts, 0)
         ids, keep = torch.cat([ids, label], dim=-1), torch.cat([keep, counts], dim=-1)
-        raw = x.gather(-1, ids).to(lse.dtype)
-        ctx.problem, ctx.inplace = problem, inplace
-        ctx.save_for_backward(x, labels, ids, keep, counts, raw, lse, entropy, saved)
-        ctx.mark_non_differentiable(hit)
+        raw = x.gather(-1, ids).to(out.lse.dtype)
+        SAVED_AT.save(
+            ctx,
+            _SavedAt(x, labels, ids, keep, counts, raw, out.lse, out.entropy, out.saved, spec, backend, inplace),
+        )
+        ctx.mark_non_differentiable(out.hit, out.saved)
         ctx.set_materialize_grads(False)
-        z = head(raw[..., :-1], problem[6], problem[7], lse.dtype)[0]
-        return logps, lse, entropy, hit, z.masked_fill(~keep[..., :-1], 0)
+        z = head(raw[..., :-1], spec.softcap, spec.multiplier, out.lse.dtype)[0]
+        return out.logps, out.lse, out.entropy, out.hit, out.saved, z.masked_fill(~keep[..., :-1], 0)
 
     @staticmethod
-    @logits_ops.once("token_stats")
-    def backward(ctx, g_logps, g_lse, g_entropy, _, g_z):  # type: ignore[no-untyped-def]
+    @once("token_stats")
+    def backward(ctx, g_logps, g_lse, g_entropy, _hit, _saved, g_z):  # type: ignore[no-untyped-def]
         """Compute dz_v = g_lse p_v - g_entropy p_v (log p_v + H), and add the incoming gradients at their ids.
 
         That sum is rounded once.
         """
-        x, labels, ids, keep, counts, raw, lse, entropy, saved = ctx.saved_tensors
+        s = SAVED_AT.saved(ctx)
 
         def shaped(g):  # type: ignore[no-untyped-def]
-            return (torch.zeros_like(lse) if g is None or not g.numel() else g).view(labels.shape).unsqueeze(-1)
+            return (torch.zeros_like(s.lse) if g is None or not g.numel() else g).view(s.labels.shape).unsqueeze(-1)
 
         to_label = shaped(g_logps)  # log p(y) = z_y - lse
         to_lse, to_entropy = shaped(g_lse) - to_label, shaped(g_entropy)
-        to_ids = torch.zeros_like(raw[..., :-1]) if g_z is None else g_z
-        arrived = torch.cat([to_ids, to_label], dim=-1).masked_fill(~keep, 0)
+        to_ids = torch.zeros_like(s.raw[..., :-1]) if g_z is None else g_z
+        arrived = torch.cat([to_ids, to_label], dim=-1).masked_fill(~s.keep, 0)
 
-        z, slope = head(raw, ctx.problem[6], ctx.problem[7], lse.dtype)
-        logp = z - lse.view(labels.shape).unsqueeze(-1)
-        own = to_lse - to_entropy * (logp + shaped(entropy)) if g_entropy is not None else to_lse
-        op = logits_ops.token_stats_backward_ if ctx.inplace else logits_ops.token_stats_backward
-        grads = None, None, to_lse.reshape(-1), g_entropy, None
-        found = op(*grads, saved, x.detach(), labels, None, *ctx.problem, True, False)
-        dz = x.detach() if ctx.inplace else found[0]
-        values = (own * logp.exp() + summed(ids, arrived)) * slope
-        return dz.scatter_(-1, ids, values.where(counts, 0).to(dz.dtype)), *[None] * 5
+        z, slope = head(s.raw, s.spec.softcap, s.spec.multiplier, s.lse.dtype)
+        logp = z - s.lse.view(s.labels.shape).unsqueeze(-1)
+        without = to_lse - to_entropy * (logp + shaped(s.entropy)) if g_entropy is not None else to_lse
+        back = logits_ops.TokenStatsBackwardArgs(
+            grads=Grads(lse=to_lse.reshape(-1), entropy=g_entropy),
+            saved=s.saved,
+            policy=s.x.detach(),
+            labels=s.labels,
+            ref=None,
+            spec=s.spec,
+            backend=s.backend,
+            grad_policy=True,
+            grad_ref=False,
+        )
+        if s.inplace:
+            logits_ops.token_stats_backward_(*logits_ops.BACKWARD_ARGS.pack(back))
+            dz = back.policy
+        else:
+            (dz,) = logits_ops.token_stats_backward(*logits_ops.BACKWARD_ARGS.pack(back))
+        values = (without * logp.exp() + summed(s.ids, arrived)) * slope
+        dz = dz.scatter_(-1, s.ids, values.where(s.counts, 0).to(dz.dtype))
+        return dz, None, None, None, None, None, None
 
 
 def summed(ids: Tensor, x: Tensor) -> Tensor:
@@ -130,26 +179,43 @@ def summed(ids: Tensor, x: Tensor) -> Tensor:
 # ---- hidden states ---------------------------------------------------------------------------------------------------
 
 
-def _tensors(inputs: Inputs) -> tuple[Any, ...]:
-    return inputs.scaling, *inputs[:5]
+class HiddenAtArgs(NamedTuple):
+    """The arguments of _HiddenAt."""
+
+    ids: Tensor
+    keep: Tensor
+    softcap: float
+    multiplier: float
+    inputs: Inputs
+
+
+class _SavedHiddenAt(NamedTuple):
+    """What _HiddenAt saves for backward."""
+
+    args: HiddenAtArgs
+    slope: Tensor
+
+
+HIDDEN_AT = Layout(HiddenAtArgs)
+SAVED_HIDDEN_AT = Layout(_SavedHiddenAt)
 
 
 class _Gathered:
     """The rows of hidden states and the rows of the head that they are multiplied with, block by block."""
 
     def __init__(self, ids: Tensor, keep: Tensor, inputs: Inputs):
-        self.side = HiddenSide(inputs, None)
+        self.side = HiddenSide(inputs.hidden_operand(), None)
         self.ids, self.keep = ids.reshape(-1, ids.shape[-1]), keep.reshape(-1, ids.shape[-1])
         self.counts = self.keep.any(-1, keepdim=True)  # other rows may hold any value
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield a slice of the rows, (x, x A') [rows, H + rank], and (W, B) at their ids [rows, K, H + rank]."""
         side, (n, k) = self.side, self.ids.shape
-        heads = [w for w in (side.inputs.weight, side.inputs.b) if w is not None]
+        heads, states = side.heads(), [side.x] if side.low_rank is None else [side.x, side.low_rank.xa]
         width = sum(w.shape[1] for w in heads)
         for first in range(0, n, step := max(1, BYTES // max(1, k * width * side.sums.itemsize))):
             r = slice(first, min(n, first + step))
-            x = torch.cat([t[r].to(side.sums) for t in (side.x, side.xa) if t is not None], dim=-1)
+            x = torch.cat([t[r].to(side.sums) for t in states], dim=-1)
             gathered = torch.cat([w[self.ids[r]].to(side.dtype).to(side.sums) for w in heads], dim=-1)
             yield r, x.masked_fill(~self.counts[r], 0), gathered
 
@@ -158,47 +224,49 @@ class _HiddenAt(torch.autograd.Function):
     """Compute the logits [..., K] of hidden states [..., H] at ids [..., K], 0 where keep is False."""
 
     @staticmethod
-    def forward(ctx, ids, keep, softcap, multiplier, scaling, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        args: HiddenAtArgs = HIDDEN_AT.named(values)
+        ids, keep, bias = args.ids, args.keep, args.inputs.bias
         with torch.autocast(ids.device.type, enabled=False):
-            rows = _Gathered(ids, keep, Inputs._make((*tensors, scaling)))
+            rows = _Gathered(ids, keep, args.inputs)
             z = torch.zeros(rows.ids.shape, dtype=rows.side.sums, device=ids.device)
             for r, x, gathered in rows.blocks():
                 torch.bmm(gathered, x.unsqueeze(-1), out=z[r].unsqueeze(-1))
-        if tensors[2] is not None:
-            z += tensors[2].to(z.dtype)[rows.ids]
-        z, slope = head(z, softcap, multiplier, z.dtype)
+        if bias is not None:
+            z += bias.to(z.dtype)[rows.ids]
+        z, slope = head(z, args.softcap, args.multiplier, z.dtype)
         slope = slope if isinstance(slope, Tensor) else torch.full_like(z[:1, :1], slope)
-        ctx.scaling = scaling
-        ctx.save_for_backward(ids, keep, slope, *tensors)
+        SAVED_HIDDEN_AT.save(ctx, _SavedHiddenAt(args, slope))
         return z.view(ids.shape).masked_fill(~keep, 0)
 
     @staticmethod
-    @logits_ops.once("token_stats")
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        ids, keep, slope, *tensors = ctx.saved_tensors
-        to_x, to_weight, to_bias, to_a, to_b = wanted = ctx.needs_input_grad[5:]
-        rows = _Gathered(ids, keep, Inputs._make((*tensors, ctx.scaling)))
-        side, width = rows.side, tensors[1].shape[1]
+    @once("token_stats")
+    def backward(ctx: Any, g: Tensor) -> tuple:
+        args, slope = SAVED_HIDDEN_AT.saved(ctx)
+        wanted = InputFlags.of(HIDDEN_AT.named(ctx.needs_input_grad).inputs)
+        inputs, rows = args.inputs, _Gathered(args.ids, args.keep, args.inputs)
+        side, low_rank, width = rows.side, rows.side.low_rank, rows.side.weight.shape[1]
         g = g.reshape(rows.ids.shape).to(side.sums).masked_fill(~rows.keep, 0) * slope
-        sums = [
-            t.new_zeros(t.shape, dtype=side.sums) if flag else None for t, flag in zip(tensors, wanted, strict=True)
-        ]
-        dx, dw, dbias, da, db = sums
+
+        def zeros(x: Tensor | None, flag: bool) -> Tensor | None:
+            return x.new_zeros(x.shape, dtype=side.sums) if x is not None and flag else None
+
+        tensors = inputs.x, inputs.weight, inputs.bias, inputs.a, inputs.b
+        sums = InputGradients(*[zeros(x, flag) for x, flag in zip(tensors, wanted, strict=True)])
         for r, x, gathered in rows.blocks():
             flat = rows.ids[r].reshape(-1)
-            if to_x or to_a:
+            if sums.x is not None or sums.a is not None:
                 back = torch.bmm(g[r].unsqueeze(1), gathered).squeeze(1)  # at x, and in the last columns at x A'
-                low = back[:, width:] * ctx.scaling
-                if dx is not None:
-                    dx.view(-1, width)[r] = back[:, :width] if tensors[3] is None else torch.addmm(
-                        back[:, :width], low, tensors[3].to(side.sums)
-                    )  # fmt: skip
-                if da is not None:
-                    da.addmm_(low.T, x[:, :width])
-            for out, part in ((dw, x[:, :width]), (db, x[:, width:])):
+                at_x, at_low = back[:, :width], back[:, width:] * inputs.scaling
+                if sums.x is not None:
+                    with_low = at_x if low_rank is None else torch.addmm(at_x, at_low, low_rank.a.to(side.sums))
+                    sums.x.view(-1, width)[r] = with_low
+                if sums.a is not None:
+                    sums.a.addmm_(at_low.T, x[:, :width])
+            for out, part in ((sums.weight, x[:, :width]), (sums.b, x[:, width:])):
                 if out is not None:
                     out.index_add_(0, flat, (g[r].unsqueeze(-1) * part.unsqueeze(1)).view(len(flat), -1))
-            if dbias is not None:
-                dbias.index_add_(0, flat, g[r].reshape(-1))
-        found = (s if s is None else s.to(t.dtype) for s, t in zip(sums, tensors, strict=True))
-        return *[None] * 5, *found
+            if sums.bias is not None:
+                sums.bias.index_add_(0, flat, g[r].reshape(-1))
+        rounded = [None if s is None or t is None else s.to(t.dtype) for s, t in zip(sums, tensors, strict=True)]
+        return tuple(HIDDEN_AT.gradients(inputs=InputGradients(*rounded)))

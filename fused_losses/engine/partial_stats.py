@@ -14,9 +14,10 @@ from torch import Tensor
 from ..backends import backend_module
 from ..core.divergences import Asked, Divergence, parse
 from ..core.inputs import Hidden, Logits, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+from ..core.layout import StatsSpec
 from . import plan_chunks
-from .hidden_ops import sides_of
-from .prepare import How, request
+from .prepare import How, prepare_call
+from .stats_outputs import zero_outputs
 
 
 @dataclass(frozen=True)
@@ -39,27 +40,45 @@ class PartialStats:
     ignore_index: int
     backend: str
 
+    def spec(self, end: int) -> StatsSpec:
+        """Return what is asked of the tokens before `end`. Options of a head were applied when the sums were computed."""
+        return StatsSpec(self.divergences, self.entropy, self.collision, False, self.ignore_index, end)
+
     def close(self) -> TokenStats:
         """Return what token_stats returns. The merged parts must make up the whole vocabulary."""
-        problem = plan_chunks.plain_problem(self.divergences, self.entropy, self.collision, self.ignore_index, self.end)
-        labels = self.labels.reshape(-1)
-        out = plan_chunks.blank(problem, labels, self.ref, self.state.dtype)
+        spec, labels, shape = self.spec(self.end), self.labels.reshape(-1), self.labels.shape
+        out = zero_outputs(spec, labels, len(labels), self.ref, self.state.dtype)
         if len(labels):
-            backend_module(self.backend).close(problem, self.state, labels, *out)
-        shape = self.labels.shape
-        div = {} if out.div is None else {d.key: x.view(shape) for d, x in zip(self.divergences, out.div, strict=True)}
-        one = (None if x is None else x.view(shape) for x in (out.ref_logps, out.entropy, out.collision))
-        ref_logps, entropy, collision = one
+            backend_module(self.backend).close(spec, self.state, labels, *out)
+
+        def shaped(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.view(shape)
+
+        values = [] if out.divergence is None else out.divergence.unbind(0)
         return TokenStats(
-            out.logps.view(shape), ref_logps, div, entropy, out.lse.view(shape), self.labels != self.ignore_index,
-            out.hit.view(shape), collision,
-        )  # fmt: skip
+            logps=out.logps.view(shape),
+            ref_logps=shaped(out.ref_logps),
+            divergence={d.key: x.view(shape) for d, x in zip(self.divergences, values, strict=True)},
+            entropy=shaped(out.entropy),
+            lse=out.lse.view(shape),
+            mask=self.labels != self.ignore_index,
+            correct=out.hit.view(shape),
+            collision=shaped(out.collision),
+        )
 
 
 def partial_stats(
-    policy: Source, labels: Tensor, ref: Source | None = None, *, first: int = 0, divergence: Asked = None,
-    entropy: bool = False, collision: bool = False, ignore_index: int = -100, workspace: int | None = None,
-) -> PartialStats:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None = None,
+    *,
+    first: int = 0,
+    divergence: Asked = None,
+    entropy: bool = False,
+    collision: bool = False,
+    ignore_index: int = -100,
+    workspace: int | None = None,
+) -> PartialStats:
     """Compute token_stats over a part of the vocabulary: the tokens from `first` onwards.
 
     The sources hold only the columns of the logits, or the rows of the head, of these tokens.
@@ -88,12 +107,14 @@ def partial_stats(
         raise ValueError(f"divergence: {asked[0].key!r} needs ref, got None")
     with torch.no_grad():
         how = How("slices", workspace, True)
-        call = request(z, labels, w, asked, entropy, collision, ignore_index, how)  # type: ignore[arg-type]
-        problem = call.options.problem()._replace(first=first)
-        backend = call.options.backend
-        opened = plan_chunks.open_call(problem, backend_module(backend), call.plan, labels, *sides_of(call), True)
-        state = plan_chunks.states(opened, plan_chunks.Tiles(opened))
-    end = first + problem.vocab
+        call = prepare_call(z, labels, w, asked, entropy, collision, ignore_index, how)  # type: ignore[arg-type]
+        args, backend = call.args, call.args.options.backend
+        spec = args.options.spec._replace(first=first)
+        rows = plan_chunks.drop_ignored_rows(
+            spec, backend_module(backend), call.plan, labels, args.policy, args.ref, static_shapes=True
+        )
+        state = plan_chunks.states(rows, plan_chunks.Tiles(rows))
+    end = first + spec.vocab
     return PartialStats(state, labels, end, asked, entropy, collision, w is not None, ignore_index, backend)
 
 
@@ -112,9 +133,6 @@ def merge_stats(parts: Sequence[PartialStats]) -> PartialStats:
                 )
         if part.state.shape != state.shape:
             raise ValueError(f"parts: expected states {list(state.shape)}, got {list(part.state.shape)}")
-        problem = plan_chunks.plain_problem(
-            first.divergences, first.entropy, first.collision, first.ignore_index, part.end
-        )
         if state.shape[1]:
-            backend_module(first.backend).merge_states(problem, state, part.state)
+            backend_module(first.backend).merge_states(first.spec(part.end), state, part.state)
     return replace(first, state=state, end=max(p.end for p in parts))

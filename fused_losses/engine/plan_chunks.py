@@ -13,31 +13,19 @@ import torch
 from torch import Tensor
 
 from ..backends.torch_backend import write_divergence
-from ..core.divergences import Divergence
-from ..core.layout import Grads, Problem
+from ..core.layout import Grads, StatsSpec, stats_dtype
 from ..core.moments import fields
 from .planner import Plan
-from .projection import HiddenSide, Inputs, Side, side
+from .projection import Side, hidden_side, side_of
 from .shards import Shard
+from .sides import BothGradients, Inputs, Wanted
+from .stats_outputs import Outputs, zero_outputs
 
 
-class Outputs(NamedTuple):
-    """The statistics of the rows that count; those not asked for are None. saved: what backward needs."""
+class CompactCall(NamedTuple):
+    """A call with only the rows that count, and how to compute it."""
 
-    logps: Tensor
-    ref_logps: Tensor | None
-    lse: Tensor
-    entropy: Tensor | None
-    div: Tensor | None
-    hit: Tensor
-    collision: Tensor | None
-    saved: Tensor
-
-
-class Call(NamedTuple):
-    """A problem with only the rows that count, and how to compute it."""
-
-    problem: Problem
+    spec: StatsSpec
     backend: ModuleType
     plan: Plan
     labels: Tensor  # of the rows that count
@@ -48,53 +36,47 @@ class Call(NamedTuple):
     shard: Shard = Shard()  # noqa: RUF009
 
 
-def open_call(
-    problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, static: bool
-) -> Call:
+def dtype_of(policy: Inputs, ref: Inputs | None) -> torch.dtype:
+    """Return the dtype of the statistics."""
+    dtypes = {stats_dtype(s.x) for s in (policy, ref) if s is not None}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def drop_ignored_rows(
+    spec: StatsSpec,
+    backend: ModuleType,
+    plan: Plan,
+    labels: Tensor,
+    policy: Inputs,
+    ref: Inputs | None,
+    static_shapes: bool,
+    shard: Shard = Shard(),  # noqa: B008
+) -> CompactCall:
     """Return the call without the rows that do not count, which are dropped before any product.
 
-    static: keep all rows, and read no value of the labels.
+    static_shapes: keep all rows, and read no value of the labels.
     """
     labels = labels.reshape(-1).contiguous()
     rows = None
-    if not static:
-        rows = (labels != problem.ignore_index).nonzero().squeeze(1)
+    if not static_shapes:
+        rows = (labels != spec.ignore_index).nonzero().squeeze(1)
         labels = labels[rows]
-        rows = None if len(rows) == labels.numel() == _count(policy) else rows
-    dtypes = [torch.float64 if s.x.dtype == torch.float64 else torch.float32 for s in (policy, ref) if s is not None]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return Call(
-        problem, backend, plan, labels, rows, side(policy, rows), None if ref is None else side(ref, rows), dtype
+        rows = None if len(rows) == labels.numel() == policy.x[..., 0].numel() else rows
+    return CompactCall(
+        spec=spec,
+        backend=backend,
+        plan=plan,
+        labels=labels,
+        rows=rows,
+        policy=side_of(policy.operand(), rows),
+        ref=None if ref is None else side_of(ref.operand(), rows),
+        dtype=dtype_of(policy, ref),
+        shard=shard,
     )
 
 
-def _count(inputs: Inputs) -> int:
-    return inputs.x[..., 0].numel()
-
-
-def plain_problem(
-    divergences: tuple[Divergence, ...], entropy: bool, collision: bool, ignore_index: int, vocab: int
-) -> Problem:
-    """Return a problem without head options, for states: the options were applied when these were computed."""
-    return Problem(divergences, entropy, collision, False, ignore_index, vocab, 0.0, 1.0, 0.0, 1.0)
-
-
-def blank(problem: Problem, labels: Tensor, ref: bool, dtype: torch.dtype) -> Outputs:
-    """Return zeros for the outputs of rows with these labels."""
-    n, count = len(labels), len(problem.divergences)
-
-    def new(*shape: int) -> Tensor:
-        return labels.new_zeros(shape, dtype=dtype)
-
-    return Outputs(
-        new(n), new(n) if ref else None, new(n), new(n) if problem.entropy else None,
-        new(count, n) if count else None, labels.new_zeros(n, dtype=torch.bool), new(n) if problem.collision else None,
-        new(7 + 2 * count, n),
-    )  # fmt: skip
-
-
-def allocate(call: Call) -> Outputs:
-    return blank(call.problem, call.labels, call.ref is not None, call.dtype)
+def allocate(call: CompactCall) -> Outputs:
+    return zero_outputs(call.spec, call.labels, len(call.labels), call.ref is not None, call.dtype)
 
 
 class Tiles:
@@ -103,10 +85,10 @@ class Tiles:
     In the plan "whole" there is one tile. It is kept [1 or 2, rows, V], and is computed at most once.
     """
 
-    def __init__(self, call: Call, with_ref: bool = True, kept: Tensor | None = None, filled: bool = False):
+    def __init__(self, call: CompactCall, with_ref: bool = True, kept: Tensor | None = None, filled: bool = False):
         self.call, self.keeps, self.filled = call, kept is not None, filled
-        self.rows, self.columns = (max(1, min(call.plan.tile[0], len(call.labels))), call.plan.tile[1])
-        shape = (self.rows, min(self.columns, call.problem.vocab))
+        self.rows, self.columns = (max(1, min(call.plan.tile.rows, len(call.labels))), call.plan.tile.columns)
+        shape = (self.rows, min(self.columns, call.spec.vocab))
 
         def buffer(i: int) -> Tensor:
             return kept[i] if kept is not None and i < len(kept) else call.labels.new_empty(shape, dtype=call.dtype)
@@ -120,18 +102,18 @@ class Tiles:
 
     @property
     def slices(self) -> int:
-        return -(-self.call.problem.vocab // self.columns)
+        return -(-self.call.spec.vocab // self.columns)
 
     def columns_of(self) -> Iterator[slice]:
-        v = self.call.problem.vocab
+        v = self.call.spec.vocab
         return (slice(c, min(c + self.columns, v)) for c in range(0, v, self.columns))
 
     def rows_of(self) -> Iterator[slice]:
         n = len(self.call.labels)
         return (slice(r, min(r + self.rows, n)) for r in range(0, n, self.rows))
 
-    def load(self, r: slice, c: slice) -> tuple[Problem, Tensor, Tensor | None]:
-        """Compute the tile, unless it is kept already. Return it as a problem of its own, with z and w."""
+    def load(self, r: slice, c: slice) -> tuple[StatsSpec, Tensor, Tensor | None]:
+        """Compute the tile, unless it is kept already. Return what is asked of it, and z and w."""
         call, height, width = self.call, r.stop - r.start, c.stop - c.start
         z = self.z[:height, :width]
         w = None if self.w is None else self.w[:height, :width]
@@ -140,22 +122,22 @@ class Tiles:
             if w is not None and call.ref is not None:
                 call.ref.tile(r, c, w)
         self.filled = self.keeps
-        return call.problem._replace(vocab=width, first=call.problem.first + c.start), z, w
+        return call.spec._replace(vocab=width, first=call.spec.first + c.start), z, w
 
 
-def powers(problem: Problem) -> int:
-    return len({d.power for d in problem.divergences if d.power is not None})
+def powers(spec: StatsSpec) -> int:
+    return len({d.power for d in spec.divergences if d.power is not None})
 
 
-def states(call: Call, tiles: Tiles | None) -> Tensor:
+def states(call: CompactCall, tiles: Tiles | None) -> Tensor:
     """Compute the rows' sums (moments.SIDES) over the columns that this call has.
 
     They are computed slice by slice, or in the tile kernel where tiles is None.
     """
-    problem, n = call.problem, len(call.labels)
-    state = call.labels.new_empty((fields(powers(problem)), n), dtype=call.dtype)
+    spec, n = call.spec, len(call.labels)
+    state = call.labels.new_empty((fields(powers(spec)), n), dtype=call.dtype)
     if tiles is None:
-        call.backend.tile_states(problem, *_tile_arguments(call), state)
+        call.backend.tile_states(spec, *_tile_arguments(call), state)
         return state
     for c in tiles.columns_of():
         for r in tiles.rows_of():
@@ -164,28 +146,28 @@ def states(call: Call, tiles: Tiles | None) -> Tensor:
     return state
 
 
-def forward(call: Call, kept: Tensor | None = None) -> Outputs:
+def forward(call: CompactCall, kept: Tensor | None = None) -> Outputs:
     """Compute the statistics of the rows; `kept` receives all logits in the plan "whole"."""
-    out, problem = allocate(call), call.problem
+    out, spec = allocate(call), call.spec
     if not len(call.labels):
         return out
     tiles = None if call.plan.kind == "tiles" else Tiles(call, kept=kept)
-    state = call.shard.merged(problem, call.backend, states(call, tiles))
-    call.backend.close(call.shard.whole(problem), state, call.labels, *out)
-    if any(d.term is not None for d in problem.divergences):
+    state = call.shard.merged(spec, call.backend, states(call, tiles))
+    call.backend.close(call.shard.whole(spec), state, call.labels, *out)
+    if any(d.term is not None for d in spec.divergences):
         second_sweep(call, out, tiles)
     return out
 
 
-def second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable | None = None) -> None:
+def second_sweep(call: CompactCall, out: Outputs, tiles: Tiles | None, visit: Callable | None = None) -> None:
     """Compute the divergences that are sums of terms, from normalised tiles.
 
-    visit(r, c, problem, z, w) is called for each tile afterwards.
+    visit(r, c, spec, z, w) is called for each tile afterwards.
     """
-    problem = call.problem
-    sums = torch.zeros((2 * len(problem.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
+    spec = call.spec
+    sums = torch.zeros((2 * len(spec.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
     if tiles is None:
-        call.backend.tile_terms(problem, *_tile_arguments(call), out.saved, sums)
+        call.backend.tile_terms(spec, *_tile_arguments(call), out.saved, sums)
     else:
         for c in tiles.columns_of():
             for r in tiles.rows_of():
@@ -193,86 +175,73 @@ def second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable 
                 call.backend.terms(part, z, call.labels[r], w, out.saved[:, r], sums[:, r])
                 if visit is not None:
                     visit(r, c, part, z, w)
-    assert out.ref_logps is not None and out.div is not None
-    sums = call.shard.summed(sums).masked_fill_(call.labels == problem.ignore_index, 0)
-    for i, d in enumerate(problem.divergences):
+    sums = call.shard.summed(sums).masked_fill_(call.labels == spec.ignore_index, 0)
+    if out.ref_logps is None or out.divergence is None:
+        return
+    for i, (d, value, slope) in enumerate(zip(spec.divergences, sums[::2], sums[1::2], strict=True)):
         if d.term is not None:
-            value, slope = sums[2 * i], sums[2 * i + 1]
-            write_divergence(problem, i, value, slope, slice(None), out.logps, out.ref_logps, out.div, out.saved)
+            write_divergence(spec, i, value, slope, slice(None), out.logps, out.ref_logps, out.divergence, out.saved)
 
 
-def _tile_arguments(call: Call) -> tuple:
-    def one(s: Side | None) -> tuple | None:
-        if s is None:
-            return None
-        assert isinstance(s, HiddenSide)
-        inputs = s.inputs
-        low_rank = None if s.xa is None else (s.xa, inputs.b, 1.0)
-        x = s.x if s.x.stride(-1) == 1 else s.x.contiguous()
-        return x, inputs.weight, None if inputs.bias is None else inputs.bias.contiguous(), low_rank
+def _tile_arguments(call: CompactCall) -> tuple:
+    """Return the policy, the labels and the reference as the tile kernel takes them."""
 
-    return one(call.policy), call.labels, one(call.ref)
+    def one(given: Side) -> tuple:
+        side = hidden_side(given)
+        low_rank = None if side.low_rank is None else (side.low_rank.xa, side.low_rank.b, 1.0)
+        x = side.x if side.x.stride(-1) == 1 else side.x.contiguous()
+        return x, side.weight, None if side.bias is None else side.bias.contiguous(), low_rank
+
+    return one(call.policy), call.labels, None if call.ref is None else one(call.ref)
 
 
 def backward(
-    call: Call, saved: Tensor, grads: Grads, wanted: list[bool], ref_wanted: list[bool], kept: Tensor | None = None
-) -> list[Tensor | None]:
-    """Compute the gradients of the ten tensors of both sides.
+    call: CompactCall, saved: Tensor, grads: Grads, wanted: Wanted, kept: Tensor | None = None
+) -> BothGradients:
+    """Compute the gradients of the tensors of both sides.
 
     For each tile, compute the logits again (unless they are kept), then dz, then its products.
     """
-    to_policy, to_ref = any(wanted), any(ref_wanted)
-    pair = grads[4] is not None
-    tiles = Tiles(call, pair or to_ref, kept, filled=kept is not None)
-    for s, flags in ((call.policy, wanted), (call.ref, ref_wanted)):
-        if s is not None and any(flags):
-            shared = bool(call.shard.group)
-            s.want(flags, tiles.blocks > 1, tiles.slices, shared=shared) if isinstance(s, HiddenSide) else s.want()
-    spare = [
-        spare_buffer(s, x, kept is not None) if flag else None
-        for s, x, flag in ((call.policy, tiles.z, to_policy), (call.ref, tiles.w, to_ref))
-    ]
+    policy, ref = call.policy, call.ref if wanted.ref.some else None
+    tiles = Tiles(call, grads.divergence is not None or ref is not None, kept, filled=kept is not None)
+    shared = bool(call.shard.group)
+    spare_z = spare_w = None
+    if wanted.policy.some:
+        policy.want(wanted.policy, tiles.blocks > 1, tiles.slices, shared)
+        spare_z = spare_buffer(policy, tiles.z, kept is not None)
+    if ref is not None:
+        ref.want(wanted.ref, tiles.blocks > 1, tiles.slices, shared)
+        spare_w = None if tiles.w is None else spare_buffer(ref, tiles.w, kept is not None)
     for c in tiles.columns_of():
         for r in tiles.rows_of():
             part, z, w = tiles.load(r, c)
-            g = tuple(None if x is None else x[..., r].contiguous() for x in grads)
-            dz, dw = (
-                None if not flag else x if buffer is None else buffer[: z.shape[0], : z.shape[1]]
-                for flag, x, buffer in ((to_policy, z, spare[0]), (to_ref, w, spare[1]))
-            )
+            g = Grads(*[None if x is None else x[..., r].contiguous() for x in grads])
+            dz = _place(spare_z, z) if wanted.policy.some else None
+            dw = None if ref is None or w is None else _place(spare_w, w)
             call.backend.backward(part, z, call.labels[r], w, saved[:, r].contiguous(), g, dz, dw)
             if dz is not None:
-                call.policy.push(r, c, dz)
-            if dw is not None and call.ref is not None:
-                call.ref.push(r, c, dw)
-        for s, flag in ((call.policy, to_policy), (call.ref, to_ref)):
-            if s is not None and flag:
-                s.finish_slice(c)
-    none: list[Tensor | None] = [None] * 5
-    found = [s.gradients() if s is not None and f else none for s, f in ((call.policy, to_policy), (call.ref, to_ref))]
-    return found[0] + found[1]
+                policy.push(r, c, dz)
+            if ref is not None and dw is not None:
+                ref.push(r, c, dw)
+        if wanted.policy.some:
+            policy.finish_slice(c)
+        if ref is not None:
+            ref.finish_slice(c)
+    gradients = BothGradients()
+    if wanted.policy.some:
+        gradients = gradients._replace(policy=policy.gradients())
+    return gradients if ref is None else gradients._replace(ref=ref.gradients())
 
 
-def spare_buffer(s: Side | None, tile: Tensor | None, kept: bool = False) -> Tensor | None:
+def _place(spare: Tensor | None, tile: Tensor) -> Tensor:
+    """Return where the gradient of a tile is written: in the spare buffer, or over the tile if there is none."""
+    return tile if spare is None else spare[: tile.shape[0], : tile.shape[1]]
+
+
+def spare_buffer(side: Side, tile: Tensor, kept: bool = False) -> Tensor | None:
     """Return a buffer for dz where the logits are kept, or where the products need another dtype.
 
     None means that dz is written over the logits.
     """
-    if s is None or tile is None:
-        return None
-    dtype = s.dtype if isinstance(s, HiddenSide) else tile.dtype
+    dtype = side.dz_dtype(tile)
     return torch.empty_like(tile, dtype=dtype) if kept or dtype != tile.dtype else None
-
-
-def spread_out(out: Outputs, rows: Tensor | None, count: int) -> list[Tensor]:
-    """Return the outputs for all rows, with zeros for those that do not count.
-
-    Rows are the last dimension. An output that is None becomes an empty tensor.
-    """
-
-    def one(name: str, x: Tensor | None) -> Tensor:
-        if x is None:
-            return out.logps.new_zeros((0, count) if name == "div" else 0)
-        return x if rows is None else x.new_zeros((*x.shape[:-1], count)).index_copy_(-1, rows, x)
-
-    return [one(name, x) for name, x in out._asdict().items()]

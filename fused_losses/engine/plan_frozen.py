@@ -13,82 +13,100 @@ divergences without a scaling come from a second sweep, over tiles with their fi
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.divergences import Divergence, from_key
-from ..core.layout import Problem
+from ..core.layout import Grads, StatsSpec
 from ..core.moments import fields, log_ratio
-from .plan_chunks import Call, Grads, Outputs, Tiles, allocate, powers, second_sweep
-from .projection import HiddenSide
+from .plan_chunks import CompactCall, Tiles, allocate, powers, second_sweep
+from .projection import HiddenSide, hidden_side
+from .stats_outputs import Outputs
 
 
-def bases(problem: Problem) -> list[Divergence]:
-    """Return the problem's divergences, each once, where a sum of others is replaced by its parts."""
-    return [from_key(k) for k in dict.fromkeys(k for d in problem.divergences for k in (d.parts or (d.key,)))]
+def bases(spec: StatsSpec) -> list[Divergence]:
+    """Return the divergences asked for, each once, where a sum of others is replaced by its parts."""
+    return [from_key(k) for k in dict.fromkeys(k for d in spec.divergences for k in (d.parts or (d.key,)))]
+
+
+def kept_sums(spec: StatsSpec) -> int:
+    """Return how many sums are kept for each row."""
+    return 1 + spec.entropy + len(bases(spec))
+
+
+class _Kept(NamedTuple):
+    """The sums that are kept, each [rows, H + rank]."""
+
+    p: Tensor
+    entropy: Tensor | None
+    bases: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, keep: Tensor, spec: StatsSpec) -> _Kept:
+        """Return the parts of a tensor [kept_sums(spec), rows, H + rank]."""
+        sums = iter(keep)
+        return cls(next(sums), next(sums) if spec.entropy else None, tuple(sums))
 
 
 class _Frozen:
-    """The sums keep[i] of a call: keep[0] for p, then one for the entropy, then one for each base."""
+    """The sums of a call, while they are computed."""
 
-    def __init__(self, call: Call, keep: Tensor, tiles: Tiles):
-        assert isinstance(call.policy, HiddenSide)
-        self.call, self.keep, self.policy = call, keep, call.policy
-        self.bases = bases(call.problem)
-        self.at = 1 + call.problem.entropy  # of the first base
-        self.dz = torch.empty_like(tiles.z, dtype=call.policy.dtype)
+    def __init__(self, call: CompactCall, policy: HiddenSide, keep: Tensor, tiles: Tiles):
+        self.call, self.policy = call, policy
+        self.kept, self.bases = _Kept.of(keep, call.spec), bases(call.spec)
+        self.dz = torch.empty_like(tiles.z, dtype=policy.dtype)
         self.one = torch.ones((1, tiles.rows), dtype=call.dtype, device=call.labels.device)
 
     def _add(
-        self, i: int, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor, g: int
+        self, out: Tensor, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor, grads: Grads
     ) -> None:
-        """Add sum_v h_v s_v W_v to keep[i].
+        """Add sum_v h_v s_v W_v to a sum `out`.
 
-        h_v s_v is the dz that backward writes when only output g has a gradient, of 1 (entropy: -1).
+        h_v s_v is the dz that backward writes when only one output has a gradient, of 1 (entropy: -1).
         """
         dz = self.dz[: z.shape[0], : z.shape[1]]
-        grads: list[Tensor | None] = [None] * 5
-        one = self.one[:, : z.shape[0]]
-        grads[g] = {2: one[0], 3: -one[0], 4: one}[g]
-        self.call.backend.backward(part, z, self.call.labels[r], w, frame, tuple(grads), dz, None)
-        self.policy.pull(self.keep[i, r], c, dz)
+        self.call.backend.backward(part, z, self.call.labels[r], w, frame, grads, dz, None)
+        self.policy.pull(out[r], c, dz)
 
-    def add_slice(self, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor) -> None:
+    def add_slice(self, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor) -> None:
         alone = part._replace(divergences=())
-        self._add(0, r, c, alone, z, None, frame[:7].contiguous(), 2)
-        if part.entropy:
-            self._add(1, r, c, alone, z, None, frame[:7].contiguous(), 3)
+        one = self.one[0, : len(z)]
+        self._add(self.kept.p, r, c, alone, z, None, frame[:7].contiguous(), Grads(lse=one))
+        if self.kept.entropy is not None:
+            self._add(self.kept.entropy, r, c, alone, z, None, frame[:7].contiguous(), Grads(entropy=-one))
         self.add_bases(r, c, part, z, w, frame, second=False)
 
     def add_bases(
-        self, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor, second: bool
+        self, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor, second: bool
     ) -> None:
-        for i, d in enumerate(self.bases, self.at):
+        grads = Grads(divergence=self.one[:, : len(z)])
+        for out, d in zip(self.kept.bases, self.bases, strict=True):
             if (d.scaling is None) == second:
-                self._add(i, r, c, part._replace(divergences=(d,)), z, w, frame, 4)
+                self._add(out, r, c, part._replace(divergences=(d,)), z, w, frame, grads)
 
     def rescale(self, r: slice, x: Tensor, y: Tensor) -> None:
         """Update the sums where p and q become e^x p and e^y q."""
-        keep = self.keep[:, r]
-        if self.call.problem.entropy:
-            keep[1].mul_(x.exp()[:, None]).addcmul_(keep[0], (x.exp() * x)[:, None])
-        for i, d in enumerate(self.bases, self.at):
+        p = self.kept.p[r]
+        if self.kept.entropy is not None:
+            self.kept.entropy[r].mul_(x.exp()[:, None]).addcmul_(p, (x.exp() * x)[:, None])
+        for out, d in zip(self.kept.bases, self.bases, strict=True):
             if d.scaling is not None:
                 a, b = d.scaling(x, y, *d.params)
-                keep[i].mul_(a[:, None]).addcmul_(keep[0], b[:, None])
-        keep[0].mul_(x.exp()[:, None])
+                out[r].mul_(a[:, None]).addcmul_(p, b[:, None])
+        p.mul_(x.exp()[:, None])
 
 
-def frozen_forward(call: Call, keep: Tensor) -> Outputs:
+def frozen_forward(call: CompactCall, keep: Tensor) -> Outputs:
     """Compute the outputs as plan_chunks.forward() does, and fill keep for frozen_backward()."""
-    out, problem, backend = allocate(call), call.problem, call.backend
+    out, spec, backend = allocate(call), call.spec, call.backend
     n = len(call.labels)
     if not n:
         return out
-    state = call.labels.new_zeros((fields(powers(problem)), n), dtype=call.dtype)
+    state = call.labels.new_zeros((fields(powers(spec)), n), dtype=call.dtype)
     tiles = Tiles(call)
-    sums = _Frozen(call, keep, tiles)
+    sums = _Frozen(call, hidden_side(call.policy), keep, tiles)
     frames = state.new_zeros((9, n))  # the numbers saved for backward, of the vocabulary so far
     for c in tiles.columns_of():
         for r in tiles.rows_of():
@@ -101,10 +119,10 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
                 sums.rescale(r, x, torch.where((near - y).abs() < 1e-3, near, y))
             old.copy_(new)
             sums.add_slice(r, c, part, z, w, new)
-    backend.close(problem, state, call.labels, *out)
+    backend.close(spec, state, call.labels, *out)
     if any(d.scaling is None for d in sums.bases):
 
-        def visit(r: slice, c: slice, part: Problem, z: Tensor, w: Tensor) -> None:
+        def visit(r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor) -> None:
             row = torch.cat([out.saved[:6, r], torch.zeros_like(out.saved[:3, r])])
             sums.add_bases(r, c, part, z, w, row, second=True)
 
@@ -123,39 +141,40 @@ def _frame(backend: ModuleType, state: Tensor, ref: bool) -> Tensor:
     return frame
 
 
-def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grads: Grads) -> Tensor:
+def frozen_backward(call: CompactCall, keep: Tensor, logps: Tensor, saved: Tensor, grads: Grads) -> Tensor:
     """Compute the gradient at the policy's hidden states from the kept rows, which are scaled and added."""
-    problem, policy = call.problem, call.policy
-    assert isinstance(policy, HiddenSide)
-    n, here = len(call.labels), call.labels != problem.ignore_index
-    g = [None if x is None else x.masked_fill(~here, 0) for x in grads]  # with static shapes some rows do not count
+    spec, policy = call.spec, hidden_side(call.policy)
+    n, here = len(call.labels), call.labels != spec.ignore_index
+    # with static shapes some rows do not count
+    g = Grads(*[None if x is None else x.masked_fill(~here, 0) for x in grads])
     coef = torch.zeros(n, dtype=call.dtype, device=call.labels.device)
-    for x, sign in ((g[0], -1), (g[2], 1)):
-        if x is not None:
-            coef.add_(x, alpha=sign)
-    if g[3] is not None:
-        coef.sub_(g[3] * saved[6])
-    at = 1 + problem.entropy
-    weights = [torch.zeros_like(coef) for _ in keep[at:]]
-    every = [d.key for d in bases(problem)]
-    for i, d in enumerate(problem.divergences):
-        if g[4] is not None:
-            coef.sub_(g[4][i] * saved[7 + 2 * i])
+    if g.logps is not None:
+        coef.sub_(g.logps)
+    if g.lse is not None:
+        coef.add_(g.lse)
+    if g.entropy is not None:
+        coef.sub_(g.entropy * saved[6])
+    kept = _Kept.of(keep, spec)
+    weights = {d.key: torch.zeros_like(coef) for d in bases(spec)}
+    if g.divergence is not None:
+        for i, (d, g_d) in enumerate(zip(spec.divergences, g.divergence, strict=True)):
+            coef.sub_(g_d * saved[7 + 2 * i])
             for part in d.parts or (d.key,):
-                weights[every.index(part)].add_(g[4][i])
-    dx = keep[0] * coef[:, None]
-    if g[3] is not None:
-        dx.addcmul_(keep[1], -g[3][:, None])
-    for row, weight in zip(keep[at:], weights, strict=True):
+                weights[part].add_(g_d)
+    dx = kept.p * coef[:, None]
+    if g.entropy is not None and kept.entropy is not None:
+        dx.addcmul_(kept.entropy, -g.entropy[:, None])
+    for row, weight in zip(kept.bases, weights.values(), strict=True):
         dx.addcmul_(row, weight[:, None])
-    if g[0] is not None:
-        slope = torch.full_like(coef, problem.multiplier)
-        if problem.softcap:
+    if g.logps is not None:
+        slope = torch.full_like(coef, spec.multiplier)
+        if spec.softcap:
             y = logps + call.backend.in_nats(saved[0] + saved[1])  # the label's logit with the head's options
-            slope *= 1 - (y / (problem.multiplier * problem.softcap)).clamp(-1, 1).square()
-        slope *= g[0]
-        ids = call.labels.long().clamp(0, problem.vocab - 1)
-        for r in range(0, n, max(1, call.plan.tile[0] // 8)):
-            block = slice(r, r + max(1, call.plan.tile[0] // 8))
+            slope *= 1 - (y / (spec.multiplier * spec.softcap)).clamp(-1, 1).square()
+        slope *= g.logps
+        ids = call.labels.long().clamp(0, spec.vocab - 1)
+        step = max(1, call.plan.tile.rows // 8)
+        for r in range(0, n, step):
+            block = slice(r, r + step)
             dx[block].addcmul_(policy.rows_of_head(ids[block]), slope[block, None])
     return policy.pulled(dx)

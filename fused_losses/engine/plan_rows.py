@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.layout import Problem, effective
-from .plan_chunks import Call, Grads, Outputs, Tiles, allocate, spare_buffer, spread_out
-from .planner import Plan
-from .projection import HiddenSide, Inputs, side
+from ..core.layout import Grads, StatsSpec, effective
+from .plan_chunks import CompactCall, Tiles, allocate, spare_buffer
+from .planner import Plan, Tile
+from .projection import HiddenSide, side_of
+from .sides import HiddenOperand, InputFlags, InputGradients, Operand
+from .stats_outputs import Outputs, StatsTensors, spread_out
 
 
 class Units(NamedTuple):
@@ -65,15 +67,20 @@ def grouped(sizes: list[int], most: int) -> list[tuple[int, int]]:
     return [*groups, (start, len(sizes))] if sizes else []
 
 
-def _layout(labels: Tensor, ignore_index: int, units: Units, most: int) -> tuple[Tensor, list[tuple[int, list, list]]]:
-    """Return the rows that count, in the order of the blocks, and a description of each block.
+class _Range(NamedTuple):
+    """Which of the rows that count are in a block: those up to `end`, from the end of the block before."""
 
-    The description is the block's end among those rows, its sequences, and the ends of these inside the block.
-    """
+    end: int
+    sequences: list[int]
+    ends: list[int]  # of the sequences, inside the block
+
+
+def _layout(labels: Tensor, ignore_index: int, units: Units, most: int) -> tuple[Tensor, list[_Range]]:
+    """Return the rows that count, in the order of the blocks, and a description of each block."""
     counts = (labels != ignore_index).nonzero().squeeze(1)
     if units.offsets is None:
         n = len(counts)
-        return counts, [(min(end, n), [], []) for end in range(most, n + most, most)]
+        return counts, [_Range(min(end, n), [], []) for end in range(most, n + most, most)]
     cuts = torch.searchsorted(counts, torch.tensor(units.offsets, device=labels.device)).tolist()
     lengths = [b - a for a, b in pairwise(cuts)]
     count = len(lengths) // units.each
@@ -82,53 +89,73 @@ def _layout(labels: Tensor, ignore_index: int, units: Units, most: int) -> tuple
         sequences = [j * count + u for j in range(units.each) for u in range(a, b)]
         ends = list(accumulate(lengths[s] for s in sequences))
         end += ends[-1]
-        blocks.append((end, sequences, ends))
+        blocks.append(_Range(end, sequences, ends))
     if units.each > 1:
-        pieces = [counts[cuts[s] : cuts[s + 1]] for _, sequences, _ in blocks for s in sequences]
+        pieces = [counts[cuts[s] : cuts[s + 1]] for block in blocks for s in block.sequences]
         counts = torch.cat(pieces) if pieces else counts[:0]
     return counts, blocks
 
 
-def row_blocks(
-    problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, units: Units,
-    wanted: list[bool], dtype: torch.dtype, loss: Loss,
-) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:  # fmt: skip
-    """Compute statistics of all rows, losses of all units, and the policy's gradients of the sum of the losses.
+class RowBlocks(NamedTuple):
+    """What row_blocks() computes."""
 
-    Rows that do not count have a loss of 0. The gradients are not rounded.
-    """
+    stats: StatsTensors  # of all rows
+    losses: Tensor  # of all units; rows that do not count have a loss of 0
+    gradients: InputGradients  # the policy's, of the sum of the losses; not rounded
+
+
+def row_blocks(
+    spec: StatsSpec,
+    backend: ModuleType,
+    plan: Plan,
+    labels: Tensor,
+    policy: HiddenOperand,
+    ref: Operand | None,
+    units: Units,
+    wanted: InputFlags,
+    dtype: torch.dtype,
+    loss: Loss,
+) -> RowBlocks:
+    """Compute statistics of all rows, losses of all units, and the policy's gradients of the sum of the losses."""
     labels = labels.reshape(-1).contiguous()
-    rows, blocks = _layout(labels, problem.ignore_index, units, plan.tile[0])
-    other = None if ref is None else side(ref, rows)
-    call = Call(problem, backend, plan, labels[rows], rows, side(policy, rows), other, dtype)
-    assert isinstance(call.policy, HiddenSide)
-    call.policy.want(wanted, True, wide=True)
-    out, every = allocate(call), slice(0, problem.vocab)
-    ranges = [slice(a, b) for a, b in pairwise([0, *(end for end, _, _ in blocks)])]
+    rows, blocks = _layout(labels, spec.ignore_index, units, plan.tile.rows)
+    side, every = HiddenSide(policy, rows), slice(0, spec.vocab)
+    ranges = [slice(a, b) for a, b in pairwise([0, *(block.end for block in blocks)])]
     longest = max((r.stop - r.start for r in ranges), default=0)
-    tiles = Tiles(call._replace(plan=plan._replace(tile=(max(1, longest), problem.vocab))))
-    spare = spare_buffer(call.policy, tiles.z)
-    found = [out.logps.new_zeros(0)]
-    for r, (_, sequences, ends) in zip(ranges, blocks, strict=True):
+    call = CompactCall(
+        spec=spec,
+        backend=backend,
+        plan=plan._replace(tile=Tile(max(1, longest), spec.vocab)),
+        labels=labels[rows],
+        rows=rows,
+        policy=side,
+        ref=None if ref is None else side_of(ref, rows),
+        dtype=dtype,
+    )
+    side.want(wanted, several_blocks=True, wide=True)
+    out, tiles = allocate(call), Tiles(call)
+    spare = spare_buffer(side, tiles.z)
+    every_loss = [out.logps.new_zeros(0)]
+    for r, block in zip(ranges, blocks, strict=True):
         part, y = _part(out, r), call.labels[r]
         _, z, w = tiles.load(r, every)
         if r.stop > r.start:
-            backend.forward(problem, z, y, w, *part)
-        cu_seqlens = torch.tensor([0, *ends], device=labels.device) if sequences else None
-        losses, grads = loss(Block(rows[r], sequences, cu_seqlens), part)
-        found.append(losses)
-        if r.stop > r.start and any(wanted) and any(g is not None for g in grads):
+            backend.forward(spec, z, y, w, *part)
+        cu_seqlens = torch.tensor([0, *block.ends], device=labels.device) if block.sequences else None
+        losses, grads = loss(Block(rows[r], block.sequences, cu_seqlens), part)
+        every_loss.append(losses)
+        if r.stop > r.start and wanted.some and any(g is not None for g in grads):
             dz = z if spare is None else spare[: z.shape[0]]
-            backend.backward(problem, z, y, w, part.saved, effective(grads, problem.vocab), dz, None)
-            call.policy.push(r, every, dz)
+            backend.backward(spec, z, y, w, part.saved, effective(grads, spec.vocab), dz, None)
+            side.push(r, every, dz)
         for whole, piece in zip(out, part, strict=True):
             if whole is not None and piece is not None:
                 whole[..., r] = piece
-    call.policy.finish_slice(every)
-    losses = torch.cat(found)
+    side.finish_slice(every)
+    losses = torch.cat(every_loss)
     if units.offsets is None:
         losses = losses.new_zeros(labels.numel()).index_copy_(0, rows, losses)
-    return spread_out(out, rows, labels.numel()), losses, call.policy.gradients()
+    return RowBlocks(spread_out(out, rows, labels.numel()), losses, side.gradients())
 
 
 def _part(out: Outputs, r: slice) -> Outputs:

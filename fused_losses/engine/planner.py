@@ -35,12 +35,13 @@ CPU_BLOCK = 96 << 20  # bytes of a block of whole rows and its temporaries, for 
 BLOCKS = (6, 16)  # temporaries of torch_backend.BLOCK_BYTES held at the same time, without and with a divergence
 
 
-class Facts(NamedTuple):
-    """The facts of a call that planning needs. Sizes are in elements; itemsize and sums are in bytes."""
+class PlanInputs(NamedTuple):
+    """What planning needs to know of a call. Sizes are in elements; itemsize and sums are in bytes."""
 
     rows: int  # an upper bound: those that do not count are only found when the call runs
     vocab: int
-    hidden: tuple[int, int]  # H of policy and reference, with the rank of their factors; 0 where logits are given
+    hidden: int  # the policy's H, with the rank of its factors; 0 where logits are given
+    ref_hidden: int  # the same of the reference
     itemsize: int  # of the tensors that are multiplied
     sums: int  # of the statistics and of a tile's logits
     ref: bool  # the reference is a distribution, not None or log-probs
@@ -50,12 +51,13 @@ class Facts(NamedTuple):
     pair: bool = False  # a divergence is asked for
     second: bool = False  # one of them needs a second sweep
     frozen_second: bool = False  # in the plan "frozen", one of them needs a second sweep for its sum
-    to_hidden: bool = False  # gradients wanted: policy's hidden states (or logits)
-    to_head: bool = False  # policy's weight, bias or factors
-    to_weight: bool = False  # policy's weight itself
-    to_ref: bool = False  # anything of the reference
+    grad_hidden: bool = False  # gradients wanted: policy's hidden states (or logits)
+    grad_head: bool = False  # policy's weight, bias or factors
+    grad_weight: bool = False  # policy's weight itself
+    grad_ref: bool = False  # anything of the reference
     unit: int = 0  # rows of the longest unit (token, sequence, pair) where the loss is known; 0: not known
-    casts: tuple[int, int] = (0, 0)  # bytes per row and per column of factors cast to the dtype of the products
+    row_cast: int = 0  # bytes of a row of hidden states cast to the dtype of the products
+    column_cast: int = 0  # bytes of a row of a head cast to that dtype
     static: bool = False  # static_shapes
     extra: bool = False  # one tile more than z and w: dz of the plan "frozen"
     dense: bool = True  # rows of the heads are contiguous, as the tile kernel reads them
@@ -64,14 +66,40 @@ class Facts(NamedTuple):
     @property
     def backward(self) -> bool:
         """Return whether any gradient is wanted."""
-        return self.to_hidden or self.to_head or self.to_ref
+        return self.grad_hidden or self.grad_head or self.grad_ref
+
+
+class Tile(NamedTuple):
+    """The size of a tile of logits."""
+
+    rows: int
+    columns: int
+
+
+class Products(NamedTuple):
+    """The products of N rows and V columns, as text."""
+
+    forward: str
+    backward: str
+
+    @property
+    def number(self) -> int:
+        """Return how many there are."""
+        return sum(len(p.split(", ")) for p in self if p)
+
+
+class PlanKind(NamedTuple):
+    """The kind of a plan, and why it was chosen."""
+
+    kind: str
+    why: str
 
 
 class Plan(NamedTuple):
     """The plan of a call. str(plan) describes it."""
 
     kind: str
-    tile: tuple[int, int]  # rows, columns
+    tile: Tile
     forward: str  # the products of N rows, V columns
     backward: str
     workspace: int  # the budget
@@ -82,7 +110,7 @@ class Plan(NamedTuple):
     @property
     def gemms(self) -> int:
         """Return the number of products of N rows and V columns, forward and backward together."""
-        return _count((self.forward, self.backward))
+        return Products(self.forward, self.backward).number
 
     def __str__(self) -> str:
         mib = 2**20
@@ -90,7 +118,7 @@ class Plan(NamedTuple):
         return (
             f"plan {self.kind!r}: {self.why}\n"
             f"  products of N rows and V columns: {self.gemms} (forward {self.forward}; backward {backward})\n"
-            f"  tiles of {self.tile[0]} rows x {self.tile[1]} columns: {self.tiles / mib:.1f} MiB of a workspace of "
+            f"  tiles of {self.tile.rows} rows x {self.tile.columns} columns: {self.tiles / mib:.1f} MiB of a workspace of "
             f"{self.workspace / mib:.1f} MiB\n"
             f"  held beside it: {self.kept / mib:.1f} MiB"
         )
@@ -110,48 +138,48 @@ def workspace_bytes(asked: int | None) -> int:
     return value
 
 
-def _bytes(facts: Facts, rows: int, columns: int) -> int:
+def _bytes(call: PlanInputs, rows: int, columns: int) -> int:
     """Return the bytes of tiles of this shape and their temporaries: the maximum of forward and backward."""
-    low = facts.itemsize < facts.sums
-    logit = facts.sums * (1 + facts.ref + facts.extra)
-    if facts.backward and low and facts.device == "cuda":  # dz beside z; elsewhere in its place
-        logit += facts.itemsize * (facts.to_hidden or facts.to_head) + facts.itemsize * facts.to_ref
+    low = call.itemsize < call.sums
+    logit = call.sums * (1 + call.ref + call.extra)
+    if call.backward and low and call.device == "cuda":  # dz beside z; elsewhere in its place
+        logit += call.itemsize * (call.grad_hidden or call.grad_head) + call.itemsize * call.grad_ref
     size = rows * columns * logit
-    if facts.backend == "torch":
-        size += BLOCKS[int(facts.pair)] * min(BLOCK_BYTES, rows * columns * facts.sums)
-    size += rows * facts.casts[0] + columns * facts.casts[1]
-    if low and (rows < facts.rows or facts.device != "cuda"):  # a slice of dW before it is rounded
-        size += columns * (facts.hidden[0] * facts.to_weight + facts.hidden[1] * facts.to_ref) * facts.sums
+    if call.backend == "torch":
+        size += BLOCKS[int(call.pair)] * min(BLOCK_BYTES, rows * columns * call.sums)
+    size += rows * call.row_cast + columns * call.column_cast
+    if low and (rows < call.rows or call.device != "cuda"):  # a slice of dW before it is rounded
+        size += columns * (call.hidden * call.grad_weight + call.ref_hidden * call.grad_ref) * call.sums
     return size
 
 
-def tile_shape(facts: Facts, budget: int) -> tuple[int, int]:
+def tile_shape(call: PlanInputs, budget: int) -> Tile:
     """Return the rows and columns of the widest tile that fits the budget.
 
     It has as many rows as there are (at most ROWS), and fewer where the tile would become narrow.
     """
-    rows, vocab = max(1, min(facts.rows, ROWS)), facts.vocab
+    rows, vocab = max(1, min(call.rows, ROWS)), call.vocab
     step = 16
     while True:
         widest = vocab
-        if facts.device == "cpu":
-            widest = min(vocab, max(512, CPU_TILE // (facts.sums * rows)))
-        columns = _widest(facts, rows, widest, step, budget)
+        if call.device == "cpu":
+            widest = min(vocab, max(512, CPU_TILE // (call.sums * rows)))
+        columns = _widest(call, rows, widest, step, budget)
         if rows == 1 or columns >= min(512, widest):
             break
         if columns and columns >= rows:
             break
         rows = (rows + 1) // 2
     if not columns:
-        _too_small(_bytes(facts, 1, min(vocab, step)), budget, min(vocab, step))
-    return rows, columns
+        _too_small(_bytes(call, 1, min(vocab, step)), budget, min(vocab, step))
+    return Tile(rows, columns)
 
 
 def _too_small(least: int, budget: int, logits: int) -> NoReturn:
     raise ValueError(f"workspace: expected at least {least} bytes, for {logits} logits of one row, got {budget}")
 
 
-def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
+def _widest(call: PlanInputs, rows: int, most: int, step: int, budget: int) -> int:
     """Return how many columns fit the budget, at most `most`; 0 if none fit.
 
     The result is `most`, or a multiple of 128 where at least 128 fit, or else a multiple of `step`.
@@ -159,7 +187,7 @@ def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
     low, high = 0, -(-most // step)
     while low < high:  # the bytes grow with the columns
         middle = (low + high + 1) // 2
-        if _bytes(facts, rows, min(most, middle * step)) <= budget:
+        if _bytes(call, rows, min(most, middle * step)) <= budget:
             low = middle
         else:
             high = middle - 1
@@ -167,13 +195,13 @@ def _widest(facts: Facts, rows: int, most: int, step: int, budget: int) -> int:
     return columns if columns == most or columns < 128 else columns // 128 * 128
 
 
-def choose(facts: Facts, kind: str = "auto", workspace: int | None = None) -> Plan:
+def make_plan(call: PlanInputs, kind: str = "auto", workspace: int | None = None) -> Plan:
     """Return the plan of that kind; for "auto", the one with the fewest products that fits the workspace."""
     budget = workspace_bytes(workspace)
-    return _plan(facts, *choose_kind(facts, kind, budget), budget)
+    return _plan(call, choose_plan_kind(call, kind, budget), budget)
 
 
-def choose_kind(facts: Facts, kind: str, budget: int) -> tuple[str, str]:
+def choose_plan_kind(call: PlanInputs, kind: str, budget: int) -> PlanKind:
     """Return the kind of that plan, and why.
 
     Tiles are chosen elsewhere, because their shape differs for every number of rows. So torch.compile traces, and guards,
@@ -181,22 +209,22 @@ def choose_kind(facts: Facts, kind: str, budget: int) -> tuple[str, str]:
     """
     if kind not in ("auto", *KINDS):
         raise not_one_of("plan", kind, ("auto", *KINDS))
-    if not facts.backward and kind in ("frozen", "rows", "whole"):  # they differ only in how they compute gradients
-        return "slices", f"nothing asks for a gradient, so plan {kind!r} is the forward of this one"
+    if not call.backward and kind in ("frozen", "rows", "whole"):  # they differ only in how they compute gradients
+        return PlanKind("slices", f"nothing asks for a gradient, so plan {kind!r} is the forward of this one")
     if kind != "auto":
-        reason = _refusal(facts, kind, budget, asked=True)
+        reason = _refusal(call, kind, budget, asked=True)
         if reason:
             raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
-        return kind, "asked for"
+        return PlanKind(kind, "asked for")
     fewest, least = "slices", 0
     for candidate in KINDS:  # of equal counts the first is chosen
-        count = _count(_products(facts, candidate))
-        if not _refusal(facts, candidate, budget, asked=False) and (count < least or not least):
+        count = _products(call, candidate).number
+        if not _refusal(call, candidate, budget, asked=False) and (count < least or not least):
             fewest, least = candidate, count
-    return fewest, _reasons(facts)[fewest]
+    return PlanKind(fewest, _reasons(call)[fewest])
 
 
-def _reasons(facts: Facts) -> dict[str, str]:
+def _reasons(call: PlanInputs) -> dict[str, str]:
     return {
         "tiles": "nothing asks for a gradient and the hidden size is small, so logits need not leave the chip",
         "frozen": "the head has no gradient, so its rows' expectation comes with the forward",
@@ -204,9 +232,9 @@ def _reasons(facts: Facts) -> dict[str, str]:
         "whole": "all logits fit the workspace and are kept for backward",
         "slices": (
             "nothing asks for a gradient"
-            if not facts.backward
+            if not call.backward
             else "neither large blocks of units nor all logits fit the workspace"
-            if facts.unit
+            if call.unit
             else "the loss is not known here, and all logits do not fit the workspace"
         ),
     }
@@ -215,72 +243,72 @@ def _reasons(facts: Facts) -> dict[str, str]:
 TILES_HIDDEN = 1024  # up to this H a tile kernel is expected to keep up with a GEMM that writes its logits
 
 
-def _refusal(facts: Facts, kind: str, budget: int, asked: bool) -> str:
+def _refusal(call: PlanInputs, kind: str, budget: int, asked: bool) -> str:
     """Return why this plan cannot run (or, if not asked for, should not), or an empty string."""
     if kind == "tiles":
-        if facts.backend != "triton":
+        if call.backend != "triton":
             return "it is a Triton kernel, and this runs on the torch backend"
-        if not all(facts.hidden[: 1 + facts.ref]):
+        if not call.hidden or (call.ref and not call.ref_hidden):
             return "both sides have to be hidden states"
-        if not facts.dense:
+        if not call.dense:
             return "the rows of the head weights have to be contiguous"
-        if not asked and (facts.backward or max(facts.hidden) > TILES_HIDDEN or facts.second):
+        if not asked and (call.backward or max(call.hidden, call.ref_hidden) > TILES_HIDDEN or call.second):
             return "not worth it"
     if kind == "frozen":
-        if facts.to_head or facts.to_ref or not facts.hidden[0]:
+        if call.grad_head or call.grad_ref or not call.hidden:
             return "it is for a policy from hidden states whose head, and reference, need no gradient"
-        if not facts.to_hidden:
+        if not call.grad_hidden:
             return "nothing asks for a gradient"
-        kept, tile = _kept_frozen(facts), _bytes(facts._replace(extra=True), 1, min(facts.vocab, 16))
+        kept, tile = _kept_frozen(call), _bytes(call._replace(extra=True), 1, min(call.vocab, 16))
         if not asked and (kept > budget // 2 or kept + tile > budget):
             return "what it keeps for backward does not fit half the workspace"
     if kind == "whole":
-        if not facts.backward:
+        if not call.backward:
             return "nothing asks for a gradient"
-        size = _whole_bytes(facts)
+        size = _whole_bytes(call)
         if size > budget:  # torch.compile would guard a number in a message
             return f"logits and their gradient take {size} bytes of {budget}" if asked else "not all logits fit"
     if kind == "rows":
-        if facts.static:
+        if call.static:
             return "it lays out its blocks on the host, which static_shapes forbids"
-        if not facts.unit:
+        if not call.unit:
             return "it is for losses that are reduced, and known as formulas, in eager mode"
-        if facts.to_ref or not facts.hidden[0]:
+        if call.grad_ref or not call.hidden:
             return "it is for a policy from hidden states and a reference that needs no gradient"
-        if not facts.backward:
+        if not call.backward:
             return "nothing asks for a gradient"
-        size = rows_bytes(facts, facts.unit)
+        size = rows_bytes(call, call.unit)
         if size > budget:
             return f"the longest unit takes {size} bytes of {budget}"
-        rows = _block_rows(facts, budget)
-        if not asked and (rows < min(facts.rows, worth(facts.device)) or facts.rows > MANY * rows):
+        rows = _block_rows(call, budget)
+        if not asked and (rows < min(call.rows, worth(call.device)) or call.rows > MANY * rows):
             return "many small blocks are slow, and their sum is less exact"
     return ""
 
 
-def _kept_whole(facts: Facts) -> int:
-    return facts.rows * facts.vocab * facts.sums * (1 + (facts.pair or facts.to_ref))
+def _kept_whole(call: PlanInputs) -> int:
+    return call.rows * call.vocab * call.sums * (1 + (call.pair or call.grad_ref))
 
 
-def _whole_bytes(facts: Facts) -> int:
+def _whole_bytes(call: PlanInputs) -> int:
     """Return the bytes of the kept logits, and of a gradient for each side that wants one.
 
     The gradients may not be written over the kept logits.
     """
-    dz = (facts.to_hidden or facts.to_head) + facts.to_ref
-    return _kept_whole(facts) + _bytes(facts._replace(ref=False), facts.rows, facts.vocab * max(1, dz))
+    dz = (call.grad_hidden or call.grad_head) + call.grad_ref
+    return _kept_whole(call) + _bytes(call._replace(ref=False), call.rows, call.vocab * max(1, dz))
 
 
-def rows_bytes(facts: Facts, rows: int) -> int:
+def rows_bytes(call: PlanInputs, rows: int) -> int:
     """Return the bytes that a block of so many rows over the whole vocabulary needs.
 
     This is the maximum over two moments: the block exists together with the sum of dW; later that sum, where it is in a wider
     dtype, exists together with dW itself. The reference's log-probs were computed before, in slices, unless its distribution
     is needed.
     """
-    wide, final = (facts.weight * size * facts.to_weight for size in (facts.sums, facts.itemsize))
+    wide, final = (call.weight * size * call.grad_weight for size in (call.sums, call.itemsize))
     return max(
-        _bytes(facts._replace(to_weight=False, ref=facts.pair), rows, facts.vocab) + wide - final, wide * (wide > final)
+        _bytes(call._replace(grad_weight=False, ref=call.pair), rows, call.vocab) + wide - final, wide * (wide > final)
     )
 
 
@@ -293,66 +321,63 @@ def worth(device: str) -> int:
     return 32 if device == "cpu" else 640
 
 
-def _block_rows(facts: Facts, budget: int) -> int:
+def _block_rows(call: PlanInputs, budget: int) -> int:
     """Return the rows of a block of whole units: as many as fit, where all blocks have equal size."""
-    few, most = 1, max(1, -(-facts.rows // facts.unit))
+    few, most = 1, max(1, -(-call.rows // call.unit))
     total, room = most, budget
-    if facts.device == "cpu":
-        room = min(budget, max(CPU_BLOCK, rows_bytes(facts, -(-most // MANY) * facts.unit)))
+    if call.device == "cpu":
+        room = min(budget, max(CPU_BLOCK, rows_bytes(call, -(-most // MANY) * call.unit)))
     while few < most:
         middle = (few + most + 1) // 2
-        if rows_bytes(facts, middle * facts.unit) <= room:
+        if rows_bytes(call, middle * call.unit) <= room:
             few = middle
         else:
             most = middle - 1
-    return -(-total // -(-total // few)) * facts.unit
+    return -(-total // -(-total // few)) * call.unit
 
 
-def _products(facts: Facts, kind: str) -> tuple[str, str]:
-    ref = ["w"] if facts.hidden[1] else []
-    logits = [*(["z"] if facts.hidden[0] else []), *ref]
-    sweeps = logits * (2 if facts.second or (kind == "frozen" and facts.frozen_second) else 1)
-    back = [*(["dX"] if facts.to_hidden and facts.hidden[0] else []), *(["dW"] if facts.to_weight else [])]
-    to_ref = ["dX_ref", "dW_ref"] if facts.to_ref and facts.hidden[1] else []
+def _products(call: PlanInputs, kind: str) -> Products:
+    policy = ["z"] if call.hidden else []
+    logits = [*policy, *(["w"] if call.ref_hidden else [])]
+    sweeps = logits * (2 if call.second or (kind == "frozen" and call.frozen_second) else 1)
+    back = [*(["dX"] if call.grad_hidden and call.hidden else []), *(["dW"] if call.grad_weight else [])]
+    to_ref = ["dX_ref", "dW_ref"] if call.grad_ref and call.ref_hidden else []
     if kind == "rows":
-        return ", ".join([*logits, *back]), ""
+        return Products(", ".join([*logits, *back]), "")
     if kind == "frozen":
-        extra = [f"E[h{i} W]" for i in range(facts.bases)]
-        return ", ".join([*sweeps, "E[p W]", *extra]), ""
+        extra = [f"E[h{i} W]" for i in range(call.bases)]
+        return Products(", ".join([*sweeps, "E[p W]", *extra]), "")
     if kind == "whole":
-        return ", ".join(logits), ", ".join([*back, *to_ref])
-    again = logits if facts.pair or facts.to_ref else logits[: len(logits) - len(ref)]
-    return ", ".join(sweeps), ", ".join([*again, *back, *to_ref]) if facts.backward else ""
+        return Products(", ".join(logits), ", ".join([*back, *to_ref]))
+    again = logits if call.pair or call.grad_ref else policy
+    return Products(", ".join(sweeps), ", ".join([*again, *back, *to_ref]) if call.backward else "")
 
 
-def _count(products: tuple[str, str]) -> int:
-    return sum(len(p.split(", ")) for p in products if p)
+def _kept_frozen(call: PlanInputs) -> int:
+    return (1 + call.bases) * call.rows * call.hidden * call.sums
 
 
-def _kept_frozen(facts: Facts) -> int:
-    return (1 + facts.bases) * facts.rows * facts.hidden[0] * facts.sums
-
-
-def _plan(facts: Facts, kind: str, why: str, budget: int) -> Plan:
-    low = facts.itemsize < facts.sums
-    kept = facts.rows * facts.hidden[0] * facts.sums if low and facts.to_hidden else 0  # dX before it is rounded
+def _plan(call: PlanInputs, chosen: PlanKind, budget: int) -> Plan:
+    kind = chosen.kind
+    low = call.itemsize < call.sums
+    kept = call.rows * call.hidden * call.sums if low and call.grad_hidden else 0  # dX before it is rounded
     room = budget
     if kind == "frozen":
-        kept += _kept_frozen(facts)
-        room = max(budget - _kept_frozen(facts), budget // 2)
+        kept += _kept_frozen(call)
+        room = max(budget - _kept_frozen(call), budget // 2)
     if kind == "rows":
-        block = _block_rows(facts, budget)
-        tile, size = (block, facts.vocab), rows_bytes(facts, block)
+        block = _block_rows(call, budget)
+        tile, size = Tile(block, call.vocab), rows_bytes(call, block)
     elif kind == "whole":
-        tile, size = (max(1, facts.rows), facts.vocab), _whole_bytes(facts)
+        tile, size = Tile(max(1, call.rows), call.vocab), _whole_bytes(call)
     else:
-        facts = facts._replace(extra=kind == "frozen" and not (low and facts.device == "cuda"))
-        least = _bytes(facts, 1, min(facts.vocab, 16))
+        call = call._replace(extra=kind == "frozen" and not (low and call.device == "cuda"))
+        least = _bytes(call, 1, min(call.vocab, 16))
         if kind == "frozen" and least > room:
-            _too_small(min(least + _kept_frozen(facts), 2 * least), budget, min(facts.vocab, 16))
-        tile = tile_shape(facts, room)
-        size = _bytes(facts, *tile)
-    forward, backward = _products(facts, kind)
-    if kind == "slices" and facts.to_hidden and facts.vocab > MANY * tile[1]:
-        kept += facts.rows * facts.hidden[0] * facts.sums  # sums of runs of slices
-    return Plan(kind, tile, forward, backward, budget, size, kept, why)
+            _too_small(min(least + _kept_frozen(call), 2 * least), budget, min(call.vocab, 16))
+        tile = tile_shape(call, room)
+        size = _bytes(call, *tile)
+    products = _products(call, kind)
+    if kind == "slices" and call.grad_hidden and call.vocab > MANY * tile.columns:
+        kept += call.rows * call.hidden * call.sums  # sums of runs of slices
+    return Plan(kind, tile, products.forward, products.backward, budget, size, kept, chosen.why)

@@ -11,11 +11,12 @@ from torch import Tensor
 from ..backends import choose as choose_backend
 from ..core.divergences import Divergence
 from ..core.inputs import Hidden, Logits, LogProbs
-from . import hidden_ops
-from .logits_ops import check_plain
-from .planner import Facts, Plan, choose, choose_kind, workspace_bytes
-from .projection import Inputs
+from ..core.layout import StatsSpec
+from .hidden_ops import HiddenStatsArgs, Options, plan_inputs
+from .operators import check_plain
+from .planner import Plan, PlanInputs, choose_plan_kind, make_plan, workspace_bytes
 from .shards import shard_of
+from .sides import InputFlags, Inputs, Wanted
 
 
 class How(NamedTuple):
@@ -26,24 +27,28 @@ class How(NamedTuple):
     static_shapes: bool = False
 
 
-class Request(NamedTuple):
-    """A call in the form that the operators take."""
+class Asks(NamedTuple):
+    """Whether policy and reference ask for a gradient."""
 
-    tensors: tuple[Tensor | None, ...]  # labels, then five of each side
-    options: hidden_ops.Options
-    wanted: list[bool]
-    facts: Facts
-    asked: str  # the plan asked for
+    policy: bool
+    ref: bool
+
+
+class PreparedCall(NamedTuple):
+    """A call in the form that the operators take, and what its plan follows from."""
+
+    args: HiddenStatsArgs
+    inputs: PlanInputs
+    kind: str  # of the plan asked for
 
     @property
     def plan(self) -> Plan:
-        """Return the plan of kind options.plan, with its tiles."""
-        return choose(self.facts, self.asked, self.options.workspace)
+        """Return the plan of kind args.options.plan, with its tiles."""
+        return make_plan(self.inputs, self.kind, self.args.options.workspace)
 
     @property
-    def asks(self) -> tuple[bool, bool]:
-        """Return whether the policy asks for a gradient, and whether the reference does."""
-        return any(self.wanted[:5]), any(self.wanted[5:])
+    def asks(self) -> Asks:
+        return Asks(self.args.wanted.policy.some, self.args.wanted.ref.some)
 
 
 def under_autocast(source: Hidden) -> Hidden:
@@ -57,7 +62,8 @@ def under_autocast(source: Hidden) -> Hidden:
     return replace(source, hidden=source.hidden.to(torch.get_autocast_dtype(device)))
 
 
-def _inputs(source: Logits | Hidden) -> Inputs:
+def inputs_of(source: Logits | Hidden) -> Inputs:
+    """Return the tensors of a source, with hidden states in autocast's dtype."""
     if isinstance(source, Logits):
         return Inputs(source.logits)
     source = under_autocast(source)
@@ -65,32 +71,71 @@ def _inputs(source: Logits | Hidden) -> Inputs:
     return Inputs(source.hidden, source.weight, source.bias, a, b, float(scaling))
 
 
-def request(
-    policy: Logits | Hidden, labels: Tensor, ref: Logits | Hidden | None, asked: tuple[Divergence, ...], entropy: bool,
-    collision: bool, ignore_index: int, how: How, unit: int = 0,
-) -> Request:  # fmt: skip
+def spec_of(
+    policy: Logits | Hidden,
+    ref: Logits | Hidden | None,
+    divergences: tuple[Divergence, ...],
+    entropy: bool,
+    collision: bool,
+    shift: bool,
+    ignore_index: int,
+    first: int = 0,
+) -> StatsSpec:
+    """Return what is asked for, with the head options of both sides. first: the token of the policy's first column."""
+    return StatsSpec(
+        divergences=divergences,
+        entropy=entropy,
+        collision=collision,
+        shift=shift,
+        ignore_index=ignore_index,
+        vocab=policy.vocab,
+        softcap=policy.softcap or 0.0,
+        multiplier=policy.multiplier,
+        ref_softcap=0.0 if ref is None else ref.softcap or 0.0,
+        ref_multiplier=1.0 if ref is None else ref.multiplier,
+        first=first,
+    )
+
+
+def prepare_call(
+    policy: Logits | Hidden,
+    labels: Tensor,
+    ref: Logits | Hidden | None,
+    asked: tuple[Divergence, ...],
+    entropy: bool,
+    collision: bool,
+    ignore_index: int,
+    how: How,
+    unit: int = 0,
+) -> PreparedCall:
     """Return the call in the form that the operators take. labels must be aligned with the rows already.
 
     unit: rows of the longest unit where the loss is known; 0: not known.
     """
-    z, w = _inputs(policy), None if ref is None else _inputs(ref)
-    tensors = (labels, *z[:5], *((None,) * 5 if w is None else w[:5]))
-    check_plain("token_stats", *tensors)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[1:]]
-    doubles = [x for x in (z.x, None if w is None else w.x) if x is not None and x.dtype == torch.float64]
-    backend = choose_backend(labels.device, doubles[0].dtype if doubles else None)
-    budget = workspace_bytes(how.workspace)
-    options = hidden_ops.Options(
-        z.scaling, 1.0 if w is None else w.scaling, ";".join(d.key for d in asked), entropy, collision,
-        ignore_index, policy.vocab, policy.softcap or 0.0, policy.multiplier,
-        (ref.softcap or 0.0) if ref else 0.0, ref.multiplier if ref else 1.0, backend, how.plan, budget, how.static_shapes,
-        *shard_of(policy),
-    )  # fmt: skip
-    if options.group and how.plan in ("rows", "frozen"):
+    inputs, ref_inputs = inputs_of(policy), None if ref is None else inputs_of(ref)
+    sides = [inputs] if ref_inputs is None else [inputs, ref_inputs]
+    check_plain("token_stats", labels, *[x for s in sides for x in (s.x, s.weight, s.bias, s.a, s.b)])
+    wanted = Wanted()
+    if torch.is_grad_enabled():
+        wanted = Wanted(InputFlags.required(inputs), InputFlags.required(ref_inputs))
+    double = any(s.x.dtype == torch.float64 for s in sides)
+    backend = choose_backend(labels.device, torch.float64 if double else None)
+    budget, shard = workspace_bytes(how.workspace), shard_of(policy)
+    spec = spec_of(policy, ref, asked, entropy, collision, False, ignore_index, shard.first)
+    if shard.group and how.plan in ("rows", "frozen"):
         raise ValueError(f"plan: {how.plan!r} is not possible where the vocabulary is split over a process_group")
-    facts = hidden_ops.facts_of(options.problem(), z, w, labels.numel(), backend, wanted, unit, how.static_shapes)
-    kind = "slices" if options.group and how.plan == "auto" else how.plan
-    return Request(tensors, options._replace(plan=choose_kind(facts, kind, budget)[0]), wanted, facts, kind)
+    call = plan_inputs(spec, inputs, ref_inputs, labels.numel(), backend, wanted, unit, how.static_shapes)
+    kind = "slices" if shard.group and how.plan == "auto" else how.plan
+    options = Options(
+        spec=spec,
+        backend=backend,
+        plan=choose_plan_kind(call, kind, budget).kind,
+        workspace=budget,
+        static_shapes=how.static_shapes,
+        group=shard.group,
+        total=shard.total,
+    )
+    return PreparedCall(HiddenStatsArgs(labels, inputs, ref_inputs, options, wanted), call, kind)
 
 
 def is_hidden(*sources: Logits | Hidden | LogProbs | None) -> bool:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.inputs import Hidden, Logits
-from ..core.layout import Problem
+from ..core.layout import StatsSpec
 
 
 class Shard(NamedTuple):
@@ -25,11 +25,11 @@ class Shard(NamedTuple):
     first: int = 0
     total: int = 0
 
-    def whole(self, problem: Problem) -> Problem:
-        """Return the problem over the vocabulary of all ranks."""
-        return problem._replace(vocab=self.total, first=0) if self.group else problem
+    def whole(self, spec: StatsSpec) -> StatsSpec:
+        """Return the spec over the vocabulary of all ranks."""
+        return spec._replace(vocab=self.total, first=0) if self.group else spec
 
-    def merged(self, problem: Problem, backend: ModuleType, state: Tensor) -> Tensor:
+    def merged(self, spec: StatsSpec, backend: ModuleType, state: Tensor) -> Tensor:
         """Return the running sums over the columns of all ranks."""
         if not self.group:
             return state
@@ -37,7 +37,7 @@ class Shard(NamedTuple):
         parts = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, state.contiguous(), group=group)
         for part in parts[1:]:
-            backend.merge_states(problem, parts[0], part)
+            backend.merge_states(spec, parts[0], part)
         return parts[0]
 
     def summed(self, x: Tensor) -> Tensor:

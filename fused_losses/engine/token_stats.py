@@ -5,7 +5,6 @@ It checks its input, calls the operator, and reshapes the result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +27,9 @@ from ..core.inputs import (
 from ..core.layout import collapse
 from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
-from .prepare import How, is_hidden, request
+from .operators import check_plain
+from .prepare import Asks, How, is_hidden, prepare_call, spec_of
+from .stats_outputs import Outputs
 
 
 def token_stats(
@@ -120,7 +121,7 @@ def compute_stats(
 
     ref, how = apart(policy, batch, ref, asked, how)
     check_sources(policy, batch.labels, ref, asked)
-    if is_hidden(policy, ref):
+    if isinstance(policy, Hidden) or isinstance(ref, Hidden) or is_hidden(policy, ref):
         if options.inplace_backward:
             raise ValueError(
                 "inplace_backward: is for logits on both sides; from hidden states there are none to write over"
@@ -128,7 +129,6 @@ def compute_stats(
         return _from_hidden(policy, batch, ref, asked, options.entropy, collision, how)
     if how != How():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
-    assert isinstance(policy, Logits) and not isinstance(ref, Hidden)
     return _from_logits(policy, batch, ref, asked, options.entropy, collision, options.inplace_backward)
 
 
@@ -154,35 +154,27 @@ def _from_logits(
     collision: bool,
     inplace: bool,
 ) -> TokenStats:
-    w, labels = ref if isinstance(ref, Logits) else None, batch.labels
-    tensors = [policy.logits, *([w.logits] if w else []), labels.unsqueeze(-1)]
+    with_head, labels = ref if isinstance(ref, Logits) else None, batch.labels
+    ref_logits = None if with_head is None else with_head.logits
+    tensors = [policy.logits, *([] if ref_logits is None else [ref_logits]), labels.unsqueeze(-1)]
     if labels.numel() and any(len(collapse(x, 1)) > 2 for x in tensors):
         if inplace:
             raise ValueError("inplace_backward: expected logits whose rows lie on two strides; make them contiguous")
         return _stack(policy, batch, ref, asked, entropy, collision)
     if inplace and 0 in policy.logits.stride():
         raise ValueError("inplace_backward: expected logits that own their memory, got an expanded (stride 0) view")
-    logits_ops.check_plain("token_stats", policy.logits, w.logits if w else None)
-    *found, _ = logits_ops.token_stats(
-        policy.logits,
-        labels,
-        w.logits if w else None,
-        ";".join(d.key for d in asked),
-        entropy,
-        collision,
-        batch.shift,
-        batch.ignore_index,
-        policy.vocab,
-        policy.softcap or 0.0,
-        policy.multiplier,
-        (w.softcap or 0.0) if w else 0.0,
-        w.multiplier if w else 1.0,
-        choose(policy.logits.device, policy.logits.dtype),
-        inplace,
+    check_plain("token_stats", policy.logits, ref_logits)
+    args = logits_ops.TokenStatsArgs(
+        policy=policy.logits,
+        labels=labels,
+        ref=ref_logits,
+        spec=spec_of(policy, with_head, asked, entropy, collision, batch.shift, batch.ignore_index),
+        backend=choose(policy.logits.device, policy.logits.dtype),
+        inplace_backward=inplace,
     )
-
-    asks = policy.logits.requires_grad, w is not None and w.logits.requires_grad
-    return pack_stats(found, asks, batch, ref, asked, entropy, collision)
+    stats = logits_ops.STATS.unpack(logits_ops.token_stats(*logits_ops.ARGS.pack(args)))
+    asks = Asks(policy.logits.requires_grad, ref_logits is not None and ref_logits.requires_grad)
+    return pack_stats(stats.asked(args.spec, ref_logits is not None), asks, batch, ref, asked)
 
 
 def _from_hidden(
@@ -194,46 +186,36 @@ def _from_hidden(
     collision: bool,
     how: How,
 ) -> TokenStats:
-    other = None if isinstance(ref, LogProbs) else ref
-    call = request(policy, batch.predicted, other, asked, entropy, collision, batch.ignore_index, how)
-    found = hidden_ops.hidden_stats(*call.tensors, *call.options, call.wanted)
-    return pack_stats(found[:7], call.asks, batch, ref, asked, entropy, collision)
+    distribution = None if isinstance(ref, LogProbs) else ref
+    call = prepare_call(policy, batch.predicted, distribution, asked, entropy, collision, batch.ignore_index, how)
+    stats = hidden_ops.RESULT.unpack(hidden_ops.hidden_stats(*hidden_ops.ARGS.pack(call.args))).stats
+    out = stats.asked(call.args.options.spec, distribution is not None)
+    return pack_stats(out, call.asks, batch, ref, asked)
 
 
 def pack_stats(
-    found: Sequence[Tensor],
-    asks: tuple[bool, bool],
-    batch: Batch,
-    ref: Logits | Hidden | LogProbs | None,
-    asked: tuple[Divergence, ...],
-    entropy: bool,
-    collision: bool,
+    out: Outputs, asks: Asks, batch: Batch, ref: Logits | Hidden | LogProbs | None, asked: tuple[Divergence, ...]
 ) -> TokenStats:
-    """Return TokenStats in the shape of the labels from the operator's tensors.
+    """Return TokenStats in the shape of the labels from the statistics of all rows.
 
-    found: logps, ref_logps, lse, entropy, divergences, hits and collisions. asks: whether the policy asks for a gradient, and
-    whether the reference does; outputs that depend on neither have no graph.
+    Outputs that depend on no tensor that asks for a gradient have no graph.
     """
-    logps, ref_logps, lse, ent, div, hit, squares = found
 
     def shaped(x: Tensor, differentiable: bool = True) -> Tensor:
         x = (x if differentiable else x.detach()).view(batch.labels.shape)
         return x[..., :-1] if batch.shift else x
 
-    to_policy, to_ref = asks
-    if isinstance(ref, LogProbs):
-        other: Tensor | None = given_logps("ref", ref, batch.mask)
-    else:
-        other = None if ref is None else shaped(ref_logps, to_ref)
+    ref_logps = given_logps("ref", ref, batch.mask) if isinstance(ref, LogProbs) else None
+    values = [] if out.divergence is None else out.divergence.unbind(0)
     return TokenStats(
-        logps=shaped(logps, to_policy),
-        ref_logps=other,
-        divergence={d.key: shaped(x) for d, x in zip(asked, div.unbind(0), strict=True)},
-        entropy=shaped(ent, to_policy) if entropy else None,
-        lse=shaped(lse, to_policy),
+        logps=shaped(out.logps, asks.policy),
+        ref_logps=ref_logps if out.ref_logps is None else shaped(out.ref_logps, asks.ref),
+        divergence={d.key: shaped(x) for d, x in zip(asked, values, strict=True)},
+        entropy=None if out.entropy is None else shaped(out.entropy, asks.policy),
+        lse=shaped(out.lse, asks.policy),
         mask=batch.mask,
-        correct=shaped(hit),
-        collision=shaped(squares) if collision else None,
+        correct=shaped(out.hit),
+        collision=None if out.collision is None else shaped(out.collision),
     )
 
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from ..core.inputs import Hidden
 from ..core.layout import stats_dtype
 from ..engine.planner import workspace_bytes
-from ..engine.projection import HiddenSide, Inputs
+from ..engine.projection import HiddenSide
+from ..engine.sides import HiddenOperand, LowRank
 from ..engine.token_stats import token_stats
 from . import trl_functions
 
@@ -230,8 +231,9 @@ def _mean_logits(source: Hidden, rows: Tensor | None) -> Tensor:
     height = min(max(n, 1), ROWS)
     width = min(v, COLUMNS, max(1, workspace_bytes(None) // (height * found.element_size())))
     room = found.new_empty(height * width)
+    low_rank = None if a is None or b is None else LowRank(a, b, scaling)
     for piece, out in zip(pieces, found.split(ROWS), strict=True):
-        side = HiddenSide(Inputs(piece, weight, bias, a, b, scaling), None)
+        side = HiddenSide(HiddenOperand(piece, weight, bias, low_rank), None)
         for c in range(0, v, width):
             columns = min(width, v - c)
             tile = room[: len(piece) * columns].view(len(piece), columns)

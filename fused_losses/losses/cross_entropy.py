@@ -14,8 +14,9 @@ from ..core.inputs import Logits, LogProbs, Source, as_source
 from ..core.options import TokenOptions
 from ..core.outputs import LossOutput
 from ..core.validation import check_weights
-from ..engine.evaluate import FormulaInputs, Tokens
+from ..engine.evaluate import FormulaInputs
 from ..engine.shards import shard_of
+from ..engine.tokens import Tokens
 from .distillation import token_means
 from .shared import Entry, fused, output, takes
 

@@ -12,7 +12,8 @@ from ..core.inputs import Source, as_source
 from ..core.options import TokenOptions
 from ..core.outputs import LossOutput, Part
 from ..core.validation import check_weights
-from ..engine.evaluate import FormulaInputs, Tokens
+from ..engine.evaluate import FormulaInputs
+from ..engine.tokens import Tokens
 from .shared import Entry, Fused, fused, output, takes, token_part
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]

@@ -21,8 +21,8 @@ from ..core.options import (
     PairLossConfig,
 )
 from ..core.validation import Count, divided
-from ..engine.evaluate import Tokens
-from ..engine.logits_ops import check_plain, once
+from ..engine.operators import check_plain, once
+from ..engine.tokens import Tokens
 
 
 def _once(f: Callable[[Pairs], Tensor]) -> Any:

@@ -15,7 +15,8 @@ from ..core.names import not_one_of
 from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, SequenceOptions, grpo_config
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, divided, shift_hint
-from ..engine.evaluate import FormulaInputs, Tokens
+from ..engine.evaluate import FormulaInputs
+from ..engine.tokens import Tokens
 from .shared import Entry, Fused, fused, output, sequence_part, takes
 
 __all__ = ["group_advantages", "grpo_loss"]

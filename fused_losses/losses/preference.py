@@ -14,7 +14,8 @@ from ..core.inputs import LogProbs, Source, as_source
 from ..core.options import PairLossConfig, PreferenceOptions, SequenceOptions, pair_loss_config
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, read_count
-from ..engine.evaluate import FormulaInputs, Tokens
+from ..engine.evaluate import FormulaInputs
+from ..engine.tokens import Tokens
 from .pair_losses import LOSSES, Pairs, desensitised, wpo_weights
 from .shared import Entry, Fused, fused, loss_and_nll, output, pair_metrics, takes
 

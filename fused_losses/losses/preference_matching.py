@@ -19,7 +19,8 @@ from ..core.layout import stats_dtype
 from ..core.options import SequenceOptions, check_matching, check_threshold
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_positive
-from ..engine.evaluate import FormulaInputs, Tokens
+from ..engine.evaluate import FormulaInputs
+from ..engine.tokens import Tokens
 from .shared import Entry, fused, output, reduced, sequence_part, takes
 
 __all__ = [

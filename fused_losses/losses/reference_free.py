@@ -21,7 +21,8 @@ from ..core.inputs import Source
 from ..core.options import SURE, SequenceOptions, check_cpo, check_nll_labels, check_simpo
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_positive, divided, read_count
-from ..engine.evaluate import FormulaInputs, Tokens
+from ..engine.evaluate import FormulaInputs
+from ..engine.tokens import Tokens
 from .shared import Entry, Fused, fused, loss_and_nll, output, pair_metrics, takes
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]

@@ -16,7 +16,8 @@ from ..core.inputs import Source, TokenStats
 from ..core.names import nearest
 from ..core.outputs import LossOutput, Part, Parts
 from ..core.validation import Count, check_reduction, divided
-from ..engine.evaluate import Formula, FormulaInputs, Tokens, evaluate
+from ..engine.evaluate import FormulaInputs, evaluate
+from ..engine.tokens import Formula, Tokens
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -12,7 +12,8 @@ from ..core.divergences import Divergence
 from ..core.inputs import Source
 from ..core.options import SequenceOptions, check_tdpo
 from ..core.outputs import LossOutput, Part
-from ..engine.evaluate import FormulaInputs, Tokens
+from ..engine.evaluate import FormulaInputs
+from ..engine.tokens import Tokens
 from .shared import Entry, fused, output, pair_metrics, takes
 
 __all__ = ["tdpo_loss"]

@@ -15,9 +15,9 @@ from ..core.inputs import Logits, LogProbs, Source, TokenStats, as_source
 from ..core.options import TokenOptions, check_teacher, check_topk
 from ..core.outputs import LossOutput
 from ..core.validation import check_weights, divided
-from ..engine.evaluate import Tokens
 from ..engine.logits_at import stats_at
 from ..engine.token_stats import token_stats
+from ..engine.tokens import Tokens
 from .distillation import token_means
 from .shared import Entry, Fused, output, takes
 

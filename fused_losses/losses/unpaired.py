@@ -13,7 +13,8 @@ from ..core.options import BaselineOptions, SequenceOptions, check_bco, check_kt
 from ..core.outputs import LossOutput, Part
 from ..core.running_delta import RunningDelta, mean_over_ranks
 from ..core.validation import check_constant
-from ..engine.evaluate import FormulaInputs, Tokens
+from ..engine.evaluate import FormulaInputs
+from ..engine.tokens import Tokens
 from .shared import Entry, fused, output, sequence_part, takes
 
 __all__ = ["RunningDelta", "bco_loss", "kto_baseline", "kto_loss"]

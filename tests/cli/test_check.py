@@ -6,7 +6,7 @@ import torch
 import fused_losses as fl
 from fused_losses.__main__ import main
 from fused_losses.cli import check
-from fused_losses.engine import evaluate, plan_chunks, plan_frozen, planner, projection
+from fused_losses.engine import fused_backward, plan_chunks, plan_frozen, planner, projection
 
 SMALL = ["check", "--shape", "2,3,41", "--hidden", "7", "--device", "cpu", "--divergence", "reverse_kl", "js"]
 LEAVES = ("dX", "dW", "db", "dA", "dB")
@@ -105,14 +105,14 @@ def _spoil(result, by, pick):
 
 
 BROKEN = {
-    "dX": ("backward", lambda found: found[0], {"dX"}, {"auto", "slices", "whole"}),
-    "dW": ("backward", lambda found: found[1], {"dW"}, {"auto", "slices", "whole"}),
-    "reference's dW": ("backward", lambda found: found[6], {"ref_dW"}, {"auto", "slices", "whole"}),
-    "dA": ("backward", lambda found: found[3], {"dA"}, {"auto", "slices", "whole"}),
+    "dX": ("backward", lambda found: found.policy.x, {"dX"}, {"auto", "slices", "whole"}),
+    "dW": ("backward", lambda found: found.policy.weight, {"dW"}, {"auto", "slices", "whole"}),
+    "reference's dW": ("backward", lambda found: found.ref.weight, {"ref_dW"}, {"auto", "slices", "whole"}),
+    "dA": ("backward", lambda found: found.policy.a, {"dA"}, {"auto", "slices", "whole"}),
     "frozen dX": ("frozen_backward", lambda dx: dx, {"dX"}, {"frozen"}),
-    "dW of row blocks": ("row_blocks", lambda found: found[2][1], {"dW"}, {"auto", "rows"}),
-    "db of row blocks": ("row_blocks", lambda found: found[2][2], {"db"}, {"auto", "rows"}),
-    "losses of row blocks": ("row_blocks", lambda found: found[1], {"value"}, {"auto", "rows"}),
+    "dW of row blocks": ("row_blocks", lambda found: found.gradients.weight, {"dW"}, {"auto", "rows"}),
+    "db of row blocks": ("row_blocks", lambda found: found.gradients.bias, {"db"}, {"auto", "rows"}),
+    "losses of row blocks": ("row_blocks", lambda found: found.losses, {"value"}, {"auto", "rows"}),
     "values": ("forward", lambda out: out.logps, {"value"}, {"auto", "rows", "slices", "whole"}),
 }
 
@@ -122,7 +122,7 @@ BROKEN = {
 def test_a_wrong_plan_is_caught(name, by, monkeypatch, capsys):
     function, pick, parts, kinds = BROKEN[name]
     argv = [*SMALL, "--dtype", "float32", "--bias", "--lora", "2", "--loss", "token_stats", "sigmoid"]
-    module = {"frozen_backward": plan_frozen, "row_blocks": evaluate}.get(function, plan_chunks)
+    module = {"frozen_backward": plan_frozen, "row_blocks": fused_backward}.get(function, plan_chunks)
     monkeypatch.setattr(module, function, scaled(by, pick)(getattr(module, function)))
     assert main(argv) == 1
     found = failed(capsys.readouterr().out)
@@ -132,7 +132,9 @@ def test_a_wrong_plan_is_caught(name, by, monkeypatch, capsys):
 
 
 def test_gradients_of_low_precision_are_held_to_one_rounding(monkeypatch, capsys):
-    monkeypatch.setattr(plan_chunks, "backward", scaled(1 + 1e-2, lambda found: found[1])(plan_chunks.backward))
+    monkeypatch.setattr(
+        plan_chunks, "backward", scaled(1 + 1e-2, lambda found: found.policy.weight)(plan_chunks.backward)
+    )
     assert main([*SMALL, "--dtype", "bfloat16", "--plan", "slices"]) == 1
     assert failed(capsys.readouterr().out) == {("slices", "dW")}
 

@@ -15,7 +15,7 @@ from fused_losses.backends import torch_backend
 from fused_losses.cli import check, env, memory
 from fused_losses.cli.memory_probe import peak_bytes
 from fused_losses.engine import planner
-from fused_losses.engine.prepare import How, request
+from fused_losses.engine.prepare import How, prepare_call
 from fused_losses.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,7 +264,7 @@ def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, unit=0, names=(), r
     step = memory.HeadStep(rows, vocab, dtype.itemsize, bound, ref, both, *hidden, frozen, unit)
 
     def plan(workspace):
-        return request(policy, y, other, bound, False, False, -100, How(workspace=workspace), unit).plan
+        return prepare_call(policy, y, other, bound, False, False, -100, How(workspace=workspace), unit).plan
 
     def ours(workspace):
         if unit == 1:
@@ -307,7 +307,7 @@ def test_memory_from_hidden_states(kind, dtype, options, workspace, monkeypatch)
     for module in (torch_backend, planner):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 13)
     step, plan, ours, naive = head_step(dtype, **options)
-    predicted = planner.choose(step.facts("cpu"), workspace=workspace)
+    predicted = planner.make_plan(step.plan_inputs("cpu"), workspace=workspace)
     assert predicted == plan(workspace) and predicted.kind == kind
     measured = peak_bytes(lambda: ours(workspace))
     assert measured <= sum(step.ours("cpu", predicted).values()) <= 1.4 * measured

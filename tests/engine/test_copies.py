@@ -103,7 +103,7 @@ check(first, second, third)
 """
 
 RELOAD = """
-ENGINE = [f"engine.{name}" for name in ("logits_ops", "hidden_ops", "logits_ops", "token_stats", "evaluate")]
+ENGINE = [f"engine.{name}" for name in ("logits_ops", "pair_ops", "hidden_ops", "logits_ops", "token_stats", "evaluate")]
 for name in (*ENGINE, "core.divergences", "backends.torch_backend", "backends", "losses.preference"):
     before = list(losses(first))
     importlib.reload(sys.modules["fused_losses." + name])
@@ -190,7 +190,7 @@ def folder(tmp_path_factory):
     shutil.copytree(PACKAGE, path, ignore=shutil.ignore_patterns("__pycache__", "data"))
     for name, old, new in (
         ("__init__.py", '__version__ = "', '__version__ = "9.'),
-        ("engine/logits_ops.py", "str divergence, float beta, SymInt", "str link, float beta, SymInt"),
+        ("engine/operator_args.py", 'f"{path}{name}_"', 'f"{path}{name}_of_"'),
         ("engine/hidden_ops.py", '"hidden_stats_backward"', '"hidden_stats_gradients"'),
     ):
         text = (path / name).read_text("utf-8")

@@ -29,7 +29,9 @@ from torch.utils.checkpoint import checkpoint
 import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.cli.memory_probe import peak_bytes
-from fused_losses.engine import planner
+from fused_losses.core.layout import Grads, StatsSpec
+from fused_losses.engine import hidden_ops, planner
+from fused_losses.engine.sides import InputFlags, Inputs, Wanted
 
 NAMES = divergences.names()
 LINKS = divergences.linkable()
@@ -854,7 +856,7 @@ def sum_errors(monkeypatch, plan, tile):
     new = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     leaves = [new(64, 32).requires_grad_(), (new(16384, 32) * 0.3).requires_grad_(plan != "frozen"), None, None, None]
     y = torch.randint(0, 16384, (64,), generator=generator)
-    monkeypatch.setattr(planner, "tile_shape", lambda facts, budget: tile)
+    monkeypatch.setattr(planner, "tile_shape", lambda inputs, budget: planner.Tile(*tile))
 
     def gradients(f, leaves, **how):
         stats = f.token_stats(hidden_source(leaves), y, entropy=True, **how, shift=False)
@@ -901,7 +903,7 @@ def test_errors_do_not_grow_with_the_number_of_row_blocks(monkeypatch):
     truth = gradients(fl.reference, doubles(leaves), doubles(teacher))
     eager = [relative(g, t) for g, t in zip(gradients(fl.reference, leaves, teacher), truth, strict=True)]
     for blocks in (1, 16, planner.MANY):
-        monkeypatch.setattr(planner, "_block_rows", lambda facts, budget, rows=4096 // blocks: rows)
+        monkeypatch.setattr(planner, "_block_rows", lambda inputs, budget, rows=4096 // blocks: rows)
         found = gradients(fl, leaves, teacher, plan="rows", workspace=1 << 30)
         errors = [relative(g, t) for g, t in zip(found, truth, strict=True)]
         assert all(e <= 1.1 * b for e, b in zip(errors, eager, strict=True)), (blocks, errors, eager)
@@ -1056,11 +1058,12 @@ def test_dtensor_is_refused_in_words():
 
 def stats_arguments(leaves, y, plan, backend, divergence="forward_kl;js", workspace=1 << 20, static=False):
     """Of fused_losses::hidden_stats, ten leaves."""
-    wanted = [x is not None and x.requires_grad for x in leaves]
-    return (
-        y, *leaves, 0.7, 0.7, divergence, True, True, -100, 41, 0.0, 1.0, 0.0, 1.0, backend, plan, workspace, static,
-        "", 0, 0, wanted,
-    )  # fmt: skip
+    policy, ref = Inputs(*leaves[:5], 0.7), Inputs(*leaves[5:], 0.7)
+    wanted = Wanted(InputFlags.required(policy), InputFlags.required(ref))
+    spec = StatsSpec(divergences.parse(divergence.split(";")), True, True, False, -100, 41)
+    return hidden_ops.HiddenStatsArgs(
+        y, policy, ref, hidden_ops.Options(spec, backend, plan, workspace, static), wanted
+    )
 
 
 LAYOUTS = [(p, layout, static) for p in PLANS for layout in ("contiguous", "transposed") for static in (False, True)]
@@ -1082,12 +1085,14 @@ def test_opcheck_hidden_stats(backend, device, what):
     # what "whole" keeps is not written for rows that do not count, and opcheck compares all of it
     y = labels_for((2, 3), 41, device, masked=plan != "whole" or static)
     args = stats_arguments(leaves, y, plan, backend, static=static)
-    opcheck(OPS.hidden_stats.default, args)
+    opcheck(OPS.hidden_stats.default, tuple(hidden_ops.ARGS.pack(args)))
     detached = [x if x is None else x.detach() for x in leaves]
-    logps, *_, saved, keep = OPS.hidden_stats(y, *detached, *args[11:])
+    call = stats_arguments(detached, y, plan, backend, static=static)._replace(wanted=args.wanted)
+    found = hidden_ops.RESULT.unpack(OPS.hidden_stats(*hidden_ops.ARGS.pack(call)))
     g = torch.randn(6, device=device)
-    grads = (g, None, None, g, torch.randn(2, 6, device=device))
-    back = (*grads, logps, saved, keep, y, *detached, *args[11:])
+    grads = Grads(logps=g, entropy=g, divergence=torch.randn(2, 6, device=device))
+    back = hidden_ops.HiddenStatsBackwardArgs(grads, found.stats.logps, found.stats.saved, found.keep, call)
+    back = tuple(hidden_ops.BACKWARD_ARGS.pack(back))
     opcheck(OPS.hidden_stats_backward.default, back, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -9,7 +9,9 @@ from torch.utils.checkpoint import checkpoint
 import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.cli.memory_probe import peak_bytes
-from fused_losses.engine import logits_ops
+from fused_losses.core.layout import Grads, PairLossSpec, StatsSpec
+from fused_losses.core.margin_losses import TERMS
+from fused_losses.engine import logits_ops, pair_ops
 
 OPS = torch.ops.fused_losses
 
@@ -19,7 +21,9 @@ def stats_arguments(device, divergence, entropy, collision, shift, backend, requ
     z.requires_grad_(requires_grad)
     y = labels_for((2, 4), 33, device)
     ref = w.requires_grad_(requires_grad) if with_ref else None
-    return (z, y, ref, divergence, entropy, collision, shift, -100, 33, softcap, 1.0, 0.0, 0.5, backend, False)
+    asked = divergences.parse([key for key in divergence.split(";") if key])
+    spec = StatsSpec(asked, entropy, collision, shift, -100, 33, softcap, 1.0, 0.0, 0.5)
+    return logits_ops.TokenStatsArgs(z, y, ref, spec, backend, False)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
@@ -32,15 +36,17 @@ def stats_arguments(device, divergence, entropy, collision, shift, backend, requ
 )  # fmt: skip
 def test_opcheck_token_stats(backend, device, divergence, entropy, collision, shift, with_ref, requires_grad):
     args = stats_arguments(device, divergence, entropy, collision, shift, backend, requires_grad, with_ref)
-    opcheck(OPS.token_stats.default, args)
+    opcheck(OPS.token_stats.default, tuple(logits_ops.ARGS.pack(args)))
 
 
 def test_opcheck_backward_ops(backend, device):
-    z, y, w, *rest = stats_arguments(device, "forward_kl;alpha", True, True, False, backend, False)
-    saved = OPS.token_stats(z, y, w, *rest)[-1]
+    call = stats_arguments(device, "forward_kl;alpha", True, True, False, backend, False)
+    saved = logits_ops.STATS.unpack(OPS.token_stats(*logits_ops.ARGS.pack(call))).saved
     g = torch.ones(8, device=device)
     for g_div, to_ref in ((torch.ones(2, 8, device=device), True), (None, False)):
-        args = (g, None, g, None, g_div, saved, z, y, w, *rest[:-1], True, to_ref)
+        grads = Grads(logps=g, lse=g, divergence=g_div)
+        rest = call.policy, call.labels, call.ref, call.spec, backend, True, to_ref
+        args = tuple(logits_ops.BACKWARD_ARGS.pack(logits_ops.TokenStatsBackwardArgs(grads, saved, *rest)))
         opcheck(OPS.token_stats_backward.default, args, test_utils=("test_schema", "test_faketensor"))
         opcheck(OPS.token_stats_backward_.default, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -51,23 +57,16 @@ def test_opcheck_pair_loss(backend, device, packed):
     ref = torch.randn(12, device=device).requires_grad_()
     mask = torch.arange(12, device=device) % 3 > 0
     cu = torch.tensor([0, 3, 5, 9, 12], device=device) if packed else None
-    args = (logps, ref, mask, cu, "sigmoid", [0.1], "js", 0.3, 4, False, backend)
+    spec = PairLossSpec(divergences.get("js"), TERMS["sigmoid"], (0.1,), 0.3, 4, False)
+    call = pair_ops.PairLossArgs(logps, ref, mask, cu, spec, backend)
+    args = tuple(pair_ops.ARGS.pack(call))
     opcheck(OPS.pair_loss.default, args)
-    coef = OPS.pair_loss(*args)[-1].detach()
-    back = (
-        torch.ones(2, device=device),
-        None,
-        None,
-        coef,
-        logps.detach(),
-        ref.detach(),
-        mask,
-        cu,
-        *args[4:],
-        True,
-        True,
-    )
-    opcheck(OPS.pair_loss_backward.default, back, test_utils=("test_schema", "test_faketensor"))
+    coef = pair_ops.LOSSES.unpack(OPS.pair_loss(*args)).coef.detach()
+    call = call._replace(logps=logps.detach(), ref_logps=ref.detach())
+    grad = torch.ones(2, device=device)
+    back = pair_ops.PairLossBackwardArgs(grad, None, None, coef, call, to_logps=True, to_ref_logps=True)
+    args = tuple(pair_ops.BACKWARD_ARGS.pack(back))
+    opcheck(OPS.pair_loss_backward.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def step(z, y, w):
@@ -171,6 +170,7 @@ def test_import_needs_torch_alone():
 def test_registry_reaches_the_operators():
     """Ops take divergences by name: every key must read back as itself."""
     for name in divergences.names():
-        assert logits_ops._problem(name, False, False, False, -100, 5, 0.0, 1.0, 0.0, 1.0, "torch")[0].divergences == (
-            divergences.get(name),
-        )
+        spec = StatsSpec((divergences.get(name),), False, False, False, -100, 5)
+        args = logits_ops.TokenStatsArgs(torch.ones(1), torch.ones(1), None, spec, "torch", False)
+        assert name in logits_ops.ARGS.pack(args)
+        assert logits_ops.ARGS.unpack(logits_ops.ARGS.pack(args)).spec == spec

@@ -8,10 +8,10 @@ import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.backends import torch_backend
 from fused_losses.cli.memory_probe import peak_bytes
-from fused_losses.core.layout import Problem
+from fused_losses.core.layout import StatsSpec
 from fused_losses.core.moments import fields
 from fused_losses.engine import planner
-from fused_losses.engine.prepare import How, request
+from fused_losses.engine.prepare import How, prepare_call
 
 NAMES = divergences.names()
 DIVS = tuple(divergences.get(n) for n in NAMES)
@@ -51,7 +51,7 @@ class Step:
     def plan(self):
         """What the planner says."""
         rest = self.asked, self.entropy, False, -100, How(**self.how), self.unit
-        return request(self.source[0], self.y, self.source[1], *rest).plan
+        return prepare_call(self.source[0], self.y, self.source[1], *rest).plan
 
     def run(self):
         if self.unit == 1:
@@ -73,17 +73,17 @@ class Step:
 
 
 def test_row_blocks_are_of_equal_size_large_and_few():
-    facts = planner.Facts(
-        4096, 50304, (512, 512), 4, 4, True, pair=True, to_hidden=True, to_head=True, to_weight=True, unit=1
+    inputs = planner.PlanInputs(
+        4096, 50304, 512, 512, 4, 4, True, pair=True, grad_hidden=True, grad_head=True, grad_weight=True, unit=1
     )
-    plan = planner.choose(facts._replace(weight=50304 * 512))
+    plan = planner.make_plan(inputs._replace(weight=50304 * 512))
     assert plan.kind == "rows" and plan.gemms == 4
     assert 4096 % plan.tile[0] <= plan.tile[0] // 8 or -(-4096 // plan.tile[0]) * plan.tile[0] - 4096 < 64
     assert plan.tiles <= planner.CPU_BLOCK
-    assert planner.choose(facts._replace(device="cuda")).tiles > planner.CPU_BLOCK
-    for few in (facts._replace(vocab=4_000_000), facts._replace(unit=2048), facts._replace(rows=1 << 22)):
-        assert planner.choose(few).kind == "slices"
-    assert planner.choose(facts._replace(unit=4096), "rows", 4 << 30).tile == (4096, 50304)
+    assert planner.make_plan(inputs._replace(device="cuda")).tiles > planner.CPU_BLOCK
+    for few in (inputs._replace(vocab=4_000_000), inputs._replace(unit=2048), inputs._replace(rows=1 << 22)):
+        assert planner.make_plan(few).kind == "slices"
+    assert planner.make_plan(inputs._replace(unit=4096), "rows", 4 << 30).tile == (4096, 50304)
 
 
 # ---- matrix products ---------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def few_bytes(rows, vocab, plan, divergence):
     if plan == "whole":
         return None
     if plan == "rows":
-        kinds = planner.Facts(rows, vocab, (16, 16), 4, 4, True, backend="torch", pair=bool(divergence))
+        kinds = planner.PlanInputs(rows, vocab, 16, 16, 4, 4, True, backend="torch", pair=bool(divergence))
         return planner.rows_bytes(kinds, 8)
     return 4096 * 25
 
@@ -281,7 +281,7 @@ CUTS = [[0, 40, 77], [0, 1, 30, 77], [0, 3, 5, 20, 21, 50, 76, 77]]
 
 
 def whole_problem(vocab):
-    return Problem(DIVS, True, True, False, -100, vocab, 0.0, 1.0, 5.0, 0.7)
+    return StatsSpec(DIVS, True, True, False, -100, vocab, 0.0, 1.0, 5.0, 0.7)
 
 
 def part_of(problem, start, end, *tensors):
@@ -435,7 +435,7 @@ def test_parts_merge_in_any_order(backend, device, order):
 def test_merging_near_the_reference(backend, device, spread, offset):
     """Where p is almost q: no worse than three times the error of the rows unsplit, and never negative."""
     code, rows = backend_of(backend), 32 if backend == "torch" else 6
-    problem = Problem(DIVS, True, True, False, -100, 509, 0.0, 1.0, 0.0, 1.0)
+    problem = StatsSpec(DIVS, True, True, False, -100, 509, 0.0, 1.0, 0.0, 1.0)
     z = torch.randn(rows, 509, device=device) * 2
     w = z + torch.randn(rows, 509, device=device) * spread + offset
     y = torch.tensor([0, 200, 508, 333] * 8, device=device)[:rows]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses.engine import evaluate, hidden_ops, logits_ops
+from fused_losses.engine import fused_backward, hidden_ops, logits_ops, pair_ops
 
 V, H = 97, 32
 SIZES = ((2, 5), (3, 6), (4, 9), (7, 7))  # pairs, length
@@ -392,8 +392,8 @@ class NoReads(TorchDispatchMode):
 
     READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
     OURS = (
-        logits_ops.pair_loss,
-        logits_ops.pair_loss_backward,
+        pair_ops.pair_loss,
+        pair_ops.pair_loss_backward,
         hidden_ops.hidden_stats,
         hidden_ops.hidden_stats_backward,
     )
@@ -421,7 +421,7 @@ def test_static_shapes_read_nothing(monkeypatch, name, plan):
     silent = SimpleNamespace(
         **vars(logits_ops.backend_module("triton")) | dict.fromkeys(kernels.split(), lambda *_: None)
     )
-    for module in (logits_ops, hidden_ops, evaluate):
+    for module in (logits_ops, pair_ops, hidden_ops, fused_backward):
         monkeypatch.setattr(module, "backend_module", lambda _: silent)
     model, ref = Model(), Model().requires_grad_(False)
     model.head.requires_grad_(plan != "frozen")

@@ -12,7 +12,7 @@ from helpers import python, relative
 import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.core import moments
-from fused_losses.core.layout import Problem
+from fused_losses.core.layout import StatsSpec
 
 launch = pytest.importorskip("fused_losses.kernels.launch")
 from fused_losses.kernels import configs  # noqa: E402
@@ -38,7 +38,7 @@ def hidden(rows, width, vocab, device, dtype=torch.float32, bias=False, rank=0, 
 
 def ours(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, None), scale=1.0, splits=None, first=0):
     """TokenStats in a dictionary, from tile_states, close and tile_terms."""
-    problem = Problem(
+    problem = StatsSpec(
         divergences.parse(names), sums, sums, False, -100, valid or len(policy[1]), heads[0] or 0.0, scale,
         heads[1] or 0.0, scale, first,
     )  # fmt: skip
@@ -176,7 +176,7 @@ def test_suppressed_tokens_and_slices(device):
     for name in ("logps", "ref_logps", "lse", "entropy", "collision", "reverse_kl"):
         assert relative(found[name], expected[name]) <= 1e-5, name
 
-    problem = Problem(divergences.parse(names), True, True, False, -100, 100, 0.0, 1.0, 0.0, 1.0)
+    problem = StatsSpec(divergences.parse(names), True, True, False, -100, 100, 0.0, 1.0, 0.0, 1.0)
     whole, left, right = (torch.zeros(moments.fields(0), 6, device=device) for _ in range(3))
     for state, c in ((whole, slice(0, 150)), (left, slice(0, 100)), (right, slice(100, 150))):
         sides = [(s[0], s[1][c], s[2][c], None) for s in (policy, ref)]
@@ -231,7 +231,7 @@ def test_traffic(device, ref, splits):
     n, h, v, valid = 135, 96, 1000, 900
     policy = hidden(n, h, v, device, torch.float16, bias=True)
     other = hidden(n, 2 * h, v, device, torch.float16) if ref else None
-    problem = Problem(divergences.parse(KLS if ref else None), True, ref, False, -100, valid, 0.0, 1.0, 0.0, 1.0)
+    problem = StatsSpec(divergences.parse(KLS if ref else None), True, ref, False, -100, valid, 0.0, 1.0, 0.0, 1.0)
     config = launch.tile_config(problem, torch.float16, ref, False)
     labels = torch.randint(0, valid, (n,), device=device)
     labels[::5] = -100  # their hidden states are not read
@@ -266,7 +266,7 @@ def compile_all():
             if lora:
                 policy = (*policy[:3], (torch.zeros(16, 16, dtype=torch.bfloat16), policy[3][1], 0.5))
             other = (policy[0], policy[1], None, None) if ref else None
-            problem = Problem(divergences.parse(names or None), not ref, squares, False, -100, 16, 0.0, 1.0, 0.0, 1.0)
+            problem = StatsSpec(divergences.parse(names or None), not ref, squares, False, -100, 16, 0.0, 1.0, 0.0, 1.0)
             labels = torch.zeros(16, dtype=torch.int64)
             m = len(problem.divergences)
             with mc.compiled(target) as kernels:

@@ -11,7 +11,7 @@ from fused_losses import divergences
 from fused_losses.backends import torch_backend
 from fused_losses.core import margin_losses
 from fused_losses.core.options import SORTED, UNLINKED
-from fused_losses.engine import evaluate, logits_ops
+from fused_losses.engine import evaluate, pair_ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,9 +132,9 @@ def test_every_term_is_tested():
 @pytest.mark.parametrize("name", MARGIN)
 def test_margin_losses_are_one_kernel(backend, device, monkeypatch, name):
     calls = []
-    run = logits_ops.backend_module(backend).pair_forward
+    run = pair_ops.backend_module(backend).pair_forward
     monkeypatch.setattr(
-        logits_ops.backend_module(backend), "pair_forward", lambda *x: (calls.append(x[0].term), run(*x))[1]
+        pair_ops.backend_module(backend), "pair_forward", lambda *x: (calls.append(x[0].term), run(*x))[1]
     )
     options = AT_H[name][1] | {"loss_type": name, "beta": 0.4, "divergence": "js", "reduction": "none"}
     y = torch.zeros(6, 3, dtype=torch.long, device=device)
@@ -230,8 +230,8 @@ def test_several_losses_are_a_weighted_sum(monkeypatch):
 def test_sums_are_shared(monkeypatch, loss, kernels):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     calls, sums = [], []
-    run, add = logits_ops.pair_loss, evaluate.Tokens.log_ratios
-    monkeypatch.setattr(logits_ops, "pair_loss", lambda *x: (calls.append(x), run(*x))[1])
+    run, add = pair_ops.pair_loss, evaluate.Tokens.log_ratios
+    monkeypatch.setattr(pair_ops, "pair_loss", lambda *x: (calls.append(x), run(*x))[1])
     monkeypatch.setattr(evaluate.Tokens, "log_ratios", lambda t: (sums.append(t), add(t))[1])
     z, w, y = batch()
     fl.preference_loss(z, y, w, loss_type=loss, shift=False)

@@ -25,6 +25,8 @@ BEHIND = {
     "fused_losses/engine/plan_frozen": ("test_hidden", '"frozen"'),
     "fused_losses/engine/plan_rows": ("test_hidden", '"rows"'),
     "fused_losses/engine/hidden_ops": ("test_hidden", '"slices"'),
+    "fused_losses/engine/stats_outputs": ("test_hidden", '"slices"'),
+    "fused_losses/engine/operators": ("test_operators", "fl.token_stats("),
     "fused_losses/backends/torch_backend": ("test_token_stats", "fl.token_stats("),
     "fused_losses/engine/token_stats": ("test_token_stats", "fl.token_stats("),
     "fused_losses/core/elementwise": ("test_divergences", "divergences.get("),

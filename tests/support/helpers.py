@@ -20,8 +20,8 @@ from torch.autograd.profiler import profile
 import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.backends import torch_backend
-from fused_losses.core.layout import PairProblem, Problem
-from fused_losses.engine import evaluate, hidden_ops, logits_ops
+from fused_losses.core.layout import PairLossSpec, StatsSpec
+from fused_losses.engine import fused_backward, hidden_ops, logits_ops, pair_ops
 
 EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
@@ -363,10 +363,10 @@ def in_pairs(*options, allowed=lambda *case: True):
 
 def _compiled_for(x):
     """Of an argument of a backend's function: what chooses its kernel, without the numbers that this computes with."""
-    if isinstance(x, Problem):
+    if isinstance(x, StatsSpec):
         heads = bool(x.softcap), bool(x.ref_softcap)
         return *(d.name for d in x.divergences), x.entropy, x.collision, x.shift, *heads
-    if isinstance(x, PairProblem):
+    if isinstance(x, PairLossSpec):
         return x.divergence.name, x.term.__name__, x.ref_summed
     if isinstance(x, (list, tuple)):
         return tuple(map(_compiled_for, x))
@@ -388,7 +388,7 @@ def kernels_of(call):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, FUSED_LOSSES_BACKEND="torch"))
-        for module in (logits_ops, hidden_ops, evaluate):
+        for module in (logits_ops, pair_ops, hidden_ops, fused_backward):
             stack.enter_context(mock.patch.object(module, "backend_module", lambda name: Spy()))
         call()
     return frozenset(asked)

@@ -14,8 +14,9 @@ from ...core.layout import stats_dtype
 from ...core.options import SequenceOptions, check_lta_weights
 from ...core.outputs import LossOutput, Part
 from ...core.validation import Count, check_positive, divided, read_count
-from ...engine.evaluate import FormulaInputs, Tokens
+from ...engine.evaluate import FormulaInputs
 from ...engine.token_stats import token_stats
+from ...engine.tokens import Tokens
 from ..shared import Entry, fused, loss_and_nll, output, reduced, sequence_part, takes
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]

@@ -1,0 +1,203 @@
+"""Describe the arguments of an operator as a NamedTuple, and convert them to the flat list that torch takes, and back.
+
+Groups of arguments are NamedTuples inside it; a group that may be None must start with a tensor. `Layout(kind)` generates the
+schema, and packs and unpacks. The argument of a field is named after the path to it: policy.weight is `policy_weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import chain, repeat
+from types import NoneType
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
+
+from torch import Tensor
+
+from ..core.divergences import Divergence, from_key
+from ..core.layout import SymInt
+from ..core.margin_losses import TERMS
+
+T = TypeVar("T")
+
+
+def _keys(divergences: tuple[Divergence, ...]) -> str:
+    return ";".join([d.key for d in divergences])
+
+
+@lru_cache(256)
+def _from_keys(keys: str) -> tuple[Divergence, ...]:
+    return tuple(from_key(key) for key in keys.split(";") if key)
+
+
+def _key(divergence: Divergence) -> str:
+    return divergence.key
+
+
+@lru_cache(256)
+def _from_key(key: str) -> Divergence:
+    return from_key(key)
+
+
+def _term_name(term: Callable) -> str:
+    return next(name for name, function in TERMS.items() if function is term)
+
+
+def _term(name: str) -> Callable:
+    return TERMS[name]
+
+
+class Form(NamedTuple):
+    """How the value of a field is passed: its type in a schema, and the conversions to that type and back, if any."""
+
+    type: str
+    pack: Callable[[Any], Any] | None = None
+    unpack: Callable[[Any], Any] | None = None
+
+
+FORMS: dict[Any, Form] = {
+    Tensor: Form("Tensor"),
+    bool: Form("bool"),
+    int: Form("int"),
+    SymInt: Form("SymInt"),
+    float: Form("float"),
+    str: Form("str"),
+    tuple[float, ...]: Form("float[]", list, tuple),
+    tuple[Divergence, ...]: Form("str", _keys, _from_keys),
+    Divergence: Form("str", _key, _from_key),
+    Callable: Form("str", _term_name, _term),
+}
+OBJECT = Form("")  # of an autograd.Function: no operator takes it
+REST = tuple[Tensor, ...]  # the last field may be all further tensors, for an autograd.Function
+
+
+class Slot(NamedTuple):
+    """A field that is one argument."""
+
+    name: str
+    form: Form
+    optional: bool
+    absent: Any  # its value where its group is None
+
+    @property
+    def tensor(self) -> bool:
+        return self.form.type == "Tensor"
+
+
+class Layout(Generic[T]):
+    """The order of the fields of a NamedTuple, and of the groups in it, in a flat list."""
+
+    def __init__(self, kind: type[T], optional: bool = False):
+        self.kind = kind
+        self.fields: list[tuple[str, Layout | Slot]] = []
+        self.rest = ""
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            choices = [x for x in get_args(hint) if x is not NoneType]
+            can_be_none = NoneType in get_args(hint)
+            hint = choices[0] if can_be_none and len(choices) == 1 else hint
+            if hint == REST:
+                self.rest = name
+            elif hasattr(hint, "_fields"):
+                self.fields.append((name, Layout(hint, optional or can_be_none)))
+            else:
+                absent = kind._field_defaults.get(name)  # type: ignore[attr-defined]
+                self.fields.append((name, Slot(name, FORMS.get(hint, OBJECT), can_be_none, absent)))
+        self.optional = optional
+        self.slots = self._slots("")
+        self._packers = [slot.form.pack for slot in self.slots]
+        self._unpackers = [slot.form.unpack for slot in self.slots]
+
+    def _slots(self, path: str) -> list[Slot]:
+        """Return the slots in their order, named after the path to them."""
+        found: list[Slot] = []
+        for name, field in self.fields:
+            if isinstance(field, Layout):
+                found += field._slots(f"{path}{name}_")
+            else:
+                optional = field.optional or (self.optional and field.tensor)
+                found.append(field._replace(name=path + name, optional=optional))
+        return found
+
+    def schema(self, *mutated: str) -> str:
+        """Return the arguments as the schema of an operator that writes to those that are named."""
+
+        def one(slot: Slot) -> str:
+            if not slot.form.type:
+                raise TypeError(f"{slot.name}: no argument of an operator is of its type")
+            written = "(a!)" if slot.name in mutated else ""
+            return f"{slot.form.type}{written}{'?' * slot.optional} {slot.name}"
+
+        return ", ".join(one(slot) for slot in self.slots)
+
+    # ---- for operators: values are converted ----
+
+    def pack(self, args: T) -> list[Any]:
+        """Return the arguments of an operator."""
+        return [x if convert is None else convert(x) for convert, x in zip(self._packers, self.flat(args), strict=True)]
+
+    def unpack(self, values: Iterable[Any]) -> T:
+        """Return the arguments of an operator under their names."""
+        pairs = zip(self._unpackers, values, strict=True)
+        return self.named([x if convert is None else convert(x) for convert, x in pairs])
+
+    # ---- as they are: for autograd.Function, and for flags and gradients of each argument ----
+
+    def flat(self, args: T | None) -> list[Any]:
+        """Return the values in their order; for a group that is None, those of its fields' defaults."""
+        found: list[Any] = []
+        for name, field in self.fields:
+            if isinstance(field, Layout):
+                found += field.flat(None if args is None else getattr(args, name))
+            else:
+                found.append(field.absent if args is None else getattr(args, name))
+        if self.rest:
+            found += getattr(args, self.rest)
+        return found
+
+    def named(self, values: Iterable[Any]) -> Any:
+        """Return the values under the names of the arguments: those of flat(), or one for each, such as needs_input_grad."""
+        return self._take(iter(values))
+
+    def _take(self, values: Iterator[Any]) -> Any:
+        found: dict[str, Any] = {}
+        first = ""
+        for name, field in self.fields:
+            first = first or name
+            found[name] = field._take(values) if isinstance(field, Layout) else next(values)
+        if self.rest:
+            found[self.rest] = tuple(values)
+        return None if self.optional and found[first] is None else self.kind(**found)
+
+    def gradients(self, **given: Any) -> list[Any]:
+        """Return for each argument its gradient, which may be given by name, or None.
+
+        The gradients of a group are a NamedTuple or a dict with some of its names.
+        """
+        found: list[Any] = []
+        for name, field in self.fields:
+            x = given.get(name)
+            if not isinstance(field, Layout):
+                found.append(x)
+            elif x is None:
+                found += [None] * len(field.slots)
+            else:
+                found += field.gradients(**(x if isinstance(x, dict) else x._asdict()))
+        if self.rest:
+            found += given[self.rest]
+        return found
+
+    def save(self, ctx: Any, args: T) -> None:
+        """Save the values in the context of an autograd function, tensors with save_for_backward."""
+        kinds = chain((slot.tensor for slot in self.slots), repeat(True))
+        tensors: list[Tensor | None] = []
+        others: list[Any] = []
+        for x, tensor in zip(self.flat(args), kinds, strict=False):
+            (tensors if tensor else others).append(x)
+        ctx.save_for_backward(*tensors)
+        ctx.others = others
+
+    def saved(self, ctx: Any) -> T:
+        """Return the values that save() has saved."""
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        values = [next(tensors if slot.tensor else others) for slot in self.slots]
+        return self.named([*values, *tensors])
