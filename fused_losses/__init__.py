@@ -55,6 +55,7 @@ from .nn.trust_region import TrustRegion
 
 if TYPE_CHECKING:
     from .cli.verify_divergence import verify_divergence
+    from .cli.verify_loss import verify_loss
 
 __version__ = "0.1.0"
 
@@ -68,7 +69,7 @@ __all__ = [
     "preference_loss", "preference_matching_gap", "preference_matching_loss", "preference_matching_reward",
     "reasoning_focus_loss", "reference", "sampled_distillation_loss", "selective_log_softmax",
     "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "token_stats",
-    "topk_distillation_loss", "upo_loss", "verify_divergence",
+    "topk_distillation_loss", "upo_loss", "verify_divergence", "verify_loss",
 ]  # fmt: skip
 
 
