@@ -29,6 +29,8 @@ from .formula_source import outside_of_elementwise
 
 VOCAB, ROWS = 37, 3  # 37: the kernels' blocks are wider, so that they have columns of padding
 CANCELLED = 1e-3  # error of a value near p = q that `row` computes from float32 sums, which cancel there
+FAR = (5, 10, 15, 20, 30, 50, 100)  # factors of logits with which probabilities underflow, in float32 or in float64
+HIGHEST = 1e30  # a gradient may be NaN where the value overflows float32
 ELEMENTWISE = ("grad_p", "grad_q", "term")  # formulas of one token
 COMPILED = (*ELEMENTWISE, "row", "link")  # formulas that Triton compiles
 ARGUMENTS = {"row": "reverse, forward, power", "link": "h", "scaling": "x, y"}  # the others take p, q, t, lp, lq
@@ -253,6 +255,7 @@ def _check_mathematics(d: Divergence, report: Report) -> None:
             )
             continue
         _check_formulas(d, sample, truth, report)
+    _check_far_rows(d, report)
     _check_equal_rows(d, report)
     _check_f(d, report)
     if d.scaling is not None:
@@ -323,6 +326,25 @@ def _check_row(
         report.add_first(
             "row", f"its second number is not sum_v grad_p {on}: {slopes[0]:.6g}, expected {h.sum(-1)[0]:.6g}"
         )
+
+
+def _check_far_rows(d: Divergence, report: Report) -> None:
+    """Check the definition alone where probabilities underflow: the reference implementation runs it in float32 too."""
+    near = _samples()[0]
+    for dtype, factor in product((torch.float32, torch.float64), FAR):
+        z, w = (near.z * factor).to(dtype), (near.w.flip(-1) * factor).to(dtype)
+        truth = _truth(d, near._replace(z=z, w=w))
+        slopes = torch.cat([truth.dz, truth.dw], -1)[truth.value < HIGHEST]
+        for what, x in {"it": truth.value, "its gradient by autograd": slopes}.items():
+            if x.isnan().any():
+                text = (
+                    f"{what} is NaN where probabilities underflow (logits up to {z.abs().max():.0f}, {_short(dtype)})"
+                )
+                report.add_first("define", f"{text}; write ratios of p and q as functions of lp - lq")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_equal_rows(d: Divergence, report: Report) -> None:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import fused_losses as fl
+
 from .. import reference as references
 from ..core.names import unknown
 from ..losses import FAMILY, Entry
@@ -96,6 +98,9 @@ def _wrong_entry(entry: Entry) -> Iterator[str]:
             yield f"docstring: describe {name}, which the loss takes"
     if "metrics" not in text and "as there" not in text:
         yield "docstring: say what the metrics are"
+    name = entry.call.__name__
+    if FAMILY.get(name) is entry and getattr(fl, name, None) is not entry.call:
+        yield f"name: fused_losses has no {name}; import it in fused_losses/__init__.py, and name it in __all__"
     if not any(word in text for word in entry.source.replace(",", " ").split()):
         yield f"docstring: name the source, {entry.source}"
 

@@ -29,9 +29,9 @@ def test_the_registry_is_right(key, backend, device):
 
 # The triangular discrimination sum (p - q)^2 / (p + q) (Vincze, Le Cam), right and wrong.
 def define(lp, lq):
-    p, q = lp.exp(), lq.exp()
-    total = p + q
-    return ((p - q).square() / total.where(total > 0, 1)).sum(-1)
+    none = lp.isneginf() & lq.isneginf()
+    t = lp.masked_fill(none, 0) - lq.masked_fill(none, 0)
+    return ((lp.exp() - lq.exp()) * (t / 2).tanh()).sum(-1)
 
 
 def term(p, q, t, lp, lq):
@@ -114,6 +114,12 @@ def nan_define(lp, lq):
     return ((p - q).square() / (p + q)).sum(-1)
 
 
+def underflowing_define(lp, lq):
+    p, q = lp.exp(), lq.exp()
+    total = p + q
+    return ((p - q).square() / total.where(total > 0, 1)).sum(-1)
+
+
 BROKEN = {
     "0/0 in the term": (
         {"term": naive_term},
@@ -137,6 +143,10 @@ BROKEN = {
     "a multiple of p": ({"grad_p": without_p}, r"degree: sum_v \(grad_p \+ grad_q\) is .* lacks a multiple of p or q"),
     "the degree": ({"degree": 2.0}, "degree: sum_v .* is 1 D on random rows, but degree is 2"),
     "the definition": ({"define": nan_define}, "define: NaN on rows with p = q = 0 at some tokens; replace"),
+    "the definition's slope": (
+        {"define": underflowing_define},
+        "define: its gradient by autograd is NaN where probabilities underflow .*; write ratios of p and q",
+    ),
     "f": ({"f": lambda u: (u - 1) ** 2}, "f: sum_v q f"),
     "f'": ({"f_prime": lambda u: 1 + 4 / (1 + u) ** 2}, "f_prime: differs from the derivative of f"),
     "scaling": ({"scaling": negative_scaling}, "scaling: a grad_p"),

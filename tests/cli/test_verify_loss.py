@@ -113,6 +113,13 @@ def test_what_differs_is_said(case):
         raise AssertionError("\n".join(found))
 
 
+def test_a_loss_must_be_exported(monkeypatch):
+    monkeypatch.delattr(fl, "simpo_loss")
+    assert verify_loss("simpo_loss").findings == [
+        "name: fused_losses has no simpo_loss; import it in fused_losses/__init__.py, and name it in __all__"
+    ]
+
+
 def test_a_reference_must_be_there():
     assert verify_loss(replace(SIMPO, call=reads_all_rows)).findings == [
         "reference: fused_losses.reference has no function reads_all_rows; write one, or pass `reference`"
