@@ -4,6 +4,8 @@ The fused loss head takes a policy and a reference. To read the code, start at t
 The reference implementations in reference/ define which results are correct.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import losses, reference
 from .core import divergences
 from .core.inputs import Hidden, Logits, LogProbs, Lora, TokenStats
@@ -51,6 +53,10 @@ from .nn.at_head import at_head
 from .nn.fused_head import FusedHead, backbone, find_head
 from .nn.trust_region import TrustRegion
 
+if TYPE_CHECKING:
+    from .cli.verify_divergence import verify_divergence
+    from .cli.verify_loss import verify_loss
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -63,5 +69,14 @@ __all__ = [
     "preference_loss", "preference_matching_gap", "preference_matching_loss", "preference_matching_reward",
     "reasoning_focus_loss", "reference", "sampled_distillation_loss", "selective_log_softmax",
     "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "token_stats",
-    "topk_distillation_loss", "upo_loss",
+    "topk_distillation_loss", "upo_loss", "verify_divergence", "verify_loss",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import the functions that verify entries with the first use: they are for people who add one."""
+    if name.startswith("verify_") and name in __all__:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.cli.{name}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The command python -m fused_losses check: it measures errors of values and gradients on your shapes.
 
 It compares eager torch and this library with float64. `run` measures and returns the rows of the table; `measure` takes your
-own tensors.
+own tensors. For the divergences and losses that are named, verify_divergence and verify_loss say what is wrong with them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ..core.inputs import as_source
 from ..core.names import unknown
 from ..engine.planner import KINDS
 from ..engine.projection import low_precision, mixed
-from ..losses import LOSSES
+from ..losses import FAMILY, LOSSES
+from .findings import Report
 
 TOKEN_STATS = "token_stats"  # the name of the numbers per token in a list of losses
 KNOWN = (TOKEN_STATS, *LOSSES)
@@ -310,7 +311,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", default="2,7,1003", metavar="B,T,V", help="B pairs: logits [2B, T, V]; default %(default)s")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of all tensors; default: all three")
     add("--divergence", nargs="+", metavar="NAME", help="such as js or 'js(beta=0.3)'; default: all")
-    add("--loss", nargs="+", metavar="NAME", help=f"{', '.join(KNOWN)}; default: all, sigmoid with all f-DPO links")
+    add(
+        "--loss",
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(KNOWN)}, or functions such as "
+        "simpo_loss, for which only fl.verify_loss runs; default: all of the former, sigmoid with all f-DPO links",
+    )
     add("--hidden", type=int, metavar="H", help="start from hidden states [2B, T, H] and head weights, not from logits")
     add("--ref-hidden", type=int, metavar="H", help="of the reference; default: as --hidden")
     add("--bias", action="store_true", help="heads with a bias")
@@ -337,6 +344,15 @@ def _show(done: int, total: int) -> None:
     print(f"\rcase {done} of {total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
+def _reports(args: argparse.Namespace, device: torch.device, backend: str) -> list[Report]:
+    """Verify the divergences and the functions that the command names."""
+    from .verify_divergence import verify_divergence  # not above: both import this module
+    from .verify_loss import verify_loss
+
+    found = [verify_divergence(d, device=device, backends=[backend]) for d in parse(args.divergence)]
+    return found + [verify_loss(name, device=device) for name in args.loss or () if name in FAMILY]
+
+
 def main(args: argparse.Namespace) -> int:
     shape = [int(size) if size.isdecimal() else 0 for size in args.shape.split(",")]
     try:
@@ -352,16 +368,20 @@ def main(args: argparse.Namespace) -> int:
     plans = PLANS if not args.plan or "all" in args.plan else args.plan
     head = {name: value for name in HEAD if (value := getattr(args, name)) is not None}
     skipped: Skipped = {}
-    rows = run(
-        shape, [DTYPES[name] for name in args.dtype], args.divergence, args.loss, hidden=hidden, bias=args.bias,
+    losses = None if args.loss is None else [name for name in args.loss if name not in FAMILY]
+    rows = [] if args.loss and not losses else run(
+        shape, [DTYPES[name] for name in args.dtype], args.divergence, losses, hidden=hidden, bias=args.bias,
         lora=args.lora, plans=plans, workspace=args.workspace, skipped=skipped, device=device, spread=args.spread,
         seed=args.seed, progress=_show if sys.stderr.isatty() else None, **head,
     )  # fmt: skip
     notes = [f"{plan!r} not run for {of[0]} and {len({*of}) - 1} more: {why}" for (plan, why), of in skipped.items()]
-    if not rows:
+    if notes and not rows:
         raise ValueError("\n".join(notes))
+    reports = _reports(args, device, backend)
     sizes = f", H = {hidden[0]} and {hidden[1]}" if hidden else ""
     setting = f"B, T, V = {args.shape}{sizes} on {device}, spread {args.spread:g}\n{backend} backend: {reason}"
-    parts = (setting, table(rows), "\n".join(notes), RULE, summary(rows))
+    parts = [setting, *map(str, reports)]
+    if rows:
+        parts += [table(rows), "\n".join(notes), RULE, summary(rows)]
     print(*filter(None, parts), sep="\n\n")
-    return 0 if all(row.ok for row in rows) else 1
+    return 0 if all(row.ok for row in rows) and all(report.ok for report in reports) else 1

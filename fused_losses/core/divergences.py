@@ -11,7 +11,8 @@ Notation: p = policy, q = reference probability of one token, t = log p - log q,
 
 To add a divergence, write grad_p, grad_q and either row or term as plain functions that call only the functions of
 elementwise.py. Then write a factory with the textbook f, f' and definition. Both backends, the reference implementation,
-`check` and the tests iterate over the registry. See CONTRIBUTING.md.
+`check` and the tests iterate over the registry. fl.verify_divergence says in words what is wrong with an entry. See
+CONTRIBUTING.md.
 
 The kernels call a formula on every column, also on those of suppressed tokens and of padding. So every formula must satisfy:
     - It is 0 at p = q = 0, where log p and log q are about -1e37 and t can have any size up to 1e37.
@@ -24,9 +25,11 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 
 import torch
 from torch import Tensor, log, logaddexp
@@ -476,6 +479,9 @@ def _bind(name: str, values: tuple[tuple[str, float], ...], default: bool) -> Di
 
 
 _bound = lru_cache(maxsize=1024)(_bind)
+_numbers = (
+    count()
+)  # of names that are used only once, because _bound would return the divergence that had the name before
 
 
 def get(name: str, **params: float) -> Divergence:
@@ -512,6 +518,23 @@ def from_key(key: str | Divergence) -> Divergence:
     except ValueError:
         raise ValueError(f"divergence: expected parameters such as '(beta=0.3)', got {key!r}") from None
     return get(name, **params)
+
+
+@contextmanager
+def registered(divergence: Divergence) -> Iterator[Divergence]:
+    """Make the library accept a divergence in the context; outside of it, only those of the registry are accepted.
+
+    The value of the context is the divergence under a name of its own, or unchanged if it is in the registry.
+    """
+    if divergence.name in _FACTORIES and from_key(divergence.key) is divergence:
+        yield divergence
+        return
+    name = f"unregistered_{next(_numbers)}"
+    _FACTORIES[name] = lambda: divergence
+    try:
+        yield get(name)
+    finally:
+        del _FACTORIES[name]
 
 
 def parse(divergence: str | Divergence | Sequence[str | Divergence] | None) -> tuple[Divergence, ...]:

@@ -332,3 +332,14 @@ def test_memory_report_from_hidden_states(capsys):
     assert json.loads(capsys.readouterr().out)["plan"]["kind"] == "rows"
     for text, count in (("4096", 4096), ("3k", 3072), ("256M", 256 << 20), ("2G", 2 << 30)):
         assert memory.byte_count(text) == count
+
+
+def test_check_verifies_what_is_named(capsys, monkeypatch):
+    """In words, before the table; a loss of the family has no table."""
+    assert main([*SMALL, "--divergence", "js", "--loss", "token_stats", "orpo_loss"]) == 0
+    out = capsys.readouterr().out
+    assert "\ndivergence js: nothing is wrong\n" in out and "\nloss orpo_loss: nothing is wrong\n" in out
+    assert out.splitlines()[-1].startswith("11 of 11 checks pass")
+    monkeypatch.setattr(fl.reference, "orpo_loss", fl.reference.simpo_loss)
+    assert main(["check", "--device", "cpu", "--loss", "orpo_loss"]) == 1
+    assert "finding" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import fused_losses as fl
 from fused_losses import divergences
 
 ROOT = Path(__file__).parents[2]
@@ -35,3 +36,8 @@ def test_tree_names_every_module():
         for path in (ROOT / folder).rglob("*.py"):
             if path.name not in ("__init__.py", "__main__.py") and path.parent.name not in named:
                 assert path.name in README or path.name.startswith("test_"), path
+
+
+def test_the_citation_is_of_this_version():
+    fields = dict(re.findall(r"^([\w-]+): (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.M))
+    assert (fields["type"], fields["title"], fields["version"]) == ("software", fl.__name__, fl.__version__)
