@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import losses, reference
 from .core import divergences
 from .core.inputs import Hidden, Logits, LogProbs, Lora, TokenStats
+from .engine.explain import Explanation, explain
 from .engine.partial_stats import PartialStats, merge_stats, partial_stats
 from .engine.token_stats import token_stats
 from .integrations.trl_functions import (  # fmt: skip
@@ -17,37 +18,7 @@ from .integrations.trl_functions import (  # fmt: skip
     selective_log_softmax,
     selective_log_softmax_and_entropy,
 )
-from .losses import (  # fmt: skip
-    LossOutput,
-    RunningDelta,
-    bco_loss,
-    bradley_terry_loss,
-    conditional_preference_matching_loss,
-    cpo_loss,
-    cross_entropy_loss,
-    distillation_loss,
-    dpo_loss,
-    expectile_loss,
-    group_advantages,
-    grpo_loss,
-    ipo_loss,
-    kto_baseline,
-    kto_loss,
-    lta_thinker_loss,
-    orpo_loss,
-    plackett_luce_loss,
-    preference_loss,
-    preference_matching_gap,
-    preference_matching_loss,
-    preference_matching_reward,
-    reasoning_focus_loss,
-    sampled_distillation_loss,
-    semantic_alignment_loss,
-    simpo_loss,
-    tdpo_loss,
-    topk_distillation_loss,
-    upo_loss,
-)
+from .losses import *  # noqa: F403
 from .losses.calibration import calibration
 from .nn.at_head import at_head
 from .nn.fused_head import FusedHead, backbone, find_head
@@ -60,17 +31,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "LossOutput", "PartialStats", "RunningDelta", "TokenStats",
-    "TrustRegion", "at_head", "backbone", "bco_loss", "bradley_terry_loss", "calibration",
-    "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss", "divergences", "dpo_loss",
-    "entropy_from_logits",
-    "expectile_loss", "find_head", "generalized_jsd_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline",
-    "kto_loss", "losses", "lta_thinker_loss", "merge_stats", "orpo_loss", "partial_stats", "plackett_luce_loss",
-    "preference_loss", "preference_matching_gap", "preference_matching_loss", "preference_matching_reward",
-    "reasoning_focus_loss", "reference", "sampled_distillation_loss", "selective_log_softmax",
-    "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "token_stats",
-    "topk_distillation_loss", "upo_loss", "verify_divergence", "verify_loss",
+    "Explanation", "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "PartialStats", "TokenStats", "TrustRegion",
+    "at_head", "backbone", "calibration", "divergences", "entropy_from_logits", "explain", "find_head",
+    "generalized_jsd_loss", "losses", "merge_stats", "partial_stats", "reference", "selective_log_softmax",
+    "selective_log_softmax_and_entropy", "token_stats", "verify_divergence", "verify_loss",
 ]  # fmt: skip
+__all__ += losses.__all__
 
 
 def __getattr__(name: str) -> Any:

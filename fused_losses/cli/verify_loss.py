@@ -21,7 +21,7 @@ import fused_losses as fl
 from .. import reference as references
 from ..core.names import unknown
 from ..losses import FAMILY, Entry
-from ..losses.shared import INPUTS
+from ..losses.registry import INPUTS
 from .check import error
 from .findings import Report, backends_here, running_on
 from .loss_batches import LossBatch, sources_of

@@ -19,6 +19,7 @@ from ..core.batch import Batch, CallOptions
 from ..core.divergences import Divergence
 from ..core.inputs import Hidden, Logits, LogProbs, Source, TokenStats, as_source, ordinary
 from ..core.validation import given_logps
+from .explain import Explained, add_step, explaining
 from .fused_backward import FusedLossSpec, fused_loss
 from .plan_rows import Units
 from .prepare import How, PreparedCall, prepare_call
@@ -80,6 +81,9 @@ def evaluate(
     inputs = inputs._replace(per_token=per_token, per_sequence=per_sequence)
     if isinstance(policy, Hidden) and (units := _units(policy, batch, inputs.unit, options, how)) is not None:
         call = _request(policy, batch, source, inputs, options, how, units)
+        if call is not None and explaining():
+            add_step(policy, source, call.plan)
+            raise Explained
         if call is not None:
             return _with_gradient(formula, policy, batch, source, summed, inputs, options, units, call)
     return _from_stats(formula, policy, batch, source, summed, inputs, options._replace(**how._asdict()))
@@ -97,6 +101,8 @@ def _from_stats(
     """Compute the statistics of all tokens, and the formula on them."""
     known = None if summed else ref
     stats = compute_stats(policy, batch, known, inputs.divergences, inputs.collision, options)
+    if explaining():
+        raise Explained
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(-1)

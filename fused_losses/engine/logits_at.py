@@ -19,6 +19,7 @@ from ..core.batch import Batch, CallOptions
 from ..core.inputs import Hidden, Logits, TokenStats
 from ..core.layout import Grads, StatsSpec, collapse
 from . import logits_ops
+from .explain import Explained, explaining
 from .operator_args import Layout
 from .operators import check_plain, once
 from .prepare import Asks, How, inputs_of, spec_of
@@ -44,6 +45,9 @@ def stats_at(
     check_sources(policy, batch.labels, None, ())
     if isinstance(policy, Logits) and How(**options.execution) != How():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
+    if explaining():
+        compute_stats(policy, batch, None, (), False, options)
+        raise Explained
     keep = keep & batch.mask.unsqueeze(-1)
     wrong = keep & ((ids < 0) | (ids >= policy.vocab))
     if ids.is_cpu and not torch.compiler.is_compiling() and wrong.any():

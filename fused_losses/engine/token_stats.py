@@ -27,6 +27,7 @@ from ..core.inputs import (
 from ..core.layout import collapse
 from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
+from .explain import add_step, explaining
 from .operators import check_plain
 from .prepare import Asks, How, is_hidden, prepare_call, spec_of
 from .stats_outputs import Outputs
@@ -164,6 +165,9 @@ def _from_logits(
     if inplace and 0 in policy.logits.stride():
         raise ValueError("inplace_backward: expected logits that own their memory, got an expanded (stride 0) view")
     check_plain("token_stats", policy.logits, ref_logits)
+    if explaining():
+        add_step(policy, ref, None)
+        return _zeros(batch, asked, entropy, collision)
     args = logits_ops.TokenStatsArgs(
         policy=policy.logits,
         labels=labels,
@@ -188,9 +192,30 @@ def _from_hidden(
 ) -> TokenStats:
     distribution = None if isinstance(ref, LogProbs) else ref
     call = prepare_call(policy, batch.predicted, distribution, asked, entropy, collision, batch.ignore_index, how)
+    if explaining():
+        add_step(policy, ref, call.plan)
+        return _zeros(batch, asked, entropy, collision)
     stats = hidden_ops.RESULT.unpack(hidden_ops.hidden_stats(*hidden_ops.ARGS.pack(call.args))).stats
     out = stats.asked(call.args.options.spec, distribution is not None)
     return pack_stats(out, call.asks, batch, ref, asked)
+
+
+def _zeros(batch: Batch, asked: tuple[Divergence, ...], entropy: bool, collision: bool) -> TokenStats:
+    """Return what stands for the statistics of a call that is only explained."""
+
+    def zeros() -> Tensor:
+        return torch.zeros_like(batch.mask, dtype=torch.float32)
+
+    return TokenStats(
+        logps=zeros(),
+        ref_logps=zeros(),
+        divergence={d.key: zeros() for d in asked},
+        entropy=zeros() if entropy else None,
+        lse=zeros(),
+        mask=batch.mask,
+        correct=torch.zeros_like(batch.mask),
+        collision=zeros() if collision else None,
+    )
 
 
 def pack_stats(

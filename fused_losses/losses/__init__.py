@@ -1,8 +1,9 @@
 """The loss functions: one module for each kind of loss.
 
-FAMILY lists all losses that the tests and the table of the README iterate over.
+FAMILY lists all losses that the tests and the table of the README iterate over. The names in __all__ are those of fused_losses.
 
-shared               results, reductions, the call of evaluate, Entry
+registry             FAMILY, and the decorator that adds a loss to it
+shared               results, reductions, the call of evaluate
 preference           pairs: DPO and the loss types of TRL; their formulas are in pair_losses
 tdpo                 pairs: TDPO
 reference_free       pairs without a reference: SimPO, CPO, ORPO
@@ -18,25 +19,14 @@ experimental         upo (UPO) and lta_thinker (LTA-Thinker)
 
 from ..core.outputs import LossOutput
 from ..core.running_delta import RunningDelta
-from . import (
-    cross_entropy,
-    distillation,
-    policy_gradient,
-    preference,
-    preference_matching,
-    reference_free,
-    tdpo,
-    topk,
-    unpaired,
-)
 from .cross_entropy import cross_entropy_loss
 from .distillation import distillation_loss, sampled_distillation_loss
-from .experimental import lta_thinker, upo
 from .experimental.lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
 from .experimental.upo import expectile_loss, upo_loss
 from .policy_gradient import group_advantages, grpo_loss
-from .preference import LOSSES, dpo_loss, ipo_loss, preference_loss
-from .preference_matching import (  # fmt: skip
+from .preference import LOSSES as LOSSES
+from .preference import dpo_loss, ipo_loss, preference_loss
+from .preference_matching import (
     bradley_terry_loss,
     conditional_preference_matching_loss,
     plackett_luce_loss,
@@ -45,28 +35,14 @@ from .preference_matching import (  # fmt: skip
     preference_matching_reward,
 )
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
-from .shared import Entry
+from .registry import FAMILY as FAMILY
+from .registry import Entry as Entry
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
 from .unpaired import bco_loss, kto_baseline, kto_loss
 
-MODULES = (
-    preference,
-    tdpo,
-    reference_free,
-    unpaired,
-    policy_gradient,
-    distillation,
-    topk,
-    cross_entropy,
-    preference_matching,
-    upo,
-    lta_thinker,
-)
-FAMILY: dict[str, Entry] = {entry.call.__name__: entry for module in MODULES for entry in module.ENTRIES}
-
 __all__ = [
-    "Entry", "FAMILY", "LOSSES", "LossOutput", "RunningDelta", "bco_loss", "bradley_terry_loss",
+    "LossOutput", "RunningDelta", "bco_loss", "bradley_terry_loss",
     "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss", "dpo_loss",
     "expectile_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss", "lta_thinker_loss",
     "orpo_loss", "plackett_luce_loss", "preference_loss", "preference_matching_gap", "preference_matching_loss",

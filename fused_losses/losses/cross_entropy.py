@@ -18,12 +18,25 @@ from ..engine.evaluate import FormulaInputs
 from ..engine.shards import shard_of
 from ..engine.tokens import Tokens
 from .distillation import token_means
-from .shared import Entry, fused, output, takes
+from .registry import register
+from .shared import fused, output
 
 __all__ = ["cross_entropy_loss"]
 
 
-@takes(TokenOptions)
+@register(
+    TokenOptions,
+    batch="tokens",
+    source="1512.00567, 2204.02311",
+    ref="unused",
+    distribution=True,
+    variants={
+        "label smoothing": {"label_smoothing": 0.1},
+        "z-loss": {"z_loss": 1e-2},
+        "plain": {},
+        "both": {"label_smoothing": 0.3, "z_loss": 1e-3},
+    },
+)
 def cross_entropy_loss(
     policy: Source,
     labels: Tensor,
@@ -79,13 +92,3 @@ def cross_entropy_loss(
         "lse": tokens.lse, "mean_token_accuracy": tokens.correct.to(tokens.logps.dtype)
     }  # fmt: skip
     return output(found, token_means(found, **more))
-
-
-ENTRIES = [
-    Entry(
-        cross_entropy_loss, "tokens", "1512.00567, 2204.02311", ref="unused", distribution=True, variants={
-            "label smoothing": {"label_smoothing": 0.1}, "z-loss": {"z_loss": 1e-2}, "plain": {},
-            "both": {"label_smoothing": 0.3, "z_loss": 1e-3},
-        },
-    )
-]  # fmt: skip

@@ -14,12 +14,26 @@ from ..core.outputs import LossOutput, Part
 from ..core.validation import check_weights
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .shared import Entry, Fused, fused, output, takes, token_part
+from .registry import register
+from .shared import Fused, fused, output, token_part
 
 __all__ = ["distillation_loss", "sampled_distillation_loss"]
 
 
-@takes(TokenOptions)
+@register(
+    TokenOptions,
+    batch="tokens",
+    source="2306.13649, 2402.03898",
+    distribution=True,
+    variants={
+        "gkd": {},
+        "gkd, beta 0": {"beta": 0.0},
+        "gkd, beta 1": {"beta": 1.0},
+        "with labels": {"hard": 0.5},
+        "DistiLLM": {"divergence": "skew_forward_kl"},
+        "ABKD": {"divergence": "alpha_beta(a=0.2, b=0.7)"},
+    },
+)
 def distillation_loss(
     student: Source,
     labels: Tensor,
@@ -69,7 +83,7 @@ def distillation_loss(
     return output(found, token_means(found, kl=found.tokens.divergence[d.key]))
 
 
-@takes(TokenOptions)
+@register(TokenOptions, batch="tokens", source="TRL", variants={"reverse": {}})
 def sampled_distillation_loss(
     student: Source, labels: Tensor, teacher: Source, **options: Unpack[TokenOptions]
 ) -> LossOutput:
@@ -118,14 +132,3 @@ def token_means(found: Fused, **numbers: Tensor) -> dict[str, Part]:
     tokens = found.tokens
     numbers |= {"logps": tokens.logps} | ({} if tokens.entropy is None else {"entropy": tokens.entropy})
     return {name: token_part(found, x) for name, x in numbers.items()}
-
-
-ENTRIES = [
-    Entry(
-        distillation_loss, "tokens", "2306.13649, 2402.03898", distribution=True, variants={
-            "gkd": {}, "gkd, beta 0": {"beta": 0.0}, "gkd, beta 1": {"beta": 1.0}, "with labels": {"hard": 0.5},
-            "DistiLLM": {"divergence": "skew_forward_kl"}, "ABKD": {"divergence": "alpha_beta(a=0.2, b=0.7)"},
-        },
-    ),
-    Entry(sampled_distillation_loss, "tokens", "TRL", {"reverse": {}}),
-]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import FAMILY
-from .shared import Entry
+from .registry import Entry
 
 COLUMNS = (
     "loss", "variants", "logits, hidden", "log-probs", "packed", "no reference", "saved reference", "f-divergence", "source"
@@ -24,7 +24,11 @@ def row(entry: Entry) -> list[str]:
 
 
 def matrix() -> str:
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *(row(entry) for entry in FAMILY.values())]
+    rows = [
+        COLUMNS,
+        ["---"] * len(COLUMNS),
+        *(row(entry) for entry in sorted(FAMILY.values(), key=lambda entry: entry.batch)),
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 

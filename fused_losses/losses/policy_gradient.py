@@ -17,12 +17,30 @@ from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, divided, shift_hint
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .shared import Entry, Fused, fused, output, sequence_part, takes
+from .registry import register
+from .shared import Fused, fused, output, sequence_part
 
 __all__ = ["group_advantages", "grpo_loss"]
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="sequences",
+    source="2402.03300, 2503.20783, 2503.14476, 2506.13585, 2507.18071",
+    inputs={"advantages": "per sequence", "old_logps": "per token"},
+    tokens_for={"loss_type": BY_TOKENS},
+    variants={
+        "grpo": {"beta": 0.3},
+        "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 9, "beta": 0.3, "kl": "k1"},
+        "bnpo": {"loss_type": "bnpo", "epsilon_high": 0.28, "delta": 4.0},
+        "dapo": {"loss_type": "dapo", "beta": 0.3, "kl": "k2"},
+        "cispo": {"loss_type": "cispo", "epsilon_high": 2.0, "beta": 0.1},
+        "GSPO": {"importance": "sequence", "beta": 0.3},
+        "corrected KL": {"beta": 0.3, "use_bias_correction_kl": True},
+        "corrected KL, sequence": {"beta": 0.3, "use_bias_correction_kl": True, "importance": "sequence"},
+        "cispo, sequence": {"loss_type": "cispo", "epsilon_high": 2.0, "importance": "sequence"},
+    },
+)
 def grpo_loss(
     policy: Source,
     labels: Tensor,
@@ -239,20 +257,3 @@ def _centred(r: Tensor, counts: Tensor) -> Tensor:
     """Subtract from each row its mean, over the entries that count."""
     mean = r.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
     return (r - mean).masked_fill(~counts, 0)
-
-
-_OLD = {"advantages": "per sequence", "old_logps": "per token"}
-ENTRIES = [
-    Entry(
-        grpo_loss, "sequences", "2402.03300, 2503.20783, 2503.14476, 2506.13585, 2507.18071", inputs=_OLD,
-        tokens_for={"loss_type": BY_TOKENS}, variants={
-            "grpo": {"beta": 0.3}, "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 9, "beta": 0.3, "kl": "k1"},
-            "bnpo": {"loss_type": "bnpo", "epsilon_high": 0.28, "delta": 4.0},
-            "dapo": {"loss_type": "dapo", "beta": 0.3, "kl": "k2"},
-            "cispo": {"loss_type": "cispo", "epsilon_high": 2.0, "beta": 0.1}, "GSPO": {"importance": "sequence", "beta": 0.3},
-            "corrected KL": {"beta": 0.3, "use_bias_correction_kl": True},
-            "corrected KL, sequence": {"beta": 0.3, "use_bias_correction_kl": True, "importance": "sequence"},
-            "cispo, sequence": {"loss_type": "cispo", "epsilon_high": 2.0, "importance": "sequence"},
-        },
-    )
-]  # fmt: skip

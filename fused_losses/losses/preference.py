@@ -17,12 +17,29 @@ from ..core.validation import Count, read_count
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
 from .pair_losses import LOSSES, Pairs, desensitised, wpo_weights
-from .shared import Entry, Fused, fused, loss_and_nll, output, pair_metrics, takes
+from .registry import register, takes
+from .shared import Fused, fused, loss_and_nll, output, pair_metrics
 
 __all__ = ["LOSSES", "dpo_loss", "ipo_loss", "preference_loss"]
 
 
-@takes(PreferenceOptions)
+@register(
+    PreferenceOptions,
+    batch="pairs",
+    source="2305.18290, 2309.16240",
+    ref="optional",
+    variants={
+        **{name: {"loss_type": name} for name in LOSSES},
+        **{
+            f"{name}, smoothed": {"loss_type": name, "label_smoothing": 0.1}
+            for name in ("cdpo", "robust", "exo_pair", "aot")
+        },
+        "discopop, tau 1": {"loss_type": "discopop", "discopop_tau": 1.0},
+        "LD-DPO": {"ld_alpha": 0.3},
+        "MPO": {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
+        "many": {"loss_type": ("hinge", "discopop", "exo_pair", "ipo", "aot"), "ld_alpha": 0.5, "beta": 0.5},
+    },
+)
 def preference_loss(
     policy: Source,
     labels: Tensor,
@@ -165,7 +182,7 @@ def dpo_loss(policy: Source, labels: Tensor, ref: Source | None, **options: Unpa
     return _fixed("dpo_loss", "sigmoid", policy, labels, ref, options)
 
 
-@takes(PreferenceOptions, "loss_type")
+@register(PreferenceOptions, "loss_type", batch="pairs", source="2310.12036", variants={"ipo": {}}, ref="optional")
 def ipo_loss(policy: Source, labels: Tensor, ref: Source | None, **options: Unpack[PreferenceOptions]) -> LossOutput:
     """Compute preference_loss(loss_type="ipo"): IPO (arXiv 2310.12036) with means over tokens, as its authors and TRL do.
 
@@ -180,22 +197,3 @@ def _fixed(
     if "loss_type" in options:
         raise TypeError(f"{name}: `loss_type` is fixed to {loss_type!r}; use preference_loss to choose another")
     return preference_loss(policy, labels, ref, loss_type=loss_type, **options)
-
-
-ENTRIES = [
-    Entry(
-        preference_loss, "pairs", "2305.18290, 2309.16240", ref="optional",  # WPO needs logits
-        variants={
-            **{name: {"loss_type": name} for name in LOSSES},
-            **{
-                f"{name}, smoothed": {"loss_type": name, "label_smoothing": 0.1}
-                for name in ("cdpo", "robust", "exo_pair", "aot")
-            },
-            "discopop, tau 1": {"loss_type": "discopop", "discopop_tau": 1.0},
-            "LD-DPO": {"ld_alpha": 0.3},
-            "MPO": {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
-            "many": {"loss_type": ("hinge", "discopop", "exo_pair", "ipo", "aot"), "ld_alpha": 0.5, "beta": 0.5},
-        },
-    ),
-    Entry(ipo_loss, "pairs", "2310.12036", {"ipo": {}}, ref="optional"),
-]  # fmt: skip

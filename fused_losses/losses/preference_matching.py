@@ -21,7 +21,8 @@ from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_positive
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .shared import Entry, fused, output, reduced, sequence_part, takes
+from .registry import register
+from .shared import fused, output, reduced, sequence_part
 
 __all__ = [
     "bradley_terry_loss", "conditional_preference_matching_loss", "plackett_luce_loss", "preference_matching_gap",
@@ -29,7 +30,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="sequences",
+    source="2405.16455",
+    ref="unused",
+    distribution=True,
+    variants={"entropy": {}, "sampled": {"loss_type": "sampled", "beta": 0.5}},
+)
 def preference_matching_loss(
     policy: Source,
     labels: Tensor,
@@ -80,7 +88,13 @@ def preference_matching_loss(
     return output(found, _parts(found.tokens))
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="sequences",
+    source="2405.16455",
+    variants={"": {"threshold": 0.03, "beta": 0.5}},
+    inputs={"baseline": "per sequence"},
+)
 def conditional_preference_matching_loss(
     policy: Source,
     labels: Tensor,
@@ -296,15 +310,3 @@ def _check_rewards(name: str, x: Tensor, dims: int) -> None:
         raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() < dims:
         raise ValueError(f"{name}: expected [..., K] or [..., T], got a 0-d tensor")
-
-
-ENTRIES = [
-    Entry(
-        preference_matching_loss, "sequences", "2405.16455", ref="unused", distribution=True,
-        variants={"entropy": {}, "sampled": {"loss_type": "sampled", "beta": 0.5}},
-    ),
-    Entry(
-        conditional_preference_matching_loss, "sequences", "2405.16455", variants={"": {"threshold": 0.03, "beta": 0.5}},
-        inputs={"baseline": "per sequence"},
-    ),
-]  # fmt: skip

@@ -23,12 +23,24 @@ from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_positive, divided, read_count
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .shared import Entry, Fused, fused, loss_and_nll, output, pair_metrics, takes
+from .registry import register
+from .shared import Fused, fused, loss_and_nll, output, pair_metrics
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="pairs",
+    source="2405.14734, 2501.03884",
+    ref="unused",
+    variants={
+        "SimPO": {},
+        "CPO-SimPO": {"cpo_alpha": 0.5, "gamma": 1.5, "label_smoothing": 0.1},
+        "AlphaPO": {"alpha": 0.25},
+        "AlphaPO, alpha < 0": {"alpha": -0.5},
+    },
+)
 def simpo_loss(
     policy: Source,
     labels: Tensor,
@@ -79,7 +91,19 @@ def simpo_loss(
     return output(found, pair_metrics(found.tokens, beta * reward(x), x) | nll)
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="pairs",
+    source="2401.08417",
+    ref="unused",
+    variants={
+        "CPO": {},
+        "smoothed": {"label_smoothing": 0.1, "beta": 0.3, "num_nll_tokens": 29},
+        "hinge": {"loss_type": "hinge", "beta": 0.3},
+        "IPO": {"loss_type": "ipo", "cpo_alpha": 0.5},
+        "no NLL": {"cpo_alpha": 0.0},
+    },
+)
 def cpo_loss(
     policy: Source,
     labels: Tensor,
@@ -128,7 +152,16 @@ def cpo_loss(
     return output(found, pair_metrics(found.tokens, beta * x, x) | nll)
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="pairs",
+    source="2403.07691",
+    ref="unused",
+    variants={
+        "ORPO": {},
+        "accumulated": {"beta": 0.5, "num_nll_tokens": 29},
+    },
+)
 def orpo_loss(
     policy: Source,
     labels: Tensor,
@@ -224,25 +257,3 @@ def _pairs(
     own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
     nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
     return found, logps(found.tokens), {"nll_loss": nll, **loss_and_nll(found, nll, weight, times, by)}
-
-
-ENTRIES = [
-    Entry(
-        simpo_loss, "pairs", "2405.14734, 2501.03884", ref="unused", variants={
-            "SimPO": {}, "CPO-SimPO": {"cpo_alpha": 0.5, "gamma": 1.5, "label_smoothing": 0.1},
-            "AlphaPO": {"alpha": 0.25}, "AlphaPO, alpha < 0": {"alpha": -0.5},
-        },
-    ),
-    Entry(
-        cpo_loss, "pairs", "2401.08417", ref="unused", variants={
-            "CPO": {}, "smoothed": {"label_smoothing": 0.1, "beta": 0.3, "num_nll_tokens": 29},
-            "hinge": {"loss_type": "hinge", "beta": 0.3}, "IPO": {"loss_type": "ipo", "cpo_alpha": 0.5},
-            "no NLL": {"cpo_alpha": 0.0},
-        },
-    ),
-    Entry(
-        orpo_loss, "pairs", "2403.07691", ref="unused", variants={
-            "ORPO": {}, "accumulated": {"beta": 0.5, "num_nll_tokens": 29},
-        },
-    ),
-]  # fmt: skip

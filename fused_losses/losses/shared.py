@@ -2,84 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.batch import Batch, CallOptions
 from ..core.inputs import Source, TokenStats
-from ..core.names import nearest
 from ..core.outputs import LossOutput, Part, Parts
 from ..core.validation import Count, check_reduction, divided
 from ..engine.evaluate import FormulaInputs, evaluate
 from ..engine.tokens import Formula, Tokens
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-REQUIRED = {
-    "ref": "the reference as fl.Hidden, logits or fl.LogProbs, or None for the policy's log-probs alone",
-    "teacher": "the teacher as fl.Hidden, logits or fl.LogProbs",
-}
-
-
-def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a loss raise an error for an unknown option or a missing reference; the error names the loss.
-
-    Args:
-        options: the TypedDict of the loss's keyword arguments.
-        *more: names that are allowed to pass, because the loss itself raises an error for them.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = inspect.signature(function).parameters.values()
-        own = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-        known = (*own, *options.__annotations__)
-        listed = [name for name in known if name not in ("policy", "student", "labels")]
-        needed = [(i, p.name) for i, p in enumerate(parameters) if p.name in REQUIRED and p.default is p.empty]
-
-        @wraps(function)
-        def call(*args: P.args, **given: P.kwargs) -> R:
-            for name in given:
-                if name not in known and name not in more:
-                    what = f"fl.{function.__name__}: unknown option {name!r}{nearest(name, known)}"
-                    raise TypeError(f"{what}; its options: {', '.join(listed)}")
-            for i, name in needed:
-                if len(args) <= i and name not in given:
-                    raise TypeError(f"fl.{function.__name__}: {name}: expected {REQUIRED[name]}, got none")
-            return function(*args, **given)
-
-        call.options = known  # type: ignore[attr-defined]
-        return call
-
-    return decorate
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A public loss, and what the tests and the table of the README need to call it."""
-
-    call: Callable[..., LossOutput]  # fused_losses.reference has the same name for its reference implementation
-    batch: str  # "pairs": labels [2B, T], chosen first; "sequences": [S, T]; "tokens": [..., T]. All may be packed but the last
-    source: str  # papers, or whose code
-    variants: Mapping[str, Mapping[str, Any]]  # names of special cases -> options
-    ref: str = "needed"  # or "optional", or "unused"
-    distribution: bool = False  # both sides need whole distributions: log-probs of labels are not enough
-    inputs: Mapping[str, str] = field(default_factory=dict)  # other tensors: name -> one of INPUTS
-    tokens_for: Mapping[str, Sequence[str]] = field(default_factory=dict)  # options with which num_items counts tokens
-
-
-# The kinds: numbers, bools, hidden states [S, H] (vector) and [S, J, H] (vectors), top-k tensors [..., K].
-INPUTS = (
-    "per sequence", "per token", "bool per sequence", "vector per sequence", "vectors per sequence",
-    "top-k log-probs per token", "top-k ids per token",
-)  # fmt: skip
 
 
 class Fused(NamedTuple):

@@ -14,12 +14,23 @@ from ..core.options import SequenceOptions, check_tdpo
 from ..core.outputs import LossOutput, Part
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .shared import Entry, fused, output, pair_metrics, takes
+from .registry import register
+from .shared import fused, output, pair_metrics
 
 __all__ = ["tdpo_loss"]
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="pairs",
+    source="2404.11999",
+    distribution=True,
+    variants={
+        "TDPO1": {"loss_type": "tdpo1"},
+        "TDPO2": {"alpha": 0.7, "beta": 0.3},
+        "another divergence": {"divergence": "js"},
+    },
+)
 def tdpo_loss(
     policy: Source,
     labels: Tensor,
@@ -72,12 +83,3 @@ def tdpo_loss(
     parts = pair_metrics(tokens, beta * (tokens.log_ratios() + kl), tokens.sums(tokens.logps))
     w, l = kl.tensor_split(2)
     return output(found, parts | {"kl/chosen": Part(w), "kl/rejected": Part(l)})
-
-
-ENTRIES = [
-    Entry(
-        tdpo_loss, "pairs", "2404.11999", distribution=True, variants={
-            "TDPO1": {"loss_type": "tdpo1"}, "TDPO2": {"alpha": 0.7, "beta": 0.3}, "another divergence": {"divergence": "js"},
-        },
-    )
-]  # fmt: skip

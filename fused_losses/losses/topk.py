@@ -19,14 +19,32 @@ from ..engine.logits_at import stats_at
 from ..engine.token_stats import token_stats
 from ..engine.tokens import Tokens
 from .distillation import token_means
-from .shared import Entry, Fused, output, takes
+from .registry import register
+from .shared import Fused, output
 
 __all__ = ["topk_distillation_loss"]
 
 NOTHING = -1e30  # log-prob of an entry that does not exist: finite, so that differences are finite
 
 
-@takes(TokenOptions)
+@register(
+    TokenOptions,
+    batch="tokens",
+    source="TRL",
+    ref="unused",
+    distribution=True,
+    inputs={"topk_logps": "top-k log-probs per token", "topk_ids": "top-k ids per token"},
+    variants={
+        "bucket": {},
+        "reverse": {"divergence": "reverse_kl"},
+        "renormalised": {"tail": "renormalise"},
+        "js, with labels": {"divergence": "js(beta=0.3)", "hard": 0.5},
+        "ignore": {"tail": "ignore"},
+        "ignore, reverse": {"tail": "ignore", "divergence": "reverse_kl"},
+        "ignore, js": {"tail": "ignore", "divergence": "js"},
+        "renormalised, skew": {"tail": "renormalise", "divergence": "skew_reverse_kl"},
+    },
+)
 def topk_distillation_loss(
     student: Source,
     labels: Tensor,
@@ -142,18 +160,3 @@ def _partial(d: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
     (beta,) = d.params
     logm = torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
     return (beta * q * (logq - logm) + (1 - beta) * p * (logp - logm)).sum(-1)
-
-
-ENTRIES = [
-    Entry(
-        topk_distillation_loss, "tokens", "TRL", ref="unused", distribution=True,
-        inputs={"topk_logps": "top-k log-probs per token", "topk_ids": "top-k ids per token"},
-        variants={
-            "bucket": {}, "reverse": {"divergence": "reverse_kl"}, "renormalised": {"tail": "renormalise"},
-            "js, with labels": {"divergence": "js(beta=0.3)", "hard": 0.5},
-            "ignore": {"tail": "ignore"}, "ignore, reverse": {"tail": "ignore", "divergence": "reverse_kl"},
-            "ignore, js": {"tail": "ignore", "divergence": "js"},
-            "renormalised, skew": {"tail": "renormalise", "divergence": "skew_reverse_kl"},
-        },
-    )
-]  # fmt: skip

@@ -15,12 +15,24 @@ from ..core.running_delta import RunningDelta, mean_over_ranks
 from ..core.validation import check_constant
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .shared import Entry, fused, output, sequence_part, takes
+from .registry import register, takes
+from .shared import fused, output, sequence_part
 
 __all__ = ["RunningDelta", "bco_loss", "kto_baseline", "kto_loss"]
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="sequences",
+    source="2402.01306, 2408.06266",
+    ref="optional",
+    inputs={"desirable": "bool per sequence"},
+    variants={
+        "kto": {"baseline": 0.2},
+        "kto, weights": {"desirable_weight": 1.3, "undesirable_weight": 0.7, "beta": 0.4},
+        "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
+    },
+)
 def kto_loss(
     policy: Source,
     labels: Tensor,
@@ -101,7 +113,17 @@ def kto_baseline(
     return mean_over_ranks(found.loss, process_group)[0].clamp(min=0)
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="sequences",
+    source="2404.04656",
+    ref="optional",
+    inputs={"desirable": "bool per sequence"},
+    variants={
+        "bco": {},
+        "delta": {"delta": 0.3, "beta": 0.4},
+    },
+)
 def bco_loss(
     policy: Source,
     labels: Tensor,
@@ -166,18 +188,3 @@ def _parts(tokens: Tokens, beta: float, **constants: Tensor | float) -> dict[str
     if tokens.entropy is not None:
         found["entropy"] = sequence_part(tokens, tokens.entropy)
     return found
-
-
-ENTRIES = [
-    Entry(
-        kto_loss, "sequences", "2402.01306, 2408.06266", ref="optional", inputs={"desirable": "bool per sequence"}, variants={
-            "kto": {"baseline": 0.2}, "kto, weights": {"desirable_weight": 1.3, "undesirable_weight": 0.7, "beta": 0.4},
-            "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
-        },
-    ),
-    Entry(
-        bco_loss, "sequences", "2404.04656", ref="optional", inputs={"desirable": "bool per sequence"}, variants={
-            "bco": {}, "delta": {"delta": 0.3, "beta": 0.4},
-        },
-    ),
-]  # fmt: skip

@@ -17,7 +17,8 @@ from ...core.validation import Count, check_positive, divided, read_count
 from ...engine.evaluate import FormulaInputs
 from ...engine.token_stats import token_stats
 from ...engine.tokens import Tokens
-from ..shared import Entry, fused, loss_and_nll, output, reduced, sequence_part, takes
+from ..registry import register
+from ..shared import fused, loss_and_nll, output, reduced, sequence_part
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
@@ -95,7 +96,19 @@ def reasoning_focus_loss(
     return reduced(losses.where(there.any(-1), 0), reduction, num_items)
 
 
-@takes(SequenceOptions)
+@register(
+    SequenceOptions,
+    batch="sequences",
+    source="2509.12875",
+    variants={"": {}, "weights": {"weights": (1.0, 0.5, 0.2), "temperature": 0.3}},
+    ref="unused",
+    inputs={
+        "question": "vector per sequence",
+        "thoughts": "vectors per sequence",
+        "steps": "vectors per sequence",
+        "answers": "vector per sequence",
+    },
+)
 def lta_thinker_loss(
     policy: Source,
     labels: Tensor,
@@ -184,14 +197,3 @@ def _check_states(question: Tensor, others: dict[str, Tensor], masks: dict[str, 
         want = others[name].shape[:2]
         if mask is not None and (mask.shape != want or mask.dtype != torch.bool):
             raise ValueError(f"mask: expected bool {list(want)} as {name}, got {mask.dtype} {list(mask.shape)}")
-
-
-ENTRIES = [
-    Entry(
-        lta_thinker_loss, "sequences", "2509.12875", {"": {}, "weights": {"weights": (1.0, 0.5, 0.2), "temperature": 0.3}},
-        ref="unused", inputs={
-            "question": "vector per sequence", "thoughts": "vectors per sequence", "steps": "vectors per sequence",
-            "answers": "vector per sequence",
-        },
-    )
-]  # fmt: skip

@@ -18,12 +18,20 @@ from ...core.options import LARGEST, UPOOptions, check_advantages
 from ...core.outputs import LossOutput, Part
 from ...core.validation import Count, check_positive
 from ..preference import preference_loss
-from ..shared import Entry, reduced, sequences_of, takes, with_parts
+from ..registry import register
+from ..shared import reduced, sequences_of, with_parts
 
 __all__ = ["expectile_loss", "upo_loss"]
 
 
-@takes(UPOOptions)
+@register(
+    UPOOptions,
+    batch="pairs",
+    source="2405.17956",
+    variants={"": {}, "tau": {"tau": 0.5, "weight": 0.2, "clip": 1.5, "beta": 0.3}},
+    ref="optional",
+    inputs={"advantages": "per sequence"},
+)
 def upo_loss(
     policy: Source,
     labels: Tensor,
@@ -126,11 +134,3 @@ def expectile_loss(
         raise ValueError(f"values: expected {list(rewards.shape)} as rewards, got {list(values.shape)}")
     off = rewards.detach().to(stats_dtype(rewards)) - values
     return reduced((q - (off < 0).to(off.dtype)).abs() * off.square(), reduction, num_items)
-
-
-ENTRIES = [
-    Entry(
-        upo_loss, "pairs", "2405.17956", {"": {}, "tau": {"tau": 0.5, "weight": 0.2, "clip": 1.5, "beta": 0.3}},
-        ref="optional", inputs={"advantages": "per sequence"},
-    )
-]  # fmt: skip
