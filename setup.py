@@ -35,7 +35,7 @@ setup(
         "test": TEST,
         "lint": LINT,
         "dev": TEST + LINT,
-    },  # fmt: skip
+    },
     # kernels/ is a folder of its own in the repository and fused_losses.kernels everywhere else. The symlink
     # fused_losses/kernels makes that true in a checkout too; without an __init__.py in kernels/, `import kernels`
     # from the repository root still finds the unrelated package of that name.

@@ -95,9 +95,17 @@ class Run:
 
 
 def measure(
-    w: Workload, shape: Shape, device: torch.device, chosen: Sequence[Provider], limits: Limits, *,
-    seconds: float = 5.0, rounds: int = 5, process: bool = False, say: Callable[[str], None] = lambda text: None,
-) -> Iterator[tuple[Provider, dict[str, Any] | str]]:  # fmt: skip
+    w: Workload,
+    shape: Shape,
+    device: torch.device,
+    chosen: Sequence[Provider],
+    limits: Limits,
+    *,
+    seconds: float = 5.0,
+    rounds: int = 5,
+    process: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[Provider, dict[str, Any] | str]]:
     """A result or a reason for each provider, in the order of `chosen`. rounds: the fewest; more while there is time."""
     torch.compiler.reset()  # or it gives up on functions that it has compiled for eight workloads
     p = Problem.random(shape, device, w.frozen)
@@ -136,12 +144,23 @@ def measure(
         say(f"memory of {provider.name}")
         peak = memory(run_of, p)
         both = [f + b for f, b in zip(run_of.forward, run_of.backward, strict=True)]
-        yield provider, run_of.result | {
-            "seconds": both, "forward": spread(run_of.forward), "backward": spread(run_of.backward),
-            "peak_bytes": peak - gradients, "peak_total": peak + inputs,
-            "process_peak": process_peak(lambda run=run_of: run.step(p)) if process and device.type == "cpu" else None,
-            "eager_error": eager, "fraction": limit["limit_s"] / statistics.median(both),
-        } | limit  # fmt: skip
+        yield (
+            provider,
+            run_of.result
+            | {
+                "seconds": both,
+                "forward": spread(run_of.forward),
+                "backward": spread(run_of.backward),
+                "peak_bytes": peak - gradients,
+                "peak_total": peak + inputs,
+                "process_peak": process_peak(lambda run=run_of: run.step(p))
+                if process and device.type == "cpu"
+                else None,
+                "eager_error": eager,
+                "fraction": limit["limit_s"] / statistics.median(both),
+            }
+            | limit,
+        )
 
 
 def _time(runs: Sequence[Run], p: Problem, device: torch.device, seconds: float, rounds: int, say: Callable) -> None:

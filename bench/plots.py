@@ -52,9 +52,13 @@ def _grid(plt: Any, panels: int, heights: Sequence[float], title: str) -> tuple[
     """Two columns, heights in inches of each row."""
     columns = min(2, panels)
     figure, axes = plt.subplots(
-        len(heights), columns, squeeze=False, figsize=(5.6 * columns + 0.4 * (columns == 1), sum(heights) + 0.6),
-        gridspec_kw={"height_ratios": heights}, layout="constrained",
-    )  # fmt: skip
+        len(heights),
+        columns,
+        squeeze=False,
+        figsize=(5.6 * columns + 0.4 * (columns == 1), sum(heights) + 0.6),
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
     figure.suptitle(title, fontsize=10)
     flat = list(axes.flat)
     for spare in flat[panels:]:
@@ -85,8 +89,12 @@ def _bars(plt: Any, chosen: list[Case], value: Value, label: str, unit: str, whe
         xs = [x for x, _ in found]
         low = min((x for x in xs if x > 0), default=1.0) / 3
         infos = [b["extra_info"] for _, b in found]
-        bars = axes.barh(range(len(xs)), [max(x, low if log else 0) for x in xs], height=0.72, color=[
-            OURS if x["ours"] else EAGER if x["provider"] == "eager" else OTHER for x in infos])  # fmt: skip
+        bars = axes.barh(
+            range(len(xs)),
+            [max(x, low if log else 0) for x in xs],
+            height=0.72,
+            color=[OURS if x["ours"] else EAGER if x["provider"] == "eager" else OTHER for x in infos],
+        )
         for bar, x in zip(bars, infos, strict=True):
             bar.set_hatch("" if x.get("exact", True) else "////")
             bar.set_edgecolor(GROUND)

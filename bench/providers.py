@@ -211,9 +211,13 @@ def _liger_chunked(compiled: bool) -> dict[str, Loss]:
     kl = partial(distillation, beta=0.0, hard=1.0)
     frozen = {"dpo frozen": dpo, "sft + kl frozen": kl}
     return frozen | {
-        "dpo": dpo, "kto": kto, "grpo k3": grpo, "sft + kl": kl,
-        "fkl": partial(distillation, beta=0.0, hard=0.0), "jsd": partial(distillation, beta=JSD, hard=0.0),
-    }  # fmt: skip
+        "dpo": dpo,
+        "kto": kto,
+        "grpo k3": grpo,
+        "sft + kl": kl,
+        "fkl": partial(distillation, beta=0.0, hard=0.0),
+        "jsd": partial(distillation, beta=JSD, hard=0.0),
+    }
 
 
 def _liger_triton() -> dict[str, Loss]:
@@ -294,9 +298,12 @@ def _ours(w: Workload, backend: str = "", **options: Any) -> Loss:
 def ours(name: str, **options: Any) -> Provider:
     from_hidden = {"plan", "workspace"} & set(options) != set()
     return Provider(
-        name, losses=lambda w: _ours(w, **options), ours=True, source="hidden" if from_hidden else "hidden logits",
+        name,
+        losses=lambda w: _ours(w, **options),
+        ours=True,
+        source="hidden" if from_hidden else "hidden logits",
         device="cuda" if "backend" in options else "",
-    )  # fmt: skip
+    )
 
 
 @cache
@@ -325,4 +332,4 @@ def providers() -> list[Provider]:
         ours("fused_losses, 16 MiB", workspace=16 << 20),
         ours("fused_losses, slices", plan="slices"),
         ours("fused_losses, torch backend", backend="torch"),
-    ]  # fmt: skip
+    ]

@@ -39,10 +39,24 @@ def stats_of(seconds: Sequence[float]) -> dict[str, Any]:
     near = [x for x in s if low <= x <= high]
     far = sum(abs(x - mean) > spread for x in s)
     return {
-        "min": s[0], "max": s[-1], "mean": mean, "stddev": spread, "median": median, "q1": q1, "q3": q3, "iqr": q3 - q1,
-        "rounds": len(s), "iterations": 1, "ops": len(s) / total, "total": total, "ld15iqr": near[0], "hd15iqr": near[-1],
-        "stddev_outliers": far, "iqr_outliers": len(s) - len(near), "outliers": f"{far};{len(s) - len(near)}",
-    }  # fmt: skip
+        "min": s[0],
+        "max": s[-1],
+        "mean": mean,
+        "stddev": spread,
+        "median": median,
+        "q1": q1,
+        "q3": q3,
+        "iqr": q3 - q1,
+        "rounds": len(s),
+        "iterations": 1,
+        "ops": len(s) / total,
+        "total": total,
+        "ld15iqr": near[0],
+        "hd15iqr": near[-1],
+        "stddev_outliers": far,
+        "iqr_outliers": len(s) - len(near),
+        "outliers": f"{far};{len(s) - len(near)}",
+    }
 
 
 def shape_of(params: dict[str, Any]) -> str:
@@ -212,14 +226,26 @@ def _row(case: Case, b: dict[str, Any]) -> dict[str, Any]:
     halves = {half: x.get(half) or {} for half in ("forward", "backward")}
     errors = {who: x.get(who) or {} for who in ("error", "eager_error")}
     return {
-        "workload": case.group, "provider": x["provider"], **case.params,
+        "workload": case.group,
+        "provider": x["provider"],
+        **case.params,
         **{name: x.get(name) for name in ("ours", "exact", "source", "remark")},
-        "ms": ms(seconds_of(b)), "p20_ms": ms(x.get("p20")), "p80_ms": ms(x.get("p80")), "rounds": b["stats"]["rounds"],
+        "ms": ms(seconds_of(b)),
+        "p20_ms": ms(x.get("p20")),
+        "p80_ms": ms(x.get("p80")),
+        "rounds": b["stats"]["rounds"],
         "eager_1": seconds_of(b) / seconds_of(case.eager) if case.eager else None,
-        **{f"{half}_{n}ms": ms(s.get(k)) for half, s in halves.items()
-           for n, k in (("", "median"), ("p20_", "p20"), ("p80_", "p80"))},
-        "mib": mib(bytes_of(b)), "mib_total": mib(x.get("peak_total")), "process_mib": mib(x.get("process_peak")),
+        **{
+            f"{half}_{n}ms": ms(s.get(k))
+            for half, s in halves.items()
+            for n, k in (("", "median"), ("p20_", "p20"), ("p80_", "p80"))
+        },
+        "mib": mib(bytes_of(b)),
+        "mib_total": mib(x.get("peak_total")),
+        "process_mib": mib(x.get("process_peak")),
         **{f"{part}_{who}": e.get(part) for who, e in errors.items() for part in ("value", "gradient")},
         **{name: x.get(name) for name in ("first_call_s", "bytes", "flops")},
-        "limit_ms": ms(x.get("limit_s")), "fraction": x.get("fraction"), "left_out": None,
-    }  # fmt: skip
+        "limit_ms": ms(x.get("limit_s")),
+        "fraction": x.get("fraction"),
+        "left_out": None,
+    }

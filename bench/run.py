@@ -120,8 +120,10 @@ def header(device: torch.device, dtypes: set[str], typed: Sequence[str]) -> tupl
     copied = clock.copy_gb_s(device)
     limits = Limits(copied, {d: clock.matrix_gflop_s(device, getattr(torch, d)) for d in sorted(dtypes)})
     info = clock.machine_info(device) | {
-        "copy_gb_s": copied, "matrix_gflop_s": limits.matrix_gflop_s, "import_s": import_seconds(),
-    }  # fmt: skip
+        "copy_gb_s": copied,
+        "matrix_gflop_s": limits.matrix_gflop_s,
+        "import_s": import_seconds(),
+    }
     report = {
         "machine_info": info, "commit_info": clock.commit_info(), "benchmarks": [], "left_out": [],
         "datetime": datetime.now(UTC).isoformat(timespec="seconds"), "version": "1",
@@ -256,8 +258,17 @@ def main(argv: Sequence[str]) -> int:
         if args.limit and time.monotonic() - start > args.limit:
             found = [(p, "no time left") for p in who]
         else:
-            found = measure(w, shape, device, who, limits, seconds=args.seconds, rounds=args.rounds,
-                            process=args.process_memory, say=say)  # fmt: skip
+            found = measure(
+                w,
+                shape,
+                device,
+                who,
+                limits,
+                seconds=args.seconds,
+                rounds=args.rounds,
+                process=args.process_memory,
+                say=say,
+            )
         for provider, outcome in found:
             if isinstance(outcome, str):
                 place = {"group": w.name, "provider": provider.name, "shape": str(shape), "dtype": shape.dtype}

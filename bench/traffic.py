@@ -51,9 +51,16 @@ def count() -> Iterator[Bytes]:
 
 
 def measure(
-    divergence=None, entropy: bool = False, ref: bool = True, rows: int = 2, vocab: int = 50257, dtype=torch.float32,
-    to_ref: bool = False, masked: int = 0, collision: bool = False,
-) -> tuple[float, float]:  # fmt: skip
+    divergence=None,
+    entropy: bool = False,
+    ref: bool = True,
+    rows: int = 2,
+    vocab: int = 50257,
+    dtype=torch.float32,
+    to_ref: bool = False,
+    masked: int = 0,
+    collision: bool = False,
+) -> tuple[float, float]:
     """Requested / compulsory bytes of the forward and of the backward. Compulsory: each logit of a row that counts read
     once, each gradient written once (ignored rows are written, not read)."""
     import fused_losses as fl

@@ -48,9 +48,16 @@ class Setting(NamedTuple):
         torch.manual_seed(seed)
         width = hidden or self.shape.hidden
         config = LlamaConfig(
-            vocab_size=self.shape.vocab, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=LAYERS,
-            num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=0, use_cache=False,
-        )  # fmt: skip
+            vocab_size=self.shape.vocab,
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+        )
         return LlamaForCausalLM(config).to(self.device)
 
     def reference(self) -> Any:
@@ -68,9 +75,12 @@ class Setting(NamedTuple):
         counts = torch.ones_like(ids)
         counts[:, : int(shape.prompt * shape.length)] = 0
         return {
-            "input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": counts,
-            "labels": ids.masked_fill(counts == 0, -100), "label": torch.arange(len(ids), device=self.device) % 2 > 0,
-        }  # fmt: skip
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "completion_mask": counts,
+            "labels": ids.masked_fill(counts == 0, -100),
+            "label": torch.arange(len(ids), device=self.device) % 2 > 0,
+        }
 
 
 class Step(NamedTuple):
@@ -86,9 +96,15 @@ class Step(NamedTuple):
 
 def arguments(setting: Setting, folder: str) -> dict[str, Any]:
     return dict(
-        output_dir=folder, report_to=[], use_cpu=setting.device.type == "cpu", save_strategy="no", disable_tqdm=True,
-        bf16=setting.shape.dtype == "bfloat16", gradient_checkpointing=False, per_device_train_batch_size=4,
-    )  # fmt: skip
+        output_dir=folder,
+        report_to=[],
+        use_cpu=setting.device.type == "cpu",
+        save_strategy="no",
+        disable_tqdm=True,
+        bf16=setting.shape.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        per_device_train_batch_size=4,
+    )
 
 
 def tokenizer() -> Any:

@@ -22,7 +22,7 @@ with torch.no_grad():
 prompts = torch.tensor([tokenizer(row["prompt"])["input_ids"][:6] for row in tiny.rows(2)]).repeat_interleave(GROUP, 0)
 ids = policy.generate(
     prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=12, min_new_tokens=12, do_sample=True
-)  # fmt: skip
+)
 labels = ids.clone()
 labels[:, : prompts.shape[1]] = -100
 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

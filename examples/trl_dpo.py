@@ -17,9 +17,18 @@ dataset = Dataset.from_list(tiny.rows(16))
 
 def log_of(trainer_class):
     args = trl.DPOConfig(
-        tempfile.mkdtemp(), max_steps=4, per_device_train_batch_size=4, max_length=64, learning_rate=1e-3, logging_steps=1,
-        use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        tempfile.mkdtemp(),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        max_length=64,
+        learning_rate=1e-3,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     trainer = trainer_class(
         model=tiny.model(), ref_model=tiny.model(), args=args, train_dataset=dataset, processing_class=tokenizer
     )

@@ -12,7 +12,7 @@ from .core.inputs import Hidden, Logits, LogProbs, Lora, TokenStats
 from .engine.explain import Explanation, explain
 from .engine.partial_stats import PartialStats, merge_stats, partial_stats
 from .engine.token_stats import token_stats
-from .integrations.trl_functions import (  # fmt: skip
+from .integrations.trl_functions import (
     entropy_from_logits,
     generalized_jsd_loss,
     selective_log_softmax,

@@ -130,9 +130,15 @@ def cases(divergences: Sequence[str] | None = None, losses: Sequence[str] | None
 
 
 def make_inputs(
-    shape: Sequence[int], spread: float, seed: int, device: torch.device, dtype: torch.dtype,
-    hidden: Sequence[int] = (), bias: bool = False, lora: int = 0,
-) -> Inputs:  # fmt: skip
+    shape: Sequence[int],
+    spread: float,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    hidden: Sequence[int] = (),
+    bias: bool = False,
+    lora: int = 0,
+) -> Inputs:
     """Return random logits, policy = reference + spread * noise, and labels drawn from the reference.
 
     Every fifth label is masked. `hidden` is the H of policy and reference: the inputs are then hidden states and heads with
@@ -181,9 +187,13 @@ def error(x: Tensor, truth: Tensor) -> float:
 
 
 def measure(
-    case: Case, x: Inputs, head: dict[str, Any] | None = None, plans: Sequence[str] = ("auto",),
-    workspace: int | None = None, skipped: Skipped | None = None,
-) -> list[Row]:  # fmt: skip
+    case: Case,
+    x: Inputs,
+    head: dict[str, Any] | None = None,
+    plans: Sequence[str] = ("auto",),
+    workspace: int | None = None,
+    skipped: Skipped | None = None,
+) -> list[Row]:
     """Return the rows of one case: for each part and, from hidden states, for each plan.
 
     `head` has options of fl.Logits, for both sides. Plans that are not possible are added to `skipped`; without it they raise
@@ -249,13 +259,23 @@ def measure(
 
 
 def run(
-    shape: Sequence[int] = (2, 7, 1003), dtypes: Sequence[torch.dtype] = tuple(DTYPES.values()),
-    divergences: Sequence[str] | None = None, losses: Sequence[str] | None = None, *,
-    hidden: Sequence[int] = (), bias: bool = False, lora: int = 0, plans: Sequence[str] = PLANS,
-    workspace: int | None = None, skipped: Skipped | None = None,
-    device: torch.device | str = "cpu", spread: float = 1.0, seed: int = 0,
-    progress: Callable[[int, int], None] | None = None, **head: Any,
-) -> list[Row]:  # fmt: skip
+    shape: Sequence[int] = (2, 7, 1003),
+    dtypes: Sequence[torch.dtype] = tuple(DTYPES.values()),
+    divergences: Sequence[str] | None = None,
+    losses: Sequence[str] | None = None,
+    *,
+    hidden: Sequence[int] = (),
+    bias: bool = False,
+    lora: int = 0,
+    plans: Sequence[str] = PLANS,
+    workspace: int | None = None,
+    skipped: Skipped | None = None,
+    device: torch.device | str = "cpu",
+    spread: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    **head: Any,
+) -> list[Row]:
     """Return all rows of the table.
 
     `shape` is B, T, V. `hidden` is the H of policy and reference, if hidden states are to be checked, with a bias, LoRA
@@ -369,11 +389,27 @@ def main(args: argparse.Namespace) -> int:
     head = {name: value for name in HEAD if (value := getattr(args, name)) is not None}
     skipped: Skipped = {}
     losses = None if args.loss is None else [name for name in args.loss if name not in FAMILY]
-    rows = [] if args.loss and not losses else run(
-        shape, [DTYPES[name] for name in args.dtype], args.divergence, losses, hidden=hidden, bias=args.bias,
-        lora=args.lora, plans=plans, workspace=args.workspace, skipped=skipped, device=device, spread=args.spread,
-        seed=args.seed, progress=_show if sys.stderr.isatty() else None, **head,
-    )  # fmt: skip
+    rows = (
+        []
+        if args.loss and not losses
+        else run(
+            shape,
+            [DTYPES[name] for name in args.dtype],
+            args.divergence,
+            losses,
+            hidden=hidden,
+            bias=args.bias,
+            lora=args.lora,
+            plans=plans,
+            workspace=args.workspace,
+            skipped=skipped,
+            device=device,
+            spread=args.spread,
+            seed=args.seed,
+            progress=_show if sys.stderr.isatty() else None,
+            **head,
+        )
+    )
     notes = [f"{plan!r} not run for {of[0]} and {len({*of}) - 1} more: {why}" for (plan, why), of in skipped.items()]
     if notes and not rows:
         raise ValueError("\n".join(notes))

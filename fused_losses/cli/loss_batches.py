@@ -22,7 +22,7 @@ class LossBatch:
 
     def __init__(
         self, entry: Entry, variant: str, generator: torch.Generator, packed: bool = False, device: Any = "cpu"
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.entry = entry
         self.options: dict[str, Any] = dict(entry.variants[variant])
         self.head: Mapping[str, Any] = {}  # more of fl.Hidden's and fl.Logits' options
@@ -62,7 +62,7 @@ class LossBatch:
 
     def call(
         self, function: Any, dtype: torch.dtype, source: str, ref: str | None, how: Mapping[str, Any] | None = None
-    ) -> tuple[Any, tuple[Tensor, ...]]:  # fmt: skip
+    ) -> tuple[Any, tuple[Tensor, ...]]:
         """Return the output, and the gradients at what `source` is made of."""
 
         def build(kind: str, x: Tensor, weight: Tensor) -> tuple[list[Tensor], Callable[..., Source]]:

@@ -35,7 +35,8 @@ def peak_bytes(fn: Callable[[], object]) -> int:
     with profile(profile_memory=True) as prof:
         fn()
     device = sum(torch.cuda.max_memory_allocated(gpu) - before for gpu, before in zip(gpus, start, strict=True))
-    assert prof.kineto_results is not None
+    if prof.kineto_results is None:
+        raise RuntimeError("torch's profiler returned no results")
     return max(_host_peak(prof.kineto_results.experimental_event_tree()), device)
 
 

@@ -430,9 +430,7 @@ def _check_library(d: Divergence, backend: str, device: torch.device, report: Re
     report.ran.append(f"token_stats on {backend}")
 
 
-def _check_suppressed(
-    d: Divergence, samples: list[Sample], backend: str, device: torch.device, report: Report
-) -> None:  # fmt: skip
+def _check_suppressed(d: Divergence, samples: list[Sample], backend: str, device: torch.device, report: Report) -> None:
     """Compare rows with suppressed tokens, and equal rows, with the reference implementation."""
     equal = samples[0].z
     leaves = [torch.cat([*(getattr(s, side) for s in samples), equal]).to(device, torch.float32) for side in "zw"]

@@ -31,9 +31,12 @@ METRIC = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def verify_loss(
-    loss: str | Entry | Callable, reference: Callable | None = None, *, variants: Sequence[str] | None = None,
+    loss: str | Entry | Callable,
+    reference: Callable | None = None,
+    *,
+    variants: Sequence[str] | None = None,
     device: torch.device | str | None = None,
-) -> Report:  # fmt: skip
+) -> Report:
     """Compare a loss with its reference implementation, and report in words what differs.
 
     Args:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .names import shape_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 PACKAGE = __package__.rpartition(".")[0]  # the name of this copy of the package
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -55,8 +58,7 @@ def _head_options(source: Logits | Hidden, v: int, what: str) -> None:
 
 def _whole(name: str, x: object, dim: int | None) -> None:
     """Check that x is a dense tensor with dim dimensions (None: any number) and all its elements on this rank."""
-    _float_tensor(name, x)
-    assert isinstance(x, Tensor)
+    x = _float_tensor(name, x)
     if name != "hidden" and x.numel() == 0:
         raise ValueError(
             f"{name}: has no elements, shape {list(x.shape)}: its sharding engine holds it elsewhere. Call fl.FusedHead as a "
@@ -107,7 +109,7 @@ class Logits:
     scale: float = field(default=1.0, kw_only=True)
     temperature: float = field(default=1.0, kw_only=True)
     valid_vocab: int | None = field(default=None, kw_only=True)
-    process_group: object = field(default=None, kw_only=True)
+    process_group: ProcessGroup | None = field(default=None, kw_only=True)
     shard: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -174,7 +176,7 @@ class Hidden:
     temperature: float = field(default=1.0, kw_only=True)
     valid_vocab: int | None = field(default=None, kw_only=True)
     lora: Lora | None = field(default=None, kw_only=True)
-    process_group: object = field(default=None, kw_only=True)
+    process_group: ProcessGroup | None = field(default=None, kw_only=True)
     shard: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

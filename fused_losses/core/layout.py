@@ -120,7 +120,7 @@ def rows_view(x: Tensor, trailing: int) -> Tensor:
     lead = x.dim() - trailing
     return x.as_strided(
         (outer[0], inner[0], *x.shape[lead:]), (outer[1], inner[1], *x.stride()[lead:]), x.storage_offset()
-    )  # fmt: skip
+    )
 
 
 def labels_mask(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:

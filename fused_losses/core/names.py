@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def nearest(got: object, known: Iterable[str]) -> str:
@@ -31,3 +34,10 @@ def not_one_of(what: str, got: object, known: Iterable[str]) -> ValueError:
 def shape_of(*sizes: object) -> str:
     """Return the words for a shape of numbers and letters: [2, 3, V]."""
     return f"[{', '.join(map(str, sizes))}]"
+
+
+def present(name: str, x: T | None) -> T:
+    """Return x; raise if it is None, because the call did not ask for it."""
+    if x is None:
+        raise ValueError(f"{name}: this call did not ask for it")
+    return x

@@ -142,9 +142,17 @@ class PairLossConfig:
 
 
 def pair_loss_config(
-    ref: bool, loss_type: str | Sequence[str], loss_weights: Sequence[float] | None, divergence: str | Divergence, beta: float,
-    label_smoothing: float | None, discopop_tau: float, ld_alpha: float | None, use_weighting: bool, known: Collection[str],
-) -> PairLossConfig:  # fmt: skip
+    ref: bool,
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None,
+    divergence: str | Divergence,
+    beta: float,
+    label_smoothing: float | None,
+    discopop_tau: float,
+    ld_alpha: float | None,
+    use_weighting: bool,
+    known: Collection[str],
+) -> PairLossConfig:
     """Check the options of preference_loss and return them.
 
     ref: whether there is a reference. known: the names of the losses.
@@ -329,9 +337,16 @@ class GRPOConfig:
 
 
 def grpo_config(
-    loss_type: str, importance: str, epsilon: float, epsilon_high: float | None, delta: float | None, beta: float,
-    kl: str | Divergence, max_completion_length: int | None, use_bias_correction_kl: bool,
-) -> GRPOConfig:  # fmt: skip
+    loss_type: str,
+    importance: str,
+    epsilon: float,
+    epsilon_high: float | None,
+    delta: float | None,
+    beta: float,
+    kl: str | Divergence,
+    max_completion_length: int | None,
+    use_bias_correction_kl: bool,
+) -> GRPOConfig:
     if loss_type not in GRPO_LOSSES:
         raise unknown("loss_type", loss_type, GRPO_LOSSES)
     if importance not in ("token", "sequence"):
@@ -359,7 +374,7 @@ def grpo_config(
     sequence, corrected = importance == "sequence", bool(use_bias_correction_kl)
     return GRPOConfig(
         loss_type, sequence, epsilon, high, delta, beta, name, divergences, max_completion_length, corrected
-    )  # fmt: skip
+    )
 
 
 def _estimator(kl: str | Divergence) -> tuple[str, tuple[Divergence, ...]]:

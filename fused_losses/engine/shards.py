@@ -59,7 +59,6 @@ def shard_of(source: Logits | Hidden) -> Shard:
     group = source.process_group
     if group is None:
         return Shard()
-    assert isinstance(group, dist.ProcessGroup)
     if source.shard is not None:
         return Shard(group.group_name, *source.shard)
     device = (source.hidden if isinstance(source, Hidden) else source.logits).device

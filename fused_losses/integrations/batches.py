@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 from torch import Tensor, nn
 
 from ..core.batch import Batch, read_batch
+from ..core.names import present
 from ..core.options import SequenceOptions
 from ..losses import FAMILY, Entry, dpo_loss, ipo_loss, kto_loss, preference_loss, upo_loss
 from ..nn.fused_head import unwrapped
@@ -105,13 +106,11 @@ class Loss:
     @property
     def unit(self) -> str:
         """Return what num_items counts: "tokens", "sequences" or "pairs"."""
-        assert self.entry is not None
+        entry = present("fused_loss", self.entry)
         if self.base is not None and self.base.entry is not None:
             return self.base.unit
-        variants = self.entry.tokens_for
-        return (
-            "tokens" if any(self.bound.get(name) in values for name, values in variants.items()) else self.entry.batch
-        )
+        variants = entry.tokens_for
+        return "tokens" if any(self.bound.get(name) in values for name, values in variants.items()) else entry.batch
 
     @property
     def baseline(self) -> bool:
@@ -136,11 +135,11 @@ class Loss:
 
     def read(self, batch: Mapping[str, Any]) -> Batch:
         """Return the labels of a batch as the loss will read them."""
-        assert self.entry is not None
+        entry = present("fused_loss", self.entry)
         labels, shift = labels_of(batch)
         ignore = self.bound.get("ignore_index", -100)
         options = {"cu_seqlens": batch.get("cu_seqlens"), "shift": shift, "ignore_index": ignore}
-        return read_batch(labels, "tokens" if self.entry.batch == "tokens" else "sequences", options)
+        return read_batch(labels, "tokens" if entry.batch == "tokens" else "sequences", options)
 
     @property
     def _counts_nll(self) -> bool:

@@ -36,9 +36,14 @@ CUTS: dict[str, Callable[[int], slice]] = {
 
 
 def tokenize_preferences(
-    dataset: Any, tokenizer: Any, *, max_length: int | None = None, truncation: str = "keep_start",
-    max_prompt_length: int | None = None, num_proc: int | None = None,
-) -> Any:  # fmt: skip
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    truncation: str = "keep_start",
+    max_prompt_length: int | None = None,
+    num_proc: int | None = None,
+) -> Any:
     """Return the rows with three more columns, lists of token ids: prompt_ids, chosen_ids, rejected_ids.
 
     The dataset has these columns:
@@ -70,9 +75,14 @@ def tokenize_preferences(
 
 
 def tokenize_unpaired(
-    dataset: Any, tokenizer: Any, *, max_length: int | None = None, truncation: str = "keep_start",
-    max_prompt_length: int | None = None, num_proc: int | None = None,
-) -> Any:  # fmt: skip
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    truncation: str = "keep_start",
+    max_prompt_length: int | None = None,
+    num_proc: int | None = None,
+) -> Any:
     """Return the rows prompt, completion, label (True: desirable) with the columns prompt_ids and completion_ids.
 
     All arguments have the same meaning as in tokenize_preferences.
@@ -81,9 +91,14 @@ def tokenize_unpaired(
 
 
 def _tokenized(
-    dataset: Any, tokenizer: Any, answers: tuple[str, ...], max_length: int | None, truncation: str,
-    max_prompt_length: int | None, num_proc: int | None,
-) -> Any:  # fmt: skip
+    dataset: Any,
+    tokenizer: Any,
+    answers: tuple[str, ...],
+    max_length: int | None,
+    truncation: str,
+    max_prompt_length: int | None,
+    num_proc: int | None,
+) -> Any:
     """Tokenise all rows, and leave out those whose prompt fills max_length."""
     if not callable(tokenizer) or not hasattr(tokenizer, "eos_token"):
         kind = type(tokenizer).__name__

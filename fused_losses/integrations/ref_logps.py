@@ -83,10 +83,18 @@ class RefLogps:
 
 
 def precompute(
-    reference_model: nn.Module, dataset: Any, collator: Any, path: str | os.PathLike[str], *, batch_size: int,
-    per_token: bool = False, tokenizer: Any = None, progress: bool = True, part_rows: int = 4096,
+    reference_model: nn.Module,
+    dataset: Any,
+    collator: Any,
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int,
+    per_token: bool = False,
+    tokenizer: Any = None,
+    progress: bool = True,
+    part_rows: int = 4096,
     adapter: str | None = None,
-) -> RefLogps:  # fmt: skip
+) -> RefLogps:
     """Compute the log-probs of all completions under a transformers model and write them to the folder `path`.
 
         sum_t log q(y_t)  per sequence,  or  log q(y_t)  per predicted token with per_token=True; float32, nats
@@ -143,9 +151,14 @@ def precompute(
 
 
 def load(
-    path: str | os.PathLike[str], *, model: nn.Module | None = None, dataset: Any = None, tokenizer: Any = None,
-    collator: Any = None, adapter: str | None = None,
-) -> RefLogps:  # fmt: skip
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    dataset: Any = None,
+    tokenizer: Any = None,
+    collator: Any = None,
+    adapter: str | None = None,
+) -> RefLogps:
     """Load what precompute has written, and compare it with all arguments that are given.
 
     attach(dataset) compares the dataset in any case. Raises RuntimeError that names all differences, or where rows are
@@ -192,9 +205,16 @@ def load(
 
 
 def _fill(
-    head: FusedHead, body: nn.Module, dataset: Any, collator: Any, folder: Path, manifest: dict[str, Any],
-    missing: list[tuple[int, int]], batch_size: int, progress: bool,
-) -> None:  # fmt: skip
+    head: FusedHead,
+    body: nn.Module,
+    dataset: Any,
+    collator: Any,
+    folder: Path,
+    manifest: dict[str, Any],
+    missing: list[tuple[int, int]],
+    batch_size: int,
+    progress: bool,
+) -> None:
     """Compute the log-probs of the missing parts and write each part."""
     from tqdm.auto import tqdm
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..core.inputs import Hidden, LogProbs, Lora, Source
+from ..core.names import present
 from ..core.outputs import Part, Parts
 from ..losses import LossOutput, cross_entropy_loss, kto_baseline
 from ..nn.at_head import AtHead, at_head
@@ -124,9 +125,14 @@ class FusedLossMixin:
     _signature_columns: list[str]
 
     def __init__(
-        self, *args: Any, fused_loss: Callable[..., Any] = cross_entropy_loss, reference: nn.Module | str | None = None,
-        per_token: bool | None = None, aux_loss_coef: float | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *args: Any,
+        fused_loss: Callable[..., Any] = cross_entropy_loss,
+        reference: nn.Module | str | None = None,
+        per_token: bool | None = None,
+        aux_loss_coef: float | None = None,
+        **options: Any,
+    ) -> None:
         self._loss = Loss(fused_loss)
         self.per_token = _counts_tokens(self._loss, per_token)
         super().__init__(*args, **options)
@@ -276,8 +282,7 @@ class FusedLossMixin:
                 'kl: expected a reference beside it, for its completions have no saved log-probs ("ref_logps")'
             )
         labels, shift = labels_of(batch)
-        names, cu = self._model_inputs, batch.get("cu_seqlens")
-        assert names is not None
+        names, cu = present("model", self._model_inputs), batch.get("cu_seqlens")
         own = {k: x for k, x in batch.items() if k in names.own and k != "labels"} | {"use_cache": False}
         everybody = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
         options: dict[str, Any] = {"shift": shift, "cu_seqlens": cu, "process_group": everybody}
@@ -404,9 +409,13 @@ class FusedLossMixin:
             self._predicting = False
 
     def evaluation_loop(
-        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
-    ) -> Any:  # fmt: skip
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         sums = self.fused_metrics["eval"]
         sums.clear()
         if not getattr(self.args, "eval_use_gather_object", False):
@@ -480,15 +489,14 @@ class TrustRegionCallback(TrainerCallback):
             self.region.load_state_dict(saved["region"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        assert self.region is not None
-        self.region.step()
+        present("region", self.region).step()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         dcp.save(self._state(), checkpoint_id=self._folder(args, state), no_dist=not _distributed())
 
     def _state(self) -> dict[str, Any]:
-        assert self.region is not None
-        return {"reference": self.reference.state_dict(), "region": self.region.state_dict()}
+        region = present("region", self.region)
+        return {"reference": self.reference.state_dict(), "region": region.state_dict()}
 
     def _folder(self, args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHECKPOINT

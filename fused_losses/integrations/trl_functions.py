@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.batch import CallOptions, token_batch
 from ..core.inputs import Logits
-from ..core.names import not_one_of, shape_of
+from ..core.names import not_one_of, present, shape_of
 from ..core.validation import divided, read_count
 from ..engine.logits_at import stats_at
 from ..engine.token_stats import token_stats
@@ -41,9 +41,12 @@ def selective_log_softmax(
 
 
 def selective_log_softmax_and_entropy(
-    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0,
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
     row_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Return selective_log_softmax, and the entropy [...] of each row, in the same pass (trl.trainer.utils).
 
     Args:
@@ -56,7 +59,7 @@ def selective_log_softmax_and_entropy(
     if row_mask is not None and isinstance(index, Tensor) and index.dim() == logits.dim():
         raise ValueError(f"row_mask: goes with one index per row here, got index {list(index.shape)}")
     logps, entropy = _selected(logits, index, temperature, row_mask, entropy=True)
-    assert entropy is not None
+    entropy = present("entropy", entropy)
     return logps, entropy if entropy_requires_grad else entropy.detach()
 
 
@@ -68,15 +71,19 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         chunk_size: Ignored, because no row is copied.
     """
     _check_logits("logits", logits)
-    entropy = token_stats(logits, _none(logits), entropy=True, shift=False, ignore_index=SKIPPED).entropy
-    assert entropy is not None
-    return entropy
+    stats = token_stats(logits, _none(logits), entropy=True, shift=False, ignore_index=SKIPPED)
+    return present("entropy", stats.entropy)
 
 
 def generalized_jsd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, beta: float = 0.5,
-    temperature: float = 1.0, reduction: str = "batchmean", num_items_in_batch: int | float | Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: int | float | Tensor | None = None,
+) -> Tensor:
     """Return GKD's divergence of two logits [B, T, V], both divided by temperature (2306.13649 eq. 1).
 
         m = beta teacher + (1 - beta) student,    beta KL(teacher || m) + (1 - beta) KL(student || m),    summed over

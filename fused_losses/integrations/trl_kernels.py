@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..core.inputs import Hidden
 from ..core.layout import stats_dtype
+from ..core.names import present
 from ..engine.planner import workspace_bytes
 from ..engine.projection import HiddenSide
 from ..engine.sides import HiddenOperand, LowRank
@@ -137,9 +138,16 @@ def _exchange(new: dict[int, Any], only: str | None = None) -> None:
 
 
 def _chunked_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
-    final_logit_softcapping: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = OUTPUTS,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_size: int,
+    final_logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = OUTPUTS,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return log-probs, entropy, log sum p^2, mean logit and is_top1, each [N], of hidden [N, H].
 
     The first two have gradients.
@@ -147,20 +155,32 @@ def _chunked_log_probs(
     source = _hidden(hidden, weight, bias, temperature, final_logit_softcapping, logit_scale)
     asked = {name: name in outputs for name in OUTPUTS}
     stats = token_stats(
-        source, targets, entropy=asked["entropy"], collision=asked["log_sum_sq_probs"], ignore_index=trl_functions.SKIPPED,
+        source,
+        targets,
+        entropy=asked["entropy"],
+        collision=asked["log_sum_sq_probs"],
+        ignore_index=trl_functions.SKIPPED,
         static_shapes=True,
-    )  # fmt: skip
+    )
     entropy, collision = (None if x is None else x.float() for x in (stats.entropy, stats.collision))
     mean = mean_logits(source).float() if asked["mean_logits"] else None
     return stats.logps.float(), entropy, collision, mean, stats.correct if asked["is_top1"] else None
 
 
 def _chunked_divergence(
-    student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, teacher_hidden: Tensor,
-    teacher_weight: Tensor, teacher_bias: Tensor | None, beta: float, temperature: float = 1.0,
-    student_logit_scale: float = 1.0, student_final_logit_softcapping: float | None = None,
-    teacher_logit_scale: float = 1.0, teacher_final_logit_softcapping: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    beta: float,
+    temperature: float = 1.0,
+    student_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_final_logit_softcapping: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the divergence [N], with a gradient for the student, and the student's entropy [N], without a gradient."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta!r}")
@@ -170,20 +190,31 @@ def _chunked_divergence(
     )
     wider = teacher_weight.shape[0] > student_weight.shape[0]  # TRL reads as many tokens as the student has
     teacher = _hidden(
-        teacher_hidden, teacher_weight, teacher_bias, temperature, teacher_final_logit_softcapping, teacher_logit_scale,
-        valid_vocab=student_weight.shape[0] if wider else None, learns=False,
-    )  # fmt: skip
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        temperature,
+        teacher_final_logit_softcapping,
+        teacher_logit_scale,
+        valid_vocab=student_weight.shape[0] if wider else None,
+        learns=False,
+    )
     labels = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
     stats = token_stats(student, labels, teacher, divergence=name, entropy=True, static_shapes=True)
-    (divergence,), entropy = stats.divergence.values(), stats.entropy
-    assert entropy is not None
+    (divergence,), entropy = stats.divergence.values(), present("entropy", stats.entropy)
     return divergence.float(), entropy.detach().float()
 
 
 def _hidden(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None, scale: float,
-    valid_vocab: int | None = None, learns: bool = True,
-) -> Hidden:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    valid_vocab: int | None = None,
+    learns: bool = True,
+) -> Hidden:
     """Return fl.Hidden of TRL's arguments.
 
     TRL's logits are  softcap tanh(scale z / softcap) / temperature: it scales before the cap, fl.Hidden after it.
@@ -252,9 +283,12 @@ def _selective_log_softmax(
 
 
 def _selective_log_softmax_and_entropy(
-    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0,
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
     row_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     found = trl_functions.selective_log_softmax_and_entropy(logits, index, entropy_requires_grad, temperature, row_mask)
     logps, entropy = (_as_trl(x, logits, index, row_mask) for x in found)
     return logps, entropy

@@ -201,10 +201,15 @@ class DPOTrainer(_Trainer, trl.DPOTrainer):
         if self.f_divergence_type not in names:
             raise ValueError(f"f_divergence_type: expected one of {', '.join(names)}, got {self.f_divergence_type!r}")
         return {
-            "loss_type": self.loss_types, "loss_weights": self.loss_weights, "divergence": names[self.f_divergence_type],
-            "beta": self.beta, "label_smoothing": self.label_smoothing or None, "discopop_tau": self.args.discopop_tau,
-            "ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting,
-        }  # fmt: skip
+            "loss_type": self.loss_types,
+            "loss_weights": self.loss_weights,
+            "divergence": names[self.f_divergence_type],
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing or None,
+            "discopop_tau": self.args.discopop_tau,
+            "ld_alpha": self.ld_alpha,
+            "use_weighting": self.use_weighting,
+        }
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return the reference's sums [B] over chosen responses, and those over rejected ones.
@@ -313,9 +318,18 @@ class KTOTrainer(_Trainer, trl.KTOTrainer):
 
         def loss(source: Hidden) -> dict[str, Any]:
             out = kto_loss(
-                source, labels, ref, good, loss_type=self.loss_type, baseline=baseline, beta=self.beta, entropy=True,
-                shift=True, desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight,
-            )  # fmt: skip
+                source,
+                labels,
+                ref,
+                good,
+                loss_type=self.loss_type,
+                baseline=baseline,
+                beta=self.beta,
+                entropy=True,
+                shift=True,
+                desirable_weight=self.desirable_weight,
+                undesirable_weight=self.undesirable_weight,
+            )
             count, logits = mask.sum(), _mean_logits(source, mask).sum(1)
             sums = {"kl": (out.metrics["kl"], count.new_ones(())), "entropy": (out.metrics["entropy"] * count, count)}
             for name, which in (("chosen", good), ("rejected", ~good)):

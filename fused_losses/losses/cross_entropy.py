@@ -88,7 +88,9 @@ def cross_entropy_loss(
 
     found = fused(formula, source, batch, ref, inputs, read_options(options))
     tokens = found.tokens
-    more = {} if tokens.lse is None or tokens.correct is None else {
-        "lse": tokens.lse, "mean_token_accuracy": tokens.correct.to(tokens.logps.dtype)
-    }  # fmt: skip
+    more = (
+        {}
+        if tokens.lse is None or tokens.correct is None
+        else {"lse": tokens.lse, "mean_token_accuracy": tokens.correct.to(tokens.logps.dtype)}
+    )
     return output(found, token_means(found, **more))

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence, from_key, get
 from ..core.inputs import Source, as_source
+from ..core.names import present
 from ..core.options import TokenOptions
 from ..core.outputs import LossOutput, Part
 from ..core.validation import check_weights
@@ -117,8 +118,7 @@ def sampled_distillation_loss(
 
 
 def _ratio(tokens: Tokens) -> Tensor:
-    assert tokens.ref_logps is not None
-    return tokens.logps - tokens.ref_logps.to(tokens.logps.dtype)
+    return tokens.logps - present("teacher", tokens.ref_logps).to(tokens.logps.dtype)
 
 
 def _gkd(beta: float) -> Divergence:

@@ -17,10 +17,16 @@ def row(entry: Entry) -> list[str]:
         return "yes" if flag else "no"
 
     return [
-        f"`{entry.call.__name__}`", "; ".join(name or "-" for name in entry.variants), "yes", yes(not entry.distribution),
-        "yes", yes(entry.ref != "needed"), "-" if entry.ref == "unused" else yes(not entry.distribution),
-        yes("divergence" in entry.call.options), entry.source,  # type: ignore[attr-defined]
-    ]  # fmt: skip
+        f"`{entry.call.__name__}`",
+        "; ".join(name or "-" for name in entry.variants),
+        "yes",
+        yes(not entry.distribution),
+        "yes",
+        yes(entry.ref != "needed"),
+        "-" if entry.ref == "unused" else yes(not entry.distribution),
+        yes("divergence" in entry.options),
+        entry.source,
+    ]
 
 
 def matrix() -> str:

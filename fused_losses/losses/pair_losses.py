@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from ..core.margin_losses import TERMS
+from ..core.names import present
 from ..core.options import (
     EXO_EPSILON,
     PairLossConfig,
@@ -46,7 +47,7 @@ class Pairs:
     rejected.
     """
 
-    def __init__(self, tokens: Tokens, o: PairLossConfig, chosen: Count | None, batch: Count) -> None:
+    def __init__(self, tokens: Tokens, o: PairLossConfig, chosen: Count, batch: Count) -> None:
         self.all, self.o = tokens, o
         self.tokens = tokens if o.ld_alpha is None else desensitised(tokens, o.ld_alpha)
         self.chosen, self.batch = chosen, batch  # of the whole batch: chosen tokens that count, and pairs
@@ -138,8 +139,7 @@ def wpo_weights(tokens: Tokens) -> Tensor:
 
     A weight is the product over the pair of exp(mean_t(log p(y_t) - log sum_v p_v^2)).
     """
-    assert tokens.collision is not None
-    x = (tokens.logps - tokens.collision).detach()
+    x = (tokens.logps - present("collision", tokens.collision)).detach()
     chosen, rejected = (tokens.sums(x) / tokens.lengths.clamp(min=1)).tensor_split(2)
     return (chosen + rejected).exp()
 
@@ -203,7 +203,6 @@ def _sft(p: Pairs) -> Tensor:
 
     With WPO the mean itself is returned for each pair, because TRL weights the mean.
     """
-    assert p.chosen is not None
     shares = divided(-p.all.sums(p.all.logps).tensor_split(2)[0] * p.batch, p.chosen)
     return (shares.sum() / max(1, len(shares))).expand_as(shares) if p.o.weighting else shares
 

@@ -11,7 +11,7 @@ from ..core.batch import Batch, read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import FLOATS, LogProbs, Source
-from ..core.names import not_one_of
+from ..core.names import not_one_of, present
 from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, SequenceOptions, grpo_config
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, divided, shift_hint
@@ -196,8 +196,7 @@ def _kl(tokens: Tokens, o: GRPOConfig) -> Tensor:
     """Return the KL term of each token, [n]."""
     if o.divergences:
         return tokens.divergence[o.kl]
-    assert tokens.ref_logps is not None
-    d = tokens.ref_logps.to(tokens.logps.dtype) - tokens.logps
+    d = present("ref", tokens.ref_logps).to(tokens.logps.dtype) - tokens.logps
     if o.kl == "k1":
         return -d
     d = cap(d) if o.kl == "k3" else d

@@ -142,12 +142,21 @@ def preference_loss(
     rewards/accuracies, logps/chosen, logps/rejected, and entropy if it is requested.
     """
     o = pair_loss_config(
-        ref is not None, loss_type, loss_weights, divergence, beta, label_smoothing, discopop_tau, ld_alpha, use_weighting,
+        ref is not None,
+        loss_type,
+        loss_weights,
+        divergence,
+        beta,
+        label_smoothing,
+        discopop_tau,
+        ld_alpha,
+        use_weighting,
         known=LOSSES,
-    )  # fmt: skip
+    )
     batch, call = read_batch(labels, "pairs", options), read_options(options)
-    pairs, tokens_given = batch.sequences // 2, read_count("num_nll_tokens", num_nll_tokens)
-    chosen = batch.count(batch.among_first(pairs)) if "sft" in o.names and tokens_given is None else tokens_given
+    pairs, chosen = batch.sequences // 2, read_count("num_nll_tokens", num_nll_tokens)
+    if chosen is None:
+        chosen = batch.count(batch.among_first(pairs)) if "sft" in o.names else 1
     times = pairs if num_nll_tokens is None or call.num_items is None else call.num_items
     if o.weighting and isinstance(as_source("policy", policy), LogProbs):
         raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
@@ -162,7 +171,7 @@ def preference_loss(
     found = fused(formula, policy, batch, ref, FormulaInputs(o.unit, collision=o.weighting), call)
     t = found.tokens if o.ld_alpha is None else desensitised(found.tokens, o.ld_alpha)
     parts: dict[str, Any] = {**pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps))}
-    if chosen is not None and "sft" in o.names and not o.weighting:
+    if "sft" in o.names and not o.weighting:
         parts |= _sft_parts(found, o, times, chosen)
     return output(found, parts)
 

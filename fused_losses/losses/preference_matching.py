@@ -16,6 +16,7 @@ from torch.nn.functional import softplus
 from ..core.batch import read_batch, read_options
 from ..core.inputs import FLOATS, Source
 from ..core.layout import stats_dtype
+from ..core.names import present
 from ..core.options import SequenceOptions, check_matching, check_threshold
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_positive
@@ -77,8 +78,7 @@ def preference_matching_loss(
     extra = check_matching(batch, loss_type, beta, baseline)
 
     def exact(tokens: Tokens) -> Tensor:
-        assert tokens.entropy is not None
-        return -beta * tokens.sums(tokens.entropy)
+        return -beta * tokens.sums(present("entropy", tokens.entropy))
 
     def sampled(tokens: Tokens) -> Tensor:
         return beta * _score_function(tokens, tokens.logps)
@@ -140,8 +140,7 @@ def conditional_preference_matching_loss(
 
     found = fused(formula, policy, batch, ref, FormulaInputs("sequence", per_sequence=extra), read_options(options))
     tokens = found.tokens
-    assert tokens.ref_logps is not None
-    inside = (tokens.ref_logps > low).to(tokens.logps.dtype)
+    inside = (present("ref", tokens.ref_logps) > low).to(tokens.logps.dtype)
     return output(found, _parts(tokens) | {"support": sequence_part(tokens, inside)})
 
 
@@ -168,9 +167,15 @@ def _parts(tokens: Tokens) -> dict[str, Part]:
 
 @torch.no_grad()
 def preference_matching_reward(
-    logps: Tensor, ref_logps: Tensor | None = None, *, beta: float = 1.0, threshold: float | None = None,
-    scores: Tensor | None = None, clip: float | None = None, mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    threshold: float | None = None,
+    scores: Tensor | None = None,
+    clip: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Compute rewards per token of preference matching, for PPO and its relatives, without a gradient.
 
     They are those of the paper (arXiv 2405.16455) and its released code:
@@ -245,9 +250,13 @@ def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0
 
 
 def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, reduction: str = "mean",
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: Tensor | float = 0.0,
+    reduction: str = "mean",
     num_items: Count | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Compute the loss of reward models, -log sigmoid(chosen - rejected - margin).
 
     It is the model P(chosen > rejected) = sigmoid(chosen - rejected). The result is a tensor, float32 or wider.

@@ -47,7 +47,6 @@ def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R
                     raise TypeError(f"fl.{function.__name__}: {name}: expected {REQUIRED[name]}, got none")
             return function(*args, **given)
 
-        call.options = known  # type: ignore[attr-defined]
         return call
 
     return decorate
@@ -65,6 +64,7 @@ class Entry:
     distribution: bool = False  # both sides need whole distributions: log-probs of labels are not enough
     inputs: Mapping[str, str] = field(default_factory=dict)  # other tensors: name -> one of INPUTS
     tokens_for: Mapping[str, Sequence[str]] = field(default_factory=dict)  # options with which num_items counts tokens
+    options: frozenset[str] = frozenset()  # the names of all arguments
 
 
 # The kinds: numbers, bools, hidden states [S, H] (vector) and [S, J, H] (vectors), top-k tensors [..., K].
@@ -104,8 +104,9 @@ def register(
 
     def decorate(function: Callable[P, LossOutput]) -> Callable[P, LossOutput]:
         call = takes(options, *more)(function)
+        names = frozenset([*inspect.signature(function).parameters, *options.__annotations__])
         FAMILY[function.__name__] = Entry(
-            call, batch, source, variants, ref, distribution, inputs or {}, tokens_for or {}
+            call, batch, source, variants, ref, distribution, inputs or {}, tokens_for or {}, names
         )
         return call
 

@@ -73,10 +73,18 @@ class FusedHead(nn.Module):
     lora_b: Tensor | None
 
     def __init__(
-        self, head: nn.Module, *, softcap: float | None = None, scale: float = 1.0, temperature: float = 1.0,
-        valid_vocab: int | None = None, adapter: bool = True, name: str = "head", process_group: object = None,
+        self,
+        head: nn.Module,
+        *,
+        softcap: float | None = None,
+        scale: float = 1.0,
+        temperature: float = 1.0,
+        valid_vocab: int | None = None,
+        adapter: bool = True,
+        name: str = "head",
+        process_group: object = None,
         shard: tuple[int, int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {"softcap": softcap, "scale": scale, "temperature": temperature}
         self.options["valid_vocab"] = valid_vocab
@@ -197,9 +205,13 @@ def _call(
 
 
 def find_head(
-    model: nn.Module, *, temperature: float = 1.0, adapter: bool = True, process_group: object = None,
+    model: nn.Module,
+    *,
+    temperature: float = 1.0,
+    adapter: bool = True,
+    process_group: object = None,
     shard: tuple[int, int] | None = None,
-) -> FusedHead:  # fmt: skip
+) -> FusedHead:
     """Return the output head of a transformers model as a FusedHead, with its softcap, scale and valid_vocab.
 
     These three are measured, not read from config. The forward of a copy of the model runs with stand-ins for backbone
@@ -226,9 +238,14 @@ def find_head(
     found = measured(model, whole=process_group is None)
     _refuse_padding(found, process_group)
     head = FusedHead(
-        found.head, **found.options, temperature=temperature, adapter=adapter, name=found.path, process_group=process_group,
+        found.head,
+        **found.options,
+        temperature=temperature,
+        adapter=adapter,
+        name=found.path,
+        process_group=process_group,
         shard=shard,
-    )  # fmt: skip
+    )
     head.__dict__.update(around=weak(unwrapped(model)), measured=found.options)
     return head
 

@@ -10,7 +10,7 @@ from .distillation import distillation_loss, sampled_distillation_loss
 from .lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
 from .policy_gradient import group_advantages, grpo_loss
 from .preference import dpo_loss, ipo_loss, preference_loss
-from .preference_matching import (  # fmt: skip
+from .preference_matching import (
     bradley_terry_loss,
     conditional_preference_matching_loss,
     plackett_luce_loss,
@@ -22,7 +22,7 @@ from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .stats import token_stats
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
-from .trl_functions import (  # fmt: skip
+from .trl_functions import (
     entropy_from_logits,
     generalized_jsd_loss,
     selective_log_softmax,

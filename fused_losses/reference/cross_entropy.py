@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ..core.batch import read_batch, read_options
 from ..core.inputs import LogProbs, Source, as_source
+from ..core.names import present
 from ..core.outputs import LossOutput
 from .distillation import token_mean
 from .stats import batch_stats, transformed
@@ -18,8 +19,13 @@ __all__ = ["cross_entropy_loss"]
 
 
 def cross_entropy_loss(
-    policy: Source, labels: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.cross_entropy_loss from torch's cross_entropy and lse^2."""
     batch, call, source = read_batch(labels, "tokens", options), read_options(options), as_source("policy", policy)
     stats = batch_stats(policy, batch, entropy=call.entropy)
@@ -31,11 +37,14 @@ def cross_entropy_loss(
         z, y = transformed(source), batch.labels.long()
         z, y = (z[..., :-1, :], y[..., 1:]) if batch.shift else (z, y)
         flat = cross_entropy(
-            z.reshape(-1, z.shape[-1]), y.reshape(-1), reduction="none", label_smoothing=label_smoothing,
+            z.reshape(-1, z.shape[-1]),
+            y.reshape(-1),
+            reduction="none",
+            label_smoothing=label_smoothing,
             ignore_index=batch.ignore_index,
-        )  # fmt: skip
-        assert stats.lse is not None and stats.correct is not None
+        )
         losses = flat.view(y.shape) + z_loss * torch.where(stats.mask, z.logsumexp(-1), 0).square()
-        numbers |= {"lse": stats.lse, "mean_token_accuracy": stats.correct.to(losses.dtype)}
+        correct = present("correct", stats.correct).to(losses.dtype)
+        numbers |= {"lse": present("lse", stats.lse), "mean_token_accuracy": correct}
     metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
     return LossOutput(token_mean(losses, count, call), metrics, stats)

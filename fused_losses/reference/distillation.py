@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.batch import CallOptions, read_batch, read_options
 from ..core.divergences import Divergence, parse
 from ..core.inputs import Source
+from ..core.names import present
 from ..core.outputs import LossOutput
 from .common import part
 from .stats import batch_stats
@@ -18,9 +19,16 @@ __all__ = ["distillation_loss", "sampled_distillation_loss"]
 
 
 def distillation_loss(
-    student: Source, labels: Tensor, teacher: Source, *, divergence: str | Divergence | None = None, beta: float = 0.5,
-    soft: float = 1.0, hard: float = 0.0, **options: Any,
-) -> LossOutput:  # fmt: skip
+    student: Source,
+    labels: Tensor,
+    teacher: Source,
+    *,
+    divergence: str | Divergence | None = None,
+    beta: float = 0.5,
+    soft: float = 1.0,
+    hard: float = 0.0,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.distillation_loss."""
     if divergence is None:
         divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, f"js(beta={beta})")
@@ -34,13 +42,15 @@ def distillation_loss(
 
 
 def sampled_distillation_loss(
-    student: Source, labels: Tensor, teacher: Source, **options: Any,
-) -> LossOutput:  # fmt: skip
+    student: Source,
+    labels: Tensor,
+    teacher: Source,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.sampled_distillation_loss."""
     batch, call = read_batch(labels, "tokens", options), read_options(options)
     stats = batch_stats(student, batch, teacher, entropy=call.entropy)
-    assert stats.ref_logps is not None
-    kl, count = (stats.logps - stats.ref_logps).detach(), stats.mask.sum().clamp(min=1)
+    kl, count = (stats.logps - present("teacher", stats.ref_logps)).detach(), stats.mask.sum().clamp(min=1)
     names = {"kl": kl, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
     metrics = {name: (x.sum() / count).detach() for name, x in names.items()}
     return LossOutput(token_mean(kl * stats.logps, count, call), metrics, stats)

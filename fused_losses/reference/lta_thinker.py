@@ -19,9 +19,13 @@ __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"
 
 
 def semantic_alignment_loss(
-    question: Tensor, thoughts: Tensor, *, mask: Tensor | None = None, reduction: str = "mean",
+    question: Tensor,
+    thoughts: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
     num_items: Count | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Compute fl.semantic_alignment_loss, mean_j sum_d P_d (log P_d - log Q_jd), one example after another."""
     losses = []
     for b in range(len(question)):
@@ -33,9 +37,15 @@ def semantic_alignment_loss(
 
 
 def reasoning_focus_loss(
-    question: Tensor, steps: Tensor, answers: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1,
-    reduction: str = "mean", num_items: Count | None = None,
-) -> Tensor:  # fmt: skip
+    question: Tensor,
+    steps: Tensor,
+    answers: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 0.1,
+    reduction: str = "mean",
+    num_items: Count | None = None,
+) -> Tensor:
     """Compute fl.reasoning_focus_loss, one example after another.
 
     It is InfoNCE with the step closest to the answer as the positive.
@@ -53,10 +63,20 @@ def reasoning_focus_loss(
 
 
 def lta_thinker_loss(
-    policy: Source, labels: Tensor, question: Tensor, thoughts: Tensor, steps: Tensor, answers: Tensor, *,
-    weights: tuple[float, float, float] = (0.33, 0.33, 0.33), temperature: float = 0.1, thought_mask: Tensor | None = None,
-    step_mask: Tensor | None = None, num_nll_tokens: Count | None = None, **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    question: Tensor,
+    thoughts: Tensor,
+    steps: Tensor,
+    answers: Tensor,
+    *,
+    weights: tuple[float, float, float] = (0.33, 0.33, 0.33),
+    temperature: float = 0.1,
+    thought_mask: Tensor | None = None,
+    step_mask: Tensor | None = None,
+    num_nll_tokens: Count | None = None,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.lta_thinker_loss, one sequence after another."""
     check_lta_weights(weights)
     batch, call = read_batch(labels, "sequences", options), read_options(options)

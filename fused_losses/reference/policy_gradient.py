@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.inputs import Source
+from ..core.names import present
 from ..core.options import LARGEST, grpo_config
 from ..core.outputs import LossOutput
 from ..core.validation import Count
@@ -19,12 +20,23 @@ __all__ = ["group_advantages", "grpo_loss"]
 
 
 def grpo_loss(
-    policy: Source, labels: Tensor, advantages: Tensor, *, old_logps: Tensor | None = None, ref: Source | None = None,
-    loss_type: str = "grpo", importance: str = "token", epsilon: float = 0.2, epsilon_high: float | None = None,
-    delta: float | None = None, beta: float = 0.0, kl: str | Divergence = "k3",
-    use_bias_correction_kl: bool = False, max_completion_length: int | None = None,
+    policy: Source,
+    labels: Tensor,
+    advantages: Tensor,
+    *,
+    old_logps: Tensor | None = None,
+    ref: Source | None = None,
+    loss_type: str = "grpo",
+    importance: str = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    kl: str | Divergence = "k3",
+    use_bias_correction_kl: bool = False,
+    max_completion_length: int | None = None,
     **options: Any,
-) -> LossOutput:  # fmt: skip
+) -> LossOutput:
     """Compute fl.grpo_loss, one sequence after another."""
     o = grpo_config(
         loss_type, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
@@ -53,8 +65,7 @@ def grpo_loss(
     def kl_of(s: Sequence) -> Tensor:
         if o.divergences:
             return next(iter(s.divergence.values()))
-        assert s.ref_logps is not None
-        d = s.ref_logps - s.logps
+        d = present("ref", s.ref_logps) - s.logps
         if kl == "k3":
             d = d.clamp(max=LARGEST)
             return torch.expm1(d) - d
@@ -78,8 +89,7 @@ def grpo_loss(
     if loss_type == "grpo":
         totals = [x / max(len(s), 1) for x, s in zip(totals, every, strict=True)]
     if loss_type == "dr_grpo":
-        assert max_completion_length is not None
-        totals = [x / max_completion_length for x in totals]
+        totals = [x / present("max_completion_length", max_completion_length) for x in totals]
 
     total = joined(totals, stats)
     if call.reduction != "none":

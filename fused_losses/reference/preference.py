@@ -16,6 +16,7 @@ from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import LogProbs, Source, as_source
+from ..core.names import present
 from ..core.options import PairLossConfig, pair_loss_config
 from ..core.outputs import LossOutput
 from ..core.validation import Count, read_count
@@ -32,8 +33,8 @@ def _score(y: Sequence, o: PairLossConfig) -> Tensor:
 
     s(h) = f'(e^h) in f-DPO (2309.16240), and h in DPO. Subtracting s(0) makes the score 0 at h = 0 for every divergence.
     """
-    assert o.link.score is not None
-    return o.link.score(y.h) - o.link.score(torch.zeros_like(y.h))
+    score = present("divergence", o.link.score)
+    return score(y.h) - score(torch.zeros_like(y.h))
 
 
 def _margin(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
@@ -134,11 +135,21 @@ SORTED = {"aot": _aot, "aot_unpaired": _aot_unpaired}
 
 
 def preference_loss(
-    policy: Source, labels: Tensor, ref: Source | None, *, loss_type: str | Several[str] = "sigmoid",
-    loss_weights: Several[float] | None = None, divergence: str | Divergence = "reverse_kl", beta: float = 0.1,
-    label_smoothing: float | None = None, discopop_tau: float = 0.05, ld_alpha: float | None = None,
-    use_weighting: bool = False, num_nll_tokens: Count | None = None, **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None,
+    *,
+    loss_type: str | Several[str] = "sigmoid",
+    loss_weights: Several[float] | None = None,
+    divergence: str | Divergence = "reverse_kl",
+    beta: float = 0.1,
+    label_smoothing: float | None = None,
+    discopop_tau: float = 0.05,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    num_nll_tokens: Count | None = None,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.preference_loss, one pair after another."""
     o = pair_loss_config(
         ref is not None,

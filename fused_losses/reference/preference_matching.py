@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.batch import read_batch, read_options
 from ..core.inputs import Source, TokenStats
+from ..core.names import present
 from ..core.options import check_matching, check_threshold
 from ..core.outputs import LossOutput
 from ..core.validation import Count
@@ -26,24 +27,35 @@ __all__ = [
 
 
 def preference_matching_loss(
-    policy: Source, labels: Tensor, *, loss_type: str = "entropy", beta: float = 1.0, baseline: Tensor | None = None,
+    policy: Source,
+    labels: Tensor,
+    *,
+    loss_type: str = "entropy",
+    beta: float = 1.0,
+    baseline: Tensor | None = None,
     **options: Any,
-) -> LossOutput:  # fmt: skip
+) -> LossOutput:
     """Compute fl.preference_matching_loss, one sequence after another."""
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     extra = check_matching(batch, loss_type, beta, baseline)
     stats, every = cut(policy, batch, entropy=call.entropy or loss_type == "entropy", per_sequence=extra)
     losses = []
     for s in every:
-        assert loss_type == "sampled" or s.entropy is not None
-        losses.append(-beta * s.entropy.sum() if loss_type == "entropy" else beta * _sampled(s, s.log_p))  # type: ignore[union-attr]
+        exact = loss_type == "entropy"
+        losses.append(-beta * present("entropy", s.entropy).sum() if exact else beta * _sampled(s, s.log_p))
     return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), _metrics(every, stats), stats)
 
 
 def conditional_preference_matching_loss(
-    policy: Source, labels: Tensor, ref: Source, *, threshold: float = 0.01, beta: float = 1.0,
-    baseline: Tensor | None = None, **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source,
+    *,
+    threshold: float = 0.01,
+    beta: float = 1.0,
+    baseline: Tensor | None = None,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.conditional_preference_matching_loss, one sequence after another."""
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     extra = check_matching(batch, "sampled", beta, baseline)
@@ -51,9 +63,9 @@ def conditional_preference_matching_loss(
     stats, every = cut(policy, batch, ref, entropy=call.entropy, per_sequence=extra)
     losses, inside = [], stats.logps.new_zeros(())
     for s in every:
-        assert s.ref_logps is not None
-        likely = (s.ref_logps > math.log(threshold)).to(s.logps.dtype)
-        penalty = likely * s.logps + (1 - likely) * (s.logps - s.ref_logps)
+        ref_logps = present("ref", s.ref_logps)
+        likely = (ref_logps > math.log(threshold)).to(s.logps.dtype)
+        penalty = likely * s.logps + (1 - likely) * (s.logps - ref_logps)
         losses.append(beta * _sampled(s, penalty.sum()))
         inside = inside + likely.sum()
     metrics = _metrics(every, stats) | {"support": inside.detach() / stats.mask.sum().clamp(min=1)}
@@ -75,9 +87,15 @@ def _metrics(every: list[Sequence], stats: TokenStats) -> dict[str, Tensor]:
 
 
 def preference_matching_reward(
-    logps: Tensor, ref_logps: Tensor | None = None, *, beta: float = 1.0, threshold: float | None = None,
-    scores: Tensor | None = None, clip: float | None = None, mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    logps: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    threshold: float | None = None,
+    scores: Tensor | None = None,
+    clip: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Compute fl.preference_matching_reward, one token after another."""
     found = torch.zeros_like(logps.detach()).reshape(-1, logps.shape[-1])
     for row in range(found.shape[0]):
@@ -102,9 +120,13 @@ def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0
 
 
 def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, reduction: str = "mean",
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    margin: Tensor | float = 0.0,
+    reduction: str = "mean",
     num_items: Count | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Compute fl.bradley_terry_loss, -log P(chosen > rejected)."""
     return reduced(-torch.nn.functional.logsigmoid(chosen - rejected - margin), reduction, num_items)
 

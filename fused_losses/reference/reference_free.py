@@ -27,9 +27,16 @@ def _mean(y: Sequence) -> Tensor:
 
 
 def simpo_loss(
-    policy: Source, labels: Tensor, *, beta: float = 2.0, gamma: float = 0.5, alpha: float = 0.0,
-    label_smoothing: float = 0.0, cpo_alpha: float = 0.0, **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    cpo_alpha: float = 0.0,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.simpo_loss."""
     check_simpo(beta, gamma, alpha, label_smoothing, cpo_alpha)
 
@@ -44,9 +51,15 @@ def simpo_loss(
 
 
 def cpo_loss(
-    policy: Source, labels: Tensor, *, loss_type: str = "sigmoid", beta: float = 0.1, cpo_alpha: float = 1.0,
-    label_smoothing: float = 0.0, **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    cpo_alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.cpo_loss."""
     check_cpo(loss_type, beta, cpo_alpha, label_smoothing)
 
@@ -87,9 +100,15 @@ def orpo_loss(
 
 
 def _reference_free(
-    policy: Source, labels: Tensor, loss: Callable[[Sequence, Sequence], Tensor], reward: Callable[[Sequence], Tensor],
-    logps: Callable[[Sequence], Tensor], weight: float, options: dict[str, Any], nll_labels: Tensor | None = None,
-) -> tuple[LossOutput, list[Pair]]:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    loss: Callable[[Sequence, Sequence], Tensor],
+    reward: Callable[[Sequence], Tensor],
+    logps: Callable[[Sequence], Tensor],
+    weight: float,
+    options: dict[str, Any],
+    nll_labels: Tensor | None = None,
+) -> tuple[LossOutput, list[Pair]]:
     """Compute loss(chosen, rejected) + weight NLL; return the loss of the batch, and the pairs."""
     batch, call = read_batch(labels, "pairs", options), read_options(options)
     num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", options.get("num_nll_tokens"))
@@ -105,8 +124,6 @@ def _reference_free(
     by = tokens if num_nll_tokens is None else num_nll_tokens
     times = float(count if num_items is None or num_nll_tokens is None else num_items)
     losses = [loss(w, l) - weight * part(times * y.log_p, by) for (w, l), y in zip(pairs, texts, strict=True)]
-    metrics = pair_metrics(
-        [(reward(w), reward(l)) for w, l in pairs], [(logps(w), logps(l)) for w, l in pairs], stats
-    )  # fmt: skip
+    metrics = pair_metrics([(reward(w), reward(l)) for w, l in pairs], [(logps(w), logps(l)) for w, l in pairs], stats)
     metrics["nll_loss"] = -reduced(joined([y.log_p for y in texts], stats), "sum").detach() / tokens
     return LossOutput(reduced(joined(losses, stats), call.reduction, num_items), metrics, stats), pairs

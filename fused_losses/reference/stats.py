@@ -45,10 +45,20 @@ def entropy_of(log_p: Tensor) -> Tensor:
 
 
 def token_stats(
-    policy: Source, labels: Tensor, ref: Source | None = None, *, divergence: Asked = None, entropy: bool = False,
-    collision: bool = False, shift: bool | None = None, ignore_index: int = -100, inplace_backward: bool = False,
-    plan: str = "auto", workspace: int | None = None, static_shapes: bool = False,
-) -> TokenStats:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None = None,
+    *,
+    divergence: Asked = None,
+    entropy: bool = False,
+    collision: bool = False,
+    shift: bool | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    plan: str = "auto",
+    workspace: int | None = None,
+    static_shapes: bool = False,
+) -> TokenStats:
     """Compute fl.token_stats with whole tensors of logits.
 
     The last four arguments say how to compute, and are ignored here.

@@ -18,9 +18,16 @@ __all__ = ["tdpo_loss"]
 
 
 def tdpo_loss(
-    policy: Source, labels: Tensor, ref: Source, *, loss_type: str = "tdpo2", alpha: float = 0.5, beta: float = 0.1,
-    divergence: str | Divergence = "forward_kl", **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source,
+    *,
+    loss_type: str = "tdpo2",
+    alpha: float = 0.5,
+    beta: float = 0.1,
+    divergence: str | Divergence = "forward_kl",
+    **options: Any,
+) -> LossOutput:
     """Compute fl.tdpo_loss, one pair after another.
 
     In the notation of the paper, the margins are u - delta and u - alpha delta_2.

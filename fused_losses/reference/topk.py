@@ -19,9 +19,17 @@ __all__ = ["topk_distillation_loss"]
 
 
 def topk_distillation_loss(
-    student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, *, tail: str = "bucket",
-    divergence: str | Divergence = "forward_kl", soft: float = 1.0, hard: float = 0.0, **options: Any,
-) -> LossOutput:  # fmt: skip
+    student: Source,
+    labels: Tensor,
+    topk_logps: Tensor,
+    topk_ids: Tensor,
+    *,
+    tail: str = "bucket",
+    divergence: str | Divergence = "forward_kl",
+    soft: float = 1.0,
+    hard: float = 0.0,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.topk_distillation_loss from all log-probs of the student, one token after another."""
     batch, call, d = read_batch(labels, "tokens", options), read_options(options), from_key(divergence)
     check_topk(tail, d)

@@ -23,9 +23,12 @@ def selective_log_softmax(
 
 
 def selective_log_softmax_and_entropy(
-    logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0,
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
     row_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Compute fl.selective_log_softmax_and_entropy."""
     entropy = entropy_from_logits(logits / temperature)
     entropy = entropy if row_mask is None else torch.where(row_mask != 0, entropy, 0)
@@ -39,9 +42,14 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
 
 
 def generalized_jsd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, beta: float = 0.5,
-    temperature: float = 1.0, reduction: str = "batchmean", num_items_in_batch: int | Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
     """Compute fl.generalized_jsd_loss (2306.13649 eq. 1)."""
     student, teacher = ((x / temperature).log_softmax(-1) for x in (student_logits, teacher_logits))
     name = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else f"js(beta={beta})"

@@ -19,10 +19,18 @@ __all__ = ["bco_loss", "kto_baseline", "kto_loss"]
 
 
 def kto_loss(
-    policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, loss_type: str = "kto",
-    baseline: Tensor | float | None = None, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None,
+    desirable: Tensor,
+    *,
+    loss_type: str = "kto",
+    baseline: Tensor | float | None = None,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
     **options: Any,
-) -> LossOutput:  # fmt: skip
+) -> LossOutput:
     """Compute fl.kto_loss as in 2402.01306: lambda_y - v(x, y), with the value v of eq. 7."""
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     z0 = check_kto(batch, desirable, loss_type, baseline, beta, desirable_weight, undesirable_weight)
@@ -47,9 +55,16 @@ def kto_baseline(policy: Source, labels: Tensor, ref: Source | None, **options: 
 
 
 def bco_loss(
-    policy: Source, labels: Tensor, ref: Source | None, desirable: Tensor, *, delta: RunningDelta | Tensor | float = 0.0,
-    weights: Tensor | None = None, beta: float = 0.1, **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None,
+    desirable: Tensor,
+    *,
+    delta: RunningDelta | Tensor | float = 0.0,
+    weights: Tensor | None = None,
+    beta: float = 0.1,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.bco_loss."""
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     check_bco(batch, desirable, weights, beta)

@@ -22,10 +22,17 @@ __all__ = ["expectile_loss", "upo_loss"]
 
 
 def upo_loss(
-    policy: Source, labels: Tensor, ref: Source | None, advantages: Tensor | tuple[Tensor, Tensor], *,
-    loss_type: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid", tau: float = 1.0, weight: float = 1.0,
-    clip: float | None = None, **options: Any,
-) -> LossOutput:  # fmt: skip
+    policy: Source,
+    labels: Tensor,
+    ref: Source | None,
+    advantages: Tensor | tuple[Tensor, Tensor],
+    *,
+    loss_type: str | Sequence[str] | Callable[..., LossOutput] = "sigmoid",
+    tau: float = 1.0,
+    weight: float = 1.0,
+    clip: float | None = None,
+    **options: Any,
+) -> LossOutput:
     """Compute fl.upo_loss, one sequence after another.
 
     `loss_type` is a name, or another reference implementation.

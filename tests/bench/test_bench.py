@@ -149,8 +149,20 @@ def command(*args):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    code, text = command("--grid", "tiny", "--providers", "eager", "fused_losses", "QuACK*", "--rounds", "2", "--seconds", "0",
-                         "--out", str(tmp_path))  # fmt: skip
+    code, text = command(
+        "--grid",
+        "tiny",
+        "--providers",
+        "eager",
+        "fused_losses",
+        "QuACK*",
+        "--rounds",
+        "2",
+        "--seconds",
+        "0",
+        "--out",
+        str(tmp_path),
+    )
     assert code == 0, text
     (path,) = tmp_path.rglob("tiny.json")
     report = json.loads(path.read_text())

@@ -24,12 +24,29 @@ def made(provider, ms, mib, group="dpo", ours=False, exact=True, **params):
     seconds = [ms / 1e3 * f for f in (1.0, 0.98, 1.03)]
     half = {"median": ms / 2e3, "p20": ms / 2.1e3, "p80": ms / 1.9e3}
     return results.benchmark(
-        group, provider, PARAMS | params, seconds,
-        ours=ours, exact=exact, source="hidden", remark="", p20=0.98e-3 * ms, p80=1.03e-3 * ms, forward=half, backward=None,
-        peak_bytes=int(mib * MIB), peak_total=int((mib + 100) * MIB), process_peak=None,
-        error={"value": 1e-7, "gradient": 2e-6}, eager_error={"value": 1e-7, "gradient": 2e-6},
-        first_call_s=0.25, bytes=10**7, flops=10**10, limit_s=1e-3 * ms / 4, fraction=0.25,
-    )  # fmt: skip
+        group,
+        provider,
+        PARAMS | params,
+        seconds,
+        ours=ours,
+        exact=exact,
+        source="hidden",
+        remark="",
+        p20=0.98e-3 * ms,
+        p80=1.03e-3 * ms,
+        forward=half,
+        backward=None,
+        peak_bytes=int(mib * MIB),
+        peak_total=int((mib + 100) * MIB),
+        process_peak=None,
+        error={"value": 1e-7, "gradient": 2e-6},
+        eager_error={"value": 1e-7, "gradient": 2e-6},
+        first_call_s=0.25,
+        bytes=10**7,
+        flops=10**10,
+        limit_s=1e-3 * ms / 4,
+        fraction=0.25,
+    )
 
 
 def report(*benchmarks, left_out=()):
@@ -46,17 +63,26 @@ def report(*benchmarks, left_out=()):
 
 
 def absent(provider, reason, group="dpo"):
-    return {"group": group, "provider": provider, "shape": "1024x256x16384", "dtype": "float32", "logits": "random",
-            "reason": reason}  # fmt: skip
+    return {
+        "group": group,
+        "provider": provider,
+        "shape": "1024x256x16384",
+        "dtype": "float32",
+        "logits": "random",
+        "reason": reason,
+    }
 
 
 @pytest.fixture
 def good():
     """Ours is best in everything; an approximation does not count."""
     return report(
-        made("eager", 100, 64), made("Liger chunked, compiled", 80, 32), made("fused_losses", 60, 8, ours=True),
-        made("filtered", 10, 1, exact=False), left_out=[absent("TRL kernels", "WRONG: gradient 3e-1")],
-    )  # fmt: skip
+        made("eager", 100, 64),
+        made("Liger chunked, compiled", 80, 32),
+        made("fused_losses", 60, 8, ours=True),
+        made("filtered", 10, 1, exact=False),
+        left_out=[absent("TRL kernels", "WRONG: gradient 3e-1")],
+    )
 
 
 def printed(r) -> str:

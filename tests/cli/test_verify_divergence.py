@@ -49,9 +49,14 @@ def grad_q(p, q, t, lp, lq):
 
 
 RIGHT = divergences.Divergence(
-    define, grad_p, grad_q, term=term, f=lambda u: (u - 1) ** 2 / (u + 1), f_prime=lambda u: 1 - 4 / (1 + u) ** 2,
+    define,
+    grad_p,
+    grad_q,
+    term=term,
+    f=lambda u: (u - 1) ** 2 / (u + 1),
+    f_prime=lambda u: 1 - 4 / (1 + u) ** 2,
     no_link="f'(0) = -3 is finite",
-)  # fmt: skip
+)
 
 
 def naive_term(p, q, t, lp, lq):

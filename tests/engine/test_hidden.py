@@ -22,7 +22,7 @@ from helpers import (
     relative,
     seed_of,
     seeded,
-)  # fmt: skip
+)
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -398,9 +398,13 @@ def test_tokens_suppressed_on_one_side(backend, device, plan, side):
     y = torch.tensor([21, 40, 59], device=device)
     policy, ref = two_sources(leaves)
     stats = fl.token_stats(
-        policy, y, ref, divergence=names,
-        **tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=names, **how, shift=False)), shift=False,
-    )  # fmt: skip
+        policy,
+        y,
+        ref,
+        divergence=names,
+        **tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=names, **how, shift=False)),
+        shift=False,
+    )
     exact = two_sources(doubles(leaves))
     truth = fl.reference.token_stats(exact[0], y, exact[1], divergence=names, shift=False)
     z, w = (fl.reference.stats.projected(s).detach().requires_grad_() for s in (policy, ref))
@@ -482,9 +486,11 @@ def test_tied_embedding(backend, device, plan):
     def run(f, table):
         source = fl.Hidden(torch.tanh(table[ids]), table)
         how = {"plan": plan} if f is fl else {}
-        return f.dpo_loss(source, ids, None, shift=True, **how).loss if plan == "rows" else (
-            f.token_stats(source, ids, shift=True, **how).logps.sum()
-        )  # fmt: skip
+        return (
+            f.dpo_loss(source, ids, None, shift=True, **how).loss
+            if plan == "rows"
+            else (f.token_stats(source, ids, shift=True, **how).logps.sum())
+        )
 
     for _ in range(2):
         run(fl, table).backward()

@@ -46,9 +46,7 @@ def parted(batch, rank, split, group):
 
 
 def same(mine, exact, what):
-    torch.testing.assert_close(
-        mine, exact, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m: f"{what}: {m}"
-    )  # fmt: skip
+    torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 
 def check_family(rank, group, split, odd):
@@ -171,30 +169,47 @@ def refusals(rank, group):
         (lambda: fl.dpo_loss(p, mine, None, sequence_group=group, shift=True), "shift: beside sequence_group"),
         (lambda: fl.simpo_loss(p, mine, sequence_group=group, shift=True), "shift: beside sequence_group"),
         (lambda: fl.grpo_loss(p, mine, q[:, 0], sequence_group=group, shift=True), "shift: beside sequence_group"),
-        (lambda: fl.dpo_loss(p, mine, None, sequence_group=group, plan="rows", shift=False),
-         "plan: 'rows' is not possible here"),
-        (lambda: fl.dpo_loss(p, mine, None, sequence_group="world", shift=False), "sequence_group: expected a torch.*got str"),
-        (lambda: fl.kto_loss(p, mine, None, y[:, 1] > 3, sequence_group=0, shift=False),
-         "sequence_group: expected a torch.*got int"),
-        (lambda: fl.cross_entropy_loss(fl.Hidden(x[0, 0], w), y[0, 1], sequence_group=group, shift=False),
-         "labels: .* a time axis"),
         (
-            lambda: fl.dpo_loss(fl.Hidden(x[: 4 - 2 * rank], w), y[: 4 - 2 * rank], None, sequence_group=group, shift=False),
+            lambda: fl.dpo_loss(p, mine, None, sequence_group=group, plan="rows", shift=False),
+            "plan: 'rows' is not possible here",
+        ),
+        (
+            lambda: fl.dpo_loss(p, mine, None, sequence_group="world", shift=False),
+            "sequence_group: expected a torch.*got str",
+        ),
+        (
+            lambda: fl.kto_loss(p, mine, None, y[:, 1] > 3, sequence_group=0, shift=False),
+            "sequence_group: expected a torch.*got int",
+        ),
+        (
+            lambda: fl.cross_entropy_loss(fl.Hidden(x[0, 0], w), y[0, 1], sequence_group=group, shift=False),
+            "labels: .* a time axis",
+        ),
+        (
+            lambda: fl.dpo_loss(
+                fl.Hidden(x[: 4 - 2 * rank], w), y[: 4 - 2 * rank], None, sequence_group=group, shift=False
+            ),
             r"labels: expected as many sequences on all ranks of sequence_group, got \[4, 2\]",
         ),
-        (lambda: fl.dpo_loss(*flat, cu_seqlens=cu - (cu == 48).long(), sequence_group=group, shift=False),
-         "rising from 0 to 48, the"),
-        (lambda: fl.dpo_loss(*flat, cu_seqlens=cu.flip(0), sequence_group=group, shift=False),
-         "cu_seqlens: expected offsets rising"),
         (
-            lambda: fl.dpo_loss(*flat, fl.LogProbs(q[:, rank]), cu_seqlens=cu, ld_alpha=0.5, sequence_group=group, shift=False),
+            lambda: fl.dpo_loss(*flat, cu_seqlens=cu - (cu == 48).long(), sequence_group=group, shift=False),
+            "rising from 0 to 48, the",
+        ),
+        (
+            lambda: fl.dpo_loss(*flat, cu_seqlens=cu.flip(0), sequence_group=group, shift=False),
+            "cu_seqlens: expected offsets rising",
+        ),
+        (
+            lambda: fl.dpo_loss(
+                *flat, fl.LogProbs(q[:, rank]), cu_seqlens=cu, ld_alpha=0.5, sequence_group=group, shift=False
+            ),
             "ld_alpha: needs the reference's log-probs per token",
         ),
         (
             lambda: fl.dpo_loss(*flat, fl.LogProbs(q[: 4 - rank, 0]), cu_seqlens=cu, sequence_group=group, shift=False),
             rf"ref: expected fl.LogProbs \[4\] on all ranks of sequence_group, or per token on all, got \[{4 - rank}\]",
         ),
-    ):  # fmt: skip
+    ):
         with pytest.raises((TypeError, ValueError), match=words):
             call()
 

@@ -105,8 +105,13 @@ def check(rank, group, split):
         torch.testing.assert_close(split, loss, rtol=1e-10, atol=1e-12, msg=f"{name}: loss")
         here = [False, True, True, False, True, False, True]  # those of which a rank has its rows alone
         for j, (g, t) in enumerate(zip(found, gradients, strict=True)):
-            torch.testing.assert_close(g[rows] if here[j] else g, t[rows] if here[j] else t, rtol=1e-9, atol=1e-11,
-                                       msg=lambda m, name=name, j=j: f"{name}, gradient {j}: {m}")  # fmt: skip
+            torch.testing.assert_close(
+                g[rows] if here[j] else g,
+                t[rows] if here[j] else t,
+                rtol=1e-9,
+                atol=1e-11,
+                msg=lambda m, name=name, j=j: f"{name}, gradient {j}: {m}",
+            )
     z, w = policy[0] @ policy[1].T, ref[0] @ ref[1].T
     whole = fl.token_stats(z, labels, w, divergence=["forward_kl", "js"], entropy=True, collision=True, shift=False)
     mine = [fl.Logits(t[..., rows].clone().requires_grad_(), process_group=group) for t in (z, w)]
@@ -170,8 +175,10 @@ def check_data(rank, group):
     half, rows = mesh.get_local_rank("data"), own(mesh.get_local_rank("vocab"), (0.3, 0.7), V)
     pairs, single = ([0, 1, 3, 4], [2, 5]), ([0, 1, 2], [3])
     for name, variant, halves in (
-        ("preference_loss", "MPO", pairs), ("cross_entropy_loss", "both", single), ("distillation_loss", "with labels", single),
-    ):  # fmt: skip
+        ("preference_loss", "MPO", pairs),
+        ("cross_entropy_loss", "both", single),
+        ("distillation_loss", "with labels", single),
+    ):
         whole, batch = Batch(name, variant), Batch(name, variant)
         ref = None if batch.entry.ref == "unused" else "hidden"
         truth, (dx, dw) = whole.call(fl, torch.float64, "hidden", ref)

@@ -108,9 +108,16 @@ def test_head_options(backend, device, head, side):
     plain = {}
     mine, other = (head if side != "reference" else plain), (head if side != "policy" else plain)
     compare(
-        z, w, labels_for((5,), v, device), fp32, wrap=lambda x: fl.Logits(x, **mine), wrap_ref=lambda x: fl.Logits(x, **other),
-        divergence=["forward_kl", "js", "alpha"], entropy=True, collision=True,
-    )  # fmt: skip
+        z,
+        w,
+        labels_for((5,), v, device),
+        fp32,
+        wrap=lambda x: fl.Logits(x, **mine),
+        wrap_ref=lambda x: fl.Logits(x, **other),
+        divergence=["forward_kl", "js", "alpha"],
+        entropy=True,
+        collision=True,
+    )
 
 
 def test_padding_of_different_widths(backend, device):

@@ -245,8 +245,11 @@ def test_padded_batch():
     batch = collator(ROWS)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 12]]
     assert batch["labels"].tolist() == [
-        [-1, -1, -1, 4, 5], [-1, -1, 9, -1, -1], [-1, -1, -1, 6, -1], [-1, -1, 10, 11, 12]
-    ]  # fmt: skip
+        [-1, -1, -1, 4, 5],
+        [-1, -1, 9, -1, -1],
+        [-1, -1, -1, 6, -1],
+        [-1, -1, 10, 11, 12],
+    ]
     assert batch["attention_mask"].tolist()[1:3] == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
 
 
@@ -285,9 +288,14 @@ def test_packed_and_padded_have_one_loss(per_token):
         else:
             hidden = body(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         out = head(
-            hidden, batch["labels"], fl.LogProbs(batch["ref_logps"]), loss=fl.dpo_loss, shift=True, beta=0.5,
+            hidden,
+            batch["labels"],
+            fl.LogProbs(batch["ref_logps"]),
+            loss=fl.dpo_loss,
+            shift=True,
+            beta=0.5,
             **({"cu_seqlens": batch["cu_seqlens"]} if packed else {}),
-        )  # fmt: skip
+        )
         found.append((out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))))
         if per_token:
             assert batch["ref_logps"].shape == (out.stats.logps.shape if packed else (4, 4))

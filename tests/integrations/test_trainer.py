@@ -26,9 +26,15 @@ from fused_losses.losses import FAMILY  # noqa: E402
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 VOCAB, LENGTH = 64, 8
 SIZES = dict(
-    vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-    initializer_range=0.3, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    initializer_range=0.3,
+    pad_token_id=0,
+)
 
 
 class FusedTrainer(FusedLossMixin, Trainer):
@@ -73,10 +79,19 @@ def stacked(examples):
 def train(cls, model, path, *, more=None, data=None, **options):
     """The log of three steps, and the weights after them. Adam would make whole steps of gradients that are roundings."""
     arguments = dict(
-        output_dir=str(path), per_device_train_batch_size=4, max_steps=3, learning_rate=0.1, optim="sgd", logging_steps=1,
-        save_strategy="no", use_cpu=True, lr_scheduler_type="constant", disable_tqdm=True, gradient_accumulation_steps=2,
+        output_dir=str(path),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=0.1,
+        optim="sgd",
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        lr_scheduler_type="constant",
+        disable_tqdm=True,
+        gradient_accumulation_steps=2,
         report_to=[],
-    )  # fmt: skip
+    )
     args = TrainingArguments(**arguments | options)
     trainer = cls(model, args, data_collator=stacked, train_dataset=rows() if data is None else data, **(more or {}))
     trainer.train()
@@ -128,9 +143,19 @@ def test_metrics_of_training_and_of_evaluation_are_kept_apart(tmp_path):
     data = rows()
     more = {"fused_loss": fl.dpo_loss, "reference": near(tiny())}
     args = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=4, per_device_eval_batch_size=8, max_steps=4, logging_steps=4, eval_steps=2,
-        eval_strategy="steps", learning_rate=0.0, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=8,
+        max_steps=4,
+        logging_steps=4,
+        eval_steps=2,
+        eval_strategy="steps",
+        learning_rate=0.0,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     made = FusedTrainer(tiny(), args, data_collator=stacked, train_dataset=data, eval_dataset=data, **more)
     made.train()
     log = made.state.log_history
@@ -382,9 +407,16 @@ def test_images_reach_the_model(tmp_path):
 
 def test_what_splits_or_does_not_shift_labels_is_refused(tmp_path, monkeypatch):
     config = transformers.BartConfig(
-        vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
     model = transformers.BartForConditionalGeneration(config)
     for cls, more in ((FusedTrainer, {}), (Trainer, {"compute_loss_func": compute_loss_func()})):
         with pytest.raises(NotImplementedError, match="is an encoder-decoder, whose labels are not shifted"):
@@ -448,9 +480,19 @@ def collate(batch):
 
 def arguments(path, **options):
     fixed = dict(
-        output_dir=str(path), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
-        optim="sgd", learning_rate=0.5, max_grad_norm=1e9, logging_steps=1, max_steps=1, remove_unused_columns=False,
-    )  # fmt: skip
+        output_dir=str(path),
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        learning_rate=0.5,
+        max_grad_norm=1e9,
+        logging_steps=1,
+        max_steps=1,
+        remove_unused_columns=False,
+    )
     return TrainingArguments(**fixed | options)
 
 
@@ -844,9 +886,14 @@ def test_resuming_without_the_reference_is_refused(tmp_path):
     reference = near(tiny())
     args = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, report_to=[], disable_tqdm=True)
     again = FusedTrainer(
-        tiny(), args, data_collator=stacked, train_dataset=rows(), fused_loss=fl.dpo_loss, reference=reference,
+        tiny(),
+        args,
+        data_collator=stacked,
+        train_dataset=rows(),
+        fused_loss=fl.dpo_loss,
+        reference=reference,
         callbacks=[TrustRegionCallback(reference)],
-    )  # fmt: skip
+    )
     with pytest.raises(FileNotFoundError, match="reference: training goes on at step 3"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 

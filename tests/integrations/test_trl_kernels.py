@@ -253,14 +253,17 @@ def calls():
     one, several = torch.randint(0, VOCAB, (3, 4)), torch.randint(0, VOCAB, (3, 4, 5))
     keep = torch.rand(3, 4) < 0.6
     return [
-        ("selective_log_softmax", (one,), {}), ("selective_log_softmax", (several, 0.7), {}),
+        ("selective_log_softmax", (one,), {}),
+        ("selective_log_softmax", (several, 0.7), {}),
         ("selective_log_softmax", (one,), {"temperature": 0.7, "row_mask": keep}),
         ("selective_log_softmax", (several,), {"row_mask": keep.unsqueeze(-1).expand_as(several).long()}),
         ("selective_log_softmax_and_entropy", (one,), {}),
         ("selective_log_softmax_and_entropy", (one, False, 0.7), {"row_mask": keep}),
         ("selective_log_softmax_and_entropy", (one,), {"temperature": 1.4, "row_mask": keep.long()}),
-        ("entropy_from_logits", (), {}), ("entropy_from_logits", (2,), {}), ("entropy_from_logits", (), {"chunk_size": 5}),
-    ]  # fmt: skip
+        ("entropy_from_logits", (), {}),
+        ("entropy_from_logits", (2,), {}),
+        ("entropy_from_logits", (), {"chunk_size": 5}),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -417,9 +420,18 @@ def tiny(seed=1, **options):
 
     seeded(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=32, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **options,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -508,10 +520,20 @@ def trained(kind, tokenizer, path):
     keep = ["prompt", "completion"] if kind == "SFT" else ["prompt", "chosen", "rejected"]
     data = Dataset.from_list([{k: r[k] for k in keep} for r in rows])
     config = getattr(trl, f"{kind}Config")(
-        output_dir=str(path), per_device_train_batch_size=4, max_steps=2, logging_steps=1, report_to=[], use_cpu=True,
-        save_strategy="no", learning_rate=1e-2, bf16=False, seed=seed_of(1), disable_tqdm=True, gradient_checkpointing=False,
+        output_dir=str(path),
+        per_device_train_batch_size=4,
+        max_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        learning_rate=1e-2,
+        bf16=False,
+        seed=seed_of(1),
+        disable_tqdm=True,
+        gradient_checkpointing=False,
         **({"use_weighting": True} if kind == "DPO" else {}),
-    )  # fmt: skip
+    )
     model = tiny()
     more = {"ref_model": tiny(2)} if kind == "DPO" else {}
     made = getattr(trl, f"{kind}Trainer")(model, args=config, train_dataset=data, processing_class=tokenizer, **more)

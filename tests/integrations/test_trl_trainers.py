@@ -33,9 +33,15 @@ MODES = ["full", "lora", "precomputed"]
 SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
 PATH = Path(fl.__file__).parent / "cli/data/preferences.jsonl"
 SIZES = dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-    initializer_range=0.3, pad_token_id=0, eos_token_id=0,
-)  # fmt: skip
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    initializer_range=0.3,
+    pad_token_id=0,
+    eos_token_id=0,
+)
 
 
 def new_tokenizer():
@@ -71,10 +77,20 @@ def tiny(tokenizer, seed=1, cls=LlamaForCausalLM, **options):
 def build(cls, config, tokenizer, path, mode="full", data=None, model=None, evaluated=None, **options):
     """A trainer of TRL's or ours with the same everything."""
     arguments = dict(
-        output_dir=str(path), per_device_train_batch_size=2, max_steps=STEPS, learning_rate=3e-3, logging_steps=1, report_to=[],
-        save_strategy="no", use_cpu=True, seed=seed_of(3), max_length=48, disable_tqdm=True, lr_scheduler_type="constant",
+        output_dir=str(path),
+        per_device_train_batch_size=2,
+        max_steps=STEPS,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        seed=seed_of(3),
+        max_length=48,
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
         bf16=False,
-    )  # fmt: skip
+    )
     policy = tiny(tokenizer) if model is None else model()
     more = {} if evaluated is None else {"eval_dataset": evaluated}
     if mode == "lora":
@@ -139,9 +155,14 @@ DPO = in_pairs(MODES, [*LINKED, *OTHERS], LINKS, allowed=lambda mode, loss, link
 def test_dpo(dpo, loss, link):
     made, state = dpo
     settings = dict(
-        loss_types=[loss], loss_weights=[1.0], f_divergence_type=link, f_alpha_divergence_coef=LINKS[link], beta=0.3,
-        label_smoothing=0.1 if loss in SMOOTHED else 0.0, use_weighting=False,
-    )  # fmt: skip
+        loss_types=[loss],
+        loss_weights=[1.0],
+        f_divergence_type=link,
+        f_alpha_divergence_coef=LINKS[link],
+        beta=0.3,
+        label_smoothing=0.1 if loss in SMOOTHED else 0.0,
+        use_weighting=False,
+    )
     theirs, mine = (run(t, state, **settings) for t in made)
     assert {"loss", "rewards/margins", "logits/chosen", "entropy", "mean_token_accuracy", "num_tokens"} <= mine[
         0
@@ -310,8 +331,17 @@ def test_an_adapter_that_is_trained_further(tokenizer, tmp_path):
         policy = tiny(tokenizer)
         seeded(5)
         model = peft.get_peft_model(policy, config)
-        args = trl.DPOConfig(str(tmp_path / n), max_steps=STEPS, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
-                             per_device_train_batch_size=2, learning_rate=3e-3, save_strategy="no")  # fmt: skip
+        args = trl.DPOConfig(
+            str(tmp_path / n),
+            max_steps=STEPS,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=2,
+            learning_rate=3e-3,
+            save_strategy="no",
+        )
         made.append(cls(model, args=args, train_dataset=rows(), processing_class=tokenizer))
     found = compare(made, {k: x.clone() for k, x in made[0].model.state_dict().items()})
     assert found[0]["rewards/margins"] == pytest.approx(0, abs=1e-5) != found[1]["rewards/margins"]
@@ -379,10 +409,20 @@ def test_gkd(tokenizer, tmp_path, beta):
     made = []
     for n, cls in (("theirs", GKDTrainer), ("ours", ours.GKDTrainer)):
         config = GKDConfig(
-            str(tmp_path / n), max_steps=STEPS, logging_steps=1, report_to=[], use_cpu=True, bf16=False, lmbda=0.0,
-            per_device_train_batch_size=2, learning_rate=3e-3, save_strategy="no", beta=beta, max_length=64,
+            str(tmp_path / n),
+            max_steps=STEPS,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            lmbda=0.0,
+            per_device_train_batch_size=2,
+            learning_rate=3e-3,
+            save_strategy="no",
+            beta=beta,
+            max_length=64,
             gradient_accumulation_steps=2,
-        )  # fmt: skip
+        )
         teacher = tiny(tokenizer, seed=7, hidden_size=24)
         made.append(cls(tiny(tokenizer), teacher, args=config, train_dataset=messages(), processing_class=tokenizer))
     compare(made, {k: x.clone() for k, x in made[0].model.state_dict().items()})
@@ -395,9 +435,19 @@ def test_distillation_on_the_students_own_tokens(tokenizer, tmp_path, beta):
     made = []
     for n, cls in (("theirs", trl.DistillationTrainer), ("ours", ours.DistillationTrainer)):
         config = trl.DistillationConfig(
-            str(tmp_path / n), max_steps=STEPS, logging_steps=1, report_to=[], use_cpu=True, bf16=False, beta=beta,
-            per_device_train_batch_size=2, learning_rate=1e-12, save_strategy="no", max_completion_length=8, temperature=0.8,
-        )  # fmt: skip
+            str(tmp_path / n),
+            max_steps=STEPS,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            beta=beta,
+            per_device_train_batch_size=2,
+            learning_rate=1e-12,
+            save_strategy="no",
+            max_completion_length=8,
+            temperature=0.8,
+        )
         teacher = tiny(tokenizer, seed=7, hidden_size=24)
         prompts = rows().select_columns(["prompt"])
         made.append(cls(tiny(tokenizer), teacher, args=config, train_dataset=prompts, processing_class=tokenizer))
@@ -537,8 +587,9 @@ def test_a_callback_that_moves_a_precomputed_reference_is_refused(tokenizer, tmp
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_models_compiled_as_a_whole(kind, tokenizer, tmp_path):
     cls, config, data = {
-        "dpo": (ours.DPOTrainer, trl.DPOConfig, rows()), "kto": (ours.KTOTrainer, trl.KTOConfig, rows("unpaired")),
-    }[kind]  # fmt: skip
+        "dpo": (ours.DPOTrainer, trl.DPOConfig, rows()),
+        "kto": (ours.KTOTrainer, trl.KTOConfig, rows("unpaired")),
+    }[kind]
     made = build(cls, config, tokenizer, tmp_path, data=data, torch_compile=True)
     with pytest.raises(NotImplementedError, match="compiled as a whole; compile its backbone alone"):
         made.train()

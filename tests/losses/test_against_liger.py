@@ -145,10 +145,17 @@ def test_grpo(name):
     o = {"loss_type": "grpo", "importance": "token", "epsilon": 0.2, "beta": 0.0} | GRPO[name]
     high = o.get("epsilon_high", o["epsilon"])
     theirs = LigerFusedLinearGRPOLoss(
-        beta=o["beta"], compiled=False, epsilon_low=o["epsilon"], epsilon_high=high, loss_type=o["loss_type"],
-        max_completion_length=o.get("max_completion_length"), importance_sampling_level=o["importance"],
-        temperature=0.8, delta=o.get("delta"), use_ref_model=o["beta"] != 0,
-    )  # fmt: skip
+        beta=o["beta"],
+        compiled=False,
+        epsilon_low=o["epsilon"],
+        epsilon_high=high,
+        loss_type=o["loss_type"],
+        max_completion_length=o.get("max_completion_length"),
+        importance_sampling_level=o["importance"],
+        temperature=0.8,
+        delta=o.get("delta"),
+        use_ref_model=o["beta"] != 0,
+    )
     policy = fl.Hidden(*b.doubles, temperature=0.8)
     logps = fl.reference.token_stats(policy, b.labels, shift=False).logps.detach()
     old, ref = (logps + torch.randn_like(logps) * 0.3 for _ in range(2))

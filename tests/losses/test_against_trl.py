@@ -41,9 +41,16 @@ ONLY_TRL = {"num_tokens", "logits/chosen", "logits/rejected", "mean_token_accura
 def tiny(seed):
     seeded(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32, initializer_range=0.3, pad_token_id=PAD,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        pad_token_id=PAD,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -69,9 +76,15 @@ def trainer(cls, config, policy, ref, *, temperature=1.0, **given):
     made = object.__new__(cls)
     vars(made).update(fields)
     vars(made).update(
-        model=policy, ref_model=ref, args=SimpleNamespace(**fields), accelerator=Accelerator(cpu=True), _tp_size=1,
-        _metrics={"train": defaultdict(list), "eval": defaultdict(list)}, _total_train_tokens=0, aux_loss_enabled=False,
-    )  # fmt: skip
+        model=policy,
+        ref_model=ref,
+        args=SimpleNamespace(**fields),
+        accelerator=Accelerator(cpu=True),
+        _tp_size=1,
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _total_train_tokens=0,
+        aux_loss_enabled=False,
+    )
     return made
 
 
@@ -141,9 +154,17 @@ DPO += [(loss, link, o) for link in LINKS for loss, o in LINKED.items()]
 
 def dpo_trainer(models, losses, link="reverse_kl", coefficient=0.5, weights=None, **options):
     return trainer(
-        DPOTrainer, DPOConfig, *models, beta=0.3, loss_types=losses, loss_weights=weights or [1.0] * len(losses),
-        f_divergence_type=link, f_alpha_divergence_coef=coefficient, precompute_ref_logps=False, **options,
-    )  # fmt: skip
+        DPOTrainer,
+        DPOConfig,
+        *models,
+        beta=0.3,
+        loss_types=losses,
+        loss_weights=weights or [1.0] * len(losses),
+        f_divergence_type=link,
+        f_alpha_divergence_coef=coefficient,
+        precompute_ref_logps=False,
+        **options,
+    )
 
 
 def compare_dpo(models, losses, link="reverse_kl", weights=None, **options):
@@ -153,9 +174,17 @@ def compare_dpo(models, losses, link="reverse_kl", weights=None, **options):
     with torch.no_grad():
         w = logits_of(ref, batch)
     twin = fl.reference.preference_loss(
-        logits_of(policy, batch), labels_of(batch), w, loss_type=losses[0] if len(losses) == 1 else losses, divergence=link,
-        beta=0.3, loss_weights=weights, shift=True, entropy=True, **options,
-    )  # fmt: skip
+        logits_of(policy, batch),
+        labels_of(batch),
+        w,
+        loss_type=losses[0] if len(losses) == 1 else losses,
+        divergence=link,
+        beta=0.3,
+        loss_weights=weights,
+        shift=True,
+        entropy=True,
+        **options,
+    )
     compare(made, made._compute_loss(made.model, batch, return_outputs=False), twin, policy)
 
 
@@ -256,15 +285,30 @@ def test_kto_trainer(models, loss, desirable):
     other = next(x for x in (tokens(5, seed=k) for k in range(4, 100)) if baseline(x) > 0)
     weights = {"desirable_weight": 1.3, "undesirable_weight": 0.7}
     made = trainer(
-        KTOTrainer, KTOConfig, policy, ref, loss_type=loss, beta=0.3, calculate_KL=loss == "kto", precompute_ref_logps=False,
+        KTOTrainer,
+        KTOConfig,
+        policy,
+        ref,
+        loss_type=loss,
+        beta=0.3,
+        calculate_KL=loss == "kto",
+        precompute_ref_logps=False,
         **weights,
-    )  # fmt: skip
+    )
     batch, z0 = tokens(5, seed=3), baseline(other)
     label = torch.tensor(desirable, dtype=torch.bool)
     out = fl.reference.kto_loss(
-        logits_of(policy, batch), labels_of(batch), logits_of(ref, batch), label, loss_type=loss, beta=0.3, shift=True,
-        entropy=True, baseline=z0.detach() if loss == "kto" else None, **weights,
-    )  # fmt: skip
+        logits_of(policy, batch),
+        labels_of(batch),
+        logits_of(ref, batch),
+        label,
+        loss_type=loss,
+        beta=0.3,
+        shift=True,
+        entropy=True,
+        baseline=z0.detach() if loss == "kto" else None,
+        **weights,
+    )
     batch |= {"label": label} | {f"KL_{n}": x for n, x in other.items()}
     theirs = made._compute_loss(made.model, batch, return_outputs=False)
     assert z0 > 0
@@ -306,9 +350,12 @@ def completions(sequences=5, prompt=4, length=6):
     tool[0, 1] = 0
     ids = ids.where(torch.cat([prompt_mask, mask], 1) == 1, PAD)
     return {
-        "prompt_ids": ids[:, :prompt], "prompt_mask": prompt_mask, "completion_ids": ids[:, prompt:],
-        "completion_mask": mask, "tool_mask": tool,
-    }  # fmt: skip
+        "prompt_ids": ids[:, :prompt],
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids[:, prompt:],
+        "completion_mask": mask,
+        "tool_mask": tool,
+    }
 
 
 def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, on_policy=False):
@@ -317,12 +364,24 @@ def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, o
     o |= options
     high = o["epsilon"] if o["epsilon_high"] is None else o["epsilon_high"]
     made = trainer(
-        GRPOTrainer, GRPOConfig, policy, ref, temperature=temperature, loss_type=o["loss_type"], delta=o["delta"],
+        GRPOTrainer,
+        GRPOConfig,
+        policy,
+        ref,
+        temperature=temperature,
+        loss_type=o["loss_type"],
+        delta=o["delta"],
         beta=o["beta"],
-        importance_sampling_level=o["importance"], epsilon_low=o["epsilon"], epsilon_high=high, steps_per_generation=2,
-        max_completion_length=o.get("max_completion_length"), current_gradient_accumulation_steps=2, use_vllm=False,
-        _entropy_bonus_enabled=False, use_bias_correction_kl=False,
-    )  # fmt: skip
+        importance_sampling_level=o["importance"],
+        epsilon_low=o["epsilon"],
+        epsilon_high=high,
+        steps_per_generation=2,
+        max_completion_length=o.get("max_completion_length"),
+        current_gradient_accumulation_steps=2,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        use_bias_correction_kl=False,
+    )
     made.model.train(train)  # without dropout
     x = completions()
     mask = x["completion_mask"] * x["tool_mask"]
@@ -350,9 +409,16 @@ def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, o
     # In training TRL divides by the steps that it accumulates over, or by the tokens of all of them.
     by_tokens, half = o["loss_type"] in ("dapo", "cispo"), 2 * {"bnpo": int(items)}.get(o["loss_type"], len(ids))
     out = fl.reference.grpo_loss(
-        z, labels, own, old_logps=None if on_policy else old, ref=fl.LogProbs(known[1]) if o["beta"] else None, shift=True,
-        entropy=True, num_items=items + 7 if by_tokens else half if train else None, **o,
-    )  # fmt: skip
+        z,
+        labels,
+        own,
+        old_logps=None if on_policy else old,
+        ref=fl.LogProbs(known[1]) if o["beta"] else None,
+        shift=True,
+        entropy=True,
+        num_items=items + 7 if by_tokens else half if train else None,
+        **o,
+    )
     loss = made._compute_loss(made.model, inputs)
     compare(made, loss, out, policy, fewer={"clip_ratio/low_min", "clip_ratio/high_max"})
     return out
@@ -386,13 +452,28 @@ def test_group_advantages(models, scale):
     rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, 2.0, 2.0, 0.3, torch.nan, 0.7, torch.nan, 0.1, torch.nan])
     count = len(rewards)
     made = trainer(
-        GRPOTrainer, GRPOConfig, *models, scale_rewards=scale, num_generations=3, num_generations_eval=3,
-        multi_objective_aggregation="sum_then_normalize", reward_weights=torch.ones(1), reward_func_names=["given"],
-        environment_factories=None, environments=None, tools=None, pad_to_multiple_of=None, use_vllm=False,
-        mask_truncated_completions=False, _tokenizer=SimpleNamespace(pad_token_id=PAD), steps_per_generation=1,
-        num_iterations=1, _logs=defaultdict(list) | {"rewards": defaultdict(list)}, _pending_extra_logs={},
+        GRPOTrainer,
+        GRPOConfig,
+        *models,
+        scale_rewards=scale,
+        num_generations=3,
+        num_generations_eval=3,
+        multi_objective_aggregation="sum_then_normalize",
+        reward_weights=torch.ones(1),
+        reward_func_names=["given"],
+        environment_factories=None,
+        environments=None,
+        tools=None,
+        pad_to_multiple_of=None,
+        use_vllm=False,
+        mask_truncated_completions=False,
+        _tokenizer=SimpleNamespace(pad_token_id=PAD),
+        steps_per_generation=1,
+        num_iterations=1,
+        _logs=defaultdict(list) | {"rewards": defaultdict(list)},
+        _pending_extra_logs={},
         _pending_metrics={},
-    )  # fmt: skip
+    )
     made._generate = lambda prompts: ([[1, 2]] * count, [[3, 4]] * count, None, [""] * count, None, {}, None, None)
     made._calculate_rewards = lambda *_: rewards[:, None]
     found = made._generate_and_score_completions([{"prompt": ""}] * count)
@@ -434,13 +515,15 @@ def test_generalised_jsd(logits, beta):
     close(*(torch.autograd.grad(x, z)[0] for x in (out.loss, theirs)), tolerance=1e-12)
     close(
         fl.reference.distillation_loss(z, labels, w, beta=beta, num_items=4, shift=False).loss,
-        GKDTrainer.generalized_jsd_loss(z, w, labels, beta=beta, num_items_in_batch=4), tolerance=1e-12,
-    )  # fmt: skip
+        GKDTrainer.generalized_jsd_loss(z, w, labels, beta=beta, num_items_in_batch=4),
+        tolerance=1e-12,
+    )
     each = compute_full_logit_self_distillation_loss(z, w, distillation_alpha=beta)
     close(
         fl.reference.distillation_loss(z, labels, w, beta=beta, reduction="none", shift=False).loss,
-        each.masked_fill(labels == -100, 0), tolerance=1e-12,
-    )  # fmt: skip
+        each.masked_fill(labels == -100, 0),
+        tolerance=1e-12,
+    )
 
 
 DROP_INS = {name: getattr(utils, name, None) for name in fl.reference.trl_functions.__all__}
@@ -460,7 +543,9 @@ def calls(name, logits):
     one, several, keep = labels.clamp(min=0), z.detach().topk(4).indices, labels != -100
     return {
         "selective_log_softmax": [
-            ((z, one), {}), ((z, several, 0.7), {}), ((z, one), {"temperature": 0.7, "row_mask": keep}),
+            ((z, one), {}),
+            ((z, several, 0.7), {}),
+            ((z, one), {"temperature": 0.7, "row_mask": keep}),
             ((z, several), {"row_mask": keep.unsqueeze(-1).expand_as(several).long()}),
         ],
         "selective_log_softmax_and_entropy": [((z, one), {}), ((z, one, True, 0.7, keep), {})],
@@ -471,7 +556,7 @@ def calls(name, logits):
             for r in ("batchmean", "sum", "mean")
             for more in ({}, {"labels": labels}, {"labels": labels, "temperature": 0.9, "num_items_in_batch": 5})
         ],
-    }[name]  # fmt: skip
+    }[name]
 
 
 @pytest.mark.parametrize("library", [fl, fl.reference], ids=["fused", "twin"])
@@ -522,10 +607,14 @@ def test_chunked_divergence(beta, options):
     divergence, entropy = ChunkedDivergenceFunction.apply(*leaves, *teacher, beta, 0.7, *given, *given)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     out = fl.reference.distillation_loss(
-        fl.Hidden(*doubles, temperature=0.7, **options), labels,
-        fl.Hidden(*(x.detach().double() for x in teacher), temperature=0.7, **options), beta=beta, reduction="none",
-        entropy=True, shift=False,
-    )  # fmt: skip
+        fl.Hidden(*doubles, temperature=0.7, **options),
+        labels,
+        fl.Hidden(*(x.detach().double() for x in teacher), temperature=0.7, **options),
+        beta=beta,
+        reduction="none",
+        entropy=True,
+        shift=False,
+    )
     close(out.loss, divergence)
     close(out.stats.entropy, entropy)
     g = torch.randn(13)

@@ -59,9 +59,20 @@ def test_formulas_of_trl(options, importance, per_token):
     named = {"old_logps": old, "ref": fl.LogProbs(ref), "importance": importance, "epsilon_high": high, "beta": 0.2}
     out = fl.grpo_loss(*args, **named, **more, **options, **items, shift=False)
     truth = by_hand(
-        logps, old, ref, y != -100, a, loss, importance == "sequence", 0.2, high, beta=0.2,
-        delta=more.get("delta"), length=options.get("max_completion_length"), items=items.get("num_items"),
-    )  # fmt: skip
+        logps,
+        old,
+        ref,
+        y != -100,
+        a,
+        loss,
+        importance == "sequence",
+        0.2,
+        high,
+        beta=0.2,
+        delta=more.get("delta"),
+        length=options.get("max_completion_length"),
+        items=items.get("num_items"),
+    )
     torch.testing.assert_close(out.loss, truth)
     torch.testing.assert_close(torch.autograd.grad(out.loss, logps), torch.autograd.grad(truth, logps))
 
@@ -136,9 +147,16 @@ def test_extreme_ratios_have_finite_gradients():
                 {"loss_type": "cispo", "epsilon_high": 1e300},
             ]:
                 out = fl.grpo_loss(
-                    fl.LogProbs(logps), y, torch.tensor([a]), old_logps=old, ref=fl.LogProbs(old.clamp(min=-900)), kl=kl,
-                    beta=0.1, **options, shift=False,
-                )  # fmt: skip
+                    fl.LogProbs(logps),
+                    y,
+                    torch.tensor([a]),
+                    old_logps=old,
+                    ref=fl.LogProbs(old.clamp(min=-900)),
+                    kl=kl,
+                    beta=0.1,
+                    **options,
+                    shift=False,
+                )
                 (g,) = torch.autograd.grad(out.loss, logps)
                 assert out.loss.isfinite() and g.isfinite().all(), (a, kl, options)
 
@@ -329,9 +347,13 @@ def test_gradients_of_ignored_tokens_are_zero(importance):
     _, old, _, y, a = batch(dtype=torch.float32)
     for number in (math.nan, -math.inf, math.inf):
         out = fl.grpo_loss(
-            torch.randn(4, 6, 7, requires_grad=True), y, a[:, None].expand(4, 6).masked_fill(y == -100, number),
-            old_logps=old.masked_fill(y == -100, number), importance=importance, shift=False,
-        )  # fmt: skip
+            torch.randn(4, 6, 7, requires_grad=True),
+            y,
+            a[:, None].expand(4, 6).masked_fill(y == -100, number),
+            old_logps=old.masked_fill(y == -100, number),
+            importance=importance,
+            shift=False,
+        )
         (g,) = torch.autograd.grad(out.loss, out.stats.logps)
         assert g.isfinite().all() and not g[y == -100].any() and g.any()
 

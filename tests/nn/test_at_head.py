@@ -160,9 +160,16 @@ def test_weights_that_wait_elsewhere():
 
 def test_an_encoder_decoder_is_refused():
     config = transformers.BartConfig(
-        vocab_size=V, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=V,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
     model = transformers.BartForConditionalGeneration(config)
     with pytest.raises(NotImplementedError, match="is an encoder-decoder, whose labels are not shifted"):
         fl.at_head(model, lambda p: p.hidden.sum(), **batch()[0])

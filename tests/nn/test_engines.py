@@ -103,9 +103,14 @@ def test_every_loss_of_a_sharded_head(world):
 def tiny(seed, **options):
     seeded(seed)
     sizes = dict(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | options)).double()
 
 

@@ -68,9 +68,13 @@ def test_none_outlives_the_process_that_started_it(code, how, all_of_them):
     here = Path(__file__).parent
     paths = [here, here.parent / "support", here.parents[1] / "bench", os.environ.get("PYTHONPATH", "")]
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=hear_ctrl_c,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+    )
     try:
         assert [parent.stdout.readline() for _ in range(2)] == [b"stuck\n"] * 2
         (os.killpg if all_of_them else os.kill)(parent.pid, getattr(signal, how))

@@ -114,12 +114,14 @@ def test_what_needs_no_model(scale):
         f = fl.reference
         named = {f"jsd {beta}": f.generalized_jsd_loss(a, b, beta=beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)}
         return named | {
-            "entropy": f.entropy_from_logits(a), "log-probs": f.selective_log_softmax(a, y, 0.7),
-            "ranking": f.plackett_luce_loss(a), "pairs": f.bradley_terry_loss(a, b),
+            "entropy": f.entropy_from_logits(a),
+            "log-probs": f.selective_log_softmax(a, y, 0.7),
+            "ranking": f.plackett_luce_loss(a),
+            "pairs": f.bradley_terry_loss(a, b),
             "alignment": f.semantic_alignment_loss(a[:, 0], b),
             "focus": f.reasoning_focus_loss(a[:, 0], b, a[:, 1], temperature=0.005),
             "preferences": f.upo_loss(a, y, b, (a[:, 0, 0] * 10).detach(), shift=False).loss,
-        }  # fmt: skip
+        }
 
     check(call, [a, b])
 

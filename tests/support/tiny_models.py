@@ -10,9 +10,18 @@ V, H = 97, 32
 
 
 SMALL = dict(
-    vocab_size=V, hidden_size=H, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=V,
+    hidden_size=H,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 GPT = dict(vocab_size=V, n_embd=H, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)

@@ -26,9 +26,13 @@ NEVER = -1e30  # the logit of a step that does not exist: finite, so that rows w
 
 
 def semantic_alignment_loss(
-    question: Tensor, thoughts: Tensor, *, mask: Tensor | None = None, reduction: str = "mean",
+    question: Tensor,
+    thoughts: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
     num_items: Count | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Compute the semantic alignment loss of LTA-Thinker (arXiv 2509.12875).
 
     It makes latent thoughts similar in meaning to the question. For each example it is the mean over thoughts of
@@ -56,9 +60,15 @@ def semantic_alignment_loss(
 
 
 def reasoning_focus_loss(
-    question: Tensor, steps: Tensor, answers: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1,
-    reduction: str = "mean", num_items: Count | None = None,
-) -> Tensor:  # fmt: skip
+    question: Tensor,
+    steps: Tensor,
+    answers: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 0.1,
+    reduction: str = "mean",
+    num_items: Count | None = None,
+) -> Tensor:
     """Compute the reasoning focus loss of LTA-Thinker (arXiv 2509.12875).
 
     It makes the question similar to the reasoning step that is closest to its answer. For each example it is
