@@ -193,7 +193,7 @@ def compile_workload(
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses.core.layout import Problem
+    from fused_losses.core.layout import Grads, Outputs, Problem
     from fused_losses.engine import logits_ops
     from fused_losses.kernels import configs, launch
 
@@ -205,12 +205,16 @@ def compile_workload(
     y = torch.zeros(2, dtype=torch.int64)
     logps, ref_logps, lse, ent, div, hit, squares, saved = logits_ops._allocate(z, w, problem)
     g = torch.zeros(2)
-    grads = (g, g if to_ref else None, None, g if entropy else None, torch.zeros_like(div) if divergences else None)
+    grads = Grads(
+        logps=g, ref_logps=g if to_ref else None, entropy=g if entropy else None,
+        divergence=torch.zeros_like(div) if divergences else None,
+    )  # fmt: skip
+    out = Outputs(
+        logps, ref_logps if ref else None, lse, ent if entropy else None, div if divergences else None, hit,
+        squares if collision else None, saved,
+    )  # fmt: skip
     with compiled(target) as kernels:
-        launch.forward(
-            problem, z, y, w, logps, ref_logps if ref else None, lse, ent if entropy else None,
-            div if divergences else None, hit, squares if collision else None, saved,
-        )  # fmt: skip
+        launch.forward(problem, z, y, w, out)
         launch.backward(problem, z, y, w, saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
     config = launch.forward_config(problem, z.dtype)
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
@@ -221,7 +225,7 @@ def compile_pairs(target: str) -> list[tuple]:
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses.core.layout import PairProblem
+    from fused_losses.core.layout import PairGrads, PairOutputs, PairProblem
     from fused_losses.core.margin_losses import TERMS
     from fused_losses.kernels import launch
 
@@ -234,9 +238,10 @@ def compile_pairs(target: str) -> list[tuple]:
         numbers = (0.1,) * (len(inspect.signature(term).parameters) - 1)
         problem = PairProblem(link, term, numbers, 0.1, 4, False)
         packed = cu if number % 2 else None
-        coef, grads = torch.zeros(4), (torch.zeros(2), None, None)
+        coef, grads = torch.zeros(4), PairGrads(losses=torch.zeros(2))
+        out = PairOutputs(torch.zeros(2), *(torch.zeros(4) for _ in range(3)))
         with compiled(target) as kernels:
-            launch.pair_forward(problem, tokens, ref, mask, packed, torch.zeros(2), *(torch.zeros(4) for _ in range(3)))
+            launch.pair_forward(problem, tokens, ref, mask, packed, out)
             launch.pair_backward(problem, grads, coef, mask, packed, tokens, ref)
         name = f"{term.__name__}, {link.key}"
         found += [(name, *of) for of in zip(("forward", "backward"), kernels, strict=True)]

@@ -1,4 +1,4 @@
-"""Launch the kernels: compute their strides, flags and grids.
+"""Launch the kernels: build their arguments, compute flags and grids. The functions are those of backends/interface.py.
 
 Arguments are not checked here, because the public functions check them. Nothing of vocabulary size is allocated here; the
 caller passes the tensors for the gradients.
@@ -11,8 +11,17 @@ import torch
 from triton.runtime import driver
 
 from ..core.divergences import Divergence
-from ..core.layout import PairProblem, Problem, row_layout
-from . import configs, fused_linear, pair_loss, token_stats, vocab_chunks
+from ..core.layout import (
+    Grads,
+    HiddenRows,
+    Outputs,
+    PairGrads,
+    PairOutputs,
+    PairProblem,
+    Problem,
+    row_layout,
+)
+from . import arguments, configs, fused_linear, pair_loss, token_stats, vocab_chunks
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
 
 
@@ -21,31 +30,70 @@ def on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _side(x, softcap, multiplier):
-    """Return (tensor, row layout, vocabulary stride, head) of one side.
-
-    Absent parts are None. A stride of 1 is also given as None.
-    """
+def _logits(x, softcap=0.0, multiplier=1.0):
+    """Return logits, or the place for their gradients, as kernels take them."""
     if x is None:
-        return None, (1, 0, 0), None, (None, None)
-    head = (softcap or None, None if multiplier == 1.0 else multiplier)
-    return x, row_layout(x, 1), None if x.stride(-1) == 1 else x.stride(-1), head
+        return None
+    stride = None if x.stride(-1) == 1 else x.stride(-1)
+    return arguments.Logits(x, row_layout(x, 1), stride, softcap or None, None if multiplier == 1.0 else multiplier)
 
 
-def _formulas(divergences: tuple[Divergence, ...]):
-    twin = lambda fn: None if fn is None else jit(fn)  # noqa: E731
-    powers = tuple(dict.fromkeys(d.power for d in divergences if d.power is not None))
-    return {
-        "numbers": tuple(d.params for d in divergences),
-        "powers": powers,
-        "degrees": tuple(d.degree for d in divergences),
-        "ROWS": tuple(twin(d.row) for d in divergences),
-        "TERMS": tuple(twin(d.term) for d in divergences),
-        "GRADS": tuple(twin(d.grad_p) for d in divergences),
-        "POWER": tuple(powers.index(d.power) if d.power is not None else -1 for d in divergences),
-        "MOMENTS": any(d.row is not None for d in divergences),
-        "SECOND": any(d.term is not None for d in divergences),
-    }
+def _policy(problem: Problem, x):
+    return _logits(x, problem.softcap, problem.multiplier)
+
+
+def _ref(problem: Problem, x):
+    return _logits(x, problem.ref_softcap, problem.ref_multiplier)
+
+
+def _token_labels(problem: Problem, labels):
+    length = labels.shape[-1] if problem.shift else 1
+    return arguments.Labels(labels, row_layout(labels, 0), problem.ignore_index, length)
+
+
+def _row_labels(problem: Problem, labels):
+    return arguments.Labels(labels, None, problem.ignore_index, 1)
+
+
+def _fields(x):
+    return None if x is None else arguments.Fields(x, x.stride(0))
+
+
+def _powers(divergences: tuple[Divergence, ...]) -> tuple[float, ...]:
+    return tuple(dict.fromkeys(d.power for d in divergences if d.power is not None))
+
+
+def _params(divergences: tuple[Divergence, ...]):
+    return tuple(d.params for d in divergences)
+
+
+def _numbers(divergences: tuple[Divergence, ...]) -> arguments.Numbers:
+    return arguments.Numbers(_params(divergences), _powers(divergences), tuple(d.degree for d in divergences))
+
+
+def _formulas(divergences: tuple[Divergence, ...]) -> arguments.Formulas:
+    compiled = lambda formula: None if formula is None else jit(formula)  # noqa: E731
+    powers = _powers(divergences)
+    return arguments.Formulas(
+        row=tuple(compiled(d.row) for d in divergences),
+        term=tuple(compiled(d.term) for d in divergences),
+        grad_p=tuple(jit(d.grad_p) for d in divergences),
+        grad_q=tuple(jit(d.grad_q) for d in divergences),
+        power=tuple(powers.index(d.power) if d.power is not None else -1 for d in divergences),
+    )
+
+
+def _moments(problem: Problem) -> bool:
+    """Return whether a divergence follows from the sums of the rows."""
+    return any(d.row is not None for d in problem.divergences)
+
+
+def _wanted(problem: Problem) -> arguments.Wanted:
+    return arguments.Wanted(problem.entropy, problem.collision, bool(problem.divergences))
+
+
+def _steps(config: configs.Config) -> arguments.Steps:
+    return arguments.Steps(config.unroll, config.lanes, config.stages)
 
 
 def forward_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
@@ -60,85 +108,118 @@ def fold_config(problem: Problem, dtype: torch.dtype) -> configs.Config:
     return configs.FORWARD_MORE if more else configs.FORWARD
 
 
-def forward(
-    problem: Problem, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, collision, saved
-) -> None:  # fmt: skip
+def check_labels(problem: Problem, labels) -> None:
+    """Do nothing: kernels give NaN for the row of a label out of range."""
+
+
+def forward(problem: Problem, policy, labels, ref, out: Outputs) -> None:
     config = forward_config(problem, policy.dtype)
     with on(policy.device):
-        token_stats.token_stats_forward[(logps.numel(),)](
-            *_side(policy, problem.softcap, problem.multiplier),
-            *_side(ref, problem.ref_softcap, problem.ref_multiplier),
-            labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
-            logps, ref_logps, lse, entropy, div, hit, collision, saved, problem.vocab,
-            **_formulas(problem.divergences), SHIFT=problem.shift,
-            UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+        token_stats.token_stats_forward[(out.logps.numel(),)](
+            _policy(problem, policy),
+            _ref(problem, ref),
+            _token_labels(problem, labels),
+            out,
+            problem.vocab,
+            _numbers(problem.divergences),
+            FORMULAS=_formulas(problem.divergences),
+            MOMENTS=_moments(problem),
+            SECOND=any(d.term is not None for d in problem.divergences),
+            SHIFT=problem.shift,
+            STEPS=_steps(config),
+            num_warps=config.warps,
+        )
 
 
-def backward(problem: Problem, policy, labels, ref, saved, grads, dz, dw) -> None:
-    """Launch the kernel that writes dz and dw.
-
-    grads: the gradients of logps, ref_logps, lse, entropy [rows] and divergences [n, rows], each contiguous or None.
-    """
-    d_div = grads[-1]
-    divergences = problem.divergences if d_div is not None else ()
-    ref = ref if divergences or dw is not None else None
-    z, w = _side(policy, problem.softcap, problem.multiplier), _side(ref, problem.ref_softcap, problem.ref_multiplier)
+def backward(problem: Problem, policy, labels, ref, saved, grads: Grads, d_policy, d_ref) -> None:
+    divergences = problem.divergences if grads.divergence is not None else ()
+    ref = ref if divergences or d_ref is not None else None
+    config = configs.BACKWARD
     with on(policy.device):
         token_stats.token_stats_backward[(saved.shape[1],)](
-            *z, *_side(dz, None, 1.0)[:3],
-            *w, *_side(dw, None, 1.0)[:3],
-            labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
-            *grads, saved, problem.vocab, problem.first, policy.shape[-1], ref.shape[-1] if ref is not None else 0,
-            tuple(d.params for d in divergences),
-            GRADS_P=tuple(jit(d.grad_p) for d in divergences), GRADS_Q=tuple(jit(d.grad_q) for d in divergences),
-            SHIFT=problem.shift, BLOCK=configs.BACKWARD.lanes * configs.BACKWARD.unroll, STAGES=configs.BACKWARD.stages,
-            num_warps=configs.BACKWARD.warps,
-        )  # fmt: skip
-
-
-def _take(formulas: dict, *names: str) -> dict:
-    return {name: formulas[name] for name in names}
-
-
-def _sides(problem: Problem, z, w):
-    return *_side(z, problem.softcap, problem.multiplier), *_side(w, problem.ref_softcap, problem.ref_multiplier)
-
-
-def fold(problem: Problem, z, labels, w, state, fresh: bool) -> None:
-    """Add logits [rows, columns] to the running sums in state [fields, rows].
-
-    Column 0 is the token problem.first of the vocabulary. fresh: the state holds no sums yet and is overwritten.
-    """
-    config = fold_config(problem, z.dtype)
-    formulas = _formulas(problem.divergences)
-    with on(z.device):
-        vocab_chunks.fold_slice[(z.shape[0],)](
-            *_sides(problem, z, w), labels, problem.ignore_index, state, state.stride(0), problem.vocab, problem.first,
-            formulas["powers"], FRESH=fresh, ENTROPY=problem.entropy, COLLISION=problem.collision,
-            MOMENTS=bool(problem.divergences), UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages,
+            _policy(problem, policy),
+            _ref(problem, ref),
+            _logits(d_policy),
+            _logits(d_ref),
+            _token_labels(problem, labels),
+            grads,
+            saved,
+            problem.vocab,
+            problem.first,
+            policy.shape[-1],
+            ref.shape[-1] if ref is not None else 0,
+            _numbers(divergences),
+            FORMULAS=_formulas(divergences),
+            SHIFT=problem.shift,
+            BLOCK=config.lanes * config.unroll,
+            STAGES=config.stages,
             num_warps=config.warps,
-        )  # fmt: skip
+        )
 
 
-def terms(problem: Problem, z, labels, w, saved, sums) -> None:
-    """Add sum_v c and sum_v h of the term divergences of logits [rows, columns] to sums [2 n, rows]."""
+def fold(problem: Problem, policy, labels, ref, state, fresh: bool) -> None:
+    config = fold_config(problem, policy.dtype)
+    with on(policy.device):
+        vocab_chunks.fold_slice[(policy.shape[0],)](
+            _policy(problem, policy),
+            _ref(problem, ref),
+            _row_labels(problem, labels),
+            _fields(state),
+            problem.vocab,
+            problem.first,
+            _powers(problem.divergences),
+            FRESH=fresh,
+            WANTED=_wanted(problem),
+            STEPS=_steps(config),
+            num_warps=config.warps,
+        )
+
+
+def terms(problem: Problem, policy, labels, ref, saved, sums) -> None:
     config = configs.FORWARD_TWO_PASS
-    with on(z.device):
-        vocab_chunks.add_terms[(z.shape[0],)](
-            *_sides(problem, z, w), labels, problem.ignore_index, saved, saved.stride(0), sums, sums.stride(0),
-            problem.vocab, **_take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS"),
-            UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+    with on(policy.device):
+        vocab_chunks.add_terms[(policy.shape[0],)](
+            _policy(problem, policy),
+            _ref(problem, ref),
+            _row_labels(problem, labels),
+            _fields(saved),
+            _fields(sums),
+            problem.vocab,
+            _numbers(problem.divergences),
+            FORMULAS=_formulas(problem.divergences),
+            STEPS=_steps(config),
+            num_warps=config.warps,
+        )
+
+
+def merge_states(problem: Problem, state, other) -> None:
+    with on(state.device):
+        vocab_chunks.merge_states[(state.shape[1],)](
+            _fields(state), _fields(other), _powers(problem.divergences), num_warps=1
+        )
+
+
+def close(problem: Problem, state, labels, out: Outputs) -> None:
+    with on(state.device):
+        vocab_chunks.close_states[(state.shape[1],)](
+            _fields(state),
+            _row_labels(problem, labels),
+            out,
+            problem.vocab,
+            _numbers(problem.divergences),
+            FORMULAS=_formulas(problem.divergences),
+            MOMENTS=_moments(problem),
+            num_warps=1,
+        )
 
 
 def saved_log(x: torch.Tensor) -> torch.Tensor:
-    """Return the logarithm of a total in the unit in which it is saved: here in bits."""
+    """Return the logarithm in bits."""
     return x.log2()
 
 
 def in_nats(x: torch.Tensor) -> torch.Tensor:
-    """Convert a saved shift, or a saved logarithm of a total, to nats: here it is in bits."""
+    """Convert bits to nats."""
     return x * math.log(2.0)
 
 
@@ -148,63 +229,64 @@ def frame(c: torch.Tensor, mp: torch.Tensor, mq: torch.Tensor) -> torch.Tensor:
     return (c - apart * LN2_HI.value) - apart * LN2_LO.value
 
 
-def merge_states(problem: Problem, state, other) -> None:
-    """Merge other into state in place, both [fields, rows]."""
-    with on(state.device):
-        vocab_chunks.merge_states[(state.shape[1],)](
-            state, state.stride(0), other, other.stride(0), _formulas(problem.divergences)["powers"], num_warps=1
-        )  # fmt: skip
+def _sequences(problem: PairProblem, mask, cu_seqlens):
+    return arguments.Sequences(mask, cu_seqlens, mask.numel(), mask.numel() // problem.sequences)
 
 
-def close(problem: Problem, state, labels, logps, ref_logps, lse, entropy, div, hit, collision, saved) -> None:
-    """Write the outputs of all rows, computed from the sums over the whole vocabulary.
-
-    Term divergences are not written here; terms() computes them.
-    """
-    with on(state.device):
-        vocab_chunks.close_states[(state.shape[1],)](
-            state, state.stride(0), labels, problem.ignore_index, logps, ref_logps, lse, entropy, div, hit, collision,
-            saved, problem.vocab, num_warps=1,
-            **_take(_formulas(problem.divergences), "numbers", "powers", "degrees", "ROWS", "POWER", "MOMENTS"),
-        )  # fmt: skip
-
-
-def pair_forward(problem: PairProblem, logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef) -> None:
+def pair_forward(problem: PairProblem, logps, ref, mask, cu_seqlens, out: PairOutputs) -> None:
     with on(logps.device):
-        pair_loss.pair_forward[(losses.numel(),)](
-            logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef,
-            mask.numel(), mask.numel() // problem.sequences, problem.beta, problem.divergence.params, problem.term_params,
-            LINK=jit(problem.divergence.f_dpo_link()), TERM=jit(problem.term),
+        pair_loss.pair_forward[(out.losses.numel(),)](
+            logps,
+            ref,
+            _sequences(problem, mask, cu_seqlens),
+            out,
+            problem.beta,
+            problem.divergence.params,
+            problem.term_params,
+            LINK=jit(problem.divergence.f_dpo_link()),
+            TERM=jit(problem.term),
             REF_TOKENS=ref is not None and not problem.ref_summed,
-            BLOCK=configs.PAIRS.lanes, num_warps=configs.PAIRS.warps,
-        )  # fmt: skip
+            BLOCK=configs.PAIRS.lanes,
+            num_warps=configs.PAIRS.warps,
+        )
 
 
-def pair_backward(problem: PairProblem, grads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
-    """Launch the kernel that writes d_logps and d_ref.
-
-    grads: the gradients of losses [B], seq_logps [2B] and seq_ref [2B], each contiguous or None.
-    """
+def pair_backward(problem: PairProblem, grads: PairGrads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
     with on(coef.device):
         pair_loss.pair_backward[(coef.numel(),)](
-            *grads, coef, mask, cu_seqlens, d_logps, d_ref, coef.numel() // 2,
-            mask.numel(), mask.numel() // problem.sequences,
-            REF_TOKENS=not problem.ref_summed, BLOCK=configs.PAIRS.lanes, num_warps=configs.PAIRS.warps,
-        )  # fmt: skip
+            grads,
+            coef,
+            _sequences(problem, mask, cu_seqlens),
+            d_logps,
+            d_ref,
+            coef.numel() // 2,
+            REF_TOKENS=not problem.ref_summed,
+            BLOCK=configs.PAIRS.lanes,
+            num_warps=configs.PAIRS.warps,
+        )
 
 
-def _hidden(side, softcap, multiplier):
-    """Return one side for fused_linear.py: (X, row stride, W, row stride, H, bias, LoRA, head).
-
-    Absent parts are None.
-    """
-    if side is None:
+def _hidden(rows: HiddenRows | None, softcap, multiplier):
+    """Return one side for fused_linear.py."""
+    if rows is None:
         return None
-    x, weight, bias, lora = side
-    if lora is not None:
-        a, b, scaling = lora
-        lora = a, a.stride(0), b, b.stride(0), b.shape[1], float(scaling)
-    return x, x.stride(0), weight, weight.stride(0), x.shape[1], bias, lora, _side(x, softcap, multiplier)[3]
+    low = rows.low_rank
+    if low is not None:
+        low = arguments.LowRankRows(
+            low.product, low.product.stride(0), low.b, low.b.stride(0), low.b.shape[1], float(low.scaling)
+        )
+    x, weight = rows.x, rows.weight
+    return arguments.Hidden(
+        x,
+        x.stride(0),
+        weight,
+        weight.stride(0),
+        x.shape[1],
+        rows.bias,
+        low,
+        softcap or None,
+        None if multiplier == 1.0 else multiplier,
+    )
 
 
 def tile_config(problem: Problem, dtype: torch.dtype, ref: bool, second: bool) -> configs.Tile:
@@ -233,16 +315,17 @@ def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:
     return -(-columns // -(-columns // best))  # so no range is empty
 
 
-def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas) -> torch.Tensor:
+def _tiles(problem: Problem, policy: HiddenRows, labels, ref: HiddenRows | None, saved, out, splits) -> torch.Tensor:
     """Launch tile_sums and return the tensor that it writes, [fields, splits, rows].
 
     In the first sweep with one split it is a view of out [fields, rows]; otherwise it is a new tensor.
     """
-    x, second = policy[0], saved is not None
+    x, second = policy.x, saved is not None
+    numbers = arguments.Numbers(_params(problem.divergences), () if second else _powers(problem.divergences), ())
     with on(x.device):
         config = tile_config(problem, x.dtype, ref is not None, second)
         blocks, columns = -(-len(x) // config.rows), -(-problem.vocab // config.columns)
-        width = x.shape[1] + (ref[0].shape[1] if ref is not None else 0)
+        width = x.shape[1] + (ref.x.shape[1] if ref is not None else 0)
         group = max(1, configs.GROUP_BYTES // (config.rows * width * x.element_size()))
         if splits is None:
             device = (
@@ -255,24 +338,33 @@ def _tiles(problem: Problem, policy, labels, ref, saved, out, splits, **formulas
         fused_linear.tile_sums[(blocks * splits,)](
             _hidden(policy, problem.softcap, problem.multiplier),
             _hidden(ref, problem.ref_softcap, problem.ref_multiplier),
-            labels, problem.ignore_index, saved, saved.stride(0) if second else 0, formulas["numbers"],
-            formulas.get("powers", ()), parts, parts.stride(0), parts.stride(1), len(x), problem.vocab, problem.first,
-            per, TERMS=formulas.get("TERMS", ()), GRADS=formulas.get("GRADS", ()), ENTROPY=problem.entropy,
-            COLLISION=problem.collision, MOMENTS=bool(problem.divergences), GROUP=group, BLOCK_T=config.rows,
-            BLOCK_V=config.columns, BLOCK_H=config.depth, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+            _row_labels(problem, labels),
+            _fields(saved),
+            parts,
+            parts.stride(0),
+            parts.stride(1),
+            len(x),
+            problem.vocab,
+            problem.first,
+            per,
+            numbers,
+            FORMULAS=_formulas(problem.divergences if second else ()),
+            WANTED=_wanted(problem),
+            GROUP=group,
+            SHAPE=arguments.TileShape(config.rows, config.columns, config.depth, config.stages),
+            num_warps=config.warps,
+        )
     return parts
 
 
-def tile_states(problem: Problem, policy, labels, ref, state, splits: int | None = None) -> None:
-    """Write the state [fields, rows] of a part of the vocabulary; rows that are ignored keep their values.
+def tile_states(
+    problem: Problem, policy: HiddenRows, labels, ref: HiddenRows | None, state, splits: int | None = None
+) -> None:
+    """Write the states of rows; see the interface.
 
-    Row 0 of the weights is the token problem.first. policy, ref: (x [rows, H], weight [V, H], bias [V] or None,
-    (x a^T [rows, r], b [V, r], scaling) or None), the last dimension of each contiguous; ref may be None. splits: the number
-    of ranges into which the vocabulary is split; None: chosen for the device.
+    splits: the number of ranges into which the vocabulary is split; None: chosen for the device.
     """
-    formulas = _take(_formulas(problem.divergences), "numbers", "powers")
-    parts = _tiles(problem, policy, labels, ref, None, state, splits, **formulas)
+    parts = _tiles(problem, policy, labels, ref, None, state, splits)
     n = parts.shape[1]
     if n == 1:
         return
@@ -283,10 +375,8 @@ def tile_states(problem: Problem, policy, labels, ref, state, splits: int | None
     torch.where(labels == problem.ignore_index, state, parts[:, 0], out=state)
 
 
-def tile_terms(problem: Problem, policy, labels, ref, saved, sums, splits: int | None = None) -> None:
-    """Add sum_v c and sum_v h of the term divergences to sums [2 n, rows], from the numbers that close() saved.
-
-    The arguments are those of tile_states.
-    """
-    formulas = _take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS")
-    sums += _tiles(problem, policy, labels, ref, saved, sums, splits, **formulas).sum(1)
+def tile_terms(
+    problem: Problem, policy: HiddenRows, labels, ref: HiddenRows, saved, sums, splits: int | None = None
+) -> None:
+    """Add the sums of the term divergences; see the interface. splits: as in tile_states."""
+    sums += _tiles(problem, policy, labels, ref, saved, sums, splits).sum(1)

@@ -339,7 +339,7 @@ class _Job(NamedTuple):
                 g = torch.ones_like(losses) if g is None else g
                 found = torch.autograd.grad(losses, wanted, g, allow_unused=True)
         named = dict(zip(leaves, found, strict=False))
-        grads = (named["logps"], None, *(named.get(name) for name in ("lse", "entropy", "div")))
+        grads = Grads(named["logps"], None, named.get("lse"), named.get("entropy"), named.get("div"))
         return losses.detach(), grads, list(found[len(leaves) :])
 
 
@@ -391,7 +391,7 @@ class _Known(torch.autograd.Function):
         extra = dict(zip(job.names, tensors[10:], strict=True))
         problem, (policy, ref) = options.problem(), hidden_ops.sides((labels, *tensors[:10]), options)
         backend = backend_module(options.backend)
-        hidden_ops.check_labels(problem, options.backend, labels)
+        backend.check_labels(problem, labels)
         tokenwise, both = job.tokenwise, ref
         if ref is not None and not job.divergences:
             extra[REF], both = hidden_ops.log_probs(labels, ref, options), None

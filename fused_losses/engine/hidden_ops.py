@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import backend_module, torch_backend
+from ..backends import backend_module
 from ..core import divergences as registry
-from ..core.layout import Problem, effective, stats_dtype
+from ..core.layout import Grads, Problem, effective, saved_rows, stats_dtype
 from . import plan_chunks, plan_frozen
 from .logits_ops import once_differentiable, operator
 from .planner import Facts, choose
@@ -114,19 +114,13 @@ def facts_of(
     )  # fmt: skip
 
 
-def check_labels(problem: Problem, backend: str, labels: Tensor) -> None:
-    """Raise on a label out of range, on the torch backend only: Triton returns NaN for its row."""
-    if backend == "torch":
-        torch_backend.check_labels(labels, problem)
-
-
 def _call(tensors: tuple, options: Options, wanted: list[bool]) -> plan_chunks.Call:
     problem, (policy, ref) = options.problem(), sides(tensors, options)
     labels = tensors[0]
     facts = facts_of(problem, policy, ref, labels.numel(), options.backend, wanted, static=options.static_shapes)
     plan = choose(facts, options.plan, options.workspace)
-    check_labels(options.shard.whole(problem), options.backend, labels)
     backend = backend_module(options.backend)
+    backend.check_labels(options.shard.whole(problem), labels)
     call = plan_chunks.open_call(problem, backend, plan, labels, policy, ref, options.static_shapes)
     return call._replace(shard=options.shard)
 
@@ -165,7 +159,7 @@ def _allocate(tensors: tuple, options: Options, wanted: list[bool]) -> list[Tens
 
     return [
         new(rows), new(rows if ref_x is not None else 0), new(rows), new(rows if problem.entropy else 0), new(n, rows),
-        new(rows, dtype=torch.bool), new(rows if problem.collision else 0), new(7 + 2 * n, rows),
+        new(rows, dtype=torch.bool), new(rows if problem.collision else 0), new(saved_rows(n), rows),
         new(*_kept_shape(tensors, options, wanted)),
     ]  # fmt: skip
 
@@ -225,7 +219,7 @@ def hidden_stats_backward(*args):  # type: ignore[no-untyped-def]
     def compact(x: Tensor) -> Tensor:
         return x if call.rows is None else x.index_select(-1, call.rows)
 
-    grads = tuple(None if g is None or not g.numel() else compact(g) for g in grads)
+    grads = Grads(*(None if g is None or not g.numel() else compact(g) for g in grads))
     grads = effective(grads, call.shard.whole(call.problem).vocab)
     saved = compact(saved)
     if options.plan == "frozen":

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..backends import choose
-from ..backends.torch_backend import _head as head
+from ..core.elementwise import transform_logits
 from ..core.inputs import Hidden, Logits, TokenStats
 from ..core.layout import collapse, labels_mask, shifted_labels
 from . import logits_ops
@@ -96,7 +96,7 @@ class _LogitsAt(torch.autograd.Function):
         ctx.save_for_backward(x, labels, ids, keep, counts, raw, lse, entropy, saved)
         ctx.mark_non_differentiable(hit)
         ctx.set_materialize_grads(False)
-        z = head(raw[..., :-1], problem[6], problem[7], lse.dtype)[0]
+        z = transform_logits(raw[..., :-1], problem[6], problem[7], lse.dtype)[0]
         return logps, lse, entropy, hit, z.masked_fill(~keep[..., :-1], 0)
 
     @staticmethod
@@ -116,7 +116,7 @@ class _LogitsAt(torch.autograd.Function):
         to_ids = torch.zeros_like(raw[..., :-1]) if g_z is None else g_z
         arrived = torch.cat([to_ids, to_label], dim=-1).masked_fill(~keep, 0)
 
-        z, slope = head(raw, ctx.problem[6], ctx.problem[7], lse.dtype)
+        z, slope = transform_logits(raw, ctx.problem[6], ctx.problem[7], lse.dtype)
         logp = z - lse.view(labels.shape).unsqueeze(-1)
         own = to_lse - to_entropy * (logp + shaped(entropy)) if g_entropy is not None else to_lse
         op = logits_ops.token_stats_backward_ if ctx.inplace else logits_ops.token_stats_backward
@@ -174,7 +174,7 @@ class _HiddenAt(torch.autograd.Function):
                 torch.bmm(gathered, x.unsqueeze(-1), out=z[r].unsqueeze(-1))
         if tensors[2] is not None:
             z += tensors[2].to(z.dtype)[rows.ids]
-        z, slope = head(z, softcap, multiplier, z.dtype)
+        z, slope = transform_logits(z, softcap, multiplier, z.dtype)
         slope = slope if isinstance(slope, Tensor) else torch.full_like(z[:1, :1], slope)
         ctx.scaling = scaling
         ctx.save_for_backward(ids, keep, slope, *tensors)

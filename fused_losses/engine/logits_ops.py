@@ -21,7 +21,17 @@ from torch.library import custom_op
 
 from ..backends import backend_module
 from ..core import divergences as registry
-from ..core.layout import PairProblem, Problem, effective, stats_dtype
+from ..core.layout import (
+    Grads,
+    Outputs,
+    PairGrads,
+    PairOutputs,
+    PairProblem,
+    Problem,
+    effective,
+    saved_rows,
+    stats_dtype,
+)
 from ..core.margin_losses import TERMS
 
 
@@ -78,7 +88,7 @@ def _allocate(policy: Tensor, ref: Tensor | None, problem: Problem) -> list[Tens
         new(n, rows),
         policy.new_empty(rows, dtype=torch.bool),
         new(rows if problem.collision else 0),
-        new(7 + 2 * n, rows),
+        new(saved_rows(n), rows),
     ]
 
 
@@ -96,11 +106,11 @@ def token_stats(policy, labels, ref, *rest):  # type: ignore[no-untyped-def]
     out = _allocate(policy, ref, problem)
     if out[0].numel():
         logps, ref_logps, lse, entropy, div, hit, collision, saved = out
-        backend_module(backend).forward(
-            problem, policy, labels, ref, logps, ref_logps if ref is not None else None, lse,
-            entropy if problem.entropy else None, div if len(div) else None, hit,
-            collision if problem.collision else None, saved,
+        wanted = Outputs(
+            logps, ref_logps if ref is not None else None, lse, entropy if problem.entropy else None,
+            div if len(div) else None, hit, collision if problem.collision else None, saved,
         )  # fmt: skip
+        backend_module(backend).forward(problem, policy, labels, ref, wanted)
     return tuple(out)
 
 
@@ -113,7 +123,7 @@ _GRADS = "Tensor? g_logps, Tensor? g_ref_logps, Tensor? g_lse, Tensor? g_entropy
 
 
 def _run_backward(grads, saved, policy, labels, ref, problem, backend, dz, dw):  # type: ignore[no-untyped-def]
-    grads = tuple(None if g is None or g.numel() == 0 else g.contiguous() for g in grads)  # empty: no output here
+    grads = Grads(*(None if g is None or g.numel() == 0 else g.contiguous() for g in grads))  # empty: no output here
     grads = effective(grads, problem.vocab)
     if saved.shape[1]:
         backend_module(backend).backward(problem, policy, labels, ref, saved, grads, dz, dw)
@@ -250,8 +260,8 @@ def _allocate_pairs(logps: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tens
     return new[0], new[1], new[2], new[3]
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return contiguous tensors. They hold per-token numbers, which are small compared with the logits."""
+def _contiguous(*tensors: Any) -> list[Any]:
+    """Return contiguous tensors, None as None. They hold per-token numbers, which are small compared with the logits."""
     return [None if x is None else x.contiguous() for x in tensors]
 
 
@@ -264,7 +274,8 @@ def pair_loss(logps, ref_logps, mask, cu_seqlens, *rest):  # type: ignore[no-unt
     problem, backend = pair_problem(*rest)
     out = _allocate_pairs(logps, problem.sequences)
     if problem.sequences:
-        backend_module(backend).pair_forward(problem, *_contiguous(logps, ref_logps, mask, cu_seqlens), *out)
+        logps, ref_logps, mask, cu_seqlens = _contiguous(logps, ref_logps, mask, cu_seqlens)
+        backend_module(backend).pair_forward(problem, logps, ref_logps, mask, cu_seqlens, PairOutputs(*out))
     return out
 
 
@@ -286,7 +297,7 @@ def pair_loss_backward(*args):  # type: ignore[no-untyped-def]
     d_logps = make(logps.shape, dtype=logps.dtype, device=logps.device) if to_policy else None
     d_ref = make(ref_logps.shape, dtype=ref_logps.dtype, device=logps.device) if to_ref else None
     if problem.sequences:
-        grads, (mask, cu_seqlens) = tuple(_contiguous(*grads)), _contiguous(mask, cu_seqlens)
+        grads, (mask, cu_seqlens) = PairGrads(*_contiguous(*grads)), _contiguous(mask, cu_seqlens)
         backend_module(backend).pair_backward(problem, grads, coef, mask, cu_seqlens, d_logps, d_ref)
     return [d for d in (d_logps, d_ref) if d is not None]
 

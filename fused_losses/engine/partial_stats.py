@@ -23,9 +23,10 @@ from .prepare import How, request
 class PartialStats:
     """The sums of rows over some tokens of the vocabulary. They have no gradient.
 
-    state: [14 + 3 powers, rows], the rows of moments.SIDES: shift, sum of exponentials, largest logit, label's logit
-    (-inf if it is elsewhere) of the policy, the same of the reference, the moments of their difference, and the policy's
-    sum of squares; then three rows for each power that a divergence needs. It is one tensor, so that ranks can exchange it.
+    state: [moments.fields(powers), rows], the fields of moments.RowMoments: shift, sum of exponentials, largest logit, label's
+    logit (-inf if it is elsewhere) of the policy, the same of the reference, the moments of their difference, and the policy's
+    sum of squares; then those of moments.PowerMoments for each power that a divergence needs. It is one tensor, so that ranks
+    can exchange it.
     Shifts are in nats on the torch backend, in bits on Triton: only parts of the same backend can be merged.
     """
 
@@ -45,7 +46,7 @@ class PartialStats:
         labels = self.labels.reshape(-1)
         out = plan_chunks.blank(problem, labels, self.ref, self.state.dtype)
         if len(labels):
-            backend_module(self.backend).close(problem, self.state, labels, *out)
+            backend_module(self.backend).close(problem, self.state, labels, out)
         shape = self.labels.shape
         div = {} if out.div is None else {d.key: x.view(shape) for d, x in zip(self.divergences, out.div, strict=True)}
         one = (None if x is None else x.view(shape) for x in (out.ref_logps, out.entropy, out.collision))

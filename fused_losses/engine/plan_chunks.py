@@ -1,44 +1,30 @@
 """Loop over tiles of logits for fl.Hidden sources, forward and backward. See also plan_frozen.py and plan_rows.py.
 
-A backend (torch_backend or kernels/launch) computes on a tile of logits; projection.py computes the matrix products.
+A backend (backends/interface.py) computes on a tile of logits; projection.py computes the matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.torch_backend import write_divergence
+from ..backends.interface import Backend
 from ..core.divergences import Divergence
-from ..core.layout import Grads, Problem
+from ..core.layout import Grads, HiddenRows, LowRank, Outputs, Problem, saved_rows, term_rows, write_divergence
 from ..core.moments import fields
 from .planner import Plan
 from .projection import HiddenSide, Inputs, Side, side
 from .shards import Shard
 
 
-class Outputs(NamedTuple):
-    """The statistics of the rows that count; those not asked for are None. saved: what backward needs."""
-
-    logps: Tensor
-    ref_logps: Tensor | None
-    lse: Tensor
-    entropy: Tensor | None
-    div: Tensor | None
-    hit: Tensor
-    collision: Tensor | None
-    saved: Tensor
-
-
 class Call(NamedTuple):
     """A problem with only the rows that count, and how to compute it."""
 
     problem: Problem
-    backend: ModuleType
+    backend: Backend
     plan: Plan
     labels: Tensor  # of the rows that count
     rows: Tensor | None  # their indices among all rows; None: all rows, of which some may be ignored
@@ -49,7 +35,7 @@ class Call(NamedTuple):
 
 
 def open_call(
-    problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, static: bool
+    problem: Problem, backend: Backend, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, static: bool
 ) -> Call:
     """Return the call without the rows that do not count, which are dropped before any product.
 
@@ -89,7 +75,7 @@ def blank(problem: Problem, labels: Tensor, ref: bool, dtype: torch.dtype) -> Ou
     return Outputs(
         new(n), new(n) if ref else None, new(n), new(n) if problem.entropy else None,
         new(count, n) if count else None, labels.new_zeros(n, dtype=torch.bool), new(n) if problem.collision else None,
-        new(7 + 2 * count, n),
+        new(saved_rows(count), n),
     )  # fmt: skip
 
 
@@ -148,14 +134,15 @@ def powers(problem: Problem) -> int:
 
 
 def states(call: Call, tiles: Tiles | None) -> Tensor:
-    """Compute the rows' sums (moments.SIDES) over the columns that this call has.
+    """Compute the rows' sums (a state, see moments.RowMoments) over the columns that this call has.
 
     They are computed slice by slice, or in the tile kernel where tiles is None.
     """
     problem, n = call.problem, len(call.labels)
     state = call.labels.new_empty((fields(powers(problem)), n), dtype=call.dtype)
     if tiles is None:
-        call.backend.tile_states(problem, *_tile_arguments(call), state)
+        policy, ref = _hidden_rows(call.policy), None if call.ref is None else _hidden_rows(call.ref)
+        call.backend.tile_states(problem, policy, call.labels, ref, state)
         return state
     for c in tiles.columns_of():
         for r in tiles.rows_of():
@@ -171,7 +158,7 @@ def forward(call: Call, kept: Tensor | None = None) -> Outputs:
         return out
     tiles = None if call.plan.kind == "tiles" else Tiles(call, kept=kept)
     state = call.shard.merged(problem, call.backend, states(call, tiles))
-    call.backend.close(call.shard.whole(problem), state, call.labels, *out)
+    call.backend.close(call.shard.whole(problem), state, call.labels, out)
     if any(d.term is not None for d in problem.divergences):
         second_sweep(call, out, tiles)
     return out
@@ -183,35 +170,35 @@ def second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable 
     visit(r, c, problem, z, w) is called for each tile afterwards.
     """
     problem = call.problem
+    if call.ref is None:
+        raise AssertionError("a divergence needs a reference")
     sums = torch.zeros((2 * len(problem.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
     if tiles is None:
-        call.backend.tile_terms(problem, *_tile_arguments(call), out.saved, sums)
+        rows = _hidden_rows(call.policy), call.labels, _hidden_rows(call.ref)
+        call.backend.tile_terms(problem, *rows, out.saved, sums)
     else:
         for c in tiles.columns_of():
             for r in tiles.rows_of():
                 part, z, w = tiles.load(r, c)
+                if w is None:
+                    raise AssertionError("a divergence needs a reference")
                 call.backend.terms(part, z, call.labels[r], w, out.saved[:, r], sums[:, r])
                 if visit is not None:
                     visit(r, c, part, z, w)
-    assert out.ref_logps is not None and out.div is not None
     sums = call.shard.summed(sums).masked_fill_(call.labels == problem.ignore_index, 0)
     for i, d in enumerate(problem.divergences):
         if d.term is not None:
-            value, slope = sums[2 * i], sums[2 * i + 1]
-            write_divergence(problem, i, value, slope, slice(None), out.logps, out.ref_logps, out.div, out.saved)
+            value, slope = (sums[at] for at in term_rows(i))
+            write_divergence(problem, i, value, slope, slice(None), out)
 
 
-def _tile_arguments(call: Call) -> tuple:
-    def one(s: Side | None) -> tuple | None:
-        if s is None:
-            return None
-        assert isinstance(s, HiddenSide)
-        inputs = s.inputs
-        low_rank = None if s.xa is None else (s.xa, inputs.b, 1.0)
-        x = s.x if s.x.stride(-1) == 1 else s.x.contiguous()
-        return x, inputs.weight, None if inputs.bias is None else inputs.bias.contiguous(), low_rank
-
-    return one(call.policy), call.labels, one(call.ref)
+def _hidden_rows(s: Side) -> HiddenRows:
+    if not isinstance(s, HiddenSide) or (weight := s.inputs.weight) is None:
+        raise AssertionError("the plan 'tiles' is chosen for hidden states alone")
+    inputs = s.inputs
+    low_rank = None if s.xa is None or inputs.b is None else LowRank(s.xa, inputs.b, 1.0)
+    x = s.x if s.x.stride(-1) == 1 else s.x.contiguous()
+    return HiddenRows(x, weight, None if inputs.bias is None else inputs.bias.contiguous(), low_rank)
 
 
 def backward(
@@ -222,8 +209,7 @@ def backward(
     For each tile, compute the logits again (unless they are kept), then dz, then its products.
     """
     to_policy, to_ref = any(wanted), any(ref_wanted)
-    pair = grads[4] is not None
-    tiles = Tiles(call, pair or to_ref, kept, filled=kept is not None)
+    tiles = Tiles(call, grads.divergence is not None or to_ref, kept, filled=kept is not None)
     for s, flags in ((call.policy, wanted), (call.ref, ref_wanted)):
         if s is not None and any(flags):
             shared = bool(call.shard.group)
@@ -235,7 +221,7 @@ def backward(
     for c in tiles.columns_of():
         for r in tiles.rows_of():
             part, z, w = tiles.load(r, c)
-            g = tuple(None if x is None else x[..., r].contiguous() for x in grads)
+            g = Grads(*(None if x is None else x[..., r].contiguous() for x in grads))
             dz, dw = (
                 None if not flag else x if buffer is None else buffer[: z.shape[0], : z.shape[1]]
                 for flag, x, buffer in ((to_policy, z, spare[0]), (to_ref, w, spare[1]))

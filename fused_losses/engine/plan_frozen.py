@@ -12,15 +12,14 @@ divergences without a scaling come from a second sweep, over tiles with their fi
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from ..backends.interface import Backend
 from ..core.divergences import Divergence, from_key
-from ..core.layout import Problem
-from ..core.moments import fields, log_ratio
-from .plan_chunks import Call, Grads, Outputs, Tiles, allocate, powers, second_sweep
+from ..core.layout import Grads, Outputs, Problem, SavedRow, saved_row, slope_rows
+from ..core.moments import fields, log_ratio, unpack
+from .plan_chunks import Call, Tiles, allocate, powers, second_sweep
 from .projection import HiddenSide
 
 
@@ -29,55 +28,72 @@ def bases(problem: Problem) -> list[Divergence]:
     return [from_key(k) for k in dict.fromkeys(k for d in problem.divergences for k in (d.parts or (d.key,)))]
 
 
+class _Kept:
+    """The sums of rows of the head that are kept [sums, rows, H], by name."""
+
+    def __init__(self, keep: Tensor, problem: Problem):
+        rows = iter(keep)
+        self.prob = next(rows)  # E_p[s W]
+        self.entropy = next(rows) if problem.entropy else None  # the same of p log p
+        self.bases = list(zip(bases(problem), rows, strict=True))  # the same of dD/dlog p of each base
+
+
 class _Frozen:
-    """The sums keep[i] of a call: keep[0] for p, then one for the entropy, then one for each base."""
+    """The sums of a call, and how they are updated."""
 
     def __init__(self, call: Call, keep: Tensor, tiles: Tiles):
         assert isinstance(call.policy, HiddenSide)
-        self.call, self.keep, self.policy = call, keep, call.policy
-        self.bases = bases(call.problem)
-        self.at = 1 + call.problem.entropy  # of the first base
+        self.call, self.policy = call, call.policy
+        self.kept = _Kept(keep, call.problem)
         self.dz = torch.empty_like(tiles.z, dtype=call.policy.dtype)
         self.one = torch.ones((1, tiles.rows), dtype=call.dtype, device=call.labels.device)
 
     def _add(
-        self, i: int, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor, g: int
+        self,
+        kept: Tensor,
+        r: slice,
+        c: slice,
+        part: Problem,
+        z: Tensor,
+        ref: Tensor | None,
+        saved: Tensor,
+        grads: Grads,
     ) -> None:
-        """Add sum_v h_v s_v W_v to keep[i].
-
-        h_v s_v is the dz that backward writes when only output g has a gradient, of 1 (entropy: -1).
-        """
+        """Add sum_v h_v s_v W_v to one of the sums; h_v s_v is the dz that backward writes for these gradients."""
         dz = self.dz[: z.shape[0], : z.shape[1]]
-        grads: list[Tensor | None] = [None] * 5
-        one = self.one[:, : z.shape[0]]
-        grads[g] = {2: one[0], 3: -one[0], 4: one}[g]
-        self.call.backend.backward(part, z, self.call.labels[r], w, frame, tuple(grads), dz, None)
-        self.policy.pull(self.keep[i, r], c, dz)
+        self.call.backend.backward(part, z, self.call.labels[r], ref, saved, grads, dz, None)
+        self.policy.pull(kept[r], c, dz)
 
-    def add_slice(self, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor) -> None:
-        alone = part._replace(divergences=())
-        self._add(0, r, c, alone, z, None, frame[:7].contiguous(), 2)
-        if part.entropy:
-            self._add(1, r, c, alone, z, None, frame[:7].contiguous(), 3)
-        self.add_bases(r, c, part, z, w, frame, second=False)
+    def add_slice(self, r: slice, c: slice, part: Problem, z: Tensor, ref: Tensor | None, row: SavedRow) -> None:
+        """Add what follows from the first sweep over a tile, with p and q normalised as `row` says."""
+        alone, saved = part._replace(divergences=()), torch.stack(row)
+        one = self.one[0, : z.shape[0]]
+        self._add(self.kept.prob, r, c, alone, z, None, saved, Grads(lse=one))
+        if self.kept.entropy is not None:
+            self._add(self.kept.entropy, r, c, alone, z, None, saved, Grads(entropy=-one))
+        self.add_bases(r, c, part, z, ref, row, second=False)
 
     def add_bases(
-        self, r: slice, c: slice, part: Problem, z: Tensor, w: Tensor | None, frame: Tensor, second: bool
+        self, r: slice, c: slice, part: Problem, z: Tensor, ref: Tensor | None, row: SavedRow, second: bool
     ) -> None:
-        for i, d in enumerate(self.bases, self.at):
+        """Add the sums of the divergences that are computed in this sweep, the first or the second."""
+        zero = torch.zeros_like(row.shift_p)
+        saved = torch.stack([*row, zero, zero])  # the sums of slopes, sum_v h and sum_v k, are not subtracted here
+        grads = Grads(divergence=self.one[:, : z.shape[0]])
+        for d, kept in self.kept.bases:
             if (d.scaling is None) == second:
-                self._add(i, r, c, part._replace(divergences=(d,)), z, w, frame, 4)
+                self._add(kept, r, c, part._replace(divergences=(d,)), z, ref, saved, grads)
 
     def rescale(self, r: slice, x: Tensor, y: Tensor) -> None:
         """Update the sums where p and q become e^x p and e^y q."""
-        keep = self.keep[:, r]
-        if self.call.problem.entropy:
-            keep[1].mul_(x.exp()[:, None]).addcmul_(keep[0], (x.exp() * x)[:, None])
-        for i, d in enumerate(self.bases, self.at):
+        prob = self.kept.prob[r]
+        if self.kept.entropy is not None:
+            self.kept.entropy[r].mul_(x.exp()[:, None]).addcmul_(prob, (x.exp() * x)[:, None])
+        for d, kept in self.kept.bases:
             if d.scaling is not None:
                 a, b = d.scaling(x, y, *d.params)
-                keep[i].mul_(a[:, None]).addcmul_(keep[0], b[:, None])
-        keep[0].mul_(x.exp()[:, None])
+                kept[r].mul_(a[:, None]).addcmul_(prob, b[:, None])
+        prob.mul_(x.exp()[:, None])
 
 
 def frozen_forward(call: Call, keep: Tensor) -> Outputs:
@@ -89,38 +105,42 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
     state = call.labels.new_zeros((fields(powers(problem)), n), dtype=call.dtype)
     tiles = Tiles(call)
     sums = _Frozen(call, keep, tiles)
-    frames = state.new_zeros((9, n))  # the numbers saved for backward, of the vocabulary so far
+    so_far = SavedRow(*state.new_zeros((len(SavedRow._fields), n)))  # of the vocabulary so far
     for c in tiles.columns_of():
         for r in tiles.rows_of():
             part, z, w = tiles.load(r, c)
             backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
-            old, new = frames[:, r], _frame(backend, state[:, r], call.ref is not None)
+            old = SavedRow(*(number[r] for number in so_far))
+            new = _normalisers(backend, state[:, r], call.ref is not None)
             if c.start:
-                x, y = (backend.in_nats((old[i] - new[i]) + (old[i + 1] - new[i + 1])) for i in (0, 2))
-                near = x - ((old[4] - new[4]) + (old[5] - new[5]))  # y again, with the digits that x - y needs
+                x = backend.in_nats((old.shift_p - new.shift_p) + (old.log_sum_p - new.log_sum_p))
+                y = backend.in_nats((old.shift_q - new.shift_q) + (old.log_sum_q - new.log_sum_q))
+                # y again, with the digits that x - y needs
+                near = x - ((old.center - new.center) + (old.log_mean - new.log_mean))
                 sums.rescale(r, x, torch.where((near - y).abs() < 1e-3, near, y))
-            old.copy_(new)
+            for place, number in zip(old, new, strict=True):
+                place.copy_(number)
             sums.add_slice(r, c, part, z, w, new)
-    backend.close(problem, state, call.labels, *out)
-    if any(d.scaling is None for d in sums.bases):
+    backend.close(problem, state, call.labels, out)
+    if any(d.scaling is None for d, _ in sums.kept.bases):
 
         def visit(r: slice, c: slice, part: Problem, z: Tensor, w: Tensor) -> None:
-            row = torch.cat([out.saved[:6, r], torch.zeros_like(out.saved[:3, r])])
-            sums.add_bases(r, c, part, z, w, row, second=True)
+            sums.add_bases(r, c, part, z, w, saved_row(out.saved[:, r]), second=True)
 
         second_sweep(call, out, tiles, visit)
     return out
 
 
-def _frame(backend: ModuleType, state: Tensor, ref: bool) -> Tensor:
-    """Compute m_p, log A, m_q, log B, c and K from running sums, and add zeros for the sums of slopes."""
-    frame = torch.zeros((9, state.shape[1]), dtype=state.dtype, device=state.device)
-    a, b = (state[i].masked_fill(state[i] == 0, 1) for i in (1, 6))
-    frame[0], frame[1] = state[0], backend.saved_log(a)
-    if ref:
-        frame[2], frame[3], frame[4] = state[5], backend.saved_log(b), state[8]
-        frame[5] = log_ratio(state[9], a, b) - backend.frame(state[8], state[0], state[5])
-    return frame
+def _normalisers(backend: Backend, state: Tensor, ref: bool) -> SavedRow:
+    """Compute from running sums what close() saves of them, without the entropy."""
+    sums, _ = unpack(state)
+    zero = torch.zeros_like(sums.shift_p)
+    sum_p, sum_q = (x.masked_fill(x == 0, 1) for x in (sums.sum_p, sums.sum_q))
+    row = SavedRow(sums.shift_p, backend.saved_log(sum_p), zero, zero, zero, zero, zero)
+    if not ref:
+        return row
+    log_mean = log_ratio(sums.excess, sum_p, sum_q) - backend.frame(sums.center, sums.shift_p, sums.shift_q)
+    return row._replace(shift_q=sums.shift_q, log_sum_q=backend.saved_log(sum_q), center=sums.center, log_mean=log_mean)
 
 
 def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grads: Grads) -> Tensor:
@@ -128,32 +148,35 @@ def frozen_backward(call: Call, keep: Tensor, logps: Tensor, saved: Tensor, grad
     problem, policy = call.problem, call.policy
     assert isinstance(policy, HiddenSide)
     n, here = len(call.labels), call.labels != problem.ignore_index
-    g = [None if x is None else x.masked_fill(~here, 0) for x in grads]  # with static shapes some rows do not count
+    # with static shapes some rows do not count
+    g = Grads(*(None if x is None else x.masked_fill(~here, 0) for x in grads))
+    kept, row = _Kept(keep, problem), saved_row(saved)
     coef = torch.zeros(n, dtype=call.dtype, device=call.labels.device)
-    for x, sign in ((g[0], -1), (g[2], 1)):
-        if x is not None:
-            coef.add_(x, alpha=sign)
-    if g[3] is not None:
-        coef.sub_(g[3] * saved[6])
-    at = 1 + problem.entropy
-    weights = [torch.zeros_like(coef) for _ in keep[at:]]
-    every = [d.key for d in bases(problem)]
-    for i, d in enumerate(problem.divergences):
-        if g[4] is not None:
-            coef.sub_(g[4][i] * saved[7 + 2 * i])
-            for part in d.parts or (d.key,):
-                weights[every.index(part)].add_(g[4][i])
-    dx = keep[0] * coef[:, None]
-    if g[3] is not None:
-        dx.addcmul_(keep[1], -g[3][:, None])
-    for row, weight in zip(keep[at:], weights, strict=True):
-        dx.addcmul_(row, weight[:, None])
-    if g[0] is not None:
+    if g.logps is not None:
+        coef.sub_(g.logps)
+    if g.lse is not None:
+        coef.add_(g.lse)
+    if g.entropy is not None:
+        coef.sub_(g.entropy * row.entropy)
+    weights = {d.key: torch.zeros_like(coef) for d, _ in kept.bases}
+    if g.divergence is not None:
+        for i, (d, to_d) in enumerate(zip(problem.divergences, g.divergence, strict=True)):
+            to_p, _ = slope_rows(i)
+            coef.sub_(to_d * saved[to_p])
+            for key in d.parts or (d.key,):
+                weights[key].add_(to_d)
+    dx = kept.prob * coef[:, None]
+    if g.entropy is not None and kept.entropy is not None:
+        dx.addcmul_(kept.entropy, -g.entropy[:, None])
+    for d, sums in kept.bases:
+        dx.addcmul_(sums, weights[d.key][:, None])
+    if g.logps is not None:
         slope = torch.full_like(coef, problem.multiplier)
         if problem.softcap:
-            y = logps + call.backend.in_nats(saved[0] + saved[1])  # the label's logit with the head's options
+            # the label's logit with the head's options
+            y = logps + call.backend.in_nats(row.shift_p + row.log_sum_p)
             slope *= 1 - (y / (problem.multiplier * problem.softcap)).clamp(-1, 1).square()
-        slope *= g[0]
+        slope *= g.logps
         ids = call.labels.long().clamp(0, problem.vocab - 1)
         for r in range(0, n, max(1, call.plan.tile[0] // 8)):
             block = slice(r, r + max(1, call.plan.tile[0] // 8))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate, pairwise
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.layout import Problem, effective
-from .plan_chunks import Call, Grads, Outputs, Tiles, allocate, spare_buffer, spread_out
+from ..backends.interface import Backend
+from ..core.layout import Grads, Outputs, Problem, effective
+from .plan_chunks import Call, Tiles, allocate, spare_buffer, spread_out
 from .planner import Plan
 from .projection import HiddenSide, Inputs, side
 
@@ -90,7 +90,7 @@ def _layout(labels: Tensor, ignore_index: int, units: Units, most: int) -> tuple
 
 
 def row_blocks(
-    problem: Problem, backend: ModuleType, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, units: Units,
+    problem: Problem, backend: Backend, plan: Plan, labels: Tensor, policy: Inputs, ref: Inputs | None, units: Units,
     wanted: list[bool], dtype: torch.dtype, loss: Loss,
 ) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:  # fmt: skip
     """Compute statistics of all rows, losses of all units, and the policy's gradients of the sum of the losses.
@@ -113,7 +113,7 @@ def row_blocks(
         part, y = _part(out, r), call.labels[r]
         _, z, w = tiles.load(r, every)
         if r.stop > r.start:
-            backend.forward(problem, z, y, w, *part)
+            backend.forward(problem, z, y, w, part)
         cu_seqlens = torch.tensor([0, *ends], device=labels.device) if sequences else None
         losses, grads = loss(Block(rows[r], sequences, cu_seqlens), part)
         found.append(losses)

@@ -2,8 +2,8 @@
 
 All other computation is local to a rank.
 
-Vocabulary, forward: the rows' running sums (moments.SIDES) are gathered and merged, as those of slices are, in the order of
-the ranks, so all ranks compute the same results. Backward: the gradients of tensors that all ranks hold, hidden states and
+Vocabulary, forward: the rows' running sums (moments.RowMoments) are gathered and merged, as those of slices are, in the order
+of the ranks, so all ranks compute the same results. Backward: the gradients of tensors that all ranks hold, hidden states and
 LoRA's a, are summed.
 
 Time axis, forward: the numbers of the tokens are gathered in the order of the ranks, and all ranks apply the same formula to
@@ -13,13 +13,13 @@ all of them. Backward: nothing is exchanged; of those numbers only a rank's own 
 from __future__ import annotations
 
 from functools import reduce
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backends.interface import Backend
 from ..core.inputs import Hidden, Logits
 from ..core.layout import Problem
 
@@ -35,7 +35,7 @@ class Shard(NamedTuple):
         """Return the problem over the vocabulary of all ranks."""
         return problem._replace(vocab=self.total, first=0) if self.group else problem
 
-    def merged(self, problem: Problem, backend: ModuleType, state: Tensor) -> Tensor:
+    def merged(self, problem: Problem, backend: Backend, state: Tensor) -> Tensor:
         """Return the running sums over the columns of all ranks."""
         if not self.group:
             return state
