@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 
 class Logits(NamedTuple):
-    """Logits [rows, V] of one side and the options of its head; inside a kernel, after at_row(), one row [V] of them."""
+    """Logits [rows, V] of one side and the options of its head, or the place for their gradients.
 
-    pointer: Any
+    An absent side has no pointer. (On Triton 3.6 a tuple with None inside cannot be compared with None itself.)
+    """
+
+    pointer: Any  # None: absent
     layout: Any  # of the rows, see layout.row_layout
     stride: Any  # between vocabulary entries; None: 1
     softcap: Any  # None: no softcap
@@ -44,7 +47,7 @@ class LowRankRows(NamedTuple):
 class Hidden(NamedTuple):
     """The tensors that the logits of one side are computed from, and the options of its head."""
 
-    x: Any  # [rows, width]
+    x: Any  # [rows, width]; None: this side is absent
     x_stride: Any
     weight: Any  # [V, width]
     weight_stride: Any

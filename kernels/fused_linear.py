@@ -210,10 +210,10 @@ def tile_sums(
 ):
     """Write to out [fields, splits, N] the states of rows over each range, or with saved the TermSums [2 n, splits, N].
 
-    policy, ref: Hidden, ref None without a reference. saved: Fields, or None. Column 0 is the token `first`. per: the number
+    policy, ref: Hidden, ref absent without a reference. saved: Fields, or None. Column 0 is the token `first`. per: the number
     of tiles in a range.
     """
-    REF: tl.constexpr = ref is not None
+    REF: tl.constexpr = ref.x is not None
     BLOCK_T: tl.constexpr = SHAPE.rows
     BLOCK_V: tl.constexpr = SHAPE.columns
     blocks = tl.cdiv(N, BLOCK_T)

@@ -33,7 +33,7 @@ def on(device: torch.device):
 def _logits(x, softcap=0.0, multiplier=1.0):
     """Return logits, or the place for their gradients, as kernels take them."""
     if x is None:
-        return None
+        return arguments.Logits(None, (1, 0, 0), None, None, None)
     stride = None if x.stride(-1) == 1 else x.stride(-1)
     return arguments.Logits(x, row_layout(x, 1), stride, softcap or None, None if multiplier == 1.0 else multiplier)
 
@@ -269,7 +269,7 @@ def pair_backward(problem: PairProblem, grads: PairGrads, coef, mask, cu_seqlens
 def _hidden(rows: HiddenRows | None, softcap, multiplier):
     """Return one side for fused_linear.py."""
     if rows is None:
-        return None
+        return arguments.Hidden(None, 0, None, 0, 0, None, None, None, None)
     low = rows.low_rank
     if low is not None:
         low = arguments.LowRankRows(

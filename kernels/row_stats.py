@@ -12,7 +12,6 @@ import triton.language as tl
 from ..core import elementwise
 from ..core.layout import SAVED_FIELDS as _SAVED_FIELDS
 from ..core.layout import SavedRow
-from .arguments import Logits
 from .elementwise import LN2, LOG2E, in_bits, tanh
 
 FLOOR = tl.constexpr(elementwise.FLOOR)  # suppressed logits are raised to this
@@ -21,6 +20,14 @@ LOW = tl.constexpr(-elementwise.HUGE)
 INF = tl.constexpr(elementwise.INF)
 TIED = tl.constexpr(40.0)  # bits: shifts() ties both sides if each shift is less than this above its maximum
 SAVED_FIELDS = tl.constexpr(_SAVED_FIELDS)
+SAVED_AT = tl.constexpr(SavedRow(*range(_SAVED_FIELDS)))  # the row of each field
+
+
+class Starts(NamedTuple):
+    """Where a row of both sides begins; a field of Logits cannot be replaced, for on Triton 3.6 no tuple with None is built."""
+
+    policy: Any
+    ref: Any
 
 
 class Step(NamedTuple):
@@ -94,47 +101,56 @@ def row_offset(row, layout):
 
 
 @triton.jit
-def at_row(logits, row):
-    """Return one row of logits, or of their gradients."""
-    start = logits.pointer + row_offset(row, logits.layout)
-    return Logits(start, logits.layout, logits.stride, logits.softcap, logits.multiplier)
+def row_start(logits, row):
+    """Return the address of a row of Logits."""
+    return logits.pointer + row_offset(row, logits.layout)
 
 
 @triton.jit
-def pointers(logits, v):
+def row_starts(policy, ref, row):
+    """Return the addresses of a row of both sides; without a reference, the policy takes its place."""
+    start = row_start(policy, row)
+    if ref.pointer is not None:
+        return Starts(start, row_start(ref, row))
+    else:
+        return Starts(start, start)
+
+
+@triton.jit
+def pointers(start, logits, v):
     """Return the addresses of vocabulary entries v of a row; with stride 1 (None) offsets stay in 32 bits."""
     if logits.stride is None:
-        return logits.pointer + v
+        return start + v
     else:
-        return logits.pointer + v.to(tl.int64) * logits.stride
+        return start + v.to(tl.int64) * logits.stride
 
 
 @triton.jit
-def entry(logits, v):
+def entry(start, logits, v):
     """Load one entry of a row, after softcap and multiplier."""
-    return transform_logits(tl.load(pointers(logits, v)), logits.softcap, logits.multiplier)[0]
+    return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier)[0]
 
 
 @triton.jit
-def load_side(logits, v, V, MASKED: tl.constexpr):
+def load_side(start, logits, v, V, MASKED: tl.constexpr):
     """Load one step of a row.
 
     Return the logits after softcap and multiplier, FLOOR for columns beyond V, and the slope.
     """
     if MASKED:
-        x = tl.load(pointers(logits, v), mask=v < V, other=0.0)
+        x = tl.load(pointers(start, logits, v), mask=v < V, other=0.0)
         x, slope = transform_logits(x, logits.softcap, logits.multiplier)
         return tl.where(v < V, x, FLOOR), slope
     else:
-        return transform_logits(tl.load(pointers(logits, v)), logits.softcap, logits.multiplier)
+        return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier)
 
 
 @triton.jit
-def load_step(policy, ref, v, V, MASKED: tl.constexpr):
+def load_step(starts, policy, ref, v, V, MASKED: tl.constexpr):
     """Load one step of both sides; without a reference, the policy takes its place."""
-    z, slope_p = load_side(policy, v, V, MASKED)
-    if ref is not None:
-        r, slope_q = load_side(ref, v, V, MASKED)
+    z, slope_p = load_side(starts.policy, policy, v, V, MASKED)
+    if ref.pointer is not None:
+        r, slope_q = load_side(starts.ref, ref, v, V, MASKED)
         return Step(z, r, slope_p, slope_q)
     else:
         return Step(z, z, slope_p, slope_p)
@@ -180,8 +196,8 @@ def sweep(step, sums, center, powers, REF: tl.constexpr, wanted):
         sum_q, sum_qd, sum_qdd = sum_q * scale_q, sum_qd * scale_q, sum_qdd * scale_q
         moved = ()
         for i in tl.static_range(len(powers)):
-            shift = lane_powers[i].shift + powers[i] * x + (1.0 - powers[i]) * y
-            moved = moved + (LanePower(lane_powers[i].total, shift),)
+            total, shift = lane_powers[i]
+            moved = moved + (LanePower(total, shift + powers[i] * x + (1.0 - powers[i]) * y),)
         lane_powers = moved
         shift_p, shift_q = new_p, new_q
     x = in_bits(step.policy, shift_p)
@@ -203,7 +219,7 @@ def sweep(step, sums, center, powers, REF: tl.constexpr, wanted):
             sum_qdd += tl.sum(bd * d, 0)
         added = ()
         for i in tl.static_range(len(powers)):  # each has its own shift, because e has no other bound outside 0 < s < 1
-            old = lane_powers[i]
+            old = LanePower(*lane_powers[i])
             e = powers[i] * x + (1.0 - powers[i]) * y
             shift = tl.maximum(old.shift, tl.ceil(tl.max(tl.max(e, 0), 0)))
             total = old.total * tl.exp2(old.shift - shift) + tl.sum(tl.exp2(e - shift), 0)
@@ -231,7 +247,8 @@ def add_step_terms(z, r, row, sums, params, FORMULAS: tl.constexpr, AXIS: tl.con
         if FORMULAS.term[i] is not None:
             c = FORMULAS.term[i](p, q, t, lp, lq, *params[i])
             h = FORMULAS.grad_p[i](p, q, t, lp, lq, *params[i])
-            new = new + (TermSums(sums[i].value + tl.sum(c, AXIS), sums[i].slope + tl.sum(h, AXIS)),)
+            value, slope = sums[i]
+            new = new + (TermSums(value + tl.sum(c, AXIS), slope + tl.sum(h, AXIS)),)
         else:
             new = new + (sums[i],)
     return new

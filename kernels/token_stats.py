@@ -19,6 +19,7 @@ from .elementwise import HUGE, LN2, LOG2E, in_bits, jit
 from .row_stats import (
     INF,
     LOW,
+    SAVED_AT,
     SAVED_FIELDS,
     TIED,
     Coefs,
@@ -26,12 +27,13 @@ from .row_stats import (
     LaneSums,
     TermSums,
     add_step_terms,
-    at_row,
     entry,
     finite,
     load_saved,
     load_step,
     pointers,
+    row_start,
+    row_starts,
     slope_pointers,
     slopes,
     sweep,
@@ -46,21 +48,21 @@ HALF_ULP = tl.constexpr(2.0**-24)
 
 
 @triton.jit
-def row_sums(policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
+def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
     """Sweep once over a row; return its RowMoments, and a PowerMoments of each power.
 
     The logits are centred on those of column y, which are among the sums.
     """
-    REF: tl.constexpr = ref is not None
-    label_p = entry(policy, y)
+    REF: tl.constexpr = ref.pointer is not None
+    label_p = entry(starts.policy, policy, y)
     label_q = label_p
     if REF:
-        label_q = entry(ref, y)
+        label_q = entry(starts.ref, ref, y)
     known = (label_p > LOW) & (label_q > LOW)
     # A constant close to z - r: that of column y, or that of column 0 if column y is an outlier.
     center = tl.where(known, label_p - label_q, 0.0)
     if REF:
-        first_p, first_q = entry(policy, y * 0), entry(ref, y * 0)
+        first_p, first_q = entry(starts.policy, policy, y * 0), entry(starts.ref, ref, y * 0)
         other = (first_p > LOW) & (first_q > LOW) & (tl.abs(center) > 64.0)
         center = tl.where(other, first_p - first_q, center)
     shift_q = tl.where(label_q > LOW, tl.floor(label_q * LOG2E), LOW)
@@ -79,9 +81,9 @@ def row_sums(policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
     sums = LaneSums(shift_p, shift_q, label_p, label_q, zero, zero, zero, zero, zero, zero, zero, lane_powers)
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
-        sums = sweep(load_step(policy, ref, start + v, V, False), sums, center, powers, REF, wanted)
+        sums = sweep(load_step(starts, policy, ref, start + v, V, False), sums, center, powers, REF, wanted)
     if main < V:
-        sums = sweep(load_step(policy, ref, main + v, V, True), sums, center, powers, REF, wanted)
+        sums = sweep(load_step(starts, policy, ref, main + v, V, True), sums, center, powers, REF, wanted)
 
     found = RowMoments(
         shift_p=sums.shift_p,
@@ -108,7 +110,7 @@ def row_sums(policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
 
 
 @triton.jit
-def term_sums(policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS: tl.constexpr):
+def term_sums(starts, policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS: tl.constexpr):
     """Compute the TermSums of each term divergence in a second sweep; other divergences get zeros."""
     LANES: tl.constexpr = STEPS.lanes
     BLOCK: tl.constexpr = STEPS.unroll * LANES
@@ -122,15 +124,16 @@ def term_sums(policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS: tl.con
             sums = sums + (TermSums(0.0, 0.0),)
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
-        step = load_step(policy, ref, start + v, V, False)
+        step = load_step(starts, policy, ref, start + v, V, False)
         sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
     if main < V:
-        step = load_step(policy, ref, main + v, V, True)
+        step = load_step(starts, policy, ref, main + v, V, True)
         sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
     found = ()
     for i in tl.static_range(len(FORMULAS.term)):
         if FORMULAS.term[i] is not None:
-            found = found + (TermSums(tl.sum(sums[i].value), tl.sum(sums[i].slope)),)
+            value, slope = sums[i]
+            found = found + (TermSums(tl.sum(value), tl.sum(slope)),)
         else:
             found = found + (sums[i],)
     return found
@@ -178,6 +181,8 @@ def close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS: tl.con
 
     Return the SavedRow that term_sums needs, and whether the row has at least one token on each side.
     """
+    # Each saved number is stored as soon as it is known: kept until the end, they would take registers.
+    at: tl.constexpr = SAVED_AT.value
     bad = float("nan")
     has_p = sums.sum_p != 0
     log_sum_p, alone = log_total(sums.sum_p, sums.label_p, sums.shift_p)
@@ -186,6 +191,8 @@ def close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS: tl.con
     tl.store(out.logps + row, tl.where(valid & has_p, logp, bad))
     tl.store(out.lse + row, (sums.shift_p + log_sum_p) * LN2)
     tl.store(out.hit + row, (sums.label_p >= sums.max_p) & valid)
+    tl.store(out.saved + at.shift_p * rows + row, sums.shift_p)
+    tl.store(out.saved + at.log_sum_p * rows + row, tl.where(has_p, log_sum_p, 0.0))
     if out.entropy is not None:
         tl.store(out.entropy + row, entropy)
     if out.collision is not None:
@@ -193,7 +200,7 @@ def close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS: tl.con
         collision = tl.where(alone, 0.0, collision)
         tl.store(out.collision + row, tl.where(has_p, collision, bad))
     saved_entropy = finite(entropy) if out.entropy is not None else 0.0
-    saved_log_p = tl.where(has_p, log_sum_p, 0.0)
+    tl.store(out.saved + at.entropy * rows + row, saved_entropy)
     if out.ref_logps is not None:
         has_q = sums.sum_q != 0
         log_sum_q, _ = log_total(sums.sum_q, sums.label_q, sums.shift_q)
@@ -204,31 +211,28 @@ def close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS: tl.con
             noise = NOISE + HALF_ULP * tl.abs(sums.center)
             closed = close_moments(sums, noise)
             log_mean = closed.log_mean
-        saved_log_q = tl.where(has_q, log_sum_q, 0.0)
-        saved = SavedRow(sums.shift_p, saved_log_p, sums.shift_q, saved_log_q, sums.center, log_mean, saved_entropy)
-        store_saved(out.saved, rows, row, saved)
+        tl.store(out.saved + at.shift_q * rows + row, sums.shift_q)
+        tl.store(out.saved + at.log_sum_q * rows + row, tl.where(has_q, log_sum_q, 0.0))
+        tl.store(out.saved + at.center * rows + row, sums.center)
+        tl.store(out.saved + at.log_mean * rows + row, log_mean)
         alive = has_p & has_q
         for i in tl.static_range(len(FORMULAS.row)):
             if FORMULAS.row[i] is not None:
                 power = 0.0
                 if FORMULAS.power[i] >= 0:
-                    of: tl.constexpr = FORMULAS.power[i]
-                    power = close_power(power_sums[of], sums.sum_q, closed, numbers.powers[of], noise)
+                    of = PowerMoments(*power_sums[FORMULAS.power[i]])
+                    power = close_power(of, sums.sum_q, closed, numbers.powers[FORMULAS.power[i]], noise)
                 value, slope = FORMULAS.row[i](closed.reverse, closed.forward, power, *numbers.params[i])
                 store_divergence(out, i, row, rows, value, slope, numbers.degrees[i], alive)
         found = SavedRow(sums.shift_p, log_sum_p, sums.shift_q, log_sum_q, sums.center, log_mean, saved_entropy)
         return found, alive
     else:
-        store_saved(out.saved, rows, row, SavedRow(sums.shift_p, saved_log_p, 0.0, 0.0, 0.0, 0.0, saved_entropy))
+        tl.store(out.saved + at.shift_q * rows + row, 0.0)
+        tl.store(out.saved + at.log_sum_q * rows + row, 0.0)
+        tl.store(out.saved + at.center * rows + row, 0.0)
+        tl.store(out.saved + at.log_mean * rows + row, 0.0)
         found = SavedRow(sums.shift_p, log_sum_p, sums.shift_p, log_sum_p, sums.center, sums.center, saved_entropy)
         return found, has_p
-
-
-@triton.jit
-def store_saved(saved, rows, row, numbers):
-    """Store a SavedRow."""
-    for i in tl.static_range(SAVED_FIELDS):
-        tl.store(saved + i * rows + row, numbers[i])
 
 
 @triton.jit
@@ -258,7 +262,7 @@ def token_stats_forward(
 ):
     """Compute log p(y), log q(y), lse, entropy, divergences, whether y is the argmax, and log sum p^2.
 
-    policy, ref: Logits, ref None without a reference. labels: Labels. out: Outputs. numbers: Numbers.
+    policy, ref: Logits, ref absent without a reference. labels: Labels. out: Outputs. numbers: Numbers.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -267,24 +271,26 @@ def token_stats_forward(
         store_ignored(row, rows, out, len(FORMULAS.row))
         return
     valid = (label >= 0) & (label < V)
-    policy = at_row(policy, row)
-    if ref is not None:
-        ref = at_row(ref, row)
+    starts = row_starts(policy, ref, row)
     wanted = Wanted(out.entropy is not None, out.collision is not None, MOMENTS)
-    sums, power_sums = row_sums(policy, ref, tl.where(valid, label, 0), V, numbers.powers, wanted, STEPS)
+    sums, power_sums = row_sums(starts, policy, ref, tl.where(valid, label, 0), V, numbers.powers, wanted, STEPS)
     saved, alive = close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS, MOMENTS)
     if SECOND:
-        found = term_sums(policy, ref, V, saved, numbers.params, FORMULAS, STEPS)
+        found = term_sums(starts, policy, ref, V, saved, numbers.params, FORMULAS, STEPS)
         for i in tl.static_range(len(FORMULAS.term)):
             if FORMULAS.term[i] is not None:
-                store_divergence(out, i, row, rows, found[i].value, found[i].slope, numbers.degrees[i], alive)
+                value, slope = found[i]
+                store_divergence(out, i, row, rows, value, slope, numbers.degrees[i], alive)
 
 
 @triton.jit
 def backward_step(
+    starts,
     policy,
     ref,
+    start_p,
     d_policy,
+    start_q,
     d_ref,
     v,
     V,
@@ -298,20 +304,30 @@ def backward_step(
     MASKED: tl.constexpr,
 ):
     """Write the gradients at vocabulary entries v [BLOCK] of a row."""
-    step = load_step(policy, ref, v, V, MASKED)
+    step = load_step(starts, policy, ref, v, V, MASKED)
     to_policy, to_ref = slopes(
-        step, v, label, saved, coefs, params, FORMULAS, REF, ENTROPY, d_policy is not None, d_ref is not None
+        step,
+        v,
+        label,
+        saved,
+        coefs,
+        params,
+        FORMULAS,
+        REF,
+        ENTROPY,
+        d_policy.pointer is not None,
+        d_ref.pointer is not None,
     )
-    if d_policy is not None:
+    if d_policy.pointer is not None:
         if MASKED:
-            tl.store(pointers(d_policy, v), to_policy, mask=v < V)
+            tl.store(pointers(start_p, d_policy, v), to_policy, mask=v < V)
         else:
-            tl.store(pointers(d_policy, v), to_policy)
-    if d_ref is not None:
+            tl.store(pointers(start_p, d_policy, v), to_policy)
+    if d_ref.pointer is not None:
         if MASKED:
-            tl.store(pointers(d_ref, v), to_ref, mask=v < V)
+            tl.store(pointers(start_q, d_ref, v), to_ref, mask=v < V)
         else:
-            tl.store(pointers(d_ref, v), to_ref)
+            tl.store(pointers(start_q, d_ref, v), to_ref)
 
 
 @triton.jit
@@ -335,34 +351,30 @@ def token_stats_backward(
 ):
     """Compute dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], times the slope of softcap and multiplier.
 
-    policy, ref: Logits, ref None where nothing asks for q. d_policy, d_ref: Logits for the gradients, None where not wanted.
+    policy, ref: Logits, ref absent where nothing asks for q. d_policy, d_ref: Logits, absent where not wanted.
     grads: Grads. Column 0 is the token `first`; columns from V to the width of a side get 0.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     n: tl.constexpr = len(FORMULAS.grad_p)
-    REF: tl.constexpr = ref is not None
+    REF: tl.constexpr = ref.pointer is not None
     ENTROPY: tl.constexpr = grads.entropy is not None
     label = token_label(labels, row, SHIFT)
     v = tl.arange(0, BLOCK)
-    if d_policy is not None:
-        d_policy = at_row(d_policy, row)
-    if d_ref is not None:
-        d_ref = at_row(d_ref, row)
+    start_p = row_start(d_policy, row) if d_policy.pointer is not None else 0
+    start_q = row_start(d_ref, row) if d_ref.pointer is not None else 0
     done = label == labels.ignore_index
     label -= first
-    if d_policy is not None:
+    if d_policy.pointer is not None:
         for start in range(0 if done else V, width_p, BLOCK):
-            tl.store(pointers(d_policy, start + v), 0.0, mask=start + v < width_p)
-    if d_ref is not None:
+            tl.store(pointers(start_p, d_policy, start + v), 0.0, mask=start + v < width_p)
+    if d_ref.pointer is not None:
         for start in range(0 if done else V, width_q, BLOCK):
-            tl.store(pointers(d_ref, start + v), 0.0, mask=start + v < width_q)
+            tl.store(pointers(start_q, d_ref, start + v), 0.0, mask=start + v < width_q)
     if done:
         return
 
-    policy = at_row(policy, row)
-    if REF:
-        ref = at_row(ref, row)
+    starts = row_starts(policy, ref, row)
     of_row = load_saved(saved, rows, row)
     label_p = tl.load(grads.logps + row).to(tl.float32) if grads.logps is not None else 0.0
     label_q = tl.load(grads.ref_logps + row).to(tl.float32) if grads.ref_logps is not None else 0.0
@@ -384,9 +396,12 @@ def token_stats_backward(
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STAGES):
         backward_step(
+            starts,
             policy,
             ref,
+            start_p,
             d_policy,
+            start_q,
             d_ref,
             start + v,
             V,
@@ -401,9 +416,12 @@ def token_stats_backward(
         )
     if main < V:
         backward_step(
+            starts,
             policy,
             ref,
+            start_p,
             d_policy,
+            start_q,
             d_ref,
             main + v,
             V,

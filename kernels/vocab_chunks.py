@@ -15,7 +15,7 @@ import triton.language as tl
 from ..core import moments
 from ..core.moments import PowerMoments, RowMoments
 from .elementwise import jit
-from .row_stats import INF, at_row, load_saved, token_label
+from .row_stats import INF, load_saved, row_starts, token_label
 from .token_stats import close_row, row_sums, store_ignored, term_sums
 
 merge, merge_power = jit(moments.merge), jit(moments.merge_power)
@@ -58,7 +58,9 @@ def merged(sums, power_sums, other, other_powers, powers):
     both, moved, moved_other = merge(sums, other)
     found = ()
     for i in tl.static_range(len(powers)):
-        found = found + (merge_power(power_sums[i], other_powers[i], moved, moved_other, powers[i]),)
+        # named again: on Triton 3.6 what a tuple holds may have lost its names
+        one, more = PowerMoments(*power_sums[i]), PowerMoments(*other_powers[i])
+        found = found + (merge_power(one, more, moved, moved_other, powers[i]),)
     return both, found
 
 
@@ -72,10 +74,8 @@ def fold_slice(
     if label == labels.ignore_index:
         return
     here = (label >= first) & (label < first + V)
-    policy = at_row(policy, row)
-    if ref is not None:
-        ref = at_row(ref, row)
-    sums, power_sums = row_sums(policy, ref, tl.where(here, label - first, 0), V, powers, WANTED, STEPS)
+    starts = row_starts(policy, ref, row)
+    sums, power_sums = row_sums(starts, policy, ref, tl.where(here, label - first, 0), V, powers, WANTED, STEPS)
     sums = RowMoments(
         shift_p=sums.shift_p,
         sum_p=sums.sum_p,
@@ -105,13 +105,14 @@ def add_terms(policy, ref, labels, saved, sums, V, numbers, FORMULAS: tl.constex
     if token_label(labels, row, False) == labels.ignore_index:
         return
     of_row = load_saved(saved.pointer, saved.stride, row)
-    found = term_sums(at_row(policy, row), at_row(ref, row), V, of_row, numbers.params, FORMULAS, STEPS)
+    found = term_sums(row_starts(policy, ref, row), policy, ref, V, of_row, numbers.params, FORMULAS, STEPS)
     for i in tl.static_range(len(FORMULAS.term)):
         if FORMULAS.term[i] is not None:
-            value = sums.pointer + 2 * i * sums.stride + row
-            slope = sums.pointer + (2 * i + 1) * sums.stride + row
-            tl.store(value, tl.load(value) + found[i].value)
-            tl.store(slope, tl.load(slope) + found[i].slope)
+            value, slope = found[i]
+            at_value = sums.pointer + 2 * i * sums.stride + row
+            at_slope = sums.pointer + (2 * i + 1) * sums.stride + row
+            tl.store(at_value, tl.load(at_value) + value)
+            tl.store(at_slope, tl.load(at_slope) + slope)
 
 
 @triton.jit

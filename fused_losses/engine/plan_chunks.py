@@ -84,7 +84,7 @@ def allocate(call: Call) -> Outputs:
 
 
 class Tiles:
-    """Buffers for the logits z and w, and the iteration over slices of the vocabulary and blocks of rows.
+    """Buffers for the logits of both sides, and the iteration over slices of the vocabulary and blocks of rows.
 
     In the plan "whole" there is one tile. It is kept [1 or 2, rows, V], and is computed at most once.
     """
@@ -98,7 +98,7 @@ class Tiles:
             return kept[i] if kept is not None and i < len(kept) else call.labels.new_empty(shape, dtype=call.dtype)
 
         self.z = buffer(0)
-        self.w = buffer(1) if with_ref and call.ref is not None else None
+        self.ref = buffer(1) if with_ref and call.ref is not None else None
 
     @property
     def blocks(self) -> int:
@@ -117,16 +117,16 @@ class Tiles:
         return (slice(r, min(r + self.rows, n)) for r in range(0, n, self.rows))
 
     def load(self, r: slice, c: slice) -> tuple[Problem, Tensor, Tensor | None]:
-        """Compute the tile, unless it is kept already. Return it as a problem of its own, with z and w."""
+        """Compute the tile, unless it is kept already. Return it as a problem of its own, with the logits of both sides."""
         call, height, width = self.call, r.stop - r.start, c.stop - c.start
         z = self.z[:height, :width]
-        w = None if self.w is None else self.w[:height, :width]
+        ref_logits = None if self.ref is None else self.ref[:height, :width]
         if not self.filled:
             call.policy.tile(r, c, z)
-            if w is not None and call.ref is not None:
-                call.ref.tile(r, c, w)
+            if ref_logits is not None and call.ref is not None:
+                call.ref.tile(r, c, ref_logits)
         self.filled = self.keeps
-        return call.problem._replace(vocab=width, first=call.problem.first + c.start), z, w
+        return call.problem._replace(vocab=width, first=call.problem.first + c.start), z, ref_logits
 
 
 def powers(problem: Problem) -> int:
@@ -146,8 +146,8 @@ def states(call: Call, tiles: Tiles | None) -> Tensor:
         return state
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, w = tiles.load(r, c)
-            call.backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
+            part, z, ref_logits = tiles.load(r, c)
+            call.backend.fold(part, z, call.labels[r], ref_logits, state[:, r], c.start == 0)
     return state
 
 
@@ -167,7 +167,7 @@ def forward(call: Call, kept: Tensor | None = None) -> Outputs:
 def second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable | None = None) -> None:
     """Compute the divergences that are sums of terms, from normalised tiles.
 
-    visit(r, c, problem, z, w) is called for each tile afterwards.
+    visit(r, c, problem, z, ref_logits) is called for each tile afterwards.
     """
     problem = call.problem
     if call.ref is None:
@@ -179,12 +179,12 @@ def second_sweep(call: Call, out: Outputs, tiles: Tiles | None, visit: Callable 
     else:
         for c in tiles.columns_of():
             for r in tiles.rows_of():
-                part, z, w = tiles.load(r, c)
-                if w is None:
+                part, z, ref_logits = tiles.load(r, c)
+                if ref_logits is None:
                     raise AssertionError("a divergence needs a reference")
-                call.backend.terms(part, z, call.labels[r], w, out.saved[:, r], sums[:, r])
+                call.backend.terms(part, z, call.labels[r], ref_logits, out.saved[:, r], sums[:, r])
                 if visit is not None:
-                    visit(r, c, part, z, w)
+                    visit(r, c, part, z, ref_logits)
     sums = call.shard.summed(sums).masked_fill_(call.labels == problem.ignore_index, 0)
     for i, d in enumerate(problem.divergences):
         if d.term is not None:
@@ -206,7 +206,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Compute the gradients of the ten tensors of both sides.
 
-    For each tile, compute the logits again (unless they are kept), then dz, then its products.
+    For each tile, compute the logits again (unless they are kept), then d_policy, then its products.
     """
     to_policy, to_ref = any(wanted), any(ref_wanted)
     tiles = Tiles(call, grads.divergence is not None or to_ref, kept, filled=kept is not None)
@@ -216,21 +216,21 @@ def backward(
             s.want(flags, tiles.blocks > 1, tiles.slices, shared=shared) if isinstance(s, HiddenSide) else s.want()
     spare = [
         spare_buffer(s, x, kept is not None) if flag else None
-        for s, x, flag in ((call.policy, tiles.z, to_policy), (call.ref, tiles.w, to_ref))
+        for s, x, flag in ((call.policy, tiles.z, to_policy), (call.ref, tiles.ref, to_ref))
     ]
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, w = tiles.load(r, c)
+            part, z, ref_logits = tiles.load(r, c)
             g = Grads(*(None if x is None else x[..., r].contiguous() for x in grads))
-            dz, dw = (
+            d_policy, d_ref = (
                 None if not flag else x if buffer is None else buffer[: z.shape[0], : z.shape[1]]
-                for flag, x, buffer in ((to_policy, z, spare[0]), (to_ref, w, spare[1]))
+                for flag, x, buffer in ((to_policy, z, spare[0]), (to_ref, ref_logits, spare[1]))
             )
-            call.backend.backward(part, z, call.labels[r], w, saved[:, r].contiguous(), g, dz, dw)
-            if dz is not None:
-                call.policy.push(r, c, dz)
-            if dw is not None and call.ref is not None:
-                call.ref.push(r, c, dw)
+            call.backend.backward(part, z, call.labels[r], ref_logits, saved[:, r].contiguous(), g, d_policy, d_ref)
+            if d_policy is not None:
+                call.policy.push(r, c, d_policy)
+            if d_ref is not None and call.ref is not None:
+                call.ref.push(r, c, d_ref)
         for s, flag in ((call.policy, to_policy), (call.ref, to_ref)):
             if s is not None and flag:
                 s.finish_slice(c)
@@ -240,9 +240,9 @@ def backward(
 
 
 def spare_buffer(s: Side | None, tile: Tensor | None, kept: bool = False) -> Tensor | None:
-    """Return a buffer for dz where the logits are kept, or where the products need another dtype.
+    """Return a buffer for d_policy where the logits are kept, or where the products need another dtype.
 
-    None means that dz is written over the logits.
+    None means that d_policy is written over the logits.
     """
     if s is None or tile is None:
         return None

@@ -55,26 +55,26 @@ class _Frozen:
         c: slice,
         part: Problem,
         z: Tensor,
-        ref: Tensor | None,
+        ref_logits: Tensor | None,
         saved: Tensor,
         grads: Grads,
     ) -> None:
         """Add sum_v h_v s_v W_v to one of the sums; h_v s_v is the dz that backward writes for these gradients."""
         dz = self.dz[: z.shape[0], : z.shape[1]]
-        self.call.backend.backward(part, z, self.call.labels[r], ref, saved, grads, dz, None)
+        self.call.backend.backward(part, z, self.call.labels[r], ref_logits, saved, grads, dz, None)
         self.policy.pull(kept[r], c, dz)
 
-    def add_slice(self, r: slice, c: slice, part: Problem, z: Tensor, ref: Tensor | None, row: SavedRow) -> None:
+    def add_slice(self, r: slice, c: slice, part: Problem, z: Tensor, ref_logits: Tensor | None, row: SavedRow) -> None:
         """Add what follows from the first sweep over a tile, with p and q normalised as `row` says."""
         alone, saved = part._replace(divergences=()), torch.stack(row)
         one = self.one[0, : z.shape[0]]
         self._add(self.kept.prob, r, c, alone, z, None, saved, Grads(lse=one))
         if self.kept.entropy is not None:
             self._add(self.kept.entropy, r, c, alone, z, None, saved, Grads(entropy=-one))
-        self.add_bases(r, c, part, z, ref, row, second=False)
+        self.add_bases(r, c, part, z, ref_logits, row, second=False)
 
     def add_bases(
-        self, r: slice, c: slice, part: Problem, z: Tensor, ref: Tensor | None, row: SavedRow, second: bool
+        self, r: slice, c: slice, part: Problem, z: Tensor, ref_logits: Tensor | None, row: SavedRow, second: bool
     ) -> None:
         """Add the sums of the divergences that are computed in this sweep, the first or the second."""
         zero = torch.zeros_like(row.shift_p)
@@ -82,7 +82,7 @@ class _Frozen:
         grads = Grads(divergence=self.one[:, : z.shape[0]])
         for d, kept in self.kept.bases:
             if (d.scaling is None) == second:
-                self._add(kept, r, c, part._replace(divergences=(d,)), z, ref, saved, grads)
+                self._add(kept, r, c, part._replace(divergences=(d,)), z, ref_logits, saved, grads)
 
     def rescale(self, r: slice, x: Tensor, y: Tensor) -> None:
         """Update the sums where p and q become e^x p and e^y q."""
@@ -108,8 +108,8 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
     so_far = SavedRow(*state.new_zeros((len(SavedRow._fields), n)))  # of the vocabulary so far
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, w = tiles.load(r, c)
-            backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
+            part, z, ref_logits = tiles.load(r, c)
+            backend.fold(part, z, call.labels[r], ref_logits, state[:, r], c.start == 0)
             old = SavedRow(*(number[r] for number in so_far))
             new = _normalisers(backend, state[:, r], call.ref is not None)
             if c.start:
@@ -120,12 +120,12 @@ def frozen_forward(call: Call, keep: Tensor) -> Outputs:
                 sums.rescale(r, x, torch.where((near - y).abs() < 1e-3, near, y))
             for place, number in zip(old, new, strict=True):
                 place.copy_(number)
-            sums.add_slice(r, c, part, z, w, new)
+            sums.add_slice(r, c, part, z, ref_logits, new)
     backend.close(problem, state, call.labels, out)
     if any(d.scaling is None for d, _ in sums.kept.bases):
 
-        def visit(r: slice, c: slice, part: Problem, z: Tensor, w: Tensor) -> None:
-            sums.add_bases(r, c, part, z, w, saved_row(out.saved[:, r]), second=True)
+        def visit(r: slice, c: slice, part: Problem, z: Tensor, ref_logits: Tensor) -> None:
+            sums.add_bases(r, c, part, z, ref_logits, saved_row(out.saved[:, r]), second=True)
 
         second_sweep(call, out, tiles, visit)
     return out

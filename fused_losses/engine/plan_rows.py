@@ -111,15 +111,15 @@ def row_blocks(
     found = [out.logps.new_zeros(0)]
     for r, (_, sequences, ends) in zip(ranges, blocks, strict=True):
         part, y = _part(out, r), call.labels[r]
-        _, z, w = tiles.load(r, every)
+        _, z, ref_logits = tiles.load(r, every)
         if r.stop > r.start:
-            backend.forward(problem, z, y, w, part)
+            backend.forward(problem, z, y, ref_logits, part)
         cu_seqlens = torch.tensor([0, *ends], device=labels.device) if sequences else None
         losses, grads = loss(Block(rows[r], sequences, cu_seqlens), part)
         found.append(losses)
         if r.stop > r.start and any(wanted) and any(g is not None for g in grads):
             dz = z if spare is None else spare[: z.shape[0]]
-            backend.backward(problem, z, y, w, part.saved, effective(grads, problem.vocab), dz, None)
+            backend.backward(problem, z, y, ref_logits, part.saved, effective(grads, problem.vocab), dz, None)
             call.policy.push(r, every, dz)
         for whole, piece in zip(out, part, strict=True):
             if whole is not None and piece is not None:
