@@ -198,21 +198,23 @@ def compile_workload(
     from fused_losses.kernels import configs, launch
 
     entropy, collision = "entropy" in sums, "collision" in sums
-    problem = StatsSpec(registry.parse(divergences), entropy, collision, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
+    spec = StatsSpec(registry.parse(divergences), entropy, collision, False, -100, vocab, 0.0, 1.0, 0.0, 1.0)
     z = torch.empty(2, vocab, dtype=getattr(torch, dtype))
     z = z.t().contiguous().t() if strided else z
     w = torch.empty_like(z) if ref else None
     y = torch.zeros(2, dtype=torch.int64)
-    out = empty_outputs(problem, z, len(z), bool(ref), torch.float32)
-    g = torch.zeros(2)
-    g_div = None if out.divergence is None else torch.zeros_like(out.divergence)
-    grads = Grads(logps=g, ref_logps=g if to_ref else None, entropy=g if entropy else None, divergence=g_div)
+    g, n = torch.zeros(2), len(spec.divergences)
+    grads = Grads(
+        logps=g,
+        ref_logps=g if to_ref else None,
+        entropy=g if entropy else None,
+        divergence=torch.zeros(n, 2) if n else None,
+    )
+    out = empty_outputs(spec, z, 2, w is not None, torch.float32)
     with compiled(target) as kernels:
-        launch.forward(problem, z, y, w, *out)
-        launch.backward(
-            problem, z, y, w, out.saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None
-        )
-    config = launch.forward_config(problem, z.dtype)
+        launch.forward(spec, z, y, w, out)
+        launch.backward(spec, z, y, w, out.saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
+    config = launch.forward_config(spec, z.dtype)
     return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
 
 
@@ -221,7 +223,7 @@ def compile_pairs(target: str) -> list[tuple]:
     import torch
 
     from fused_losses import divergences as registry
-    from fused_losses.core.layout import PairLossSpec
+    from fused_losses.core.layout import PairGrads, PairLossSpec, PairOutputs
     from fused_losses.core.margin_losses import TERMS
     from fused_losses.kernels import launch
 
@@ -232,12 +234,13 @@ def compile_pairs(target: str) -> list[tuple]:
     found = []
     for number, (term, link) in enumerate(every):
         numbers = (0.1,) * (len(inspect.signature(term).parameters) - 1)
-        problem = PairLossSpec(link, term, numbers, 0.1, 4, False)
+        spec = PairLossSpec(link, term, numbers, 0.1, 4, False)
         packed = cu if number % 2 else None
-        coef, grads = torch.zeros(4), (torch.zeros(2), None, None)
+        coef, grads = torch.zeros(4), PairGrads(losses=torch.zeros(2))
+        out = PairOutputs(torch.zeros(2), *(torch.zeros(4) for _ in range(3)))
         with compiled(target) as kernels:
-            launch.pair_forward(problem, tokens, ref, mask, packed, torch.zeros(2), *(torch.zeros(4) for _ in range(3)))
-            launch.pair_backward(problem, grads, coef, mask, packed, tokens, ref)
+            launch.pair_forward(spec, tokens, ref, mask, packed, out)
+            launch.pair_backward(spec, grads, coef, mask, packed, tokens, ref)
         name = f"{term.__name__}, {link.key}"
         found += [(name, *of) for of in zip(("forward", "backward"), kernels, strict=True)]
     return found

@@ -94,16 +94,18 @@ def _fields(problem, rows: int):
     import torch
 
     from fused_losses.core import moments
+    from fused_losses.core.layout import saved_rows
     from fused_losses.engine import plan_chunks
 
     state = torch.zeros(moments.fields(plan_chunks.powers(problem)), rows)
-    return state, torch.zeros(7 + 2 * len(problem.divergences), rows)
+    return state, torch.zeros(saved_rows(len(problem.divergences)), rows)
 
 
 def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
     """The kernels of a vocabulary in slices (kernels/vocab_chunks.py)."""
     import torch
 
+    from fused_losses.core.layout import Outputs
     from fused_losses.kernels import configs, launch
 
     problem, ref = _problem(case, vocab), case[2]
@@ -123,20 +125,23 @@ def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
         yield Launch("add_terms", "", run, configs.FORWARD_TWO_PASS.per_thread, read, read * z.numel())
     yield Launch("merge_states", "", lambda: launch.merge_states(problem, state, state.clone()))
     new = lambda wanted=True: torch.zeros(rows) if wanted else None  # noqa: E731
-    outputs = (new(), new(ref), new(), new(problem.entropy), torch.zeros(n, rows) if n else None)
-    outputs += (torch.zeros(rows, dtype=torch.bool), new(problem.collision), saved)
-    yield Launch("close_states", "", lambda: launch.close(problem, state, labels, *outputs))
+    outputs = Outputs(
+        logps=new(), ref_logps=new(ref), lse=new(), entropy=new(problem.entropy), div=torch.zeros(n, rows) if n else None,
+        hit=torch.zeros(rows, dtype=torch.bool), collision=new(problem.collision), saved=saved,
+    )  # fmt: skip
+    yield Launch("close_states", "", lambda: launch.close(problem, state, labels, outputs))
 
 
 def tiles(case: tuple, rows: int = 16, vocab: int = 16, width: int = 64, softcap: float = 0.0) -> Iterator[Launch]:
     """The kernel whose logits stay on the chip (kernels/fused_linear.py), its first sweep and its second."""
     import torch
 
+    from fused_losses.core.layout import HiddenRows
     from fused_losses.kernels import launch
 
     problem, ref = _problem(case, vocab, softcap), case[2]
     x, weight = (torch.zeros(n, width, dtype=torch.bfloat16) for n in (rows, vocab))
-    policy = (x, weight, None, None)
+    policy = HiddenRows(x, weight, None, None)
     other = policy if ref else None
     labels = torch.zeros(rows, dtype=torch.int64)
     state, saved = _fields(problem, rows)

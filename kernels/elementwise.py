@@ -158,14 +158,16 @@ def jit(formula):
     """Compile a formula for Triton.
 
     The source is the same. Functions that it calls are replaced by those of this module with the same name (others are
-    compiled too), and its global constants become constexpr.
+    compiled too), NamedTuples stay what they are, and its global constants become constexpr.
     """
     names = {"__builtins__": __builtins__, "__name__": formula.__module__, "tl": tl}  # the interpreter looks for tl
     for name in formula.__code__.co_names:
         if name in globals():
             names[name] = globals()[name]
+        elif name not in formula.__globals__:  # a field of a NamedTuple
+            continue
         elif isinstance(value := formula.__globals__[name], types.FunctionType):
             names[name] = jit(value)
         else:
-            names[name] = tl.constexpr(value)
+            names[name] = value if isinstance(value, type) else tl.constexpr(value)
     return triton.jit(types.FunctionType(formula.__code__, names, formula.__name__, formula.__defaults__))

@@ -1,4 +1,4 @@
-"""Launch the kernels: compute their strides, flags and grids.
+"""Launch the kernels: build their arguments, compute flags and grids. The functions are those of backends/interface.py.
 
 Arguments are not checked here, because the public functions check them. Nothing of vocabulary size is allocated here; the
 caller passes the tensors for the gradients.
@@ -11,8 +11,17 @@ import torch
 from triton.runtime import driver
 
 from ..core.divergences import Divergence
-from ..core.layout import PairLossSpec, StatsSpec, row_layout
-from . import configs, fused_linear, pair_loss, token_stats, vocab_chunks
+from ..core.layout import (
+    Grads,
+    HiddenRows,
+    Outputs,
+    PairGrads,
+    PairLossSpec,
+    PairOutputs,
+    StatsSpec,
+    row_layout,
+)
+from . import arguments, configs, fused_linear, pair_loss, token_stats, vocab_chunks
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
 
 
@@ -21,124 +30,196 @@ def on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _side(x, softcap, multiplier):
-    """Return (tensor, row layout, vocabulary stride, head) of one side.
-
-    Absent parts are None. A stride of 1 is also given as None.
-    """
+def _logits(x, softcap=0.0, multiplier=1.0):
+    """Return logits, or the place for their gradients, as kernels take them."""
     if x is None:
-        return None, (1, 0, 0), None, (None, None)
-    head = (softcap or None, None if multiplier == 1.0 else multiplier)
-    return x, row_layout(x, 1), None if x.stride(-1) == 1 else x.stride(-1), head
+        return arguments.Logits(None, (1, 0, 0), None, None, None)
+    stride = None if x.stride(-1) == 1 else x.stride(-1)
+    return arguments.Logits(x, row_layout(x, 1), stride, softcap or None, None if multiplier == 1.0 else multiplier)
 
 
-def _formulas(divergences: tuple[Divergence, ...]):
-    twin = lambda fn: None if fn is None else jit(fn)  # noqa: E731
-    powers = tuple(dict.fromkeys(d.power for d in divergences if d.power is not None))
-    return {
-        "numbers": tuple(d.params for d in divergences),
-        "powers": powers,
-        "degrees": tuple(d.degree for d in divergences),
-        "ROWS": tuple(twin(d.row) for d in divergences),
-        "TERMS": tuple(twin(d.term) for d in divergences),
-        "GRADS": tuple(twin(d.grad_p) for d in divergences),
-        "POWER": tuple(powers.index(d.power) if d.power is not None else -1 for d in divergences),
-        "MOMENTS": any(d.row is not None for d in divergences),
-        "SECOND": any(d.term is not None for d in divergences),
-    }
+def _policy(spec: StatsSpec, x):
+    return _logits(x, spec.softcap, spec.multiplier)
 
 
-def forward_config(problem: StatsSpec, dtype: torch.dtype) -> configs.Config:
-    two_pass = any(d.term is not None for d in problem.divergences)
-    return configs.FORWARD_TWO_PASS if two_pass else fold_config(problem, dtype)
+def _ref(spec: StatsSpec, x):
+    return _logits(x, spec.ref_softcap, spec.ref_multiplier)
 
 
-def fold_config(problem: StatsSpec, dtype: torch.dtype) -> configs.Config:
+def _token_labels(spec: StatsSpec, labels):
+    length = labels.shape[-1] if spec.shift else 1
+    return arguments.Labels(labels, row_layout(labels, 0), spec.ignore_index, length)
+
+
+def _row_labels(spec: StatsSpec, labels):
+    return arguments.Labels(labels, None, spec.ignore_index, 1)
+
+
+def _fields(x):
+    return None if x is None else arguments.Fields(x, x.stride(0))
+
+
+def _powers(divergences: tuple[Divergence, ...]) -> tuple[float, ...]:
+    return tuple(dict.fromkeys(d.power for d in divergences if d.power is not None))
+
+
+def _params(divergences: tuple[Divergence, ...]):
+    return tuple(d.params for d in divergences)
+
+
+def _numbers(divergences: tuple[Divergence, ...]) -> arguments.Numbers:
+    return arguments.Numbers(_params(divergences), _powers(divergences), tuple(d.degree for d in divergences))
+
+
+def _formulas(divergences: tuple[Divergence, ...]) -> arguments.Formulas:
+    compiled = lambda formula: None if formula is None else jit(formula)  # noqa: E731
+    powers = _powers(divergences)
+    return arguments.Formulas(
+        row=tuple(compiled(d.row) for d in divergences),
+        term=tuple(compiled(d.term) for d in divergences),
+        grad_p=tuple(jit(d.grad_p) for d in divergences),
+        grad_q=tuple(jit(d.grad_q) for d in divergences),
+        power=tuple(powers.index(d.power) if d.power is not None else -1 for d in divergences),
+    )
+
+
+def _moments(spec: StatsSpec) -> bool:
+    """Return whether a divergence follows from the sums of the rows."""
+    return any(d.row is not None for d in spec.divergences)
+
+
+def _wanted(spec: StatsSpec) -> arguments.Wanted:
+    return arguments.Wanted(spec.entropy, spec.collision, bool(spec.divergences))
+
+
+def _steps(config: configs.Config) -> arguments.Steps:
+    return arguments.Steps(config.unroll, config.lanes, config.stages)
+
+
+def forward_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
+    two_pass = any(d.term is not None for d in spec.divergences)
+    return configs.FORWARD_TWO_PASS if two_pass else fold_config(spec, dtype)
+
+
+def fold_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
     """Return the launch configuration of one sweep over logits."""
-    wide = problem.entropy or problem.collision or dtype == torch.float32
-    more = any(d.power is not None for d in problem.divergences) or (wide and problem.divergences)
+    wide = spec.entropy or spec.collision or dtype == torch.float32
+    more = any(d.power is not None for d in spec.divergences) or (wide and spec.divergences)
     return configs.FORWARD_MORE if more else configs.FORWARD
 
 
-def forward(
-    problem: StatsSpec, policy, labels, ref, logps, ref_logps, lse, entropy, div, hit, collision, saved
-) -> None:  # fmt: skip
-    config = forward_config(problem, policy.dtype)
+def check_labels(spec: StatsSpec, labels) -> None:
+    """Do nothing: kernels give NaN for the row of a label out of range."""
+
+
+def forward(spec: StatsSpec, policy, labels, ref, out: Outputs) -> None:
+    config = forward_config(spec, policy.dtype)
     with on(policy.device):
-        token_stats.token_stats_forward[(logps.numel(),)](
-            *_side(policy, problem.softcap, problem.multiplier),
-            *_side(ref, problem.ref_softcap, problem.ref_multiplier),
-            labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
-            logps, ref_logps, lse, entropy, div, hit, collision, saved, problem.vocab,
-            **_formulas(problem.divergences), SHIFT=problem.shift,
-            UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+        token_stats.token_stats_forward[(out.logps.numel(),)](
+            _policy(spec, policy),
+            _ref(spec, ref),
+            _token_labels(spec, labels),
+            out,
+            spec.vocab,
+            _numbers(spec.divergences),
+            FORMULAS=_formulas(spec.divergences),
+            MOMENTS=_moments(spec),
+            SECOND=any(d.term is not None for d in spec.divergences),
+            SHIFT=spec.shift,
+            STEPS=_steps(config),
+            num_warps=config.warps,
+        )
 
 
-def backward(problem: StatsSpec, policy, labels, ref, saved, grads, dz, dw) -> None:
-    """Launch the kernel that writes dz and dw.
-
-    grads: the gradients of logps, ref_logps, lse, entropy [rows] and divergences [n, rows], each contiguous or None.
-    """
-    d_div = grads[-1]
-    divergences = problem.divergences if d_div is not None else ()
-    ref = ref if divergences or dw is not None else None
-    z, w = _side(policy, problem.softcap, problem.multiplier), _side(ref, problem.ref_softcap, problem.ref_multiplier)
+def backward(spec: StatsSpec, policy, labels, ref, saved, grads: Grads, d_policy, d_ref) -> None:
+    divergences = spec.divergences if grads.divergence is not None else ()
+    ref = ref if divergences or d_ref is not None else None
+    config = configs.BACKWARD
     with on(policy.device):
         token_stats.token_stats_backward[(saved.shape[1],)](
-            *z, *_side(dz, None, 1.0)[:3],
-            *w, *_side(dw, None, 1.0)[:3],
-            labels, row_layout(labels, 0), problem.ignore_index, labels.shape[-1] if problem.shift else 1,
-            *grads, saved, problem.vocab, problem.first, policy.shape[-1], ref.shape[-1] if ref is not None else 0,
-            tuple(d.params for d in divergences),
-            GRADS_P=tuple(jit(d.grad_p) for d in divergences), GRADS_Q=tuple(jit(d.grad_q) for d in divergences),
-            SHIFT=problem.shift, BLOCK=configs.BACKWARD.lanes * configs.BACKWARD.unroll, STAGES=configs.BACKWARD.stages,
-            num_warps=configs.BACKWARD.warps,
-        )  # fmt: skip
-
-
-def _take(formulas: dict, *names: str) -> dict:
-    return {name: formulas[name] for name in names}
-
-
-def _sides(problem: StatsSpec, z, w):
-    return *_side(z, problem.softcap, problem.multiplier), *_side(w, problem.ref_softcap, problem.ref_multiplier)
-
-
-def fold(problem: StatsSpec, z, labels, w, state, fresh: bool) -> None:
-    """Add logits [rows, columns] to the running sums in state [fields, rows].
-
-    Column 0 is the token problem.first of the vocabulary. fresh: the state holds no sums yet and is overwritten.
-    """
-    config = fold_config(problem, z.dtype)
-    formulas = _formulas(problem.divergences)
-    with on(z.device):
-        vocab_chunks.fold_slice[(z.shape[0],)](
-            *_sides(problem, z, w), labels, problem.ignore_index, state, state.stride(0), problem.vocab, problem.first,
-            formulas["powers"], FRESH=fresh, ENTROPY=problem.entropy, COLLISION=problem.collision,
-            MOMENTS=bool(problem.divergences), UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages,
+            _policy(spec, policy),
+            _ref(spec, ref),
+            _logits(d_policy),
+            _logits(d_ref),
+            _token_labels(spec, labels),
+            grads,
+            saved,
+            spec.vocab,
+            spec.first,
+            policy.shape[-1],
+            ref.shape[-1] if ref is not None else 0,
+            _numbers(divergences),
+            FORMULAS=_formulas(divergences),
+            SHIFT=spec.shift,
+            BLOCK=config.lanes * config.unroll,
+            STAGES=config.stages,
             num_warps=config.warps,
-        )  # fmt: skip
+        )
 
 
-def terms(problem: StatsSpec, z, labels, w, saved, sums) -> None:
-    """Add sum_v c and sum_v h of the term divergences of logits [rows, columns] to sums [2 n, rows]."""
+def fold(spec: StatsSpec, policy, labels, ref, state, fresh: bool) -> None:
+    config = fold_config(spec, policy.dtype)
+    with on(policy.device):
+        vocab_chunks.fold_slice[(policy.shape[0],)](
+            _policy(spec, policy),
+            _ref(spec, ref),
+            _row_labels(spec, labels),
+            _fields(state),
+            spec.vocab,
+            spec.first,
+            _powers(spec.divergences),
+            FRESH=fresh,
+            WANTED=_wanted(spec),
+            STEPS=_steps(config),
+            num_warps=config.warps,
+        )
+
+
+def terms(spec: StatsSpec, policy, labels, ref, saved, sums) -> None:
     config = configs.FORWARD_TWO_PASS
-    with on(z.device):
-        vocab_chunks.add_terms[(z.shape[0],)](
-            *_sides(problem, z, w), labels, problem.ignore_index, saved, saved.stride(0), sums, sums.stride(0),
-            problem.vocab, **_take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS"),
-            UNROLL=config.unroll, LANES=config.lanes, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+    with on(policy.device):
+        vocab_chunks.add_terms[(policy.shape[0],)](
+            _policy(spec, policy),
+            _ref(spec, ref),
+            _row_labels(spec, labels),
+            _fields(saved),
+            _fields(sums),
+            spec.vocab,
+            _numbers(spec.divergences),
+            FORMULAS=_formulas(spec.divergences),
+            STEPS=_steps(config),
+            num_warps=config.warps,
+        )
+
+
+def merge_states(spec: StatsSpec, state, other) -> None:
+    with on(state.device):
+        vocab_chunks.merge_states[(state.shape[1],)](
+            _fields(state), _fields(other), _powers(spec.divergences), num_warps=1
+        )
+
+
+def close(spec: StatsSpec, state, labels, out: Outputs) -> None:
+    with on(state.device):
+        vocab_chunks.close_states[(state.shape[1],)](
+            _fields(state),
+            _row_labels(spec, labels),
+            out,
+            spec.vocab,
+            _numbers(spec.divergences),
+            FORMULAS=_formulas(spec.divergences),
+            MOMENTS=_moments(spec),
+            num_warps=1,
+        )
 
 
 def saved_log(x: torch.Tensor) -> torch.Tensor:
-    """Return the logarithm of a total in the unit in which it is saved: here in bits."""
+    """Return the logarithm in bits."""
     return x.log2()
 
 
 def in_nats(x: torch.Tensor) -> torch.Tensor:
-    """Convert a saved shift, or a saved logarithm of a total, to nats: here it is in bits."""
+    """Convert bits to nats."""
     return x * math.log(2.0)
 
 
@@ -148,66 +229,67 @@ def frame(c: torch.Tensor, mp: torch.Tensor, mq: torch.Tensor) -> torch.Tensor:
     return (c - apart * LN2_HI.value) - apart * LN2_LO.value
 
 
-def merge_states(problem: StatsSpec, state, other) -> None:
-    """Merge other into state in place, both [fields, rows]."""
-    with on(state.device):
-        vocab_chunks.merge_states[(state.shape[1],)](
-            state, state.stride(0), other, other.stride(0), _formulas(problem.divergences)["powers"], num_warps=1
-        )  # fmt: skip
+def _sequences(spec: PairLossSpec, mask, cu_seqlens):
+    return arguments.Sequences(mask, cu_seqlens, mask.numel(), mask.numel() // spec.sequences)
 
 
-def close(problem: StatsSpec, state, labels, logps, ref_logps, lse, entropy, div, hit, collision, saved) -> None:
-    """Write the outputs of all rows, computed from the sums over the whole vocabulary.
-
-    Term divergences are not written here; terms() computes them.
-    """
-    with on(state.device):
-        vocab_chunks.close_states[(state.shape[1],)](
-            state, state.stride(0), labels, problem.ignore_index, logps, ref_logps, lse, entropy, div, hit, collision,
-            saved, problem.vocab, num_warps=1,
-            **_take(_formulas(problem.divergences), "numbers", "powers", "degrees", "ROWS", "POWER", "MOMENTS"),
-        )  # fmt: skip
-
-
-def pair_forward(problem: PairLossSpec, logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef) -> None:
+def pair_forward(spec: PairLossSpec, logps, ref, mask, cu_seqlens, out: PairOutputs) -> None:
     with on(logps.device):
-        pair_loss.pair_forward[(losses.numel(),)](
-            logps, ref, mask, cu_seqlens, losses, seq_logps, seq_ref, coef,
-            mask.numel(), mask.numel() // problem.sequences, problem.beta, problem.divergence.params, problem.term_params,
-            LINK=jit(problem.divergence.f_dpo_link()), TERM=jit(problem.term),
-            REF_TOKENS=ref is not None and not problem.ref_summed,
-            BLOCK=configs.PAIRS.lanes, num_warps=configs.PAIRS.warps,
-        )  # fmt: skip
+        pair_loss.pair_forward[(out.losses.numel(),)](
+            logps,
+            ref,
+            _sequences(spec, mask, cu_seqlens),
+            out,
+            spec.beta,
+            spec.divergence.params,
+            spec.term_params,
+            LINK=jit(spec.divergence.f_dpo_link()),
+            TERM=jit(spec.term),
+            REF_TOKENS=ref is not None and not spec.ref_summed,
+            BLOCK=configs.PAIRS.lanes,
+            num_warps=configs.PAIRS.warps,
+        )
 
 
-def pair_backward(problem: PairLossSpec, grads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
-    """Launch the kernel that writes d_logps and d_ref.
-
-    grads: the gradients of losses [B], seq_logps [2B] and seq_ref [2B], each contiguous or None.
-    """
+def pair_backward(spec: PairLossSpec, grads: PairGrads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
     with on(coef.device):
         pair_loss.pair_backward[(coef.numel(),)](
-            *grads, coef, mask, cu_seqlens, d_logps, d_ref, coef.numel() // 2,
-            mask.numel(), mask.numel() // problem.sequences,
-            REF_TOKENS=not problem.ref_summed, BLOCK=configs.PAIRS.lanes, num_warps=configs.PAIRS.warps,
-        )  # fmt: skip
+            grads,
+            coef,
+            _sequences(spec, mask, cu_seqlens),
+            d_logps,
+            d_ref,
+            coef.numel() // 2,
+            REF_TOKENS=not spec.ref_summed,
+            BLOCK=configs.PAIRS.lanes,
+            num_warps=configs.PAIRS.warps,
+        )
 
 
-def _hidden(side, softcap, multiplier):
-    """Return one side for fused_linear.py: (X, row stride, W, row stride, H, bias, LoRA, head).
+def _hidden(rows: HiddenRows | None, softcap, multiplier):
+    """Return one side for fused_linear.py."""
+    if rows is None:
+        return arguments.Hidden(None, 0, None, 0, 0, None, None, None, None)
+    low = rows.low_rank
+    if low is not None:
+        low = arguments.LowRankRows(
+            low.product, low.product.stride(0), low.b, low.b.stride(0), low.b.shape[1], float(low.scaling)
+        )
+    x, weight = rows.x, rows.weight
+    return arguments.Hidden(
+        x,
+        x.stride(0),
+        weight,
+        weight.stride(0),
+        x.shape[1],
+        rows.bias,
+        low,
+        softcap or None,
+        None if multiplier == 1.0 else multiplier,
+    )
 
-    Absent parts are None.
-    """
-    if side is None:
-        return None
-    x, weight, bias, lora = side
-    if lora is not None:
-        a, b, scaling = lora
-        lora = a, a.stride(0), b, b.stride(0), b.shape[1], float(scaling)
-    return x, x.stride(0), weight, weight.stride(0), x.shape[1], bias, lora, _side(x, softcap, multiplier)[3]
 
-
-def tile_config(problem: StatsSpec, dtype: torch.dtype, ref: bool, second: bool) -> configs.Tile:
+def tile_config(spec: StatsSpec, dtype: torch.dtype, ref: bool, second: bool) -> configs.Tile:
     if dtype == torch.float32:
         return configs.TILE_FLOAT32
     family = "sm_80"
@@ -217,8 +299,8 @@ def tile_config(problem: StatsSpec, dtype: torch.dtype, ref: bool, second: bool)
             family = {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, family)
         elif target.backend == "hip":
             family = "hip"
-    own = problem.entropy or problem.collision
-    more = second or (own and problem.divergences) or any(d.power is not None for d in problem.divergences)
+    own = spec.entropy or spec.collision
+    more = second or (own and spec.divergences) or any(d.power is not None for d in spec.divergences)
     return configs.TILES[family][ref + bool(ref and more)]
 
 
@@ -233,16 +315,17 @@ def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:
     return -(-columns // -(-columns // best))  # so no range is empty
 
 
-def _tiles(problem: StatsSpec, policy, labels, ref, saved, out, splits, **formulas) -> torch.Tensor:
+def _tiles(spec: StatsSpec, policy: HiddenRows, labels, ref: HiddenRows | None, saved, out, splits) -> torch.Tensor:
     """Launch tile_sums and return the tensor that it writes, [fields, splits, rows].
 
     In the first sweep with one split it is a view of out [fields, rows]; otherwise it is a new tensor.
     """
-    x, second = policy[0], saved is not None
+    x, second = policy.x, saved is not None
+    numbers = arguments.Numbers(_params(spec.divergences), () if second else _powers(spec.divergences), ())
     with on(x.device):
-        config = tile_config(problem, x.dtype, ref is not None, second)
-        blocks, columns = -(-len(x) // config.rows), -(-problem.vocab // config.columns)
-        width = x.shape[1] + (ref[0].shape[1] if ref is not None else 0)
+        config = tile_config(spec, x.dtype, ref is not None, second)
+        blocks, columns = -(-len(x) // config.rows), -(-spec.vocab // config.columns)
+        width = x.shape[1] + (ref.x.shape[1] if ref is not None else 0)
         group = max(1, configs.GROUP_BYTES // (config.rows * width * x.element_size()))
         if splits is None:
             device = (
@@ -253,40 +336,47 @@ def _tiles(problem: StatsSpec, policy, labels, ref, saved, out, splits, **formul
         splits = -(-columns // per)
         parts = out[:, None] if splits == 1 and not second else out.new_zeros((len(out), splits, len(x)))
         fused_linear.tile_sums[(blocks * splits,)](
-            _hidden(policy, problem.softcap, problem.multiplier),
-            _hidden(ref, problem.ref_softcap, problem.ref_multiplier),
-            labels, problem.ignore_index, saved, saved.stride(0) if second else 0, formulas["numbers"],
-            formulas.get("powers", ()), parts, parts.stride(0), parts.stride(1), len(x), problem.vocab, problem.first,
-            per, TERMS=formulas.get("TERMS", ()), GRADS=formulas.get("GRADS", ()), ENTROPY=problem.entropy,
-            COLLISION=problem.collision, MOMENTS=bool(problem.divergences), GROUP=group, BLOCK_T=config.rows,
-            BLOCK_V=config.columns, BLOCK_H=config.depth, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
+            _hidden(policy, spec.softcap, spec.multiplier),
+            _hidden(ref, spec.ref_softcap, spec.ref_multiplier),
+            _row_labels(spec, labels),
+            _fields(saved),
+            parts,
+            parts.stride(0),
+            parts.stride(1),
+            len(x),
+            spec.vocab,
+            spec.first,
+            per,
+            numbers,
+            FORMULAS=_formulas(spec.divergences if second else ()),
+            WANTED=_wanted(spec),
+            GROUP=group,
+            SHAPE=arguments.TileShape(config.rows, config.columns, config.depth, config.stages),
+            num_warps=config.warps,
+        )
     return parts
 
 
-def tile_states(problem: StatsSpec, policy, labels, ref, state, splits: int | None = None) -> None:
-    """Write the state [fields, rows] of a part of the vocabulary; rows that are ignored keep their values.
+def tile_states(
+    spec: StatsSpec, policy: HiddenRows, labels, ref: HiddenRows | None, state, splits: int | None = None
+) -> None:
+    """Write the states of rows; see the interface.
 
-    Row 0 of the weights is the token problem.first. policy, ref: (x [rows, H], weight [V, H], bias [V] or None,
-    (x a^T [rows, r], b [V, r], scaling) or None), the last dimension of each contiguous; ref may be None. splits: the number
-    of ranges into which the vocabulary is split; None: chosen for the device.
+    splits: the number of ranges into which the vocabulary is split; None: chosen for the device.
     """
-    formulas = _take(_formulas(problem.divergences), "numbers", "powers")
-    parts = _tiles(problem, policy, labels, ref, None, state, splits, **formulas)
+    parts = _tiles(spec, policy, labels, ref, None, state, splits)
     n = parts.shape[1]
     if n == 1:
         return
     while n > 1:  # merge the last half into the first
         half = n // 2
-        merge_states(problem, parts[:, :half].flatten(1), parts[:, n - half : n].flatten(1))
+        merge_states(spec, parts[:, :half].flatten(1), parts[:, n - half : n].flatten(1))
         n -= half
-    torch.where(labels == problem.ignore_index, state, parts[:, 0], out=state)
+    torch.where(labels == spec.ignore_index, state, parts[:, 0], out=state)
 
 
-def tile_terms(problem: StatsSpec, policy, labels, ref, saved, sums, splits: int | None = None) -> None:
-    """Add sum_v c and sum_v h of the term divergences to sums [2 n, rows], from the numbers that close() saved.
-
-    The arguments are those of tile_states.
-    """
-    formulas = _take(_formulas(problem.divergences), "numbers", "TERMS", "GRADS")
-    sums += _tiles(problem, policy, labels, ref, saved, sums, splits, **formulas).sum(1)
+def tile_terms(
+    spec: StatsSpec, policy: HiddenRows, labels, ref: HiddenRows, saved, sums, splits: int | None = None
+) -> None:
+    """Add the sums of the term divergences; see the interface. splits: as in tile_states."""
+    sums += _tiles(spec, policy, labels, ref, saved, sums, splits).sum(1)

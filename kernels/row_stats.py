@@ -1,189 +1,273 @@
 """Device functions for a row of logits: its layout, one step of it, running sums, normalised probabilities, slopes.
 
 The mathematics of sweep() and of its accuracy near p = q is in core/moments.py. Accumulation is in fp32, in base 2.
+Shapes: a step of a sweep is [UNROLL, LANES], a step of a backward [BLOCK], a tile [BLOCK_T, BLOCK_V].
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..core import elementwise
+from ..core.layout import SAVED_FIELDS as _SAVED_FIELDS
+from ..core.layout import SavedRow
 from .elementwise import LN2, LOG2E, in_bits, tanh
 
 FLOOR = tl.constexpr(elementwise.FLOOR)  # suppressed logits are raised to this
-LOW = tl.constexpr(
-    -elementwise.HUGE
-)  # a logit below this counts as suppressed; also the shift of a side that has only had such logits
+# A logit below this counts as suppressed. It is also the shift of a side that has only had such logits.
+LOW = tl.constexpr(-elementwise.HUGE)
 INF = tl.constexpr(elementwise.INF)
 TIED = tl.constexpr(40.0)  # bits: shifts() ties both sides if each shift is less than this above its maximum
+SAVED_FIELDS = tl.constexpr(_SAVED_FIELDS)
+SAVED_AT = tl.constexpr(SavedRow(*range(_SAVED_FIELDS)))  # the row of each field
+
+
+class Starts(NamedTuple):
+    """Where a row of both sides begins; a field of Logits cannot be replaced, for on Triton 3.6 no tuple with None is built."""
+
+    policy: Any
+    ref: Any
+
+
+class Step(NamedTuple):
+    """One step of both sides: logits after softcap and multiplier, and the slopes of these functions."""
+
+    policy: Any
+    ref: Any
+    slope_p: Any
+    slope_q: Any
+
+
+class LaneSums(NamedTuple):
+    """The running sums of a row: shifts and maxima are numbers, the sums have one of each lane [LANES]."""
+
+    shift_p: Any
+    shift_q: Any
+    max_p: Any
+    max_q: Any
+    sum_p: Any
+    sum_q: Any
+    sum_pd: Any
+    sum_qd: Any
+    sum_qdd: Any
+    sum_p_log: Any
+    sum_pp: Any
+    powers: Any  # a LanePower of each power
+
+
+class LanePower(NamedTuple):
+    total: Any  # [LANES]
+    shift: Any
+
+
+class TermSums(NamedTuple):
+    """The sums sum_v c and sum_v h of a term divergence."""
+
+    value: Any
+    slope: Any
+
+
+class Coefs(NamedTuple):
+    """The factors of a row's gradients: dz = p (policy - entropy log p) + label_p 1[v = y] + sum_i divergence_i h_i."""
+
+    label_p: Any
+    label_q: Any
+    entropy: Any
+    policy: Any
+    ref: Any
+    divergence: Any  # one of each divergence
 
 
 @triton.jit
-def head(x, side):
-    """Compute softcap tanh(x / softcap) * multiplier, raised to at least FLOOR, and its derivative.
-
-    side = (softcap or None, multiplier or None).
-    """
+def transform_logits(x, softcap, multiplier):
+    """Compute softcap tanh(x / softcap) * multiplier, raised to at least FLOOR, and its derivative."""
     slope = 1.0
     x = x.to(tl.float32)
-    if side[0] is not None:
-        y = tanh(x / side[0])
-        x = y * side[0]
+    if softcap is not None:
+        y = tanh(x / softcap)
+        x = y * softcap
         slope = 1.0 - y * y
-    if side[1] is not None:
-        x = x * side[1]
-        slope = slope * side[1]
+    if multiplier is not None:
+        x = x * multiplier
+        slope = slope * multiplier
     return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL), slope
 
 
 @triton.jit
-def pointers(X, v, stride):
-    """Return the addresses of vocabulary entries v of a row; with stride 1 (None) offsets stay in 32 bits."""
-    if stride is None:
-        return X + v
-    else:
-        return X + v.to(tl.int64) * stride
-
-
-@triton.jit
-def tile(X, v, V, stride, side, MASKED: tl.constexpr):
-    """Load one step of a row.
-
-    Return the logits after the head, FLOOR for columns beyond V, and the slope of the head.
-    """
-    if MASKED:
-        x, slope = head(tl.load(pointers(X, v, stride), mask=v < V, other=0.0), side)
-        return tl.where(v < V, x, FLOOR), slope
-    else:
-        return head(tl.load(pointers(X, v, stride)), side)
-
-
-@triton.jit
-def pair(Z, z_stride, z_side, W, w_stride, w_side, v, V, MASKED: tl.constexpr):
-    """Return z, w and the slopes of their heads for one step; without a reference, z takes the place of w."""
-    z, slope_z = tile(Z, v, V, z_stride, z_side, MASKED)
-    if W is not None:
-        w, slope_w = tile(W, v, V, w_stride, w_side, MASKED)
-        return z, w, slope_z, slope_w
-    else:
-        return z, z, slope_z, slope_z
-
-
-@triton.jit
 def row_offset(row, layout):
-    """Return the int64 offset of a row in a tensor with two leading strides.
-
-    layout = (inner size, outer stride, inner stride).
-    """
+    """Return the int64 offset of a row in a tensor with the given layout (layout.row_layout)."""
     return (row // layout[0]) * layout[1] + (row % layout[0]) * layout[2]
 
 
 @triton.jit
-def shifts(zmax, wmax, c):
+def row_start(logits, row):
+    """Return the address of a row of Logits."""
+    return logits.pointer + row_offset(row, logits.layout)
+
+
+@triton.jit
+def row_starts(policy, ref, row):
+    """Return the addresses of a row of both sides; without a reference, the policy takes its place."""
+    start = row_start(policy, row)
+    if ref.pointer is not None:
+        return Starts(start, row_start(ref, row))
+    else:
+        return Starts(start, start)
+
+
+@triton.jit
+def pointers(start, logits, v):
+    """Return the addresses of vocabulary entries v of a row; with stride 1 (None) offsets stay in 32 bits."""
+    if logits.stride is None:
+        return start + v
+    else:
+        return start + v.to(tl.int64) * logits.stride
+
+
+@triton.jit
+def entry(start, logits, v):
+    """Load one entry of a row, after softcap and multiplier."""
+    return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier)[0]
+
+
+@triton.jit
+def load_side(start, logits, v, V, MASKED: tl.constexpr):
+    """Load one step of a row.
+
+    Return the logits after softcap and multiplier, FLOOR for columns beyond V, and the slope.
+    """
+    if MASKED:
+        x = tl.load(pointers(start, logits, v), mask=v < V, other=0.0)
+        x, slope = transform_logits(x, logits.softcap, logits.multiplier)
+        return tl.where(v < V, x, FLOOR), slope
+    else:
+        return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier)
+
+
+@triton.jit
+def load_step(starts, policy, ref, v, V, MASKED: tl.constexpr):
+    """Load one step of both sides; without a reference, the policy takes its place."""
+    z, slope_p = load_side(starts.policy, policy, v, V, MASKED)
+    if ref.pointer is not None:
+        r, slope_q = load_side(starts.ref, ref, v, V, MASKED)
+        return Step(z, r, slope_p, slope_q)
+    else:
+        return Step(z, z, slope_p, slope_p)
+
+
+@triton.jit
+def shifts(max_p, max_q, center):
     """Return integer base-2 shifts of both sides that are at least their maxima.
 
     The shifts differ by round(c log2 e), so a/b = e^d up to a known constant. If a side's own maximum would be a factor of 2^40
     below its shift, the sides get independent shifts, so that neither exponentials nor their squares underflow.
     """
-    p = tl.maximum(tl.ceil(zmax * LOG2E), LOW)
-    q = tl.maximum(tl.ceil(wmax * LOG2E), LOW)
-    k = tl.floor(c * LOG2E + 0.5)
+    p = tl.maximum(tl.ceil(max_p * LOG2E), LOW)
+    q = tl.maximum(tl.ceil(max_q * LOG2E), LOW)
+    k = tl.floor(center * LOG2E + 0.5)
     m = tl.maximum(q, p - k)
     tied = (m - q < TIED) & (m + k - p < TIED)
     return tl.where(tied, m + k, p), tl.where(tied, m, q)
 
 
 @triton.jit
-def sweep(
-    z, w, state, c, powers,
-    REF: tl.constexpr, MOMENTS: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr,
-):  # fmt: skip
-    """Add one step [UNROLL, LANES] to the sums of the row, which are stored per lane.
+def sweep(step, sums, center, powers, REF: tl.constexpr, wanted):
+    """Add one step [UNROLL, LANES] to the LaneSums of the row.
 
     The shifts change only when a maximum exceeds them by a factor of 4; few steps take this branch.
     """
-    mp, mq, zmax, wmax, A, B, A1, B1, B2, E, S, R = state
-    zmax = tl.maximum(zmax, tl.max(tl.max(z, 0), 0))
-    grown = zmax * LOG2E - mp
+    shift_p, shift_q, max_p, max_q, sum_p, sum_q, sum_pd, sum_qd, sum_qdd, sum_p_log, sum_pp, lane_powers = sums
+    max_p = tl.maximum(max_p, tl.max(tl.max(step.policy, 0), 0))
+    grown = max_p * LOG2E - shift_p
     if REF:
-        wmax = tl.maximum(wmax, tl.max(tl.max(w, 0), 0))
-        grown = tl.maximum(grown, wmax * LOG2E - mq)
+        max_q = tl.maximum(max_q, tl.max(tl.max(step.ref, 0), 0))
+        grown = tl.maximum(grown, max_q * LOG2E - shift_q)
     if grown > 2.0:
-        p, q = shifts(zmax, wmax, c)
-        x = mp - p
-        y = mq - q
+        new_p, new_q = shifts(max_p, max_q, center)
+        x = shift_p - new_p
+        y = shift_q - new_q
         scale_p = tl.exp2(x)
         scale_q = tl.exp2(y)
-        E = (E + A * x) * scale_p
-        if COLLISION:
-            S = S * (scale_p * scale_p)
-        A, A1 = A * scale_p, A1 * scale_p
-        B, B1, B2 = B * scale_q, B1 * scale_q, B2 * scale_q
+        sum_p_log = (sum_p_log + sum_p * x) * scale_p
+        if wanted.collision:
+            sum_pp = sum_pp * (scale_p * scale_p)
+        sum_p, sum_pd = sum_p * scale_p, sum_pd * scale_p
+        sum_q, sum_qd, sum_qdd = sum_q * scale_q, sum_qd * scale_q, sum_qdd * scale_q
         moved = ()
         for i in tl.static_range(len(powers)):
-            moved = moved + ((R[i][0], R[i][1] + powers[i] * x + (1.0 - powers[i]) * y),)
-        R = moved
-        mp, mq = p, q
-    x = in_bits(z, mp)
+            total, shift = lane_powers[i]
+            moved = moved + (LanePower(total, shift + powers[i] * x + (1.0 - powers[i]) * y),)
+        lane_powers = moved
+        shift_p, shift_q = new_p, new_q
+    x = in_bits(step.policy, shift_p)
     a = tl.exp2(x)
-    A += tl.sum(a, 0)
-    if ENTROPY:
-        E += tl.sum(a * x, 0)
-    if COLLISION:
-        S += tl.sum(a * a, 0)
+    sum_p += tl.sum(a, 0)
+    if wanted.entropy:
+        sum_p_log += tl.sum(a * x, 0)
+    if wanted.collision:
+        sum_pp += tl.sum(a * a, 0)
     if REF:
-        y = in_bits(w, mq)
+        y = in_bits(step.ref, shift_q)
         b = tl.exp2(y)
-        B += tl.sum(b, 0)
-        if MOMENTS:
-            d = (z - w) - c
-            A1 += tl.sum(a * d, 0)
+        sum_q += tl.sum(b, 0)
+        if wanted.moments:
+            d = (step.policy - step.ref) - center
+            sum_pd += tl.sum(a * d, 0)
             bd = b * d
-            B1 += tl.sum(bd, 0)
-            B2 += tl.sum(bd * d, 0)
+            sum_qd += tl.sum(bd, 0)
+            sum_qdd += tl.sum(bd * d, 0)
         added = ()
         for i in tl.static_range(len(powers)):  # each has its own shift, because e has no other bound outside 0 < s < 1
+            old = LanePower(*lane_powers[i])
             e = powers[i] * x + (1.0 - powers[i]) * y
-            shift = tl.maximum(R[i][1], tl.ceil(tl.max(tl.max(e, 0), 0)))
-            added = added + ((R[i][0] * tl.exp2(R[i][1] - shift) + tl.sum(tl.exp2(e - shift), 0), shift),)
-        R = added
-    return mp, mq, zmax, wmax, A, B, A1, B1, B2, E, S, R
+            shift = tl.maximum(old.shift, tl.ceil(tl.max(tl.max(e, 0), 0)))
+            total = old.total * tl.exp2(old.shift - shift) + tl.sum(tl.exp2(e - shift), 0)
+            added = added + (LanePower(total, shift),)
+        lane_powers = added
+    return LaneSums(
+        shift_p, shift_q, max_p, max_q, sum_p, sum_q, sum_pd, sum_qd, sum_qdd, sum_p_log, sum_pp, lane_powers
+    )
 
 
 @triton.jit
-def normalised(z, w, row):
-    """Return p, q, t = log p - log q, log p and log q of one step, from the saved numbers of the row."""
-    mp, log_a, mq, log_b, c, k = row
-    lp = in_bits(z, mp) - log_a
-    lq = in_bits(w, mq) - log_b
-    return tl.exp2(lp), tl.exp2(lq), (z - w - c) - k, lp * LN2, lq * LN2
+def normalised(z, r, row):
+    """Return p, q, t = log p - log q, log p and log q of logits of both sides, from the SavedRow."""
+    lp = in_bits(z, row.shift_p) - row.log_sum_p
+    lq = in_bits(r, row.shift_q) - row.log_sum_q
+    return tl.exp2(lp), tl.exp2(lq), (z - r - row.center) - row.log_mean, lp * LN2, lq * LN2
 
 
 @triton.jit
-def terms(z, w, row, sums, numbers, TERMS: tl.constexpr, GRADS: tl.constexpr):
-    """Add one step of the second sweep to sum_v c_v and sum_v h_v of every term divergence."""
-    p, q, t, lp, lq = normalised(z, w, row)
+def add_step_terms(z, r, row, sums, params, FORMULAS: tl.constexpr, AXIS: tl.constexpr):
+    """Add logits of both sides, in the second sweep, to the TermSums of every term divergence."""
+    p, q, t, lp, lq = normalised(z, r, row)
     new = ()
-    for i in tl.static_range(len(TERMS)):
-        if TERMS[i] is not None:
-            c, h = TERMS[i](p, q, t, lp, lq, *numbers[i]), GRADS[i](p, q, t, lp, lq, *numbers[i])
-            new = new + ((sums[i][0] + tl.sum(c, 0), sums[i][1] + tl.sum(h, 0)),)
+    for i in tl.static_range(len(FORMULAS.term)):
+        if FORMULAS.term[i] is not None:
+            c = FORMULAS.term[i](p, q, t, lp, lq, *params[i])
+            h = FORMULAS.grad_p[i](p, q, t, lp, lq, *params[i])
+            value, slope = sums[i]
+            new = new + (TermSums(value + tl.sum(c, AXIS), slope + tl.sum(h, AXIS)),)
         else:
             new = new + (sums[i],)
     return new
 
 
 @triton.jit
-def token_label(Labels, layout, row, T, ignore_index, SHIFT: tl.constexpr):
+def token_label(labels, row, SHIFT: tl.constexpr):
     """Return the label of a row.
 
     With SHIFT it is the label of the next position, and ignore_index at the last position.
     """
     if SHIFT:
-        last = row % T == T - 1
-        label = tl.load(Labels + row_offset(tl.where(last, row, row + 1), layout)).to(tl.int64)
-        return tl.where(last, ignore_index, label)
+        last = row % labels.length == labels.length - 1
+        at = row_offset(tl.where(last, row, row + 1), labels.layout)
+        return tl.where(last, labels.ignore_index, tl.load(labels.pointer + at).to(tl.int64))
+    elif labels.layout is None:
+        return tl.load(labels.pointer + row).to(tl.int64)
     else:
-        return tl.load(Labels + row_offset(row, layout)).to(tl.int64)
+        return tl.load(labels.pointer + row_offset(row, labels.layout)).to(tl.int64)
 
 
 @triton.jit
@@ -193,32 +277,53 @@ def finite(x):
 
 
 @triton.jit
+def load_saved(saved, stride, row):
+    """Return the SavedRow of a row."""
+    found = ()
+    for i in tl.static_range(SAVED_FIELDS):
+        found = found + (tl.load(saved + i * stride + row),)
+    return SavedRow(*found)
+
+
+@triton.jit
+def slope_pointers(saved, stride, row, i: tl.constexpr):
+    """Return the addresses of sum_v h and sum_v k of divergence i, as in layout.slope_rows."""
+    return saved + (SAVED_FIELDS + 2 * i) * stride + row, saved + (SAVED_FIELDS + 2 * i + 1) * stride + row
+
+
+@triton.jit
 def slopes(
-    tiles, v, y, row, coefs, g_div, numbers,
-    GRADS_P: tl.constexpr, GRADS_Q: tl.constexpr, REF: tl.constexpr, ENTROPY: tl.constexpr,
-    WANT_P: tl.constexpr, WANT_Q: tl.constexpr,
-):  # fmt: skip
-    """Compute the gradients dz and dw of one step."""
-    z, w, slope_z, slope_w = tiles
-    g_logp, g_ref, g_entropy, coef_p, coef_q = coefs
+    step,
+    v,
+    y,
+    row,
+    coefs,
+    params,
+    FORMULAS: tl.constexpr,
+    REF: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    WANT_P: tl.constexpr,
+    WANT_Q: tl.constexpr,
+):
+    """Compute the gradients at both sides' logits of one step."""
     if REF:
-        p, q, t, lp, lq = normalised(z, w, row)
+        p, q, t, lp, lq = normalised(step.policy, step.ref, row)
     else:
-        lp = in_bits(z, row[0]) - row[1]
+        lp = in_bits(step.policy, row.shift_p) - row.log_sum_p
         p = tl.exp2(lp)
         lp = lp * LN2
-    dz = p
-    dw = p
+    d_policy = p
+    d_ref = p
     if WANT_P:
-        dz = p * coef_p
+        d_policy = p * coefs.policy
         if ENTROPY:
-            dz -= p * lp * g_entropy
-        for i in tl.static_range(len(GRADS_P)):
-            dz += GRADS_P[i](p, q, t, lp, lq, *numbers[i]) * g_div[i]
-        dz = (dz + tl.where(v == y, g_logp, 0.0)) * slope_z
+            d_policy -= p * lp * coefs.entropy
+        for i in tl.static_range(len(FORMULAS.grad_p)):
+            d_policy += FORMULAS.grad_p[i](p, q, t, lp, lq, *params[i]) * coefs.divergence[i]
+        d_policy = (d_policy + tl.where(v == y, coefs.label_p, 0.0)) * step.slope_p
     if WANT_Q:
-        dw = q * coef_q
-        for i in tl.static_range(len(GRADS_Q)):
-            dw += GRADS_Q[i](p, q, t, lp, lq, *numbers[i]) * g_div[i]
-        dw = (dw + tl.where(v == y, g_ref, 0.0)) * slope_w
-    return dz, dw
+        d_ref = q * coefs.ref
+        for i in tl.static_range(len(FORMULAS.grad_q)):
+            d_ref += FORMULAS.grad_q[i](p, q, t, lp, lq, *params[i]) * coefs.divergence[i]
+        d_ref = (d_ref + tl.where(v == y, coefs.label_q, 0.0)) * step.slope_q
+    return d_policy, d_ref

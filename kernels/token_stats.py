@@ -2,7 +2,7 @@
 
     token_stats_forward    one program for each row (token): sweep() over it, then its outputs; a second sweep computes the
                            term divergences
-    token_stats_backward   one program for each row: it reads z (and w) and writes dz (and dw)
+    token_stats_backward   one program for each row: it reads the logits and writes their gradients
 
 Bytes, V entries of b bytes: forward bV or 2bV (4bV with a term divergence), backward 2bV or 3bV. The device functions are in
 row_stats.py, the final arithmetic of a row in core/moments.py, the formulas of each divergence in core/divergences.py.
@@ -11,325 +11,426 @@ row_stats.py, the final arithmetic of a row in core/moments.py, the formulas of 
 import triton
 import triton.language as tl
 
-from ..core.moments import close_pair as _close_pair
-from ..core.moments import close_power as _close_power
-from ..core.moments import log_totals as _log_totals
+from ..core import moments
+from ..core.layout import SavedRow
+from ..core.moments import PowerMoments, RowMoments
+from .arguments import Wanted
 from .elementwise import HUGE, LN2, LOG2E, in_bits, jit
-from .row_stats import INF, LOW, TIED, finite, head, pair, pointers, row_offset, slopes, sweep, terms, token_label
+from .row_stats import (
+    INF,
+    LOW,
+    SAVED_AT,
+    SAVED_FIELDS,
+    TIED,
+    Coefs,
+    LanePower,
+    LaneSums,
+    TermSums,
+    add_step_terms,
+    entry,
+    finite,
+    load_saved,
+    load_step,
+    pointers,
+    row_start,
+    row_starts,
+    slope_pointers,
+    slopes,
+    sweep,
+    token_label,
+)
 
-close_pair, close_power, log_totals = jit(_close_pair), jit(_close_power), jit(_log_totals)
+close_moments, close_power, log_totals = jit(moments.close_moments), jit(moments.close_power), jit(moments.log_totals)
 
-# Errors in fp32: that of a log-ratio of two sums of exponentials near 1, and that of z - w relative to its size.
+# Errors in fp32: that of a log-ratio of two sums of exponentials near 1, and that of z - r relative to its size.
 NOISE = tl.constexpr(3e-7)
 HALF_ULP = tl.constexpr(2.0**-24)
 
 
 @triton.jit
-def row_sums(
-    Z, z_stride, z_side, W, w_stride, w_side, y, V, powers,
-    ENTROPY: tl.constexpr, COLLISION: tl.constexpr, MOMENTS: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sweep once over a row and return its sums in the order of moments.SIDES, and those of each power.
+def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
+    """Sweep once over a row; return its RowMoments, and a PowerMoments of each power.
 
-    The logits are centred on those of column y; z and w of this column are among the sums.
+    The logits are centred on those of column y, which are among the sums.
     """
-    REF: tl.constexpr = W is not None
-    zy = head(tl.load(pointers(Z, y, z_stride)), z_side)[0]
-    wy = zy
+    REF: tl.constexpr = ref.pointer is not None
+    label_p = entry(starts.policy, policy, y)
+    label_q = label_p
     if REF:
-        wy = head(tl.load(pointers(W, y, w_stride)), w_side)[0]
-    known = (zy > LOW) & (wy > LOW)
-    c = tl.where(
-        known, zy - wy, 0.0
-    )  # a constant close to z - w: that of column y, or that of column 0 if column y is an outlier
+        label_q = entry(starts.ref, ref, y)
+    known = (label_p > LOW) & (label_q > LOW)
+    # A constant close to z - r: that of column y, or that of column 0 if column y is an outlier.
+    center = tl.where(known, label_p - label_q, 0.0)
     if REF:
-        z0, w0 = (
-            head(tl.load(pointers(Z, y * 0, z_stride)), z_side)[0],
-            head(tl.load(pointers(W, y * 0, w_stride)), w_side)[0],
-        )
-        other = (z0 > LOW) & (w0 > LOW) & (tl.abs(c) > 64.0)
-        c = tl.where(other, z0 - w0, c)
-    mq = tl.where(wy > LOW, tl.floor(wy * LOG2E), LOW)
-    tied = mq + tl.floor(c * LOG2E + 0.5)
-    tied = tl.where(known & (zy * LOG2E > tied - TIED), tied, tl.floor(zy * LOG2E))
-    mp = tl.where(zy > LOW, tied, LOW)
+        first_p, first_q = entry(starts.policy, policy, y * 0), entry(starts.ref, ref, y * 0)
+        other = (first_p > LOW) & (first_q > LOW) & (tl.abs(center) > 64.0)
+        center = tl.where(other, first_p - first_q, center)
+    shift_q = tl.where(label_q > LOW, tl.floor(label_q * LOG2E), LOW)
+    tied = shift_q + tl.floor(center * LOG2E + 0.5)
+    tied = tl.where(known & (label_p * LOG2E > tied - TIED), tied, tl.floor(label_p * LOG2E))
+    shift_p = tl.where(label_p > LOW, tied, LOW)
 
-    BLOCK: tl.constexpr = UNROLL * LANES
-    v = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    LANES: tl.constexpr = STEPS.lanes
+    BLOCK: tl.constexpr = STEPS.unroll * LANES
+    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     zero = tl.zeros([LANES], tl.float32)
     low = tl.sum(zero) + LOW
-    R = ()
+    lane_powers = ()
     for i in tl.static_range(len(powers)):  # noqa: B007
-        R = R + ((zero, low),)
-    state = (mp, mq, zy, wy, zero, zero, zero, zero, zero, zero, zero, R)
+        lane_powers = lane_powers + (LanePower(zero, low),)
+    sums = LaneSums(shift_p, shift_q, label_p, label_q, zero, zero, zero, zero, zero, zero, zero, lane_powers)
     main = V // BLOCK * BLOCK
-    for start in tl.range(0, main, BLOCK, num_stages=STAGES):
-        z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, start + v, V, False)
-        state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY, COLLISION)
+    for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
+        sums = sweep(load_step(starts, policy, ref, start + v, V, False), sums, center, powers, REF, wanted)
     if main < V:
-        z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, main + v, V, True)
-        state = sweep(z, w, state, c, powers, REF, MOMENTS, ENTROPY, COLLISION)
+        sums = sweep(load_step(starts, policy, ref, main + v, V, True), sums, center, powers, REF, wanted)
 
-    mp, mq, zmax, wmax, A, B, A1, B1, B2, E, S, R = state
-    own = (mp, tl.sum(A), zmax, zy, tl.sum(E))
-    squares = tl.sum(S) if COLLISION else 0.0
-    sums = own + (mq, tl.sum(B), wy, c, tl.sum(A - B), tl.sum(A1), tl.sum(B1), tl.sum(B2), squares)
-    P = ()
+    found = RowMoments(
+        shift_p=sums.shift_p,
+        sum_p=tl.sum(sums.sum_p),
+        max_p=sums.max_p,
+        label_p=label_p,
+        sum_p_log=tl.sum(sums.sum_p_log),
+        shift_q=sums.shift_q,
+        sum_q=tl.sum(sums.sum_q),
+        label_q=label_q,
+        center=center,
+        excess=tl.sum(sums.sum_p - sums.sum_q),
+        sum_pd=tl.sum(sums.sum_pd),
+        sum_qd=tl.sum(sums.sum_qd),
+        sum_qdd=tl.sum(sums.sum_qdd),
+        sum_pp=tl.sum(sums.sum_pp) if wanted.collision else 0.0,
+    )
+    found_powers = ()
     for i in tl.static_range(len(powers)):
-        r, shift = R[i]
-        P = P + ((tl.sum(r), shift, tl.sum(r * tl.exp2(shift) - B)),)
-    return sums, P
+        total, shift = sums.powers[i]
+        one = PowerMoments(tl.sum(total), shift, tl.sum(total * tl.exp2(shift) - sums.sum_q))
+        found_powers = found_powers + (one,)
+    return found, found_powers
 
 
 @triton.jit
-def term_sums(
-    Z, z_stride, z_side, W, w_stride, w_side, V, saved, numbers,
-    TERMS: tl.constexpr, GRADS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Compute sum_v c and sum_v h of each term divergence in a second sweep; other divergences get (0, 0)."""
-    BLOCK: tl.constexpr = UNROLL * LANES
-    v = tl.arange(0, UNROLL)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+def term_sums(starts, policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS: tl.constexpr):
+    """Compute the TermSums of each term divergence in a second sweep; other divergences get zeros."""
+    LANES: tl.constexpr = STEPS.lanes
+    BLOCK: tl.constexpr = STEPS.unroll * LANES
+    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     zero = tl.zeros([LANES], tl.float32)
     sums = ()
-    for i in tl.static_range(len(TERMS)):
-        if TERMS[i] is not None:
-            sums = sums + ((zero, zero),)
+    for i in tl.static_range(len(FORMULAS.term)):
+        if FORMULAS.term[i] is not None:
+            sums = sums + (TermSums(zero, zero),)
         else:
-            sums = sums + ((0.0, 0.0),)
+            sums = sums + (TermSums(0.0, 0.0),)
     main = V // BLOCK * BLOCK
-    for start in tl.range(0, main, BLOCK, num_stages=STAGES):
-        z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, start + v, V, False)
-        sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
+    for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
+        step = load_step(starts, policy, ref, start + v, V, False)
+        sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
     if main < V:
-        z, w, slope_z, slope_w = pair(Z, z_stride, z_side, W, w_stride, w_side, main + v, V, True)
-        sums = terms(z, w, saved, sums, numbers, TERMS, GRADS)
+        step = load_step(starts, policy, ref, main + v, V, True)
+        sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
     found = ()
-    for i in tl.static_range(len(TERMS)):
-        if TERMS[i] is not None:
-            found = found + ((tl.sum(sums[i][0]), tl.sum(sums[i][1])),)
+    for i in tl.static_range(len(FORMULAS.term)):
+        if FORMULAS.term[i] is not None:
+            value, slope = sums[i]
+            found = found + (TermSums(tl.sum(value), tl.sum(slope)),)
         else:
             found = found + (sums[i],)
     return found
 
 
 @triton.jit
-def store_ignored(
-    row, rows, n: tl.constexpr, REF: tl.constexpr, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved
-):  # fmt: skip
-    """Write zeros to all outputs of a row that is ignored."""
-    tl.store(Logp + row, 0.0)
-    tl.store(Lse + row, 0.0)
-    if REF:
-        tl.store(RefLogp + row, 0.0)
-    if Entropy is not None:
-        tl.store(Entropy + row, 0.0)
-    if Collision is not None:
-        tl.store(Collision + row, 0.0)
+def store_ignored(row, rows, out, n: tl.constexpr):
+    """Write zeros to all outputs of a row that is ignored, of n divergences."""
+    tl.store(out.logps + row, 0.0)
+    tl.store(out.lse + row, 0.0)
+    if out.ref_logps is not None:
+        tl.store(out.ref_logps + row, 0.0)
+    if out.entropy is not None:
+        tl.store(out.entropy + row, 0.0)
+    if out.collision is not None:
+        tl.store(out.collision + row, 0.0)
     for i in tl.static_range(n):
-        tl.store(Div + i * rows + row, 0.0)
-    for i in tl.static_range(7 + 2 * n):
-        tl.store(Saved + i * rows + row, 0.0)
-    tl.store(Hit + row, 0)
+        tl.store(out.divergence + i * rows + row, 0.0)
+    for i in tl.static_range(SAVED_FIELDS + 2 * n):
+        tl.store(out.saved + i * rows + row, 0.0)
+    tl.store(out.hit + row, 0)
 
 
 @triton.jit
-def log_total(total, y, shift):
+def log_total(total, label, shift):
     """Return log2 of the total of a row, and whether the term of the label is the whole total.
 
     If it is, the logarithm is the exponent of this term, so the probability of the label is 1, whatever exp2 and log2 round to.
     """
-    exponent = in_bits(y, shift)
-    alone = (y > LOW) & (tl.exp2(exponent) == total)
+    exponent = in_bits(label, shift)
+    alone = (label > LOW) & (tl.exp2(exponent) == total)
     return tl.where(alone, exponent, tl.log2(total)), alone
 
 
 @triton.jit
-def close_row(
-    row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,
-    ROWS: tl.constexpr, POWER: tl.constexpr, MOMENTS: tl.constexpr, REF: tl.constexpr,
-):  # fmt: skip
-    """Write the outputs of a row, except term divergences, from its sums.
-
-    Return the saved numbers that term_sums needs, and whether the row has at least one token on each side.
-    """
-    n: tl.constexpr = len(ROWS)
-    mp, total_a, zmax, zy, E, mq, total_b, wy, c, excess, A1, B1, B2, S = sums
-    bad = float("nan")
-    log_a, alone = log_total(total_a, zy, mp)
-    logp = (in_bits(zy, mp) - log_a) * LN2
-    logp = tl.where(zy > LOW, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
-    entropy = tl.maximum((log_a - E / total_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(Logp + row, tl.where(valid & (total_a != 0), logp, bad))
-    tl.store(Lse + row, (mp + log_a) * LN2)
-    tl.store(Hit + row, (zy >= zmax) & valid)
-    tl.store(Saved + row, mp)
-    tl.store(Saved + rows + row, tl.where(total_a == 0, 0.0, log_a))
-    if Entropy is not None:
-        tl.store(Entropy + row, entropy)
-    if Collision is not None:
-        collision = tl.minimum((tl.log2(S) - 2.0 * log_a) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        collision = tl.where(alone, 0.0, collision)
-        tl.store(Collision + row, tl.where(total_a == 0, bad, collision))
-    tl.store(Saved + 6 * rows + row, finite(entropy) if Entropy is not None else 0.0)
-    if REF:
-        log_b, _ = log_total(total_b, wy, mq)
-        logq = (in_bits(wy, mq) - log_b) * LN2
-        logq = tl.where(wy > LOW, tl.minimum(logq, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
-        tl.store(RefLogp + row, tl.where(valid & (total_b != 0), logq, bad))
-        log_ab, k = log_totals(sums)
-        if MOMENTS:
-            noise = NOISE + HALF_ULP * tl.abs(c)
-            k, reverse, forward, log_ab, curve, j = close_pair(sums, noise)
-        tl.store(Saved + 2 * rows + row, mq)
-        tl.store(Saved + 3 * rows + row, tl.where(total_b == 0, 0.0, log_b))
-        tl.store(Saved + 4 * rows + row, c)
-        tl.store(Saved + 5 * rows + row, k)
-        alive = (total_a != 0) & (total_b != 0)
-        for i in tl.static_range(n):
-            if ROWS[i] is not None:
-                power = 0.0
-                if POWER[i] >= 0:
-                    power = close_power(P[POWER[i]], total_b, log_ab, curve, j, powers[POWER[i]], noise)
-                value, slope = ROWS[i](reverse, forward, power, *numbers[i])
-                store_divergence(i, row, rows, value, slope, degrees[i], alive, Div, Saved)
-        return (mp, log_a, mq, log_b, c, k), alive
-    else:
-        for i in tl.static_range(2, 6):
-            tl.store(Saved + i * rows + row, 0.0)
-        return (mp, log_a, mp, log_a, c, c), total_a != 0
+def log_prob(label, shift, log_sum):
+    """Compute the log-prob of a label from its logit."""
+    logp = (in_bits(label, shift) - log_sum) * LN2
+    return tl.where(label > LOW, tl.minimum(logp, 0.0, propagate_nan=tl.PropagateNan.ALL), -INF)
 
 
 @triton.jit
-def store_divergence(i: tl.constexpr, row, rows, value, slope, degree, alive, Div, Saved):
+def close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS: tl.constexpr, MOMENTS: tl.constexpr):
+    """Write the outputs of a row, except term divergences, from its RowMoments and PowerMoments.
+
+    Return the SavedRow that term_sums needs, and whether the row has at least one token on each side.
+    """
+    # Each saved number is stored as soon as it is known: kept until the end, they would take registers.
+    at: tl.constexpr = SAVED_AT.value
+    bad = float("nan")
+    has_p = sums.sum_p != 0
+    log_sum_p, alone = log_total(sums.sum_p, sums.label_p, sums.shift_p)
+    logp = log_prob(sums.label_p, sums.shift_p, log_sum_p)
+    entropy = tl.maximum((log_sum_p - sums.sum_p_log / sums.sum_p) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out.logps + row, tl.where(valid & has_p, logp, bad))
+    tl.store(out.lse + row, (sums.shift_p + log_sum_p) * LN2)
+    tl.store(out.hit + row, (sums.label_p >= sums.max_p) & valid)
+    tl.store(out.saved + at.shift_p * rows + row, sums.shift_p)
+    tl.store(out.saved + at.log_sum_p * rows + row, tl.where(has_p, log_sum_p, 0.0))
+    if out.entropy is not None:
+        tl.store(out.entropy + row, entropy)
+    if out.collision is not None:
+        collision = tl.minimum((tl.log2(sums.sum_pp) - 2.0 * log_sum_p) * LN2, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        collision = tl.where(alone, 0.0, collision)
+        tl.store(out.collision + row, tl.where(has_p, collision, bad))
+    saved_entropy = finite(entropy) if out.entropy is not None else 0.0
+    tl.store(out.saved + at.entropy * rows + row, saved_entropy)
+    if out.ref_logps is not None:
+        has_q = sums.sum_q != 0
+        log_sum_q, _ = log_total(sums.sum_q, sums.label_q, sums.shift_q)
+        logq = log_prob(sums.label_q, sums.shift_q, log_sum_q)
+        tl.store(out.ref_logps + row, tl.where(valid & has_q, logq, bad))
+        _, log_mean = log_totals(sums)
+        if MOMENTS:
+            noise = NOISE + HALF_ULP * tl.abs(sums.center)
+            closed = close_moments(sums, noise)
+            log_mean = closed.log_mean
+        tl.store(out.saved + at.shift_q * rows + row, sums.shift_q)
+        tl.store(out.saved + at.log_sum_q * rows + row, tl.where(has_q, log_sum_q, 0.0))
+        tl.store(out.saved + at.center * rows + row, sums.center)
+        tl.store(out.saved + at.log_mean * rows + row, log_mean)
+        alive = has_p & has_q
+        for i in tl.static_range(len(FORMULAS.row)):
+            if FORMULAS.row[i] is not None:
+                power = 0.0
+                if FORMULAS.power[i] >= 0:
+                    of = PowerMoments(*power_sums[FORMULAS.power[i]])
+                    power = close_power(of, sums.sum_q, closed, numbers.powers[FORMULAS.power[i]], noise)
+                value, slope = FORMULAS.row[i](closed.reverse, closed.forward, power, *numbers.params[i])
+                store_divergence(out, i, row, rows, value, slope, numbers.degrees[i], alive)
+        found = SavedRow(sums.shift_p, log_sum_p, sums.shift_q, log_sum_q, sums.center, log_mean, saved_entropy)
+        return found, alive
+    else:
+        tl.store(out.saved + at.shift_q * rows + row, 0.0)
+        tl.store(out.saved + at.log_sum_q * rows + row, 0.0)
+        tl.store(out.saved + at.center * rows + row, 0.0)
+        tl.store(out.saved + at.log_mean * rows + row, 0.0)
+        found = SavedRow(sums.shift_p, log_sum_p, sums.shift_p, log_sum_p, sums.center, sums.center, saved_entropy)
+        return found, has_p
+
+
+@triton.jit
+def store_divergence(out, i: tl.constexpr, row, rows, value, slope, degree, alive):
+    """Store divergence i of a row, and the sums that backward needs, as layout.write_divergence does."""
     value = tl.where(value > HUGE, INF, tl.where(value < 0, 0.0, value))
     other = finite(degree * value) - finite(slope)
-    tl.store(Div + i * rows + row, tl.where(alive, value, float("nan")))
-    tl.store(Saved + (7 + 2 * i) * rows + row, tl.where(alive, finite(slope), 0.0))
-    tl.store(Saved + (8 + 2 * i) * rows + row, tl.where(alive, other, 0.0))
+    tl.store(out.divergence + i * rows + row, tl.where(alive, value, float("nan")))
+    to_p, to_q = slope_pointers(out.saved, rows, row, i)
+    tl.store(to_p, tl.where(alive, finite(slope), 0.0))
+    tl.store(to_q, tl.where(alive, other, 0.0))
 
 
 @triton.jit
 def token_stats_forward(
-    Z, z_layout, z_stride, z_side,  # policy logits [rows, V]
-    W, w_layout, w_stride, w_side,  # reference logits [rows, V], or None
-    Labels, label_layout, ignore_index, T,
-    Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,  # [rows] each, Div [n, rows], Saved [7 + 2 n, rows]
-    V, numbers, powers, degrees,
-    ROWS: tl.constexpr, TERMS: tl.constexpr, GRADS: tl.constexpr, POWER: tl.constexpr,
-    SHIFT: tl.constexpr, MOMENTS: tl.constexpr, SECOND: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    policy,
+    ref,
+    labels,
+    out,
+    V,
+    numbers,
+    FORMULAS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    SECOND: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     """Compute log p(y), log q(y), lse, entropy, divergences, whether y is the argmax, and log sum p^2.
 
-    Saved: see token_stats_backward.
+    policy, ref: Logits, ref absent without a reference. labels: Labels. out: Outputs. numbers: Numbers.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
-    REF: tl.constexpr = W is not None
-    label = token_label(Labels, label_layout, row, T, ignore_index, SHIFT)
-    if label == ignore_index:
-        store_ignored(row, rows, len(ROWS), REF, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved)
+    label = token_label(labels, row, SHIFT)
+    if label == labels.ignore_index:
+        store_ignored(row, rows, out, len(FORMULAS.row))
         return
     valid = (label >= 0) & (label < V)
-    Z += row_offset(row, z_layout)
-    if REF:
-        W += row_offset(row, w_layout)
-    sums, P = row_sums(
-        Z, z_stride, z_side, W, w_stride, w_side, tl.where(valid, label, 0), V, powers,
-        Entropy is not None, Collision is not None, MOMENTS, UNROLL, LANES, STAGES,
-    )  # fmt: skip
-    saved, alive = close_row(
-        row, rows, valid, sums, P, numbers, powers, degrees, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved,
-        ROWS, POWER, MOMENTS, REF,
-    )  # fmt: skip
+    starts = row_starts(policy, ref, row)
+    wanted = Wanted(out.entropy is not None, out.collision is not None, MOMENTS)
+    sums, power_sums = row_sums(starts, policy, ref, tl.where(valid, label, 0), V, numbers.powers, wanted, STEPS)
+    saved, alive = close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS, MOMENTS)
     if SECOND:
-        found = term_sums(
-            Z, z_stride, z_side, W, w_stride, w_side, V, saved, numbers, TERMS, GRADS, UNROLL, LANES, STAGES
-        )
-        for i in tl.static_range(len(TERMS)):
-            if TERMS[i] is not None:
-                store_divergence(i, row, rows, found[i][0], found[i][1], degrees[i], alive, Div, Saved)
+        found = term_sums(starts, policy, ref, V, saved, numbers.params, FORMULAS, STEPS)
+        for i in tl.static_range(len(FORMULAS.term)):
+            if FORMULAS.term[i] is not None:
+                value, slope = found[i]
+                store_divergence(out, i, row, rows, value, slope, numbers.degrees[i], alive)
+
+
+@triton.jit
+def backward_step(
+    starts,
+    policy,
+    ref,
+    start_p,
+    d_policy,
+    start_q,
+    d_ref,
+    v,
+    V,
+    label,
+    saved,
+    coefs,
+    params,
+    FORMULAS: tl.constexpr,
+    REF: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Write the gradients at vocabulary entries v [BLOCK] of a row."""
+    step = load_step(starts, policy, ref, v, V, MASKED)
+    to_policy, to_ref = slopes(
+        step,
+        v,
+        label,
+        saved,
+        coefs,
+        params,
+        FORMULAS,
+        REF,
+        ENTROPY,
+        d_policy.pointer is not None,
+        d_ref.pointer is not None,
+    )
+    if d_policy.pointer is not None:
+        if MASKED:
+            tl.store(pointers(start_p, d_policy, v), to_policy, mask=v < V)
+        else:
+            tl.store(pointers(start_p, d_policy, v), to_policy)
+    if d_ref.pointer is not None:
+        if MASKED:
+            tl.store(pointers(start_q, d_ref, v), to_ref, mask=v < V)
+        else:
+            tl.store(pointers(start_q, d_ref, v), to_ref)
 
 
 @triton.jit
 def token_stats_backward(
-    Z, z_layout, z_stride, z_side, dZ, dz_layout, dz_stride,  # dZ None: no policy gradient
-    W, w_layout, w_stride, w_side, dW, dw_layout, dw_stride,  # W None: nothing asks for q
-    Labels, label_layout, ignore_index, T,
-    dLogp, dRef, dLse, dEntropy, dDiv,  # incoming gradients [rows], [rows], [rows], [rows], [n, rows], each or None
-    Saved,  # m_p, log2 A, m_q, log2 B, c, K, entropy, then per divergence sum_v h, sum_v k
-    V, first, width_z, width_w, numbers,  # column 0 is the token `first`
-    GRADS_P: tl.constexpr, GRADS_Q: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Compute dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], times the slope of the head.
+    policy,
+    ref,
+    d_policy,
+    d_ref,
+    labels,
+    grads,
+    saved,
+    V,
+    first,
+    width_p,
+    width_q,
+    numbers,
+    FORMULAS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], times the slope of softcap and multiplier.
 
-    Columns beyond V get 0.
+    policy, ref: Logits, ref absent where nothing asks for q. d_policy, d_ref: Logits, absent where not wanted.
+    grads: Grads. Column 0 is the token `first`; columns from V to the width of a side get 0.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
-    n: tl.constexpr = len(GRADS_P)
-    REF: tl.constexpr = W is not None
-    WANT_P: tl.constexpr = dZ is not None
-    WANT_Q: tl.constexpr = dW is not None
-    ENTROPY: tl.constexpr = dEntropy is not None
-    label = token_label(Labels, label_layout, row, T, ignore_index, SHIFT)
+    n: tl.constexpr = len(FORMULAS.grad_p)
+    REF: tl.constexpr = ref.pointer is not None
+    ENTROPY: tl.constexpr = grads.entropy is not None
+    label = token_label(labels, row, SHIFT)
     v = tl.arange(0, BLOCK)
-    if WANT_P:
-        dZ += row_offset(row, dz_layout)
-    if WANT_Q:
-        dW += row_offset(row, dw_layout)
-    done = label == ignore_index
+    start_p = row_start(d_policy, row) if d_policy.pointer is not None else 0
+    start_q = row_start(d_ref, row) if d_ref.pointer is not None else 0
+    done = label == labels.ignore_index
     label -= first
-    if WANT_P:
-        for start in range(0 if done else V, width_z, BLOCK):
-            tl.store(pointers(dZ, start + v, dz_stride), 0.0, mask=start + v < width_z)
-    if WANT_Q:
-        for start in range(0 if done else V, width_w, BLOCK):
-            tl.store(pointers(dW, start + v, dw_stride), 0.0, mask=start + v < width_w)
+    if d_policy.pointer is not None:
+        for start in range(0 if done else V, width_p, BLOCK):
+            tl.store(pointers(start_p, d_policy, start + v), 0.0, mask=start + v < width_p)
+    if d_ref.pointer is not None:
+        for start in range(0 if done else V, width_q, BLOCK):
+            tl.store(pointers(start_q, d_ref, start + v), 0.0, mask=start + v < width_q)
     if done:
         return
 
-    Z += row_offset(row, z_layout)
-    g_logp = tl.load(dLogp + row).to(tl.float32) if dLogp is not None else 0.0
-    g_ref = tl.load(dRef + row).to(tl.float32) if dRef is not None else 0.0
-    g_lse = tl.load(dLse + row).to(tl.float32) if dLse is not None else 0.0
-    g_entropy = tl.load(dEntropy + row).to(tl.float32) if ENTROPY else 0.0
-    coef_p = g_lse - g_logp
+    starts = row_starts(policy, ref, row)
+    of_row = load_saved(saved, rows, row)
+    label_p = tl.load(grads.logps + row).to(tl.float32) if grads.logps is not None else 0.0
+    label_q = tl.load(grads.ref_logps + row).to(tl.float32) if grads.ref_logps is not None else 0.0
+    to_lse = tl.load(grads.lse + row).to(tl.float32) if grads.lse is not None else 0.0
+    to_entropy = tl.load(grads.entropy + row).to(tl.float32) if ENTROPY else 0.0
+    coef_p = to_lse - label_p
     if ENTROPY:
-        coef_p -= g_entropy * tl.load(Saved + 6 * rows + row)
-    coef_q = -g_ref
-    g_div = ()
+        coef_p -= to_entropy * of_row.entropy
+    coef_q = -label_q
+    to_divergences = ()
     for i in tl.static_range(n):
-        g = tl.load(dDiv + i * rows + row).to(tl.float32)
-        coef_p -= g * tl.load(Saved + (7 + 2 * i) * rows + row)
-        coef_q -= g * tl.load(Saved + (8 + 2 * i) * rows + row)
-        g_div = g_div + (g,)
-    coefs = (g_logp, g_ref, g_entropy, coef_p, coef_q)
-    saved = (tl.load(Saved + row), tl.load(Saved + rows + row))
-    if REF:
-        W += row_offset(row, w_layout)
-        saved = saved + (tl.load(Saved + 2 * rows + row), tl.load(Saved + 3 * rows + row))
-        saved = saved + (tl.load(Saved + 4 * rows + row), tl.load(Saved + 5 * rows + row))
+        g = tl.load(grads.divergence + i * rows + row).to(tl.float32)
+        at_p, at_q = slope_pointers(saved, rows, row, i)
+        coef_p -= g * tl.load(at_p)
+        coef_q -= g * tl.load(at_q)
+        to_divergences = to_divergences + (g,)
+    coefs = Coefs(label_p, label_q, to_entropy, coef_p, coef_q, to_divergences)
 
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STAGES):
-        o = start + v
-        tiles = pair(Z, z_stride, z_side, W, w_stride, w_side, o, V, False)
-        dz, dw = slopes(
-            tiles, o, label, saved, coefs, g_div, numbers, GRADS_P, GRADS_Q, REF, ENTROPY, WANT_P, WANT_Q
-        )  # fmt: skip
-        if WANT_P:
-            tl.store(pointers(dZ, o, dz_stride), dz)
-        if WANT_Q:
-            tl.store(pointers(dW, o, dw_stride), dw)
+        backward_step(
+            starts,
+            policy,
+            ref,
+            start_p,
+            d_policy,
+            start_q,
+            d_ref,
+            start + v,
+            V,
+            label,
+            of_row,
+            coefs,
+            numbers.params,
+            FORMULAS,
+            REF,
+            ENTROPY,
+            False,
+        )
     if main < V:
-        o = main + v
-        tiles = pair(Z, z_stride, z_side, W, w_stride, w_side, o, V, True)
-        dz, dw = slopes(
-            tiles, o, label, saved, coefs, g_div, numbers, GRADS_P, GRADS_Q, REF, ENTROPY, WANT_P, WANT_Q
-        )  # fmt: skip
-        if WANT_P:
-            tl.store(pointers(dZ, o, dz_stride), dz, mask=o < V)
-        if WANT_Q:
-            tl.store(pointers(dW, o, dw_stride), dw, mask=o < V)
+        backward_step(
+            starts,
+            policy,
+            ref,
+            start_p,
+            d_policy,
+            start_q,
+            d_ref,
+            main + v,
+            V,
+            label,
+            of_row,
+            coefs,
+            numbers.params,
+            FORMULAS,
+            REF,
+            ENTROPY,
+            True,
+        )

@@ -5,128 +5,134 @@
     merge_states   merges the states of two disjoint parts (tiles, and later ranks)
     close_states   computes log-probs, divergences, entropy and the numbers for backward from states of the whole vocabulary
 
-Backward needs no separate kernel: token_stats_backward also accepts a slice. A state is [fields, rows], with the fields of
-moments.SIDES and of each power; `stride` is the distance between fields. The states of ignored rows are not changed.
+Backward needs no separate kernel: token_stats_backward also accepts a slice. A state is [fields, rows]: the fields of
+moments.RowMoments, then those of moments.PowerMoments for each power. The states of ignored rows are not changed.
 """
 
 import triton
 import triton.language as tl
 
-from ..core.moments import SIDES
-from ..core.moments import merge as _merge
-from ..core.moments import merge_power as _merge_power
+from ..core import moments
+from ..core.moments import PowerMoments, RowMoments
 from .elementwise import jit
-from .row_stats import INF, row_offset, token_label
+from .row_stats import INF, load_saved, row_starts, token_label
 from .token_stats import close_row, row_sums, store_ignored, term_sums
 
-merge, merge_power = jit(_merge), jit(_merge_power)
-N = tl.constexpr(len(SIDES))
+merge, merge_power = jit(moments.merge), jit(moments.merge_power)
+# As their names, so that compiled kernels are not used again where their order has changed.
+ROW_FIELDS, POWER_FIELDS = tl.constexpr(RowMoments._fields), tl.constexpr(PowerMoments._fields)
 
 
 @triton.jit
-def load_state(State, stride, row, n: tl.constexpr):
+def load_state(state, row, n: tl.constexpr):
+    """Return the RowMoments of a row, and a PowerMoments of each of n powers."""
+    start = state.pointer + row
     sums = ()
-    for i in tl.static_range(N):
-        sums = sums + (tl.load(State + i * stride + row),)
-    P = ()
-    for i in tl.static_range(n):
-        at = State + (N + 3 * i) * stride + row
-        P = P + ((tl.load(at), tl.load(at + stride), tl.load(at + 2 * stride)),)
-    return sums, P
+    for i in tl.static_range(len(ROW_FIELDS.value)):
+        sums = sums + (tl.load(start + i * state.stride),)
+    powers = ()
+    for k in tl.static_range(n):
+        power = ()
+        for i in tl.static_range(len(POWER_FIELDS.value)):
+            at = len(ROW_FIELDS.value) + len(POWER_FIELDS.value) * k + i
+            power = power + (tl.load(start + at * state.stride),)
+        powers = powers + (PowerMoments(*power),)
+    return RowMoments(*sums), powers
 
 
 @triton.jit
-def store_state(State, stride, row, sums, P):
-    for i in tl.static_range(N):
-        tl.store(State + i * stride + row, sums[i])
-    for i in tl.static_range(len(P)):
-        for j in tl.static_range(3):
-            tl.store(State + (N + 3 * i + j) * stride + row, P[i][j])
+def store_state(state, row, sums, powers):
+    """Store what load_state returns."""
+    start = state.pointer + row
+    for i in tl.static_range(len(ROW_FIELDS.value)):
+        tl.store(start + i * state.stride, sums[i])
+    for k in tl.static_range(len(powers)):
+        for i in tl.static_range(len(POWER_FIELDS.value)):
+            at = len(ROW_FIELDS.value) + len(POWER_FIELDS.value) * k + i
+            tl.store(start + at * state.stride, powers[k][i])
 
 
 @triton.jit
-def merged(s, P, t, Q, powers):
-    both, moves = merge(s, t)
-    R = ()
+def merged(sums, power_sums, other, other_powers, powers):
+    """Merge the RowMoments and PowerMoments of two disjoint parts."""
+    both, moved, moved_other = merge(sums, other)
+    found = ()
     for i in tl.static_range(len(powers)):
-        R = R + (merge_power(P[i], Q[i], (s[6], t[6]), moves, powers[i]),)
-    return both, R
+        # named again: on Triton 3.6 what a tuple holds may have lost its names
+        one, more = PowerMoments(*power_sums[i]), PowerMoments(*other_powers[i])
+        found = found + (merge_power(one, more, moved, moved_other, powers[i]),)
+    return both, found
 
 
 @triton.jit
 def fold_slice(
-    Z, z_layout, z_stride, z_side, W, w_layout, w_stride, w_side,  # [rows, V] logits of a slice
-    Labels, ignore_index, State, stride, V, first, powers,
-    FRESH: tl.constexpr, ENTROPY: tl.constexpr, COLLISION: tl.constexpr, MOMENTS: tl.constexpr,
-    UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    policy, ref, labels, state, V, first, powers, FRESH: tl.constexpr, WANTED: tl.constexpr, STEPS: tl.constexpr
+):
+    """Add the sums of a slice of logits [rows, V] to a state; FRESH: the state holds none yet."""
     row = tl.program_id(0).to(tl.int64)
-    REF: tl.constexpr = W is not None
-    label = tl.load(Labels + row).to(tl.int64)
-    if label == ignore_index:
+    label = token_label(labels, row, False)
+    if label == labels.ignore_index:
         return
     here = (label >= first) & (label < first + V)
-    Z += row_offset(row, z_layout)
-    if REF:
-        W += row_offset(row, w_layout)
-    sums, P = row_sums(
-        Z, z_stride, z_side, W, w_stride, w_side, tl.where(here, label - first, 0), V, powers,
-        ENTROPY, COLLISION, MOMENTS, UNROLL, LANES, STAGES,
-    )  # fmt: skip
-    mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2, S = sums
-    zy, wy = tl.where(here, zy, -INF), tl.where(here, wy, -INF)
-    sums = (mp, A, zmax, zy, E, mq, B, wy, c, excess, A1, B1, B2, S)
+    starts = row_starts(policy, ref, row)
+    sums, power_sums = row_sums(starts, policy, ref, tl.where(here, label - first, 0), V, powers, WANTED, STEPS)
+    sums = RowMoments(
+        shift_p=sums.shift_p,
+        sum_p=sums.sum_p,
+        max_p=sums.max_p,
+        label_p=tl.where(here, sums.label_p, -INF),
+        sum_p_log=sums.sum_p_log,
+        shift_q=sums.shift_q,
+        sum_q=sums.sum_q,
+        label_q=tl.where(here, sums.label_q, -INF),
+        center=sums.center,
+        excess=sums.excess,
+        sum_pd=sums.sum_pd,
+        sum_qd=sums.sum_qd,
+        sum_qdd=sums.sum_qdd,
+        sum_pp=sums.sum_pp,
+    )
     if not FRESH:
-        old, Q = load_state(State, stride, row, len(powers))
-        sums, P = merged(old, Q, sums, P, powers)
-    store_state(State, stride, row, sums, P)
+        old, old_powers = load_state(state, row, len(powers))
+        sums, power_sums = merged(old, old_powers, sums, power_sums, powers)
+    store_state(state, row, sums, power_sums)
 
 
 @triton.jit
-def add_terms(
-    Z, z_layout, z_stride, z_side, W, w_layout, w_stride, w_side,
-    Labels, ignore_index, Saved, saved_stride, Sums, sums_stride, V, numbers,  # Sums: [2 n, rows]
-    TERMS: tl.constexpr, GRADS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+def add_terms(policy, ref, labels, saved, sums, V, numbers, FORMULAS: tl.constexpr, STEPS: tl.constexpr):
+    """Add the term divergences of a slice of logits to their sums, Fields [2 n, rows]."""
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(Labels + row).to(tl.int64) == ignore_index:
+    if token_label(labels, row, False) == labels.ignore_index:
         return
-    saved = ()
-    for i in tl.static_range(6):
-        saved = saved + (tl.load(Saved + i * saved_stride + row),)
-    Z += row_offset(row, z_layout)
-    W += row_offset(row, w_layout)
-    found = term_sums(Z, z_stride, z_side, W, w_stride, w_side, V, saved, numbers, TERMS, GRADS, UNROLL, LANES, STAGES)
-    for i in tl.static_range(len(TERMS)):
-        if TERMS[i] is not None:
-            for j in tl.static_range(2):
-                at = Sums + (2 * i + j) * sums_stride + row
-                tl.store(at, tl.load(at) + found[i][j])
+    of_row = load_saved(saved.pointer, saved.stride, row)
+    found = term_sums(row_starts(policy, ref, row), policy, ref, V, of_row, numbers.params, FORMULAS, STEPS)
+    for i in tl.static_range(len(FORMULAS.term)):
+        if FORMULAS.term[i] is not None:
+            value, slope = found[i]
+            at_value = sums.pointer + 2 * i * sums.stride + row
+            at_slope = sums.pointer + (2 * i + 1) * sums.stride + row
+            tl.store(at_value, tl.load(at_value) + value)
+            tl.store(at_slope, tl.load(at_slope) + slope)
 
 
 @triton.jit
-def merge_states(State, stride, Other, other_stride, powers):
+def merge_states(state, other, powers):
+    """Merge a state into another."""
     row = tl.program_id(0).to(tl.int64)
-    s, P = load_state(State, stride, row, len(powers))
-    t, Q = load_state(Other, other_stride, row, len(powers))
-    sums, R = merged(s, P, t, Q, powers)
-    store_state(State, stride, row, sums, R)
+    sums, power_sums = load_state(state, row, len(powers))
+    more, more_powers = load_state(other, row, len(powers))
+    sums, power_sums = merged(sums, power_sums, more, more_powers, powers)
+    store_state(state, row, sums, power_sums)
 
 
 @triton.jit
-def close_states(
-    State, stride, Labels, ignore_index, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved, V, numbers, powers, degrees,
-    ROWS: tl.constexpr, POWER: tl.constexpr, MOMENTS: tl.constexpr,
-):  # fmt: skip
+def close_states(state, labels, out, V, numbers, FORMULAS: tl.constexpr, MOMENTS: tl.constexpr):
+    """Write the outputs of a row from its state."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
-    REF: tl.constexpr = RefLogp is not None
-    label = token_label(Labels, (1, 1, 0), row, 1, ignore_index, False)
-    if label == ignore_index:
-        store_ignored(row, rows, len(ROWS), REF, Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved)
+    label = token_label(labels, row, False)
+    if label == labels.ignore_index:
+        store_ignored(row, rows, out, len(FORMULAS.row))
         return
-    sums, P = load_state(State, stride, row, len(powers))
-    close_row(
-        row, rows, (label >= 0) & (label < V), sums, P, numbers, powers, degrees,
-        Logp, RefLogp, Lse, Entropy, Div, Hit, Collision, Saved, ROWS, POWER, MOMENTS, REF,
-    )  # fmt: skip
+    sums, power_sums = load_state(state, row, len(numbers.powers))
+    close_row(row, rows, (label >= 0) & (label < V), sums, power_sums, numbers, out, FORMULAS, MOMENTS)

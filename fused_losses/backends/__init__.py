@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
-from types import ModuleType
 
 import torch
 
@@ -16,6 +15,7 @@ from ..core.inputs import PACKAGE
 from ..core.layout import stats_dtype
 from ..core.names import not_one_of
 from . import torch_backend
+from .interface import Backend
 
 BACKENDS = ("triton", "torch")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda by torch
@@ -56,7 +56,7 @@ def explain(device: torch.device, dtype: torch.dtype | None = None) -> tuple[str
 
 
 @cache
-def backend_module(name: str) -> ModuleType:
+def backend_module(name: str) -> Backend:
     """Return the module of a backend; the first call for Triton imports its module."""
     if name == "torch":
         return torch_backend

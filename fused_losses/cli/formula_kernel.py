@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..kernels.elementwise import jit
+
 LANES = 64
 
 
@@ -20,8 +22,8 @@ def apply_formula(Columns, stride, Out, count, numbers, FORMULA: tl.constexpr, L
 
 
 def computed(formula, columns: torch.Tensor, numbers: tuple[float, ...]) -> torch.Tensor:
-    """Compute a formula that jit() has compiled at columns [5, n]: p, q, t, log p, log q."""
+    """Compute a formula of a divergence at columns [5, n]: p, q, t, log p, log q."""
     out = torch.empty_like(columns[0])
     grid = (triton.cdiv(out.numel(), LANES),)
-    apply_formula[grid](columns, columns.stride(0), out, out.numel(), numbers, FORMULA=formula, LANES=LANES)
+    apply_formula[grid](columns, columns.stride(0), out, out.numel(), numbers, FORMULA=jit(formula), LANES=LANES)
     return out

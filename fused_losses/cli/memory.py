@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backends import torch_backend
 from ..core.divergences import Divergence, from_key, parse
+from ..core.layout import saved_rows
 from ..engine import planner
 from .memory_probe import peak_bytes
 
@@ -92,7 +93,7 @@ class Step:
         """
         gradients = (not inplace) + self.both
         n = len(self.divergences)
-        per_row = 4 * (3 + n) + 4 * (7 + 2 * n) + 4 * (2 + n) + 2  # outputs, saved, incoming gradients, two bools
+        per_row = 4 * (3 + n) + 4 * saved_rows(n) + 4 * (2 + n) + 2  # outputs, saved, incoming gradients, two bools
         return gradients * self.logits + self.rows * per_row + (self._blocks() if backend == "torch" else 0)
 
     def _blocks(self) -> int:

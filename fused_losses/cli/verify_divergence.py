@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import backend_module
 from ..core.divergences import Divergence, from_key, names, registered
 from ..core.elementwise import FLOOR
 from ..core.inputs import Logits
@@ -173,7 +172,7 @@ def _computed(formula: Callable, columns: Tensor, params: tuple[float, ...], bac
         return torch.as_tensor(formula(*columns, *params)).expand_as(columns[0])
     from .formula_kernel import computed  # not above: it imports Triton
 
-    return computed(backend_module("triton").jit(formula), columns, params)
+    return computed(formula, columns, params)
 
 
 # ---- in float64 ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Notation: p = policy, q = reference probability of one token, t = log p - log q,
 
     f-divergence      D = sum_v q f(p / q),  f convex, f(1) = 0
     gradients         dD/dz_v = h_v - p_v sum_u h_u,   h = dD/dlog p = p f'(u)            -> grad_p
-                      dD/dw_v = k_v - q_v sum_u k_u,   k = dD/dlog q,  sum (h + k) = degree * D   -> grad_q
+                      dD/dr_v = k_v - q_v sum_u k_u,   k = dD/dlog q,  sum (h + k) = degree * D   -> grad_q
     value             either in closed form from one pass over the row                    -> row
                       or summed over terms >= 0 once the normalisers are known (two passes) -> term
     f-DPO link        s(h) = f'(e^h) of a sequence's log-ratio h, with ds/dh               -> link

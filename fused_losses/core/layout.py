@@ -1,14 +1,17 @@
-"""The memory layout of rows, and the descriptions of calls that are passed to a backend."""
+"""The memory layout of rows, and what a backend is given: what is asked for (a spec), and tensors by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .divergences import Divergence
+from .elementwise import HUGE, INF
+
+BLOCK_BYTES = 1 << 20  # size of one temporary of the torch backend: about ten of them fit in a processor's cache
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
@@ -46,14 +49,103 @@ class PairLossSpec(NamedTuple):
     ref_summed: bool  # reference log-probs are given as one per sequence
 
 
-class Grads(NamedTuple):
-    """The gradients at the statistics of n rows. None: no gradient."""
+class SavedRow(NamedTuple):
+    """The numbers of a row that backward needs, in the order of the first rows of `saved`; moments.py has their formulas.
 
-    logps: Tensor | None = None  # [n], and so are the others
+    Shifts and logarithms of sums are in the backend's unit. After these rows, `saved` has two for each divergence: see
+    slope_rows().
+    """
+
+    shift_p: Any  # m_p
+    log_sum_p: Any  # log A
+    shift_q: Any  # m_q
+    log_sum_q: Any  # log B
+    center: Any  # c
+    log_mean: Any  # K
+    entropy: Any  # 0 where it was not asked for, or is infinite
+
+
+SAVED_FIELDS = len(SavedRow._fields)
+
+
+def saved_rows(divergences: int) -> int:
+    """Return the number of rows of `saved` for as many divergences."""
+    return SAVED_FIELDS + 2 * divergences
+
+
+def slope_rows(i: int) -> tuple[int, int]:
+    """Return the rows of `saved` that hold sum_v h and sum_v k of divergence i."""
+    return SAVED_FIELDS + 2 * i, SAVED_FIELDS + 2 * i + 1
+
+
+def term_rows(i: int) -> tuple[int, int]:
+    """Return the rows of the sums [2 n, rows] of a second sweep that hold sum_v c and sum_v h of divergence i."""
+    return 2 * i, 2 * i + 1
+
+
+def saved_row(saved: Tensor) -> SavedRow:
+    """Return the first rows of `saved` by name, as views."""
+    return SavedRow(*(saved[i] for i in range(SAVED_FIELDS)))
+
+
+class Outputs(NamedTuple):
+    """The statistics of rows [rows], those of divergences [n, rows]; those not asked for are None.
+
+    saved: [saved_rows(n), rows], what backward needs.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    lse: Tensor
+    entropy: Tensor | None
+    divergence: Tensor | None
+    hit: Tensor  # bool: the label has the largest logit
+    collision: Tensor | None  # log sum p^2
+    saved: Tensor
+
+
+class Grads(NamedTuple):
+    """The incoming gradients of the outputs [rows], that of divergences [n, rows]. None: no gradient."""
+
+    logps: Tensor | None = None
     ref_logps: Tensor | None = None
     lse: Tensor | None = None
     entropy: Tensor | None = None
-    divergence: Tensor | None = None  # [number of divergences, n]
+    divergence: Tensor | None = None
+
+
+class PairOutputs(NamedTuple):
+    """The results of a preference batch: losses [B], and for each sequence [2B] the log-probs and the loss's slope."""
+
+    losses: Tensor
+    seq_logps: Tensor
+    seq_ref: Tensor
+    coef: Tensor  # d loss / dh, h = sum log p - sum log q
+
+
+class PairGrads(NamedTuple):
+    """The incoming gradients of losses [B], and of the sequences' log-probs of both models [2B]. None: no gradient."""
+
+    losses: Tensor | None = None
+    seq_logps: Tensor | None = None
+    seq_ref: Tensor | None = None
+
+
+class LowRankRows(NamedTuple):
+    """A low-rank addition to the logits: scaling * product b^T."""
+
+    product: Tensor  # x a^T [rows, rank]
+    b: Tensor  # [V, rank]
+    scaling: float
+
+
+class HiddenRows(NamedTuple):
+    """The tensors that the logits of one side are computed from, the last dimension of each contiguous."""
+
+    x: Tensor  # [rows, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    low_rank: LowRankRows | None
 
 
 def effective(grads: Grads, vocab: int) -> Grads:
@@ -63,6 +155,23 @@ def effective(grads: Grads, vocab: int) -> Grads:
     None, which is exact; their terms would cancel only up to rounding.
     """
     return Grads(lse=grads.lse) if vocab == 1 else grads
+
+
+def finite(x: Tensor) -> Tensor:
+    """Return x with 0 where it is infinite: the slope of an infinite value is left out of the gradient."""
+    return x.masked_fill(x.isinf(), 0)
+
+
+def write_divergence(spec: StatsSpec, i: int, value: Tensor, slope: Tensor, rows: Tensor | slice, out: Outputs) -> None:
+    """Write divergence i of some rows, and the sums sum_v h (slope) and sum_v k that backward needs."""
+    if out.ref_logps is None or out.divergence is None:
+        raise AssertionError("a divergence has no place in these outputs")
+    empty = (out.logps[rows] + out.ref_logps[rows]).isnan()  # no token on one side
+    value = value.clamp(min=0).masked_fill(value > HUGE, INF)
+    other = finite(spec.divergences[i].degree * value) - finite(slope)
+    out.divergence[i, rows] = value.masked_fill(empty, float("nan"))
+    for at, total in zip(slope_rows(i), (finite(slope), other), strict=True):
+        out.saved[at, rows] = total.masked_fill(empty, 0)
 
 
 def shifted_labels(labels: Tensor, shift: bool, ignore_index: int) -> Tensor:

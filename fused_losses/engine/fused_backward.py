@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module
-from ..core.layout import Grads, StatsSpec
+from ..core.layout import Grads, Outputs, StatsSpec
 from . import hidden_ops
 from .hidden_ops import HiddenStatsArgs
 from .operator_args import Layout
@@ -20,7 +20,7 @@ from .plan_chunks import dtype_of
 from .plan_rows import Block, Units, row_blocks
 from .planner import Plan
 from .sides import BothGradients, InputFlags, InputGradients, Inputs, Wanted
-from .stats_outputs import Outputs, StatsTensors
+from .stats_outputs import StatsTensors
 from .tokens import REF, Formula, Tokens
 
 
@@ -221,7 +221,7 @@ class LossWithGradInForward(torch.autograd.Function):
         spec, wanted = options.spec, InputFlags.of(ARGS.named(ctx.needs_input_grad).call.policy)
         backend = backend_module(options.backend)
         hidden_ops.check_gathered(call.policy, call.ref)
-        hidden_ops.check_labels(spec, options.backend, labels)
+        backend.check_labels(spec, labels)
         extra = dict(zip(loss.names, args.extras, strict=True))
         tokenwise, ref, ref_logps = loss.tokenwise, call.ref, None
         if ref is not None and not spec.divergences:  # only its log-probs are needed

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import backend_module, torch_backend
+from ..backends import backend_module
 from ..core.layout import Grads, StatsSpec, effective, stats_dtype
 from . import plan_chunks, plan_frozen
 from .operator_args import Layout
@@ -136,12 +136,6 @@ def plan_inputs(
     )
 
 
-def check_labels(spec: StatsSpec, backend: str, labels: Tensor) -> None:
-    """Raise on a label out of range, on the torch backend only: Triton returns NaN for its row."""
-    if backend == "torch":
-        torch_backend.check_labels(labels, spec)
-
-
 def check_gathered(policy: Inputs, ref: Inputs | None) -> None:
     """Raise where a sharding engine has scattered a weight since the forward."""
     for name, side in (("policy", policy), ("ref", ref)):
@@ -167,8 +161,8 @@ def _compact(args: HiddenStatsArgs) -> plan_chunks.CompactCall:
         static=options.static_shapes,
     )
     plan = make_plan(call, options.plan, options.workspace)
-    check_labels(options.shard.whole(options.spec), options.backend, labels)
     backend = backend_module(options.backend)
+    backend.check_labels(options.shard.whole(options.spec), labels)
     return plan_chunks.drop_ignored_rows(
         options.spec, backend, plan, labels, args.policy, args.ref, options.static_shapes, options.shard
     )

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..backends import choose
-from ..backends.torch_backend import _head as head
 from ..core.batch import Batch, CallOptions
+from ..core.elementwise import transform_logits
 from ..core.inputs import Hidden, Logits, TokenStats
-from ..core.layout import Grads, StatsSpec, collapse
+from ..core.layout import Grads, Outputs, StatsSpec, collapse
 from . import logits_ops
 from .explain import Explained, explaining
 from .operator_args import Layout
@@ -25,7 +25,6 @@ from .operators import check_plain, once
 from .prepare import Asks, How, inputs_of, spec_of
 from .projection import HiddenSide
 from .sides import InputFlags, InputGradients, Inputs
-from .stats_outputs import Outputs
 from .token_stats import check_sources, compute_stats, pack_stats
 
 BYTES = 64 << 20
@@ -128,7 +127,7 @@ class _LogitsAt(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(out.hit, out.saved)
         ctx.set_materialize_grads(False)
-        z = head(raw[..., :-1], spec.softcap, spec.multiplier, out.lse.dtype)[0]
+        z = transform_logits(raw[..., :-1], spec.softcap, spec.multiplier, out.lse.dtype)[0]
         return out.logps, out.lse, out.entropy, out.hit, out.saved, z.masked_fill(~keep[..., :-1], 0)
 
     @staticmethod
@@ -148,7 +147,7 @@ class _LogitsAt(torch.autograd.Function):
         to_ids = torch.zeros_like(s.raw[..., :-1]) if g_z is None else g_z
         arrived = torch.cat([to_ids, to_label], dim=-1).masked_fill(~s.keep, 0)
 
-        z, slope = head(s.raw, s.spec.softcap, s.spec.multiplier, s.lse.dtype)
+        z, slope = transform_logits(s.raw, s.spec.softcap, s.spec.multiplier, s.lse.dtype)
         logp = z - s.lse.view(s.labels.shape).unsqueeze(-1)
         without = to_lse - to_entropy * (logp + shaped(s.entropy)) if g_entropy is not None else to_lse
         back = logits_ops.TokenStatsBackwardArgs(
@@ -238,7 +237,7 @@ class _HiddenAt(torch.autograd.Function):
                 torch.bmm(gathered, x.unsqueeze(-1), out=z[r].unsqueeze(-1))
         if bias is not None:
             z += bias.to(z.dtype)[rows.ids]
-        z, slope = head(z, args.softcap, args.multiplier, z.dtype)
+        z, slope = transform_logits(z, args.softcap, args.multiplier, z.dtype)
         slope = slope if isinstance(slope, Tensor) else torch.full_like(z[:1, :1], slope)
         SAVED_HIDDEN_AT.save(ctx, _SavedHiddenAt(args, slope))
         return z.view(ids.shape).masked_fill(~keep, 0)

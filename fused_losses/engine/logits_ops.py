@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module
-from ..core.layout import Grads, StatsSpec, effective, stats_dtype
+from ..core.layout import Grads, Outputs, StatsSpec, effective, stats_dtype
 from .operator_args import Layout
 from .operators import once_differentiable, operator
-from .stats_outputs import Outputs, StatsTensors, empty_outputs, spread_out
+from .stats_outputs import StatsTensors, empty_outputs, spread_out
 
 
 class TokenStatsArgs(NamedTuple):
@@ -70,7 +70,7 @@ def token_stats(*values: Any) -> tuple[Tensor, ...]:
     args = ARGS.unpack(values)
     out = _empty(args)
     if out.logps.numel():
-        backend_module(args.backend).forward(args.spec, args.policy, args.labels, args.ref, *out)
+        backend_module(args.backend).forward(args.spec, args.policy, args.labels, args.ref, out)
     return _flat(out)
 
 
@@ -79,23 +79,23 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     return _flat(_empty(ARGS.unpack(values)))
 
 
-def _write_gradients(args: TokenStatsBackwardArgs, dz: Tensor | None, dw: Tensor | None) -> None:
+def _write_gradients(args: TokenStatsBackwardArgs, d_policy: Tensor | None, d_ref: Tensor | None) -> None:
     # empty: that output was not asked for
     grads = Grads(*[None if g is None or g.numel() == 0 else g.contiguous() for g in args.grads])
     grads = effective(grads, args.spec.vocab)
     if args.saved.shape[1]:
         backend = backend_module(args.backend)
-        backend.backward(args.spec, args.policy, args.labels, args.ref, args.saved, grads, dz, dw)
+        backend.backward(args.spec, args.policy, args.labels, args.ref, args.saved, grads, d_policy, d_ref)
 
 
 @operator("token_stats_backward", BACKWARD_ARGS, "Tensor[]")
 def token_stats_backward(*values: Any) -> list[Tensor]:
     """Return a list of the gradient of the policy logits and that of the reference logits, each where wanted."""
     args = BACKWARD_ARGS.unpack(values)
-    dz = torch.empty_like(args.policy) if args.grad_policy else None
-    dw = torch.empty_like(args.ref) if args.ref is not None and args.grad_ref else None
-    _write_gradients(args, dz, dw)
-    return [d for d in (dz, dw) if d is not None]
+    d_policy = torch.empty_like(args.policy) if args.grad_policy else None
+    d_ref = torch.empty_like(args.ref) if args.ref is not None and args.grad_ref else None
+    _write_gradients(args, d_policy, d_ref)
+    return [d for d in (d_policy, d_ref) if d is not None]
 
 
 @token_stats_backward.register_fake
@@ -113,9 +113,9 @@ def token_stats_backward_(*values: Any) -> Tensor:
     operator that writes to its inputs.
     """
     args = BACKWARD_ARGS.unpack(values)
-    dw = torch.empty_like(args.ref) if args.ref is not None and args.grad_ref else None
-    _write_gradients(args, args.policy, dw)
-    return args.policy.new_empty(0) if dw is None else dw
+    d_ref = torch.empty_like(args.ref) if args.ref is not None and args.grad_ref else None
+    _write_gradients(args, args.policy, d_ref)
+    return args.policy.new_empty(0) if d_ref is None else d_ref
 
 
 @token_stats_backward_.register_fake
@@ -147,11 +147,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
         grad_ref=needs.ref,
     )
     if inplace:
-        dw = token_stats_backward_(*BACKWARD_ARGS.pack(back))
-        return tuple(ARGS.gradients(policy=back.policy, ref=dw if needs.ref else None))
+        d_ref = token_stats_backward_(*BACKWARD_ARGS.pack(back))
+        return tuple(ARGS.gradients(policy=back.policy, ref=d_ref if needs.ref else None))
     gradients = iter(token_stats_backward(*BACKWARD_ARGS.pack(back)))
-    dz = next(gradients) if needs.policy else None
-    return tuple(ARGS.gradients(policy=dz, ref=next(gradients) if needs.ref else None))
+    d_policy = next(gradients) if needs.policy else None
+    return tuple(ARGS.gradients(policy=d_policy, ref=next(gradients) if needs.ref else None))
 
 
 token_stats.register_autograd(_backward, setup_context=_setup)

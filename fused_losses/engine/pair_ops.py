@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module
-from ..core.layout import PairLossSpec, stats_dtype
+from ..core.layout import PairGrads, PairLossSpec, PairOutputs, stats_dtype
 from .operator_args import Layout
 from .operators import once_differentiable, operator
 
@@ -25,15 +25,6 @@ class PairLossArgs(NamedTuple):
     cu_seqlens: Tensor | None
     spec: PairLossSpec
     backend: str
-
-
-class PairLosses(NamedTuple):
-    """What pair_loss returns."""
-
-    losses: Tensor  # [B]
-    logps: Tensor  # of sequences [2 B]
-    ref_logps: Tensor  # of sequences [2 B]
-    coef: Tensor  # dloss/dh [2 B], for backward
 
 
 class PairLossBackwardArgs(NamedTuple):
@@ -56,17 +47,17 @@ class _Saved(NamedTuple):
 
 
 ARGS = Layout(PairLossArgs)
-LOSSES = Layout(PairLosses)
+LOSSES = Layout(PairOutputs)
 BACKWARD_ARGS = Layout(PairLossBackwardArgs)
 _SAVED = Layout(_Saved)
 
 
-def _empty(args: PairLossArgs) -> PairLosses:
+def _empty(args: PairLossArgs) -> PairOutputs:
     def new(count: int) -> Tensor:
         return args.logps.new_empty(count, dtype=stats_dtype(args.logps))
 
     n = args.spec.sequences
-    return PairLosses(new(n // 2), new(n), new(n), new(n))
+    return PairOutputs(new(n // 2), new(n), new(n), new(n))
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -80,8 +71,9 @@ def pair_loss(*values: Any) -> tuple[Tensor, ...]:
     args = ARGS.unpack(values)
     out = _empty(args)
     if args.spec.sequences:
-        tensors = [_contiguous(x) for x in (args.logps, args.ref_logps, args.mask, args.cu_seqlens)]
-        backend_module(args.backend).pair_forward(args.spec, *tensors, *out)
+        ref_logps, cu_seqlens = _contiguous(args.ref_logps), _contiguous(args.cu_seqlens)
+        backend = backend_module(args.backend)
+        backend.pair_forward(args.spec, args.logps.contiguous(), ref_logps, args.mask.contiguous(), cu_seqlens, out)
     return tuple(LOSSES.pack(out))
 
 
@@ -103,8 +95,8 @@ def pair_loss_backward(*values: Any) -> list[Tensor]:
 
     d_logps, d_ref = new(call.logps, args.to_logps), new(call.ref_logps, args.to_ref_logps)
     if call.spec.sequences:
-        grads = tuple(_contiguous(g) for g in (args.grad_losses, args.grad_logps, args.grad_ref_logps))
-        mask, cu_seqlens = _contiguous(call.mask), _contiguous(call.cu_seqlens)
+        grads = PairGrads(*[_contiguous(g) for g in (args.grad_losses, args.grad_logps, args.grad_ref_logps)])
+        mask, cu_seqlens = call.mask.contiguous(), _contiguous(call.cu_seqlens)
         backend = backend_module(call.backend)
         backend.pair_backward(call.spec, grads, args.coef, mask, cu_seqlens, d_logps, d_ref)
     return [d for d in (d_logps, d_ref) if d is not None]

@@ -24,9 +24,10 @@ from .stats_outputs import zero_outputs
 class PartialStats:
     """The sums of rows over some tokens of the vocabulary. They have no gradient.
 
-    state: [14 + 3 powers, rows], the rows of moments.SIDES: shift, sum of exponentials, largest logit, label's logit
-    (-inf if it is elsewhere) of the policy, the same of the reference, the moments of their difference, and the policy's
-    sum of squares; then three rows for each power that a divergence needs. It is one tensor, so that ranks can exchange it.
+    state: [moments.fields(powers), rows], the fields of moments.RowMoments: shift, sum of exponentials, largest logit, label's
+    logit (-inf if it is elsewhere) of the policy, the same of the reference, the moments of their difference, and the policy's
+    sum of squares; then those of moments.PowerMoments for each power that a divergence needs. It is one tensor, so that ranks
+    can exchange it.
     Shifts are in nats on the torch backend, in bits on Triton: only parts of the same backend can be merged.
     """
 
@@ -49,7 +50,7 @@ class PartialStats:
         spec, labels, shape = self.spec(self.end), self.labels.reshape(-1), self.labels.shape
         out = zero_outputs(spec, labels, len(labels), self.ref, self.state.dtype)
         if len(labels):
-            backend_module(self.backend).close(spec, self.state, labels, *out)
+            backend_module(self.backend).close(spec, self.state, labels, out)
 
         def shaped(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.view(shape)

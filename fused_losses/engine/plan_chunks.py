@@ -1,32 +1,40 @@
 """Loop over tiles of logits for fl.Hidden sources, forward and backward. See also plan_frozen.py and plan_rows.py.
 
-A backend (torch_backend or kernels/launch) computes on a tile of logits; projection.py computes the matrix products.
+A backend (backends/interface.py) computes on a tile of logits; projection.py computes the matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.torch_backend import write_divergence
-from ..core.layout import Grads, StatsSpec, stats_dtype
+from ..backends.interface import Backend
+from ..core.layout import (
+    Grads,
+    HiddenRows,
+    LowRankRows,
+    Outputs,
+    StatsSpec,
+    stats_dtype,
+    term_rows,
+    write_divergence,
+)
 from ..core.moments import fields
 from .planner import Plan
 from .projection import Side, hidden_side, side_of
 from .shards import Shard
 from .sides import BothGradients, Inputs, Wanted
-from .stats_outputs import Outputs, zero_outputs
+from .stats_outputs import zero_outputs
 
 
 class CompactCall(NamedTuple):
     """A call with only the rows that count, and how to compute it."""
 
     spec: StatsSpec
-    backend: ModuleType
+    backend: Backend
     plan: Plan
     labels: Tensor  # of the rows that count
     rows: Tensor | None  # their indices among all rows; None: all rows, of which some may be ignored
@@ -44,7 +52,7 @@ def dtype_of(policy: Inputs, ref: Inputs | None) -> torch.dtype:
 
 def drop_ignored_rows(
     spec: StatsSpec,
-    backend: ModuleType,
+    backend: Backend,
     plan: Plan,
     labels: Tensor,
     policy: Inputs,
@@ -80,7 +88,7 @@ def allocate(call: CompactCall) -> Outputs:
 
 
 class Tiles:
-    """Buffers for the logits z and w, and the iteration over slices of the vocabulary and blocks of rows.
+    """Buffers for the logits z and ref_logits, and the iteration over slices of the vocabulary and blocks of rows.
 
     In the plan "whole" there is one tile. It is kept [1 or 2, rows, V], and is computed at most once.
     """
@@ -94,7 +102,7 @@ class Tiles:
             return kept[i] if kept is not None and i < len(kept) else call.labels.new_empty(shape, dtype=call.dtype)
 
         self.z = buffer(0)
-        self.w = buffer(1) if with_ref and call.ref is not None else None
+        self.ref = buffer(1) if with_ref and call.ref is not None else None
 
     @property
     def blocks(self) -> int:
@@ -113,16 +121,16 @@ class Tiles:
         return (slice(r, min(r + self.rows, n)) for r in range(0, n, self.rows))
 
     def load(self, r: slice, c: slice) -> tuple[StatsSpec, Tensor, Tensor | None]:
-        """Compute the tile, unless it is kept already. Return what is asked of it, and z and w."""
+        """Compute the tile, unless it is kept already. Return what is asked of it, and z and ref_logits."""
         call, height, width = self.call, r.stop - r.start, c.stop - c.start
         z = self.z[:height, :width]
-        w = None if self.w is None else self.w[:height, :width]
+        ref_logits = None if self.ref is None else self.ref[:height, :width]
         if not self.filled:
             call.policy.tile(r, c, z)
-            if w is not None and call.ref is not None:
-                call.ref.tile(r, c, w)
+            if ref_logits is not None and call.ref is not None:
+                call.ref.tile(r, c, ref_logits)
         self.filled = self.keeps
-        return call.spec._replace(vocab=width, first=call.spec.first + c.start), z, w
+        return call.spec._replace(vocab=width, first=call.spec.first + c.start), z, ref_logits
 
 
 def powers(spec: StatsSpec) -> int:
@@ -130,19 +138,20 @@ def powers(spec: StatsSpec) -> int:
 
 
 def states(call: CompactCall, tiles: Tiles | None) -> Tensor:
-    """Compute the rows' sums (moments.SIDES) over the columns that this call has.
+    """Compute the rows' sums (moments.RowMoments) over the columns that this call has.
 
     They are computed slice by slice, or in the tile kernel where tiles is None.
     """
     spec, n = call.spec, len(call.labels)
     state = call.labels.new_empty((fields(powers(spec)), n), dtype=call.dtype)
     if tiles is None:
-        call.backend.tile_states(spec, *_tile_arguments(call), state)
+        ref = None if call.ref is None else _hidden_rows(call.ref)
+        call.backend.tile_states(spec, _hidden_rows(call.policy), call.labels, ref, state)
         return state
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, w = tiles.load(r, c)
-            call.backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
+            part, z, ref_logits = tiles.load(r, c)
+            call.backend.fold(part, z, call.labels[r], ref_logits, state[:, r], c.start == 0)
     return state
 
 
@@ -153,7 +162,7 @@ def forward(call: CompactCall, kept: Tensor | None = None) -> Outputs:
         return out
     tiles = None if call.plan.kind == "tiles" else Tiles(call, kept=kept)
     state = call.shard.merged(spec, call.backend, states(call, tiles))
-    call.backend.close(call.shard.whole(spec), state, call.labels, *out)
+    call.backend.close(call.shard.whole(spec), state, call.labels, out)
     if any(d.term is not None for d in spec.divergences):
         second_sweep(call, out, tiles)
     return out
@@ -162,37 +171,36 @@ def forward(call: CompactCall, kept: Tensor | None = None) -> Outputs:
 def second_sweep(call: CompactCall, out: Outputs, tiles: Tiles | None, visit: Callable | None = None) -> None:
     """Compute the divergences that are sums of terms, from normalised tiles.
 
-    visit(r, c, spec, z, w) is called for each tile afterwards.
+    visit(r, c, spec, z, ref_logits) is called for each tile afterwards.
     """
     spec = call.spec
+    if call.ref is None:
+        raise TypeError("ref: expected a reference beside a divergence")
     sums = torch.zeros((2 * len(spec.divergences), len(call.labels)), dtype=call.dtype, device=call.labels.device)
     if tiles is None:
-        call.backend.tile_terms(spec, *_tile_arguments(call), out.saved, sums)
+        ref = _hidden_rows(call.ref)
+        call.backend.tile_terms(spec, _hidden_rows(call.policy), call.labels, ref, out.saved, sums)
     else:
         for c in tiles.columns_of():
             for r in tiles.rows_of():
-                part, z, w = tiles.load(r, c)
-                call.backend.terms(part, z, call.labels[r], w, out.saved[:, r], sums[:, r])
+                part, z, ref_logits = tiles.load(r, c)
+                if ref_logits is not None:
+                    call.backend.terms(part, z, call.labels[r], ref_logits, out.saved[:, r], sums[:, r])
                 if visit is not None:
-                    visit(r, c, part, z, w)
+                    visit(r, c, part, z, ref_logits)
     sums = call.shard.summed(sums).masked_fill_(call.labels == spec.ignore_index, 0)
-    if out.ref_logps is None or out.divergence is None:
-        return
-    for i, (d, value, slope) in enumerate(zip(spec.divergences, sums[::2], sums[1::2], strict=True)):
+    for i, d in enumerate(spec.divergences):
         if d.term is not None:
-            write_divergence(spec, i, value, slope, slice(None), out.logps, out.ref_logps, out.divergence, out.saved)
+            value, slope = (sums[at] for at in term_rows(i))
+            write_divergence(spec, i, value, slope, slice(None), out)
 
 
-def _tile_arguments(call: CompactCall) -> tuple:
-    """Return the policy, the labels and the reference as the tile kernel takes them."""
-
-    def one(given: Side) -> tuple:
-        side = hidden_side(given)
-        low_rank = None if side.low_rank is None else (side.low_rank.xa, side.low_rank.b, 1.0)
-        x = side.x if side.x.stride(-1) == 1 else side.x.contiguous()
-        return x, side.weight, None if side.bias is None else side.bias.contiguous(), low_rank
-
-    return one(call.policy), call.labels, None if call.ref is None else one(call.ref)
+def _hidden_rows(given: Side) -> HiddenRows:
+    """Return a side as the tile kernel takes it."""
+    side = hidden_side(given)
+    low_rank = None if side.low_rank is None else LowRankRows(side.low_rank.xa, side.low_rank.b, 1.0)
+    x = side.x if side.x.stride(-1) == 1 else side.x.contiguous()
+    return HiddenRows(x, side.weight, None if side.bias is None else side.bias.contiguous(), low_rank)
 
 
 def backward(
@@ -200,29 +208,29 @@ def backward(
 ) -> BothGradients:
     """Compute the gradients of the tensors of both sides.
 
-    For each tile, compute the logits again (unless they are kept), then dz, then its products.
+    For each tile, compute the logits again (unless they are kept), then d_policy, then its products.
     """
     policy, ref = call.policy, call.ref if wanted.ref.some else None
     tiles = Tiles(call, grads.divergence is not None or ref is not None, kept, filled=kept is not None)
     shared = bool(call.shard.group)
-    spare_z = spare_w = None
+    spare = ref_spare = None
     if wanted.policy.some:
         policy.want(wanted.policy, tiles.blocks > 1, tiles.slices, shared)
-        spare_z = spare_buffer(policy, tiles.z, kept is not None)
+        spare = spare_buffer(policy, tiles.z, kept is not None)
     if ref is not None:
         ref.want(wanted.ref, tiles.blocks > 1, tiles.slices, shared)
-        spare_w = None if tiles.w is None else spare_buffer(ref, tiles.w, kept is not None)
+        ref_spare = None if tiles.ref is None else spare_buffer(ref, tiles.ref, kept is not None)
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, w = tiles.load(r, c)
+            part, z, ref_logits = tiles.load(r, c)
             g = Grads(*[None if x is None else x[..., r].contiguous() for x in grads])
-            dz = _place(spare_z, z) if wanted.policy.some else None
-            dw = None if ref is None or w is None else _place(spare_w, w)
-            call.backend.backward(part, z, call.labels[r], w, saved[:, r].contiguous(), g, dz, dw)
-            if dz is not None:
-                policy.push(r, c, dz)
-            if ref is not None and dw is not None:
-                ref.push(r, c, dw)
+            d_policy = _place(spare, z) if wanted.policy.some else None
+            d_ref = None if ref is None or ref_logits is None else _place(ref_spare, ref_logits)
+            call.backend.backward(part, z, call.labels[r], ref_logits, saved[:, r].contiguous(), g, d_policy, d_ref)
+            if d_policy is not None:
+                policy.push(r, c, d_policy)
+            if ref is not None and d_ref is not None:
+                ref.push(r, c, d_ref)
         if wanted.policy.some:
             policy.finish_slice(c)
         if ref is not None:
@@ -239,9 +247,9 @@ def _place(spare: Tensor | None, tile: Tensor) -> Tensor:
 
 
 def spare_buffer(side: Side, tile: Tensor, kept: bool = False) -> Tensor | None:
-    """Return a buffer for dz where the logits are kept, or where the products need another dtype.
+    """Return a buffer for d_policy where the logits are kept, or where the products need another dtype.
 
-    None means that dz is written over the logits.
+    None means that d_policy is written over the logits.
     """
     dtype = side.dz_dtype(tile)
     return torch.empty_like(tile, dtype=dtype) if kept or dtype != tile.dtype else None

@@ -12,18 +12,17 @@ divergences without a scaling come from a second sweep, over tiles with their fi
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends.interface import Backend
 from ..core.divergences import Divergence, from_key
-from ..core.layout import Grads, StatsSpec
-from ..core.moments import fields, log_ratio
+from ..core.layout import Grads, Outputs, SavedRow, StatsSpec, saved_row, slope_rows
+from ..core.moments import fields, log_ratio, unpack
 from .plan_chunks import CompactCall, Tiles, allocate, powers, second_sweep
 from .projection import HiddenSide, hidden_side
-from .stats_outputs import Outputs
 
 
 def bases(spec: StatsSpec) -> list[Divergence]:
@@ -39,63 +38,74 @@ def kept_sums(spec: StatsSpec) -> int:
 class _Kept(NamedTuple):
     """The sums that are kept, each [rows, H + rank]."""
 
-    p: Tensor
-    entropy: Tensor | None
-    bases: tuple[Tensor, ...]
+    prob: Tensor  # of h = p
+    entropy: Tensor | None  # of h = p log p
+    bases: list[tuple[Divergence, Tensor]]  # of h = dD/dlog p
 
     @classmethod
     def of(cls, keep: Tensor, spec: StatsSpec) -> _Kept:
         """Return the parts of a tensor [kept_sums(spec), rows, H + rank]."""
         sums = iter(keep)
-        return cls(next(sums), next(sums) if spec.entropy else None, tuple(sums))
+        prob, entropy = next(sums), next(sums) if spec.entropy else None
+        return cls(prob, entropy, list(zip(bases(spec), sums, strict=True)))
 
 
 class _Frozen:
     """The sums of a call, while they are computed."""
 
     def __init__(self, call: CompactCall, policy: HiddenSide, keep: Tensor, tiles: Tiles):
-        self.call, self.policy = call, policy
-        self.kept, self.bases = _Kept.of(keep, call.spec), bases(call.spec)
-        self.dz = torch.empty_like(tiles.z, dtype=policy.dtype)
+        self.call, self.policy, self.kept = call, policy, _Kept.of(keep, call.spec)
+        self.d_policy = torch.empty_like(tiles.z, dtype=policy.dtype)
         self.one = torch.ones((1, tiles.rows), dtype=call.dtype, device=call.labels.device)
 
     def _add(
-        self, out: Tensor, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor, grads: Grads
+        self,
+        out: Tensor,
+        r: slice,
+        c: slice,
+        part: StatsSpec,
+        z: Tensor,
+        ref_logits: Tensor | None,
+        saved: Tensor,
+        grads: Grads,
     ) -> None:
-        """Add sum_v h_v s_v W_v to a sum `out`.
+        """Add sum_v h_v s_v W_v to a sum `out`; h_v s_v is the dz that backward writes for these gradients."""
+        d_policy = self.d_policy[: z.shape[0], : z.shape[1]]
+        self.call.backend.backward(part, z, self.call.labels[r], ref_logits, saved, grads, d_policy, None)
+        self.policy.pull(out[r], c, d_policy)
 
-        h_v s_v is the dz that backward writes when only one output has a gradient, of 1 (entropy: -1).
-        """
-        dz = self.dz[: z.shape[0], : z.shape[1]]
-        self.call.backend.backward(part, z, self.call.labels[r], w, frame, grads, dz, None)
-        self.policy.pull(out[r], c, dz)
-
-    def add_slice(self, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor) -> None:
-        alone = part._replace(divergences=())
+    def add_slice(
+        self, r: slice, c: slice, part: StatsSpec, z: Tensor, ref_logits: Tensor | None, row: SavedRow
+    ) -> None:
+        """Add what follows from the first sweep over a tile, with p and q normalised as `row` says."""
+        alone, saved = part._replace(divergences=()), torch.stack(row)
         one = self.one[0, : len(z)]
-        self._add(self.kept.p, r, c, alone, z, None, frame[:7].contiguous(), Grads(lse=one))
+        self._add(self.kept.prob, r, c, alone, z, None, saved, Grads(lse=one))
         if self.kept.entropy is not None:
-            self._add(self.kept.entropy, r, c, alone, z, None, frame[:7].contiguous(), Grads(entropy=-one))
-        self.add_bases(r, c, part, z, w, frame, second=False)
+            self._add(self.kept.entropy, r, c, alone, z, None, saved, Grads(entropy=-one))
+        self.add_bases(r, c, part, z, ref_logits, row, second=False)
 
     def add_bases(
-        self, r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor | None, frame: Tensor, second: bool
+        self, r: slice, c: slice, part: StatsSpec, z: Tensor, ref_logits: Tensor | None, row: SavedRow, second: bool
     ) -> None:
-        grads = Grads(divergence=self.one[:, : len(z)])
-        for out, d in zip(self.kept.bases, self.bases, strict=True):
+        """Add the sums of the divergences that are computed in this sweep, the first or the second."""
+        zero = torch.zeros_like(row.shift_p)
+        # the sums of slopes, sum_v h and sum_v k, are not subtracted here
+        saved, grads = torch.stack([*row, zero, zero]), Grads(divergence=self.one[:, : len(z)])
+        for d, out in self.kept.bases:
             if (d.scaling is None) == second:
-                self._add(out, r, c, part._replace(divergences=(d,)), z, w, frame, grads)
+                self._add(out, r, c, part._replace(divergences=(d,)), z, ref_logits, saved, grads)
 
     def rescale(self, r: slice, x: Tensor, y: Tensor) -> None:
         """Update the sums where p and q become e^x p and e^y q."""
-        p = self.kept.p[r]
+        prob = self.kept.prob[r]
         if self.kept.entropy is not None:
-            self.kept.entropy[r].mul_(x.exp()[:, None]).addcmul_(p, (x.exp() * x)[:, None])
-        for out, d in zip(self.kept.bases, self.bases, strict=True):
+            self.kept.entropy[r].mul_(x.exp()[:, None]).addcmul_(prob, (x.exp() * x)[:, None])
+        for d, out in self.kept.bases:
             if d.scaling is not None:
                 a, b = d.scaling(x, y, *d.params)
-                out[r].mul_(a[:, None]).addcmul_(p, b[:, None])
-        p.mul_(x.exp()[:, None])
+                out[r].mul_(a[:, None]).addcmul_(prob, b[:, None])
+        prob.mul_(x.exp()[:, None])
 
 
 def frozen_forward(call: CompactCall, keep: Tensor) -> Outputs:
@@ -107,38 +117,42 @@ def frozen_forward(call: CompactCall, keep: Tensor) -> Outputs:
     state = call.labels.new_zeros((fields(powers(spec)), n), dtype=call.dtype)
     tiles = Tiles(call)
     sums = _Frozen(call, hidden_side(call.policy), keep, tiles)
-    frames = state.new_zeros((9, n))  # the numbers saved for backward, of the vocabulary so far
+    so_far = SavedRow(*state.new_zeros((len(SavedRow._fields), n)))  # of the vocabulary so far
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, w = tiles.load(r, c)
-            backend.fold(part, z, call.labels[r], w, state[:, r], c.start == 0)
-            old, new = frames[:, r], _frame(backend, state[:, r], call.ref is not None)
+            part, z, ref_logits = tiles.load(r, c)
+            backend.fold(part, z, call.labels[r], ref_logits, state[:, r], c.start == 0)
+            old = SavedRow(*(number[r] for number in so_far))
+            new = _normalisers(backend, state[:, r], call.ref is not None)
             if c.start:
-                x, y = (backend.in_nats((old[i] - new[i]) + (old[i + 1] - new[i + 1])) for i in (0, 2))
-                near = x - ((old[4] - new[4]) + (old[5] - new[5]))  # y again, with the digits that x - y needs
+                x = backend.in_nats((old.shift_p - new.shift_p) + (old.log_sum_p - new.log_sum_p))
+                y = backend.in_nats((old.shift_q - new.shift_q) + (old.log_sum_q - new.log_sum_q))
+                # y again, with the digits that x - y needs
+                near = x - ((old.center - new.center) + (old.log_mean - new.log_mean))
                 sums.rescale(r, x, torch.where((near - y).abs() < 1e-3, near, y))
-            old.copy_(new)
-            sums.add_slice(r, c, part, z, w, new)
-    backend.close(spec, state, call.labels, *out)
-    if any(d.scaling is None for d in sums.bases):
+            for place, number in zip(old, new, strict=True):
+                place.copy_(number)
+            sums.add_slice(r, c, part, z, ref_logits, new)
+    backend.close(spec, state, call.labels, out)
+    if any(d.scaling is None for d, _ in sums.kept.bases):
 
-        def visit(r: slice, c: slice, part: StatsSpec, z: Tensor, w: Tensor) -> None:
-            row = torch.cat([out.saved[:6, r], torch.zeros_like(out.saved[:3, r])])
-            sums.add_bases(r, c, part, z, w, row, second=True)
+        def visit(r: slice, c: slice, part: StatsSpec, z: Tensor, ref_logits: Tensor) -> None:
+            sums.add_bases(r, c, part, z, ref_logits, saved_row(out.saved[:, r]), second=True)
 
         second_sweep(call, out, tiles, visit)
     return out
 
 
-def _frame(backend: ModuleType, state: Tensor, ref: bool) -> Tensor:
-    """Compute m_p, log A, m_q, log B, c and K from running sums, and add zeros for the sums of slopes."""
-    frame = torch.zeros((9, state.shape[1]), dtype=state.dtype, device=state.device)
-    a, b = (state[i].masked_fill(state[i] == 0, 1) for i in (1, 6))
-    frame[0], frame[1] = state[0], backend.saved_log(a)
-    if ref:
-        frame[2], frame[3], frame[4] = state[5], backend.saved_log(b), state[8]
-        frame[5] = log_ratio(state[9], a, b) - backend.frame(state[8], state[0], state[5])
-    return frame
+def _normalisers(backend: Backend, state: Tensor, ref: bool) -> SavedRow:
+    """Compute from running sums what close() saves of them, without the entropy."""
+    sums, _ = unpack(state)
+    zero = torch.zeros_like(sums.shift_p)
+    sum_p, sum_q = (x.masked_fill(x == 0, 1) for x in (sums.sum_p, sums.sum_q))
+    row = SavedRow(sums.shift_p, backend.saved_log(sum_p), zero, zero, zero, zero, zero)
+    if not ref:
+        return row
+    log_mean = log_ratio(sums.excess, sum_p, sum_q) - backend.frame(sums.center, sums.shift_p, sums.shift_q)
+    return row._replace(shift_q=sums.shift_q, log_sum_q=backend.saved_log(sum_q), center=sums.center, log_mean=log_mean)
 
 
 def frozen_backward(call: CompactCall, keep: Tensor, logps: Tensor, saved: Tensor, grads: Grads) -> Tensor:
@@ -147,29 +161,30 @@ def frozen_backward(call: CompactCall, keep: Tensor, logps: Tensor, saved: Tenso
     n, here = len(call.labels), call.labels != spec.ignore_index
     # with static shapes some rows do not count
     g = Grads(*[None if x is None else x.masked_fill(~here, 0) for x in grads])
+    kept, row = _Kept.of(keep, spec), saved_row(saved)
     coef = torch.zeros(n, dtype=call.dtype, device=call.labels.device)
     if g.logps is not None:
         coef.sub_(g.logps)
     if g.lse is not None:
         coef.add_(g.lse)
     if g.entropy is not None:
-        coef.sub_(g.entropy * saved[6])
-    kept = _Kept.of(keep, spec)
+        coef.sub_(g.entropy * row.entropy)
     weights = {d.key: torch.zeros_like(coef) for d in bases(spec)}
     if g.divergence is not None:
         for i, (d, g_d) in enumerate(zip(spec.divergences, g.divergence, strict=True)):
-            coef.sub_(g_d * saved[7 + 2 * i])
+            to_p, _ = slope_rows(i)
+            coef.sub_(g_d * saved[to_p])
             for part in d.parts or (d.key,):
                 weights[part].add_(g_d)
-    dx = kept.p * coef[:, None]
+    dx = kept.prob * coef[:, None]
     if g.entropy is not None and kept.entropy is not None:
         dx.addcmul_(kept.entropy, -g.entropy[:, None])
-    for row, weight in zip(kept.bases, weights.values(), strict=True):
-        dx.addcmul_(row, weight[:, None])
+    for d, sums in kept.bases:
+        dx.addcmul_(sums, weights[d.key][:, None])
     if g.logps is not None:
         slope = torch.full_like(coef, spec.multiplier)
         if spec.softcap:
-            y = logps + call.backend.in_nats(saved[0] + saved[1])  # the label's logit with the head's options
+            y = logps + call.backend.in_nats(row.shift_p + row.log_sum_p)  # the label's logit with the head's options
             slope *= 1 - (y / (spec.multiplier * spec.softcap)).clamp(-1, 1).square()
         slope *= g.logps
         ids = call.labels.long().clamp(0, spec.vocab - 1)

@@ -1,25 +1,25 @@
 """Compute the plan "rows", for a known loss: blocks of rows over the whole vocabulary, gradient in the forward.
 
 A block holds whole units, whose losses do not depend on one another: tokens, sequences, or pairs of sequences. Its logits
-still exist when its loss is computed, so nothing is projected twice: the only products are z, w, dX and dW.
+still exist when its loss is computed, so nothing is projected twice: the only products are those of both logits, dX and dW.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate, pairwise
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.layout import Grads, StatsSpec, effective
+from ..backends.interface import Backend
+from ..core.layout import Grads, Outputs, StatsSpec, effective
 from .plan_chunks import CompactCall, Tiles, allocate, spare_buffer
 from .planner import Plan, Tile
 from .projection import HiddenSide, side_of
 from .sides import HiddenOperand, InputFlags, InputGradients, Operand
-from .stats_outputs import Outputs, StatsTensors, spread_out
+from .stats_outputs import StatsTensors, spread_out
 
 
 class Units(NamedTuple):
@@ -106,7 +106,7 @@ class RowBlocks(NamedTuple):
 
 def row_blocks(
     spec: StatsSpec,
-    backend: ModuleType,
+    backend: Backend,
     plan: Plan,
     labels: Tensor,
     policy: HiddenOperand,
@@ -138,16 +138,16 @@ def row_blocks(
     every_loss = [out.logps.new_zeros(0)]
     for r, block in zip(ranges, blocks, strict=True):
         part, y = _part(out, r), call.labels[r]
-        _, z, w = tiles.load(r, every)
+        _, z, ref_logits = tiles.load(r, every)
         if r.stop > r.start:
-            backend.forward(spec, z, y, w, *part)
+            backend.forward(spec, z, y, ref_logits, part)
         cu_seqlens = torch.tensor([0, *block.ends], device=labels.device) if block.sequences else None
         losses, grads = loss(Block(rows[r], block.sequences, cu_seqlens), part)
         every_loss.append(losses)
         if r.stop > r.start and wanted.some and any(g is not None for g in grads):
-            dz = z if spare is None else spare[: z.shape[0]]
-            backend.backward(spec, z, y, w, part.saved, effective(grads, spec.vocab), dz, None)
-            side.push(r, every, dz)
+            d_policy = z if spare is None else spare[: z.shape[0]]
+            backend.backward(spec, z, y, ref_logits, part.saved, effective(grads, spec.vocab), d_policy, None)
+            side.push(r, every, d_policy)
         for whole, piece in zip(out, part, strict=True):
             if whole is not None and piece is not None:
                 whole[..., r] = piece

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple, NoReturn
 
-from ..backends.torch_backend import BLOCK_BYTES
+from ..core.layout import BLOCK_BYTES
 from ..core.names import not_one_of
 from .projection import MANY
 
@@ -32,7 +32,7 @@ KINDS = ("tiles", "frozen", "rows", "whole", "slices")
 ROWS = 8192  # of a tile at most: beyond this, more columns are better
 CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where larger products are not faster
 CPU_BLOCK = 96 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
-BLOCKS = (6, 16)  # temporaries of torch_backend.BLOCK_BYTES held at the same time, without and with a divergence
+BLOCKS = (6, 16)  # temporaries of BLOCK_BYTES held at the same time, without and with a divergence
 
 
 class PlanInputs(NamedTuple):

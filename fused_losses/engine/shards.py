@@ -1,19 +1,19 @@
 """Exchange data between ranks that share a vocabulary.
 
-Forward: the rows' running sums (moments.SIDES) are gathered and merged, as those of slices are, in the order of
+Forward: the rows' running sums (moments.RowMoments) are gathered and merged, as those of slices are, in the order of
 the ranks, so all ranks compute the same results. Backward: the gradients of tensors that all ranks hold, hidden states and
 LoRA's a, are summed.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backends.interface import Backend
 from ..core.inputs import Hidden, Logits
 from ..core.layout import StatsSpec
 
@@ -29,7 +29,7 @@ class Shard(NamedTuple):
         """Return the spec over the vocabulary of all ranks."""
         return spec._replace(vocab=self.total, first=0) if self.group else spec
 
-    def merged(self, spec: StatsSpec, backend: ModuleType, state: Tensor) -> Tensor:
+    def merged(self, spec: StatsSpec, backend: Backend, state: Tensor) -> Tensor:
         """Return the running sums over the columns of all ranks."""
         if not self.group:
             return state

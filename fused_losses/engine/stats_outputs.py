@@ -7,20 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.layout import StatsSpec
-
-
-class Outputs(NamedTuple):
-    """The statistics of some rows; those not asked for are None. saved: what backward needs."""
-
-    logps: Tensor
-    ref_logps: Tensor | None
-    lse: Tensor
-    entropy: Tensor | None
-    divergence: Tensor | None  # [number of divergences, rows]
-    hit: Tensor
-    collision: Tensor | None
-    saved: Tensor
+from ..core.layout import Outputs, StatsSpec, saved_rows
 
 
 class StatsTensors(NamedTuple):
@@ -49,11 +36,6 @@ class StatsTensors(NamedTuple):
         )
 
 
-def saved_rows(spec: StatsSpec) -> int:
-    """Return how many numbers of each row are saved for backward."""
-    return 7 + 2 * len(spec.divergences)
-
-
 def empty_outputs(spec: StatsSpec, like: Tensor, rows: int, ref: bool, dtype: torch.dtype) -> Outputs:
     """Return outputs that are not written yet, on the device of `like`."""
 
@@ -68,7 +50,7 @@ def empty_outputs(spec: StatsSpec, like: Tensor, rows: int, ref: bool, dtype: to
         divergence=new(len(spec.divergences), rows) if spec.divergences else None,
         hit=new(rows, dtype=torch.bool),
         collision=new(rows) if spec.collision else None,
-        saved=new(saved_rows(spec), rows),
+        saved=new(saved_rows(len(spec.divergences)), rows),
     )
 
 

@@ -1,5 +1,6 @@
 """The command line: what it prints and returns, that `check` catches a wrong kernel, that `memory` tells the truth."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -133,27 +134,29 @@ def test_check_triton(device, capsys):
 
 
 @pytest.mark.parametrize(
-    ("function", "index", "spoil", "dtype", "fails"),
+    ("function", "output", "spoil", "dtype", "fails"),
     [
-        ("backward", 6, 1 + 1e-4, "float32", "dz"),
-        ("backward", 7, 1 + 1e-4, "float32", "dw"),
-        ("backward", 6, 1 + 1e-2, "bfloat16", "dz"),
-        ("backward", 6, float("nan"), "float16", "dz"),
-        ("backward", 6, "leak", "float32", "dz"),
-        ("forward", 8, 1 + 1e-4, "bfloat16", "value"),
-        ("pair_forward", 5, 1 + 1e-4, "float32", "value"),
+        ("backward", "d_policy", 1 + 1e-4, "float32", "dz"),
+        ("backward", "d_ref", 1 + 1e-4, "float32", "dw"),
+        ("backward", "d_policy", 1 + 1e-2, "bfloat16", "dz"),
+        ("backward", "d_policy", float("nan"), "float16", "dz"),
+        ("backward", "d_policy", "leak", "float32", "dz"),
+        ("forward", "div", 1 + 1e-4, "bfloat16", "value"),
+        ("pair_forward", "losses", 1 + 1e-4, "float32", "value"),
     ],
 )
-def test_check_catches_a_wrong_kernel(function, index, spoil, dtype, fails, monkeypatch, capsys):
-    """One argument of one function of the torch backend, an output, is spoilt."""
+def test_check_catches_a_wrong_kernel(function, output, spoil, dtype, fails, monkeypatch, capsys):
+    """One output of one function of the torch backend is spoilt."""
     run = getattr(torch_backend, function)
 
     def wrong(*args):
         run(*args)
-        if spoil == "leak" and args[index] is not None:
-            args[index][args[2] == -100] = 1e-3  # a gradient where there is no token
-        elif args[index] is not None:
-            args[index].mul_(spoil)
+        given = inspect.signature(run).bind(*args).arguments
+        x = given[output] if output in given else getattr(given["out"], output)
+        if spoil == "leak" and x is not None:
+            x[given["labels"] == -100] = 1e-3  # a gradient where there is no token
+        elif x is not None:
+            x.mul_(spoil)
 
     argv = ["check", "--shape", "1,3,50", "--device", "cpu", "--dtype", dtype, "--divergence", "forward_kl"]
     assert main(argv) == 0

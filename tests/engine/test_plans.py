@@ -8,7 +8,7 @@ import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.backends import torch_backend
 from fused_losses.cli.memory_probe import peak_bytes
-from fused_losses.core.layout import StatsSpec
+from fused_losses.core.layout import Outputs, StatsSpec, saved_rows, term_rows, write_divergence
 from fused_losses.core.moments import fields
 from fused_losses.engine import planner
 from fused_losses.engine.prepare import How, prepare_call
@@ -203,7 +203,7 @@ def test_auto_takes_the_fewest_products(device, monkeypatch):
 def held(step):
     """Bytes at the peak of a step beyond inputs, gradients, what the plan keeps, and numbers of its rows: tiles."""
     rows, width = step.y.numel(), step.policy[1].shape[1]
-    numbers = fields(len({d.power for d in step.asked if d.power is not None})) + 2 * (7 + 2 * len(step.asked))
+    numbers = fields(len({d.power for d in step.asked if d.power is not None})) + 2 * saved_rows(len(step.asked))
     numbers += 5 + len(step.asked) + width * (1 + (step.source[1] is not None))
     gradients = sum(x.numel() * x.element_size() for x in step.leaves)
     return peak_bytes(step.run) - gradients - step.plan.kept - rows * numbers * 4
@@ -289,12 +289,11 @@ def part_of(problem, start, end, *tensors):
 
 
 def blank_outputs(rows, device):
-    """logps, ref_logps, lse, entropy, divergences, hit, collision, saved."""
     n = len(DIVS)
     *floats, collision = (torch.full((rows,), torch.nan, device=device) for _ in range(5))
     hit = torch.zeros(rows, dtype=torch.bool, device=device)
-    div, saved = (torch.full((k, rows), torch.nan, device=device) for k in (n, 7 + 2 * n))
-    return [*floats, div, hit, collision, saved]
+    div, saved = (torch.full((k, rows), torch.nan, device=device) for k in (n, saved_rows(n)))
+    return Outputs(*floats, div, hit, collision, saved)
 
 
 def state_of(backend, problem, z, w, y, start, end):
@@ -334,21 +333,20 @@ def merged(backend, problem, states, order):
 def closed(backend, problem, state, z, w, y, cuts):
     """Named outputs of the rows that count."""
     out = blank_outputs(len(y), z.device)
-    backend.close(problem, state, y, *out)
+    backend.close(problem, state, y, out)
     sums = torch.zeros(2 * len(DIVS), len(y), device=z.device)
     for start, end in zip(cuts, cuts[1:], strict=False):
         part, zs, ws = part_of(problem, start, end, z, w)
-        backend.terms(part, zs, y, ws, out[7], sums)
+        backend.terms(part, zs, y, ws, out.saved, sums)
     for i, d in enumerate(DIVS):
         if d.term is not None:
-            value, slope = sums[2 * i], sums[2 * i + 1]
-            torch_backend.write_divergence(problem, i, value, slope, slice(None), out[0], out[1], out[4], out[7])
+            write_divergence(problem, i, *(sums[at] for at in term_rows(i)), slice(None), out)
     return by_name(out, y != -100)
 
 
 def by_name(out, here):
     names = ("logps", "ref_logps", "lse", "entropy", "hit", "collision")
-    named = dict(zip(names, [*out[:4], *out[5:7]], strict=True)) | dict(zip(NAMES, out[4], strict=True))
+    named = {name: getattr(out, name) for name in names} | dict(zip(NAMES, out.divergence, strict=True))
     return {k: v[here] for k, v in named.items()}
 
 
@@ -364,7 +362,7 @@ def truth_of(z, w, y):
 def one_slice(backend, problem, z, w, y):
     """The kernels that see whole rows."""
     out = blank_outputs(len(y), z.device)
-    backend.forward(problem, z, y, w, *out)
+    backend.forward(problem, z, y, w, out)
     return by_name(out, y != -100)
 
 

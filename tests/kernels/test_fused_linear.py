@@ -12,7 +12,7 @@ from helpers import python, relative
 import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.core import moments
-from fused_losses.core.layout import StatsSpec
+from fused_losses.core.layout import HiddenRows, LowRankRows, Outputs, StatsSpec, saved_rows
 
 launch = pytest.importorskip("fused_losses.kernels.launch")
 from fused_losses.kernels import configs  # noqa: E402
@@ -42,19 +42,20 @@ def ours(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, None
         divergences.parse(names), sums, sums, False, -100, valid or len(policy[1]), heads[0] or 0.0, scale,
         heads[1] or 0.0, scale, first,
     )  # fmt: skip
-    side = lambda s: s and (*s[:3], s[3] and (s[3][2] and s[0] @ s[3][0].T, s[3][1], s[3][2]))  # noqa: E731
+    low_rank = lambda x, lora: lora and LowRankRows(x @ lora[0].T, lora[1], lora[2])  # noqa: E731
+    side = lambda s: s and HiddenRows(*s[:3], low_rank(s[0], s[3]))  # noqa: E731
     p, q, n, m = side(policy), side(ref), len(labels), len(problem.divergences)
     powers = len({d.power for d in problem.divergences if d.power is not None})
     new = lambda *shape: torch.full(shape, float("nan"), device=labels.device)  # noqa: E731
     state = new(moments.fields(powers), n)
     launch.tile_states(problem, p, labels, q, state, splits)
     assert state[:, labels == -100].isnan().all()
-    logps, ref_logps, lse, div, saved = new(n), new(n), new(n), new(m, n), new(7 + 2 * m, n)
+    logps, ref_logps, lse, div, saved = new(n), new(n), new(n), new(m, n), new(saved_rows(m), n)
     h, squares, hit = new(n), new(n), torch.ones(n, dtype=torch.bool, device=labels.device)
-    launch.close(
-        problem, state, labels, logps, ref_logps if q else None, lse, h if sums else None, div if m else None, hit,
-        squares if sums else None, saved,
+    outputs = Outputs(
+        logps, ref_logps if q else None, lse, h if sums else None, div if m else None, hit, squares if sums else None, saved
     )  # fmt: skip
+    launch.close(problem, state, labels, outputs)
     out = {"logps": logps, "lse": lse, "correct": hit}
     if sums:
         out |= {"entropy": h, "collision": squares}
@@ -179,14 +180,14 @@ def test_suppressed_tokens_and_slices(device):
     problem = StatsSpec(divergences.parse(names), True, True, False, -100, 100, 0.0, 1.0, 0.0, 1.0)
     whole, left, right = (torch.zeros(moments.fields(0), 6, device=device) for _ in range(3))
     for state, c in ((whole, slice(0, 150)), (left, slice(0, 100)), (right, slice(100, 150))):
-        sides = [(s[0], s[1][c], s[2][c], None) for s in (policy, ref)]
+        sides = [HiddenRows(s[0], s[1][c], s[2][c], None) for s in (policy, ref)]
         launch.tile_states(problem._replace(vocab=c.stop - c.start, first=c.start), sides[0], labels, sides[1], state)
     launch.merge_states(problem, left, right)
     *out, squares = (torch.zeros(6, device=device) for _ in range(5))
     for state in (whole, left):
-        div, saved = torch.zeros(2, 6, device=device), torch.zeros(11, 6, device=device)
+        div, saved = torch.zeros(2, 6, device=device), torch.zeros(saved_rows(2), 6, device=device)
         hit = torch.zeros(6, dtype=torch.bool, device=device)
-        launch.close(problem._replace(vocab=150), state, labels, *out, div, hit, squares, saved)
+        launch.close(problem._replace(vocab=150), state, labels, Outputs(*out, div, hit, squares, saved))
         named = zip(("logps", "ref_logps", "lse", "entropy", "collision"), [*out, squares], strict=True)
         for name, value in named:
             assert relative(value, expected[name]) <= 1e-5, name
@@ -237,7 +238,8 @@ def test_traffic(device, ref, splits):
     labels[::5] = -100  # their hidden states are not read
     fields = moments.fields(0)
     with traffic.count() as seen:
-        launch.tile_states(problem, policy, labels, other, torch.zeros(fields, n, device=device), splits)
+        sides = (s and HiddenRows(*s) for s in (policy, other))
+        launch.tile_states(problem, next(sides), labels, next(sides), torch.zeros(fields, n, device=device), splits)
     blocks, columns = -(-n // config.rows), -(-valid // config.columns)
     width = h + (2 * h if ref else 0)
     expected = 2 * width * (blocks * valid + columns * int((labels != -100).sum()))
@@ -264,15 +266,18 @@ def compile_all():
             policy = hidden(16, 64, 16, "cpu", torch.bfloat16, bias=lora, rank=16 if lora else 0)
             policy = (torch.zeros(16, 64, dtype=torch.bfloat16), *policy[1:])
             if lora:
-                policy = (*policy[:3], (torch.zeros(16, 16, dtype=torch.bfloat16), policy[3][1], 0.5))
-            other = (policy[0], policy[1], None, None) if ref else None
+                policy = (*policy[:3], LowRankRows(torch.zeros(16, 16, dtype=torch.bfloat16), policy[3][1], 0.5))
+            policy = HiddenRows(*policy)
+            other = HiddenRows(policy.x, policy.weight, None, None) if ref else None
             problem = StatsSpec(divergences.parse(names or None), not ref, squares, False, -100, 16, 0.0, 1.0, 0.0, 1.0)
             labels = torch.zeros(16, dtype=torch.int64)
             m = len(problem.divergences)
             with mc.compiled(target) as kernels:
                 launch.tile_states(problem, policy, labels, other, torch.zeros(moments.fields(1), 16), 1)
                 if "js" in names:
-                    launch.tile_terms(problem, policy, labels, other, torch.zeros(11, 16), torch.zeros(2 * m, 16), 1)
+                    launch.tile_terms(
+                        problem, policy, labels, other, torch.zeros(saved_rows(m), 16), torch.zeros(2 * m, 16), 1
+                    )
             for kernel in kernels:
                 fact = {"target": target, "names": list(names), "lora": lora, "shared": kernel.metadata.shared}
                 if target == "gfx942":

@@ -37,6 +37,7 @@ BEHIND = {
     "fused_losses/losses/pair_losses": ("test_preference_types", "loss_type=name"),
     "fused_losses/reference/common": ("test_twins", "fl.reference"),
     "kernels/token_stats": ("test_modules", "fl.token_stats("),
+    "kernels/arguments": ("test_modules", "fl.token_stats("),
     "kernels/row_stats": ("test_modules", "fl.token_stats("),
     "kernels/elementwise": ("test_modules", "fl.token_stats("),
     "kernels/launch": ("test_modules", "fl.token_stats("),
