@@ -145,8 +145,12 @@ def count_sequences(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: o
     if cu_seqlens is not None:
         return _check_offsets(labels, cu_seqlens, sequence_group, each)
     if labels.dim() != 2 or labels.shape[0] % each:
-        expected = "[S, T]" if each == 1 else "[2B, T], chosen rows then rejected rows"
-        raise ValueError(f"labels: expected {expected} (or cu_seqlens for packed), got {list(labels.shape)}")
+        if each == 1:
+            raise ValueError(f"labels: expected [S, T] (or cu_seqlens for packed), got {list(labels.shape)}")
+        raise ValueError(
+            "labels: expected [2B, T], chosen rows then rejected rows (or cu_seqlens for packed), got "
+            f"{list(labels.shape)}"
+        )
     return labels.shape[0]
 
 

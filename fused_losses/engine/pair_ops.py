@@ -121,8 +121,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
     given, needs = LOSSES.named(grads), ARGS.named(ctx.needs_input_grad)
     back = PairLossBackwardArgs(
         grad_losses=given.losses,
-        grad_logps=given.logps,
-        grad_ref_logps=given.ref_logps,
+        grad_logps=given.seq_logps,
+        grad_ref_logps=given.seq_ref,
         coef=coef,
         call=args,
         to_logps=needs.logps,

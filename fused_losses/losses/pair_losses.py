@@ -225,3 +225,10 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
     "aot_unpaired": _aot_unpaired,
     "sft": _sft,
 }
+
+
+def weighted_sum(p: Pairs) -> Tensor:
+    """Return sum_i loss_weights[i] loss_i [B]."""
+    found = [(LOSSES[name](p), weight) for name, weight in p.o.losses]
+    losses = [x if weight == 1 else weight * x for x, weight in found]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from ..core.batch import read_batch, read_options
@@ -16,7 +15,7 @@ from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, read_count
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .pair_losses import LOSSES, Pairs, desensitised, wpo_weights
+from .pair_losses import LOSSES, Pairs, desensitised, weighted_sum, wpo_weights
 from .registry import register, takes
 from .shared import Fused, fused, loss_and_nll, output, pair_metrics
 
@@ -162,10 +161,7 @@ def preference_loss(
         raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
 
     def formula(tokens: Tokens) -> Tensor:
-        view = Pairs(tokens, o, chosen, times)
-        found = [(LOSSES[name](view), weight) for name, weight in o.losses]
-        losses = [x if weight == 1 else weight * x for x, weight in found]
-        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+        total = weighted_sum(Pairs(tokens, o, chosen, times))
         return total * wpo_weights(tokens) if o.weighting else total
 
     found = fused(formula, policy, batch, ref, FormulaInputs(o.unit, collision=o.weighting), call)

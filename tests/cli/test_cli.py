@@ -141,7 +141,7 @@ def test_check_triton(device, capsys):
         ("backward", "d_policy", 1 + 1e-2, "bfloat16", "dz"),
         ("backward", "d_policy", float("nan"), "float16", "dz"),
         ("backward", "d_policy", "leak", "float32", "dz"),
-        ("forward", "div", 1 + 1e-4, "bfloat16", "value"),
+        ("forward", "divergence", 1 + 1e-4, "bfloat16", "value"),
         ("pair_forward", "losses", 1 + 1e-4, "float32", "value"),
     ],
 )

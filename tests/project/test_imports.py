@@ -18,7 +18,7 @@ BELOW = {
     "nn": {"core", "engine", "losses"},
     "reference": {"core"},
     "integrations": {"core", "backends", "engine", "losses", "nn"},
-    "cli": {"core", "backends", "engine", "losses", "nn", "reference", "integrations", "fused_losses"},
+    "cli": {"core", "kernels", "backends", "engine", "losses", "nn", "reference", "integrations", "fused_losses"},
 }
 FILES = sorted(path for layer in BELOW for path in (PACKAGE / layer).rglob("*.py"))
 
