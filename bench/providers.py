@@ -330,6 +330,6 @@ def providers() -> list[Provider]:
         Provider("QuACK chunked", "quack-kernels", losses={"ce": _quack}, source="hidden", device="cuda"),
         ours("fused_losses"),
         ours("fused_losses, 16 MiB", workspace=16 << 20),
-        ours("fused_losses, slices", plan="slices"),
+        ours("fused_losses, slices", plan="vocab_chunks"),
         ours("fused_losses, torch backend", backend="torch"),
     ]

@@ -533,12 +533,12 @@ def pair_backward(
 
 
 def tile_states(spec: StatsSpec, policy: HiddenRows, labels: Tensor, ref: HiddenRows | None, state: Tensor) -> None:
-    """Raise: here no logits stay on a chip, and the planner does not choose the plan "tiles"."""
-    raise NotImplementedError("plan: 'tiles' is a Triton kernel, and this runs on the torch backend")
+    """Raise: here no logits stay on a chip, and the planner does not choose the plan "on_chip"."""
+    raise NotImplementedError("plan: 'on_chip' is a Triton kernel, and this runs on the torch backend")
 
 
 def tile_terms(
     spec: StatsSpec, policy: HiddenRows, labels: Tensor, ref: HiddenRows, saved: Tensor, sums: Tensor
 ) -> None:
     """Raise, as tile_states() does."""
-    raise NotImplementedError("plan: 'tiles' is a Triton kernel, and this runs on the torch backend")
+    raise NotImplementedError("plan: 'on_chip' is a Triton kernel, and this runs on the torch backend")

@@ -208,7 +208,7 @@ def measure(
     side_of = {part: "zw"[part == "dw" or part.startswith("ref_")] for part in given}
     wanted = {part for part, t in given.items() if side_of[part] in case.sides and (t.requires_grad or not named)}
     how: dict[str, Any] = {"workspace": workspace} if hidden else {}
-    if case.pairs:  # from hidden states a mean, of which the plan "rows" finds the gradient in its forward
+    if case.pairs:  # from hidden states a mean, of which the plan "row_blocks" finds the gradient in its forward
         how["reduction"] = "mean" if hidden else "none"
 
     def outcome(library: Any, dtype: torch.dtype | None = None, plan: str = "auto") -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ def measure(
 
         def leaf(part: str, t: Tensor) -> Tensor:
             t = t.detach().to(dtype or t.dtype)
-            asked = part in wanted and (part == "dX" or plan != "frozen")
+            asked = part in wanted and (part == "dX" or plan != "frozen_head")
             return leaves.setdefault(part, t.requires_grad_()) if asked else t
 
         p, q = (_mapped(source, side, leaf) for source, side in zip(sides, "zw", strict=True))
@@ -241,7 +241,7 @@ def measure(
                 raise
             skipped.setdefault((plan, why), []).append(case.what)
             continue
-        frozen = plan != "rows" and ours.keys() == {"value", "dX"}
+        frozen = plan != "row_blocks" and ours.keys() == {"value", "dX"}
         for part, found in ours.items():
             truth, kind, rounding = truths[part], found.dtype, 0.0
             errors = {d: error(results[part], truth) for d, results in eager.items()}

@@ -178,16 +178,18 @@ class HeadStep(Step):
         beside = {
             "sums, and what is kept for backward": plan.kept,
             "states of the rows that count": states
-            + other * self.ref * (plan.kind != "slices" or call.pair or call.grad_ref),
+            + other * self.ref * (plan.kind != "vocab_chunks" or call.pair or call.grad_ref),
             "their gradient, before it is put back": states * (self.itemsize == 4),
             "numbers per row": self.rows * (140 + 36 * len(self.divergences)),
         }
         tiles, held = plan.tiles, sum(beside.values()) + sum(gradients.values())
-        if plan.kind == "slices" and not (call.pair or call.grad_ref):  # no w in backward, no gradients in forward
+        if plan.kind == "vocab_chunks" and not (
+            call.pair or call.grad_ref
+        ):  # no w in backward, no gradients in forward
             before = plan.tiles - plan.kept - states - sum(gradients.values())
             alone = call._replace(ref=False, ref_hidden=0)
             tiles = max(before, planner._bytes(alone, *planner.tile_shape(alone, plan.workspace)))
-        if plan.kind == "rows":  # backward scales the gradients, kept in float32, into new ones
+        if plan.kind == "row_blocks":  # backward scales the gradients, kept in float32, into new ones
             wide = [4 * self.hidden * n for n in (self.rows, self.vocab * (not self.frozen))]
             tiles = max(tiles, sum(wide) + max(wide) * (self.itemsize < 4) + sum(gradients.values()) - held)
         return gradients | beside | {"tiles of logits": tiles}

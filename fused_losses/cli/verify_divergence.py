@@ -417,7 +417,7 @@ def _check_library(d: Divergence, backend: str, device: torch.device, report: Re
         rows += measure(case, Inputs(policy, ref, labels, weight))
     if backend == "torch":
         inputs = make_inputs((1, 2, VOCAB), 1.0, 0, device, torch.float32, hidden=(5, 4), bias=True)
-        rows += measure(case, inputs, plans=("slices", "whole", "frozen"), skipped={})
+        rows += measure(case, inputs, plans=("vocab_chunks", "keep_logits", "frozen_head"), skipped={})
     for row in rows:
         if not row.ok and not (row.part == "value" and row.ours <= CANCELLED):
             plan = f", plan {row.plan!r}" if row.plan else ""

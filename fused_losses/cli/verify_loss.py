@@ -132,7 +132,7 @@ class Case(NamedTuple):
 def _cases(entry: Entry, double: bool) -> Iterator[Case]:
     first, *_ = pairs = sources_of(entry)
     hows: list[dict[str, Any]] = [{"reduction": "sum"}, {"reduction": "none"}, {"num_items": 7}, {"num_items": 0}]
-    hows += [{"plan": "slices", "entropy": True}]
+    hows += [{"plan": "vocab_chunks", "entropy": True}]
     for variant in entry.variants:
         for packed in (False,) if entry.batch == "tokens" else (False, True):  # tokens are packed as they come
             yield from (Case(variant, *sources, packed) for sources in pairs)

@@ -1,7 +1,7 @@
 """Compute a loss from sources: every loss is a formula of per-token numbers, which evaluate() computes.
 
     formula     a function from Tokens to the losses of the units, in plain torch on small tensors
-    evaluate    calls token_stats, then the formula; for hidden states in the plan "rows", it computes both block by
+    evaluate    calls token_stats, then the formula; for hidden states in the plan "row_blocks", it computes both block by
                 block, and the gradient in the forward (plan_rows.py)
 
 A formula gets all units or only some of them. The loss of a unit must not depend on other units, except for unit="batch".
@@ -66,8 +66,10 @@ def evaluate(
     """
     policy, source = as_source("policy", policy), None if ref is None else as_source("ref", ref)
     how = How(**options.execution)
-    if batch.shard.group is not None and how.plan == "rows":
-        raise ValueError("plan: 'rows' is not possible here: sequences are split over the ranks of sequence_group")
+    if batch.shard.group is not None and how.plan == "row_blocks":
+        raise ValueError(
+            "plan: 'row_blocks' is not possible here: sequences are split over the ranks of sequence_group"
+        )
     if not isinstance(policy, LogProbs):
         source, how = apart(policy, batch, source, inputs.divergences, how)
     summed = inputs.unit != "token" and isinstance(source, LogProbs) and _summed(source, batch, how.static_shapes)
@@ -183,15 +185,15 @@ def _summed(source: LogProbs, batch: Batch, static_shapes: bool) -> bool:
 
 
 def _units(policy: Hidden, batch: Batch, unit: str, options: CallOptions, how: How) -> Units | None:
-    """Return the units as the plan "rows" needs them, or None where that plan is not possible."""
-    asked = how.plan == "rows"
+    """Return the units as the plan "row_blocks" needs them, or None where that plan is not possible."""
+    asked = how.plan == "row_blocks"
     split = batch.shard.group is not None or policy.process_group is not None
     if split or options.inplace_backward or not (options.reduction != "none" or asked):
         return None
     if torch.compiler.is_compiling() or unit == "batch":
         if asked:
             why = "this loss looks at the whole batch" if unit == "batch" else "torch.compile does not see through it"
-            raise ValueError(f"plan: 'rows' is not possible here: {why}")
+            raise ValueError(f"plan: 'row_blocks' is not possible here: {why}")
         return None
     if unit == "token":
         return Units(None)
@@ -212,7 +214,7 @@ def _request(
     how: How,
     units: Units,
 ) -> PreparedCall | None:
-    """Return the request of the call if its plan is "rows", else None."""
+    """Return the request of the call if its plan is "row_blocks", else None."""
     check_sources(policy, batch.labels, ref, inputs.divergences)
     call = prepare_call(
         policy,
@@ -225,4 +227,4 @@ def _request(
         how,
         max(1, units.longest),
     )
-    return call if call.args.options.plan == "rows" else None
+    return call if call.args.options.plan == "row_blocks" else None

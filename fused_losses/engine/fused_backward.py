@@ -1,4 +1,4 @@
-"""Compute a loss from hidden states in the plan "rows": block by block, with the gradient in the forward (plan_rows.py)."""
+"""Compute a loss from hidden states in the plan "row_blocks", with the gradient in the forward (plan_rows.py)."""
 
 from __future__ import annotations
 

@@ -169,11 +169,11 @@ def _compact(args: HiddenStatsArgs) -> plan_chunks.CompactCall:
 
 
 def _kept_shape(args: HiddenStatsArgs) -> tuple[int, ...]:
-    """Return the shape of HiddenStats.keep: sums in the plan "frozen", all logits in the plan "whole"."""
+    """Return the shape of HiddenStats.keep: sums in the plan "frozen_head", all logits in the plan "keep_logits"."""
     spec, rows = args.options.spec, args.labels.numel()
-    if args.options.plan == "frozen":
+    if args.options.plan == "frozen_head":
         return plan_frozen.kept_sums(spec), rows, args.policy.hidden
-    if args.options.plan == "whole":
+    if args.options.plan == "keep_logits":
         with_ref = args.ref is not None and (bool(spec.divergences) or args.wanted.ref.some)
         return 1 + with_ref, rows, spec.vocab
     return 0, 0, 0
@@ -184,13 +184,13 @@ def hidden_stats(*values: Any) -> tuple[Tensor, ...]:
     args = ARGS.unpack(values)
     plan, call = args.options.plan, _compact(args)
     # sums start from zero; logits are written before they are read
-    make = torch.empty if plan == "whole" else torch.zeros
+    make = torch.empty if plan == "keep_logits" else torch.zeros
     keep = make(_kept_shape(args), dtype=call.dtype, device=args.labels.device)
     kept = keep[:, : len(call.labels)]
-    if plan == "frozen":
+    if plan == "frozen_head":
         out = plan_frozen.frozen_forward(call, kept)
     else:
-        out = plan_chunks.forward(call, kept if plan == "whole" else None)
+        out = plan_chunks.forward(call, kept if plan == "keep_logits" else None)
     return tuple(RESULT.pack(HiddenStats(spread_out(out, call.rows, args.labels.numel()), keep)))
 
 
@@ -208,8 +208,8 @@ def hidden_stats_backward(*values: Any) -> list[Tensor]:
     """Return the gradients of those tensors of both sides that need one, in their order."""
     args = BACKWARD_ARGS.unpack(values)
     asked, wanted = args.call, args.call.wanted
-    if asked.options.plan == "rows":  # the gradients that forward found are not valid here: compute them again
-        asked = asked._replace(options=asked.options._replace(plan="slices"))
+    if asked.options.plan == "row_blocks":  # the gradients that forward found are not valid here: compute them again
+        asked = asked._replace(options=asked.options._replace(plan="vocab_chunks"))
     if not wanted.ref.some and (args.grads.divergence is None or not args.grads.divergence.numel()):
         asked = asked._replace(ref=None)  # neither w nor the reference's rows are needed
     call = _compact(asked)
@@ -220,12 +220,12 @@ def hidden_stats_backward(*values: Any) -> list[Tensor]:
     grads = Grads(*[None if g is None or not g.numel() else compact(g) for g in args.grads])
     grads = effective(grads, call.shard.whole(call.spec).vocab)
     kept, saved = args.keep[:, : len(call.labels)], compact(args.saved)
-    if asked.options.plan == "frozen":
+    if asked.options.plan == "frozen_head":
         x = asked.policy.x
         dx = plan_frozen.frozen_backward(call, kept, compact(args.logps), saved, grads)
         dx = spread(dx, call.rows, asked.labels.numel(), x.dtype).contiguous().view(x.shape)
         return wanted.chosen(BothGradients(policy=InputGradients(x=dx)))
-    gradients = plan_chunks.backward(call, saved, grads, wanted, kept if asked.options.plan == "whole" else None)
+    gradients = plan_chunks.backward(call, saved, grads, wanted, kept if asked.options.plan == "keep_logits" else None)
     policy = _over_ranks(call.shard, asked.policy, gradients.policy)
     ref = gradients.ref if asked.ref is None else _over_ranks(call.shard, asked.ref, gradients.ref)
     return wanted.chosen(BothGradients(policy, ref))
@@ -299,7 +299,7 @@ def log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:
         multiplier=both.ref_multiplier,
     )
     call = plan_inputs(spec, ref, None, labels.numel(), options.backend, Wanted())
-    plan = make_plan(call, "slices", options.workspace)
+    plan = make_plan(call, "vocab_chunks", options.workspace)
     backend = backend_module(options.backend)
     compact = plan_chunks.drop_ignored_rows(spec, backend, plan, labels, ref, None, options.static_shapes)
     return spread_out(plan_chunks.forward(compact), compact.rows, labels.numel()).logps

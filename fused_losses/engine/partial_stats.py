@@ -107,7 +107,7 @@ def partial_stats(
     elif asked:
         raise ValueError(f"divergence: {asked[0].key!r} needs ref, got None")
     with torch.no_grad():
-        how = How("slices", workspace, True)
+        how = How("vocab_chunks", workspace, True)
         call = prepare_call(z, labels, w, asked, entropy, collision, ignore_index, how)  # type: ignore[arg-type]
         args, backend = call.args, call.args.options.backend
         spec = args.options.spec._replace(first=first)

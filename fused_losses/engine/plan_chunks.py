@@ -90,7 +90,7 @@ def allocate(call: CompactCall) -> Outputs:
 class Tiles:
     """Buffers for the logits z and ref_logits, and the iteration over slices of the vocabulary and blocks of rows.
 
-    In the plan "whole" there is one tile. It is kept [1 or 2, rows, V], and is computed at most once.
+    In the plan "keep_logits" there is one tile. It is kept [1 or 2, rows, V], and is computed at most once.
     """
 
     def __init__(self, call: CompactCall, with_ref: bool = True, kept: Tensor | None = None, filled: bool = False):
@@ -156,11 +156,11 @@ def states(call: CompactCall, tiles: Tiles | None) -> Tensor:
 
 
 def forward(call: CompactCall, kept: Tensor | None = None) -> Outputs:
-    """Compute the statistics of the rows; `kept` receives all logits in the plan "whole"."""
+    """Compute the statistics of the rows; `kept` receives all logits in the plan "keep_logits"."""
     out, spec = allocate(call), call.spec
     if not len(call.labels):
         return out
-    tiles = None if call.plan.kind == "tiles" else Tiles(call, kept=kept)
+    tiles = None if call.plan.kind == "on_chip" else Tiles(call, kept=kept)
     state = call.shard.merged(spec, call.backend, states(call, tiles))
     call.backend.close(call.shard.whole(spec), state, call.labels, out)
     if any(d.term is not None for d in spec.divergences):

@@ -1,4 +1,4 @@
-"""Compute the plan "frozen", for a head without gradients: keep expectations of the head's rows for backward.
+"""Compute the plan "frozen_head", for a head without gradients: keep expectations of the head's rows for backward.
 
 They are updated together with the running sums, as flash attention updates its output. For each row of logits these are
 E[h W] = sum_v h_v s_v W_v (s_v is the slope of the head) for h = p, for h = p log p where the entropy has a gradient, and

@@ -1,4 +1,4 @@
-"""Compute the plan "rows", for a known loss: blocks of rows over the whole vocabulary, gradient in the forward.
+"""Compute the plan "row_blocks", for a known loss: blocks of rows over the whole vocabulary, gradient in the forward.
 
 A block holds whole units, whose losses do not depend on one another: tokens, sequences, or pairs of sequences. Its logits
 still exist when its loss is computed, so nothing is projected twice: the only products are those of both logits, dX and dW.

@@ -2,18 +2,19 @@
 
 The plans, with their GEMMs of N rows and V columns as "forward | backward":
 
-    rows     blocks of whole units (tokens, sequences, pairs) over the whole vocabulary; gradients are computed in the
-             forward: z, w, dX, dW. Where only the log-probs of w are needed, they are computed first, in slices
-    whole    all logits fit the workspace and are kept: z, w | dX, dW
-    slices   slices of the vocabulary; backward computes the logits again
-             z, w | z, w, dX, dW     (w in backward only where a divergence, or the reference, has a gradient)
-    frozen   slices, for a head without gradients: E_p[W] is updated together with the sums, as flash attention updates its
-             output; backward scales rows: z, w, E_p[W], and one more for the entropy and each divergence
-    tiles    a Triton kernel that keeps logits on the chip: z, w. It is meant for calls that need no gradient. With a
-             gradient, the backward of slices rounds its logits differently from this forward, which is visible where policy
-             and reference nearly agree (ten times eager's error at differences of 1e-3)
+    row_blocks    blocks of whole units (tokens, sequences, pairs) over the whole vocabulary; gradients are computed in the
+                  forward: z, w, dX, dW. Where only the log-probs of w are needed, they are computed first, in chunks
+    keep_logits   all logits fit the workspace and are kept: z, w | dX, dW
+    vocab_chunks  chunks of the vocabulary; backward computes the logits again
+                  z, w | z, w, dX, dW     (w in backward only where a divergence, or the reference, has a gradient)
+    frozen_head   chunks, for a head without gradients: E_p[W] is updated together with the sums, as flash attention updates
+                  its output; backward scales rows: z, w, E_p[W], and one more for the entropy and each divergence
+    on_chip       a Triton kernel that keeps logits on the chip: z, w. It is meant for calls that need no gradient. With a
+                  gradient, the backward of vocab_chunks rounds its logits differently from this forward, which is visible
+                  where policy and reference nearly agree (ten times eager's error at differences of 1e-3)
 
-Divergences that need a second sweep, and in the plan "frozen" those without a scaling, compute z and w twice.
+z stands for the policy's logits, w for the reference's.
+Divergences that need a second sweep, and in the plan "frozen_head" those without a scaling, compute z and w twice.
 Everything is decided from shapes and flags: nothing is measured, no value is read from a device.
 """
 
@@ -28,7 +29,7 @@ from .projection import MANY
 
 DEFAULT_WORKSPACE = 256 << 20
 VARIABLE = "FUSED_LOSSES_WORKSPACE"
-KINDS = ("tiles", "frozen", "rows", "whole", "slices")
+KINDS = ("on_chip", "frozen_head", "row_blocks", "keep_logits", "vocab_chunks")
 ROWS = 8192  # of a tile at most: beyond this, more columns are better
 CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where larger products are not faster
 CPU_BLOCK = 96 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
@@ -47,10 +48,10 @@ class PlanInputs(NamedTuple):
     ref: bool  # the reference is a distribution, not None or log-probs
     device: str = "cpu"
     backend: str = "torch"
-    bases: int = 0  # divergences and entropy: each needs a product in the plan "frozen"
+    bases: int = 0  # divergences and entropy: each needs a product in the plan "frozen_head"
     pair: bool = False  # a divergence is asked for
     second: bool = False  # one of them needs a second sweep
-    frozen_second: bool = False  # in the plan "frozen", one of them needs a second sweep for its sum
+    frozen_second: bool = False  # in the plan "frozen_head", one of them needs a second sweep for its sum
     grad_hidden: bool = False  # gradients wanted: policy's hidden states (or logits)
     grad_head: bool = False  # policy's weight, bias or factors
     grad_weight: bool = False  # policy's weight itself
@@ -59,7 +60,7 @@ class PlanInputs(NamedTuple):
     row_cast: int = 0  # bytes of a row of hidden states cast to the dtype of the products
     column_cast: int = 0  # bytes of a row of a head cast to that dtype
     static: bool = False  # static_shapes
-    extra: bool = False  # one tile more than z and w: dz of the plan "frozen"
+    extra: bool = False  # one tile more than z and w: dz of the plan "frozen_head"
     dense: bool = True  # rows of the heads are contiguous, as the tile kernel reads them
     weight: int = 0  # elements of the policy's head
 
@@ -114,7 +115,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         mib = 2**20
-        backward = self.backward or ("scales rows" if self.kind == "frozen" else "nothing left to multiply")
+        backward = self.backward or ("scales rows" if self.kind == "frozen_head" else "nothing left to multiply")
         return (
             f"plan {self.kind!r}: {self.why}\n"
             f"  products of N rows and V columns: {self.gemms} (forward {self.forward}; backward {backward})\n"
@@ -209,14 +210,18 @@ def choose_plan_kind(call: PlanInputs, kind: str, budget: int) -> PlanKind:
     """
     if kind not in ("auto", *KINDS):
         raise not_one_of("plan", kind, ("auto", *KINDS))
-    if not call.backward and kind in ("frozen", "rows", "whole"):  # they differ only in how they compute gradients
-        return PlanKind("slices", f"nothing asks for a gradient, so plan {kind!r} is the forward of this one")
+    if not call.backward and kind in (
+        "frozen_head",
+        "row_blocks",
+        "keep_logits",
+    ):  # they differ only in how they compute gradients
+        return PlanKind("vocab_chunks", f"nothing asks for a gradient, so plan {kind!r} is the forward of this one")
     if kind != "auto":
         reason = _refusal(call, kind, budget, asked=True)
         if reason:
             raise ValueError(f"plan: {kind!r} is not possible here: {reason}")
         return PlanKind(kind, "asked for")
-    fewest, least = "slices", 0
+    fewest, least = "vocab_chunks", 0
     for candidate in KINDS:  # of equal counts the first is chosen
         count = _products(call, candidate).number
         if not _refusal(call, candidate, budget, asked=False) and (count < least or not least):
@@ -226,11 +231,11 @@ def choose_plan_kind(call: PlanInputs, kind: str, budget: int) -> PlanKind:
 
 def _reasons(call: PlanInputs) -> dict[str, str]:
     return {
-        "tiles": "nothing asks for a gradient and the hidden size is small, so logits need not leave the chip",
-        "frozen": "the head has no gradient, so its rows' expectation comes with the forward",
-        "rows": "the loss is known and its units fit the workspace, so gradients come with the forward",
-        "whole": "all logits fit the workspace and are kept for backward",
-        "slices": (
+        "on_chip": "nothing asks for a gradient and the hidden size is small, so logits need not leave the chip",
+        "frozen_head": "the head has no gradient, so its rows' expectation comes with the forward",
+        "row_blocks": "the loss is known and its units fit the workspace, so gradients come with the forward",
+        "keep_logits": "all logits fit the workspace and are kept for backward",
+        "vocab_chunks": (
             "nothing asks for a gradient"
             if not call.backward
             else "neither large blocks of units nor all logits fit the workspace"
@@ -245,7 +250,7 @@ TILES_HIDDEN = 1024  # up to this H a tile kernel is expected to keep up with a 
 
 def _refusal(call: PlanInputs, kind: str, budget: int, asked: bool) -> str:
     """Return why this plan cannot run (or, if not asked for, should not), or an empty string."""
-    if kind == "tiles":
+    if kind == "on_chip":
         if call.backend != "triton":
             return "it is a Triton kernel, and this runs on the torch backend"
         if not call.hidden or (call.ref and not call.ref_hidden):
@@ -254,7 +259,7 @@ def _refusal(call: PlanInputs, kind: str, budget: int, asked: bool) -> str:
             return "the rows of the head weights have to be contiguous"
         if not asked and (call.backward or max(call.hidden, call.ref_hidden) > TILES_HIDDEN or call.second):
             return "not worth it"
-    if kind == "frozen":
+    if kind == "frozen_head":
         if call.grad_head or call.grad_ref or not call.hidden:
             return "it is for a policy from hidden states whose head, and reference, need no gradient"
         if not call.grad_hidden:
@@ -262,13 +267,13 @@ def _refusal(call: PlanInputs, kind: str, budget: int, asked: bool) -> str:
         kept, tile = _kept_frozen(call), _bytes(call._replace(extra=True), 1, min(call.vocab, 16))
         if not asked and (kept > budget // 2 or kept + tile > budget):
             return "what it keeps for backward does not fit half the workspace"
-    if kind == "whole":
+    if kind == "keep_logits":
         if not call.backward:
             return "nothing asks for a gradient"
         size = _whole_bytes(call)
         if size > budget:  # torch.compile would guard a number in a message
             return f"logits and their gradient take {size} bytes of {budget}" if asked else "not all logits fit"
-    if kind == "rows":
+    if kind == "row_blocks":
         if call.static:
             return "it lays out its blocks on the host, which static_shapes forbids"
         if not call.unit:
@@ -339,15 +344,15 @@ def _block_rows(call: PlanInputs, budget: int) -> int:
 def _products(call: PlanInputs, kind: str) -> Products:
     policy = ["z"] if call.hidden else []
     logits = [*policy, *(["w"] if call.ref_hidden else [])]
-    sweeps = logits * (2 if call.second or (kind == "frozen" and call.frozen_second) else 1)
+    sweeps = logits * (2 if call.second or (kind == "frozen_head" and call.frozen_second) else 1)
     back = [*(["dX"] if call.grad_hidden and call.hidden else []), *(["dW"] if call.grad_weight else [])]
     to_ref = ["dX_ref", "dW_ref"] if call.grad_ref and call.ref_hidden else []
-    if kind == "rows":
+    if kind == "row_blocks":
         return Products(", ".join([*logits, *back]), "")
-    if kind == "frozen":
+    if kind == "frozen_head":
         extra = [f"E[h{i} W]" for i in range(call.bases)]
         return Products(", ".join([*sweeps, "E[p W]", *extra]), "")
-    if kind == "whole":
+    if kind == "keep_logits":
         return Products(", ".join(logits), ", ".join([*back, *to_ref]))
     again = logits if call.pair or call.grad_ref else policy
     return Products(", ".join(sweeps), ", ".join([*again, *back, *to_ref]) if call.backward else "")
@@ -362,22 +367,22 @@ def _plan(call: PlanInputs, chosen: PlanKind, budget: int) -> Plan:
     low = call.itemsize < call.sums
     kept = call.rows * call.hidden * call.sums if low and call.grad_hidden else 0  # dX before it is rounded
     room = budget
-    if kind == "frozen":
+    if kind == "frozen_head":
         kept += _kept_frozen(call)
         room = max(budget - _kept_frozen(call), budget // 2)
-    if kind == "rows":
+    if kind == "row_blocks":
         block = _block_rows(call, budget)
         tile, size = Tile(block, call.vocab), rows_bytes(call, block)
-    elif kind == "whole":
+    elif kind == "keep_logits":
         tile, size = Tile(max(1, call.rows), call.vocab), _whole_bytes(call)
     else:
-        call = call._replace(extra=kind == "frozen" and not (low and call.device == "cuda"))
+        call = call._replace(extra=kind == "frozen_head" and not (low and call.device == "cuda"))
         least = _bytes(call, 1, min(call.vocab, 16))
-        if kind == "frozen" and least > room:
+        if kind == "frozen_head" and least > room:
             _too_small(min(least + _kept_frozen(call), 2 * least), budget, min(call.vocab, 16))
         tile = tile_shape(call, room)
         size = _bytes(call, *tile)
     products = _products(call, kind)
-    if kind == "slices" and call.grad_hidden and call.vocab > MANY * tile.columns:
+    if kind == "vocab_chunks" and call.grad_hidden and call.vocab > MANY * tile.columns:
         kept += call.rows * call.hidden * call.sums  # sums of runs of slices
     return Plan(kind, tile, products.forward, products.backward, budget, size, kept, chosen.why)

@@ -122,10 +122,10 @@ def prepare_call(
     backend = choose_backend(labels.device, torch.float64 if double else None)
     budget, shard = workspace_bytes(how.workspace), shard_of(policy)
     spec = spec_of(policy, ref, asked, entropy, collision, False, ignore_index, shard.first)
-    if shard.group and how.plan in ("rows", "frozen"):
+    if shard.group and how.plan in ("row_blocks", "frozen_head"):
         raise ValueError(f"plan: {how.plan!r} is not possible where the vocabulary is split over a process_group")
     call = plan_inputs(spec, inputs, ref_inputs, labels.numel(), backend, wanted, unit, how.static_shapes)
-    kind = "slices" if shard.group and how.plan == "auto" else how.plan
+    kind = "vocab_chunks" if shard.group and how.plan == "auto" else how.plan
     options = Options(
         spec=spec,
         backend=backend,

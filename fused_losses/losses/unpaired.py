@@ -148,8 +148,8 @@ def bco_loss(
         ref: as in kto_loss.
         desirable: bool [S], as in kto_loss.
         delta: a RunningDelta is first updated with the rewards of this batch and then used, as TRL does in training. It needs
-            the rewards of the batch before any loss, so the plan "rows" is not available. For evaluation, or to fix delta,
-            pass a number or a 0-d tensor, such as the .mean of a RunningDelta; the plan "rows" is then available.
+            the rewards of the batch before any loss, so the plan "row_blocks" is not available. For evaluation, or to fix
+            delta, pass a number or a 0-d tensor, such as the .mean of a RunningDelta; the plan "row_blocks" is then available.
         weights: factors [S] >= 0 of the losses, without a gradient. If the prompts of the two classes differ, TRL uses its
             density ratio p / (1 - p), clamped to [0.5, 10], for the undesirable and 1 for the desirable. None: 1.
         beta: > 0.

@@ -1,5 +1,7 @@
 """`check` from hidden states: every plan is compared, on every leaf, and a plan that is wrong is caught."""
 
+import re
+
 import pytest
 import torch
 
@@ -37,16 +39,16 @@ def test_every_plan_and_leaf_on_both_backends(backend, device):
     assert all(row.ok for row in rows), check.table([row for row in rows if not row.ok])
     ran = {(row.plan, row.what, row.part) for row in rows if row.dtype == "bfloat16"}
     both = {f"{side}{leaf}" for side in ("", "ref_") for leaf in LEAVES} | {"value"}
-    for plan in ("auto", "slices", "whole", *(["tiles"] if backend == "triton" else [])):
+    for plan in ("auto", "vocab_chunks", "keep_logits", *(["on_chip"] if backend == "triton" else [])):
         assert {part for p, what, part in ran if (p, what) == (plan, "js")} == both, plan
         assert {part for p, what, part in ran if (p, what) == (plan, "sigmoid, js")} == {"value", *LEAVES}, plan
         assert (plan, "ref_logps", "ref_dW") in ran and (plan, "entropy", "db") in ran
-    assert {part for p, what, part in ran if (p, what) == ("rows", "sigmoid, js")} == {"value", *LEAVES}
-    assert {part for p, what, part in ran if p == "frozen"} == {"value", "dX"}
-    assert {what for p, what, part in ran if p == "frozen"} == {what for _, what, _ in ran}
+    assert {part for p, what, part in ran if (p, what) == ("row_blocks", "sigmoid, js")} == {"value", *LEAVES}
+    assert {part for p, what, part in ran if p == "frozen_head"} == {"value", "dX"}
+    assert {what for p, what, part in ran if p == "frozen_head"} == {what for _, what, _ in ran}
     why = {(plan, reason.partition(" ")[0]) for plan, reason in skipped}
-    assert ("rows", "it") in why  # is for losses that are reduced
-    assert (("tiles", "it") in why) == (backend == "torch")
+    assert ("row_blocks", "it") in why  # is for losses that are reduced
+    assert (("on_chip", "it") in why) == (backend == "torch")
     values = [row for row in rows if row.dtype != "float32" and row.part == "value"]
     assert all(row.allowed < 1e-4 for row in values), "logits are float32 and must be held to that"
 
@@ -54,32 +56,32 @@ def test_every_plan_and_leaf_on_both_backends(backend, device):
 @pytest.mark.parametrize("spread", [0.0, 1e-4, 5.0])
 def test_any_spread_in_few_bytes(spread):
     names = ["reverse_kl", "forward_kl", "js", "total_variation"]
-    how = {"plans": ["slices", "frozen"], "workspace": 100_000, "skipped": {}}
+    how = {"plans": ["vocab_chunks", "frozen_head"], "workspace": 100_000, "skipped": {}}
     rows = check.run((1, 6, 301), [torch.float32], names, hidden=(16, 16), spread=spread, **how)
     assert all(row.ok for row in rows), check.table([row for row in rows if not row.ok])
 
 
 def test_report(capsys):
     argv = [*SMALL, "--ref-hidden", "5", "--dtype", "bfloat16"]
-    assert main([*argv, "--loss", "token_stats", "--plan", "slices", "rows"]) == 0
+    assert main([*argv, "--loss", "token_stats", "--plan", "vocab_chunks", "row_blocks"]) == 0
     out, err = capsys.readouterr()
-    assert "H = 7 and 5 on cpu" in out and "  plan    part" in out and not err
-    assert "'rows' not run for logps and 5 more: it is for losses that are reduced" in out
+    assert "H = 7 and 5 on cpu" in out and re.search(r"  plan +part", out) and not err
+    assert "'row_blocks' not run for logps and 5 more: it is for losses that are reduced" in out
     assert "checks pass, worst: bfloat16" in out.splitlines()[-1] and max(map(len, out.splitlines())) <= 120
     assert main([*argv, "--plan", "all", "--loss", "sigmoid"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1].startswith("28 of 28 checks pass")  # value, dX and (all plans but frozen) dW
-    assert "'tiles' not run for sigmoid, reverse_kl and 1 more: it is a Triton kernel" in out
+    assert "'on_chip' not run for sigmoid, reverse_kl and 1 more: it is a Triton kernel" in out
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--hidden", "0"], "numbers >= 1"),
-        (["--hidden", "8", "--plan", "tiles", "--backend", "torch"], "'tiles' not run for logps and 38 more"),
+        (["--hidden", "8", "--plan", "on_chip", "--backend", "torch"], "'on_chip' not run for logps and 38 more"),
         (["--hidden", "8", "--workspace", "1"], "workspace: expected at least"),
         (["--bias"], "go with --hidden"),
-        (["--plan", "slices"], "go with --hidden"),
+        (["--plan", "vocab_chunks"], "go with --hidden"),
         (["--lora", "2"], "go with --hidden"),
     ],
     ids=" ".join,
@@ -105,15 +107,15 @@ def _spoil(result, by, pick):
 
 
 BROKEN = {
-    "dX": ("backward", lambda found: found.policy.x, {"dX"}, {"auto", "slices", "whole"}),
-    "dW": ("backward", lambda found: found.policy.weight, {"dW"}, {"auto", "slices", "whole"}),
-    "reference's dW": ("backward", lambda found: found.ref.weight, {"ref_dW"}, {"auto", "slices", "whole"}),
-    "dA": ("backward", lambda found: found.policy.a, {"dA"}, {"auto", "slices", "whole"}),
-    "frozen dX": ("frozen_backward", lambda dx: dx, {"dX"}, {"frozen"}),
-    "dW of row blocks": ("row_blocks", lambda found: found.gradients.weight, {"dW"}, {"auto", "rows"}),
-    "db of row blocks": ("row_blocks", lambda found: found.gradients.bias, {"db"}, {"auto", "rows"}),
-    "losses of row blocks": ("row_blocks", lambda found: found.losses, {"value"}, {"auto", "rows"}),
-    "values": ("forward", lambda out: out.logps, {"value"}, {"auto", "rows", "slices", "whole"}),
+    "dX": ("backward", lambda found: found.policy.x, {"dX"}, {"auto", "vocab_chunks", "keep_logits"}),
+    "dW": ("backward", lambda found: found.policy.weight, {"dW"}, {"auto", "vocab_chunks", "keep_logits"}),
+    "reference's dW": ("backward", lambda found: found.ref.weight, {"ref_dW"}, {"auto", "vocab_chunks", "keep_logits"}),
+    "dA": ("backward", lambda found: found.policy.a, {"dA"}, {"auto", "vocab_chunks", "keep_logits"}),
+    "frozen dX": ("frozen_backward", lambda dx: dx, {"dX"}, {"frozen_head"}),
+    "dW of row blocks": ("row_blocks", lambda found: found.gradients.weight, {"dW"}, {"auto", "row_blocks"}),
+    "db of row blocks": ("row_blocks", lambda found: found.gradients.bias, {"db"}, {"auto", "row_blocks"}),
+    "losses of row blocks": ("row_blocks", lambda found: found.losses, {"value"}, {"auto", "row_blocks"}),
+    "values": ("forward", lambda out: out.logps, {"value"}, {"auto", "row_blocks", "vocab_chunks", "keep_logits"}),
 }
 
 
@@ -135,8 +137,8 @@ def test_gradients_of_low_precision_are_held_to_one_rounding(monkeypatch, capsys
     monkeypatch.setattr(
         plan_chunks, "backward", scaled(1 + 1e-2, lambda found: found.policy.weight)(plan_chunks.backward)
     )
-    assert main([*SMALL, "--dtype", "bfloat16", "--plan", "slices"]) == 1
-    assert failed(capsys.readouterr().out) == {("slices", "dW")}
+    assert main([*SMALL, "--dtype", "bfloat16", "--plan", "vocab_chunks"]) == 1
+    assert failed(capsys.readouterr().out) == {("vocab_chunks", "dW")}
 
 
 def test_a_plan_that_refuses_what_it_must_not_is_an_error(monkeypatch, capsys):
@@ -171,11 +173,11 @@ def test_measure_takes_sources_of_ones_own():
     assert parts("logps", own(), head={"temperature": 0.7}) == ["value", *LEAVES]
     assert parts("js", own(x=True, ref_w=True)) == ["value", "dX", "ref_dW"]
     assert parts("js", own("logits")) == ["value", *LEAVES, "dw"]
-    assert parts("sigmoid, js", own(x=True, w=True), plans=["rows"]) == ["value", "dX", "dW"]
+    assert parts("sigmoid, js", own(x=True, w=True), plans=["row_blocks"]) == ["value", "dX", "dW"]
     assert parts("logps", own(ref_x=True)) == ["value"]
-    assert parts("js", own(x=True), plans=["auto", "frozen"]) == ["value", "dX"] * 2
-    with pytest.raises(ValueError, match="plan: 'rows' is not possible here"):
-        parts("js", own(), plans=["rows"])
+    assert parts("js", own(x=True), plans=["auto", "frozen_head"]) == ["value", "dX"] * 2
+    with pytest.raises(ValueError, match="plan: 'row_blocks' is not possible here"):
+        parts("js", own(), plans=["row_blocks"])
     with pytest.raises(ValueError, match=r"labels: expected ids in \[0, 31\)"):
         check.Inputs(own().policy, own().ref, torch.full((2, 4), 31), torch.ones(8))
 

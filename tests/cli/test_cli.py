@@ -290,16 +290,16 @@ def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, unit=0, names=(), r
 
 FULL, HALF = torch.float32, torch.bfloat16
 HEADS = [
-    ("slices", FULL, {}, 1 << 20),
-    ("slices", HALF, {}, 1 << 20),
-    ("slices", FULL, {"names": ["js"]}, 1 << 20),
-    ("slices", HALF, {"both": True}, 1 << 20),
-    ("slices", FULL, {"ref": False}, 1 << 20),
-    ("frozen", FULL, {"frozen": True}, 4 << 20),
-    ("whole", HALF, {}, 64 << 20),
-    ("rows", FULL, {"unit": 64}, 64 << 20),
-    ("rows", HALF, {"unit": 64}, 64 << 20),
-    ("rows", FULL, {"unit": 1, "names": ["forward_kl"]}, 8 << 20),
+    ("vocab_chunks", FULL, {}, 1 << 20),
+    ("vocab_chunks", HALF, {}, 1 << 20),
+    ("vocab_chunks", FULL, {"names": ["js"]}, 1 << 20),
+    ("vocab_chunks", HALF, {"both": True}, 1 << 20),
+    ("vocab_chunks", FULL, {"ref": False}, 1 << 20),
+    ("frozen_head", FULL, {"frozen": True}, 4 << 20),
+    ("keep_logits", HALF, {}, 64 << 20),
+    ("row_blocks", FULL, {"unit": 64}, 64 << 20),
+    ("row_blocks", HALF, {"unit": 64}, 64 << 20),
+    ("row_blocks", FULL, {"unit": 1, "names": ["forward_kl"]}, 8 << 20),
 ]
 
 
@@ -322,17 +322,23 @@ def test_memory_report_from_hidden_states(capsys):
     argv = ["memory", "--batch", "500", "--length", "1000", "--vocab", "256000", "--hidden", "4096"]
     assert main(argv) == 0
     out = capsys.readouterr().out
-    for words in ("plan 'slices'", "naive: logits", "TiB", "products of N rows", "which either code has to return"):
+    for words in (
+        "plan 'vocab_chunks'",
+        "naive: logits",
+        "TiB",
+        "products of N rows",
+        "which either code has to return",
+    ):
         assert words in out, words
     assert main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["plan"]["kind"] == "slices" and found["plan"]["gemms"] == 5
+    assert found["plan"]["kind"] == "vocab_chunks" and found["plan"]["gemms"] == 5
     assert found["ours"] == sum(found["parts"].values()) < 64 << 30 < found["naive"]
     assert found["naive"] == pytest.approx(16 * 1e6 * 256000, rel=0.01)
     assert found["parts"]["tiles of logits"] <= 256 << 20 and found["parts"]["gradient of head"] == 256000 * 4096 * 2
 
     assert main([*argv, "--json", "--loss", "pairs", "--workspace", "16G", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out)["plan"]["kind"] == "rows"
+    assert json.loads(capsys.readouterr().out)["plan"]["kind"] == "row_blocks"
     for text, count in (("4096", 4096), ("3k", 3072), ("256M", 256 << 20), ("2G", 2 << 30)):
         assert memory.byte_count(text) == count
 

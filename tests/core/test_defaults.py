@@ -13,7 +13,7 @@ import fused_losses as fl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PLANS = ("slices", "rows", "whole", "frozen")
+PLANS = ("vocab_chunks", "row_blocks", "keep_logits", "frozen_head")
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -104,7 +104,7 @@ def test_token_stats(backend, under, device):
     def every():
         a, b = z.clone().requires_grad_(), x.clone().requires_grad_()
         found = [stats(fl.Logits(a, softcap=3.0, temperature=0.7), fl.Logits(w), a)]
-        plans = ("slices", "whole", "frozen") if backend == "torch" else ("slices",)
+        plans = ("vocab_chunks", "keep_logits", "frozen_head") if backend == "torch" else ("vocab_chunks",)
         return found + [stats(fl.Hidden(b, head, softcap=3.0), fl.Hidden(x * 2, head), b, plan=plan) for plan in plans]
 
     expected = every()

@@ -17,7 +17,7 @@ Z, Y = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.long)
         (lambda: fl.reference.preference_loss(Z, Y, Z, loss_type="sigmod", shift=False), "did you mean 'sigmoid'"),
         (lambda: fl.grpo_loss(Z, Y, Z[:, 0, 0], loss_type="drgrpo", shift=False), "did you mean 'dr_grpo'"),
         (lambda: fl.dpo_loss(Z, Y, Z, reduction="avg", shift=False), "expected one of mean, sum, none, got 'avg'$"),
-        (lambda: fl.dpo_loss(fl.Hidden(Z, Z[0]), Y, None, plan="slice", shift=False), "did you mean 'slices'"),
+        (lambda: fl.dpo_loss(fl.Hidden(Z, Z[0]), Y, None, plan="chunks", shift=False), "did you mean 'vocab_chunks'"),
         (
             lambda: fl.dpo_loss(Z, Y, Z, divergence="qqq", shift=False),
             "unknown name 'qqq'; known: reverse_kl, .*alpha_beta$",

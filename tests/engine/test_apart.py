@@ -13,7 +13,7 @@ from fused_losses.losses import FAMILY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PLANS = ("auto", "slices", "rows", "whole", "frozen")
+PLANS = ("auto", "vocab_chunks", "row_blocks", "keep_logits", "frozen_head")
 BOTH = [(a, b) for a in ("hidden", "logits") for b in ("hidden", "logits")]
 APART = [(name, variant) for name, variant in CASES if FAMILY[name].ref != "unused" and not FAMILY[name].distribution]
 

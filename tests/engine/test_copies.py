@@ -35,7 +35,7 @@ def losses(f, wrap=lambda call: call):
     "Of every operator: from logits and from hidden states, margins, divergences, a gradient in place."
     a, b, c = (t.clone().requires_grad_() for t in (z, x, z))
     yield a, wrap(f.dpo_loss)(a, y, f.Logits(w, temperature=2.0), shift=True).loss
-    yield b, wrap(f.dpo_loss)(f.Hidden(b, head), y, f.Hidden(ref_x, head), shift=True, plan="slices").loss
+    yield b, wrap(f.dpo_loss)(f.Hidden(b, head), y, f.Hidden(ref_x, head), shift=True, plan="vocab_chunks").loss
     yield c, wrap(f.distillation_loss)(c * 1, y, w, divergence="js", shift=False, inplace_backward=True).loss
 
 def gradients(found):

@@ -57,8 +57,14 @@ def test_the_plan_is_the_one_that_is_taken(monkeypatch):
     )
     fused = evaluate.fused_loss
     monkeypatch.setattr(evaluate, "fused_loss", lambda *a: (taken.append(a[1].options.plan), fused(*a))[1])
-    for grad, plan in ((True, "auto"), (False, "auto"), (True, "slices"), (True, "whole"), (True, "frozen")):
-        policy = fl.Hidden(X.clone().requires_grad_(grad), W.clone().requires_grad_(grad and plan != "frozen"))
+    for grad, plan in (
+        (True, "auto"),
+        (False, "auto"),
+        (True, "vocab_chunks"),
+        (True, "keep_logits"),
+        (True, "frozen_head"),
+    ):
+        policy = fl.Hidden(X.clone().requires_grad_(grad), W.clone().requires_grad_(grad and plan != "frozen_head"))
         for ref in (fl.Hidden(-X, W), fl.Hidden(-X, W[:, :8].repeat(2, 1)), fl.LogProbs(torch.zeros(4, 5)), None):
             taken.clear()
             call = {"shift": True, "plan": plan, "labels": Y}

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tile_kernel():
-    """Whether the Triton backend has a kernel behind plan="tiles"."""
+    """Whether the Triton backend has a kernel behind plan="on_chip"."""
     try:
         from fused_losses.kernels import launch
     except ImportError:  # no Triton
@@ -50,26 +50,29 @@ def tile_kernel():
     return hasattr(launch, "tile_states")
 
 
-PLANS = ["auto", *(k for k in planner.KINDS if k != "rows" and (k != "tiles" or tile_kernel()))]
-PAIR_PLANS = [*PLANS, "rows"]
+PLANS = ["auto", *(k for k in planner.KINDS if k != "row_blocks" and (k != "on_chip" or tile_kernel()))]
+PAIR_PLANS = [*PLANS, "row_blocks"]
 
 
 def cases(torch=PLANS, triton=PLANS, name="plan"):
     """Runs a test with each of these plans (or tuples of something) on each backend."""
-    pairs = [("torch", x) for x in torch if x != "tiles"] + [("triton", x) for x in triton]
+    pairs = [("torch", x) for x in torch if x != "on_chip"] + [("triton", x) for x in triton]
     ids = ["-".join(map(str, (b, *x) if isinstance(x, tuple) else (b, x))) for b, x in pairs]
     return pytest.mark.parametrize(("backend", name), pairs, indirect=["backend"], ids=ids)
 
 
-SLICED = [p for p in PLANS if p in ("slices", "frozen", "tiles")]  # the vocabulary in pieces
+SLICED = [p for p in PLANS if p in ("vocab_chunks", "frozen_head", "on_chip")]  # the vocabulary in pieces
 
 
 def tight(plan, call, times=2):
     """The plan in few bytes; call(plan=, workspace=)."""
-    if plan not in ("slices", "frozen"):
+    if plan not in ("vocab_chunks", "frozen_head"):
         return {"plan": plan}
     fewest = least_workspace(lambda bytes: call(plan=plan, workspace=bytes))
-    return {"plan": plan, "workspace": times * fewest * (2 if plan == "frozen" else 1)}  # frozen keeps up to half of it
+    return {
+        "plan": plan,
+        "workspace": times * fewest * (2 if plan == "frozen_head" else 1),
+    }  # frozen keeps up to half of it
 
 
 def frozen_head(leaves):
@@ -108,8 +111,8 @@ def random_call(r, plan, small, device):
         heads[-1]["valid_vocab"] = vocab
     for i, x in enumerate(leaves):
         if x is not None:
-            x.requires_grad_(i == 0 or (plan != "frozen" and r.random() < (0.7 if i < 5 else 0.3)))
-    if plan != "frozen" and r.random() < 0.3:
+            x.requires_grad_(i == 0 or (plan != "frozen_head" and r.random() < (0.7 if i < 5 else 0.3)))
+    if plan != "frozen_head" and r.random() < 0.3:
         leaves[0].requires_grad_(not asking(leaves[1:]))
 
     def build(leaves):
@@ -124,7 +127,7 @@ def random_call(r, plan, small, device):
     how = {"plan": plan, "static_shapes": r.random() < 0.4}
     policy, ref = build(leaves)
     fewest = least_workspace(lambda bytes: fl.token_stats(policy, y, ref, workspace=bytes, **how, **options))
-    fewest *= 2 if plan == "frozen" else 1
+    fewest *= 2 if plan == "frozen_head" else 1
     few = (fewest, int(1.5 * fewest), 10 * fewest) if y.numel() * vocab <= 16 * (20 if small else 300) else ()
     how["workspace"] = r.choice([*few, 200 * fewest, None])
     return leaves, build, y, options, how
@@ -134,7 +137,7 @@ def drawn(plans, seeds):
     return [(plan, seed) for plan in plans for seed in range(seeds)]
 
 
-@cases(drawn([p for p in PLANS if p != "tiles"], 10), drawn(PLANS, 3), name="drawn")
+@cases(drawn([p for p in PLANS if p != "on_chip"], 10), drawn(PLANS, 3), name="drawn")
 def test_any_shape_and_option(backend, device, poison, drawn):
     """Sizes that nothing divides, no rows, one token, H and padding of each side its own, any leaves that ask for
     gradients, in the fewest bytes that do or in many."""
@@ -142,16 +145,16 @@ def test_any_shape_and_option(backend, device, poison, drawn):
     seeded(seed)
     r = random.Random(f"{plan} {seed_of(seed)}")
     leaves, build, y, options, how = random_call(r, plan, backend == "triton", device)
-    tolerance = 3e-5 if plan == "tiles" else 1e-5  # its logits are not quite those of its backward
+    tolerance = 3e-5 if plan == "on_chip" else 1e-5  # its logits are not quite those of its backward
     compare_sources(build, leaves, y, tolerance, each=backend == "torch", how=how, **options)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@cases(["frozen", "whole", "slices"], ["frozen"])
+@cases(["frozen_head", "keep_logits", "vocab_chunks"], ["frozen_head"])
 def test_each_divergence_alone(backend, device, plan, name):
     """Both sides' gradients, in slices of 16 tokens (or, where the logits are kept, at once)."""
-    leaves = both_sides((2,), device, vocab=19, rank=0, ref_grad=plan != "frozen")
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = both_sides((2,), device, vocab=19, rank=0, ref_grad=plan != "frozen_head")
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = torch.tensor([17, 3], device=device)
     policy, ref = two_sources(leaves)
     how = tight(plan, lambda **how: fl.token_stats(policy, y, ref, divergence=name, shift=False, **how))
@@ -188,12 +191,12 @@ def test_any_source_with_any_other(backend, device, policy, ref, ref_grad):
     y = labels_for((2, 3), 37, device)
     both = "logps" not in (policy, ref) and ref is not None
     options = {"divergence": ["forward_kl", "js"] if both else None, "entropy": policy != "logps"}
-    hows = ({"plan": "slices", "workspace": 6000}, {"plan": "slices", "static_shapes": True}, {})
+    hows = ({"plan": "vocab_chunks", "workspace": 6000}, {"plan": "vocab_chunks", "static_shapes": True}, {})
     for how in hows if backend == "torch" else hows[:1]:
         compare_sources(build, leaves, y, each=backend == "torch", how=how, **options)
     if policy == "hidden" and not ref_grad and backend == "torch":
         leaves[:5] = frozen_head(leaves[:5])
-        compare_sources(build, leaves, y, how={"plan": "frozen", "workspace": 12000}, **options)
+        compare_sources(build, leaves, y, how={"plan": "frozen_head", "workspace": 12000}, **options)
 
 
 def test_logits_beside_hidden_states_need_no_common_dtype(backend, device):
@@ -203,7 +206,9 @@ def test_logits_beside_hidden_states_need_no_common_dtype(backend, device):
     leaves += [torch.randn(4, 37, device=device).requires_grad_(), None, None, None, None]
     for order in (1, -1):
         build = lambda leaves, order=order: (hidden_source(leaves[:5]), fl.Logits(leaves[5]))[::order]  # noqa: E731
-        stats = fl.token_stats(*build(leaves)[:1], y, build(leaves)[1], divergence="js", plan="slices", shift=False)
+        stats = fl.token_stats(
+            *build(leaves)[:1], y, build(leaves)[1], divergence="js", plan="vocab_chunks", shift=False
+        )
         exact = doubles(leaves)
         truth = fl.reference.token_stats(*build(exact)[:1], y, build(exact)[1], divergence="js", shift=False)
         assert relative(stats.divergence["js"], truth.divergence["js"]) <= 1e-5
@@ -243,8 +248,8 @@ NOT_FROZEN = [w for w in VIEWS if len(VIEWS[w][0]) < 3]
 
 
 @cases(
-    [(p, w) for p in PAIR_PLANS for w in VIEWS if not (p == "tiles" or (p == "frozen" and w in NOT_FROZEN))],
-    [(p, w) for p in PAIR_PLANS for w in VIEWS if p == "tiles"],  # others see tiles, whatever these are made from
+    [(p, w) for p in PAIR_PLANS for w in VIEWS if not (p == "on_chip" or (p == "frozen_head" and w in NOT_FROZEN))],
+    [(p, w) for p in PAIR_PLANS for w in VIEWS if p == "on_chip"],  # others see tiles, whatever these are made from
     name="view",
 )
 def test_strides(backend, device, view):
@@ -252,15 +257,15 @@ def test_strides(backend, device, view):
     plan, what = view
     shape, make = VIEWS[what]
     leaves = [(torch.randn(shape, device=device) * 0.7).requires_grad_(), *hidden_leaves((2, 3), 6, 37, device, rank=2)]
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     build = lambda leaves: (make(*leaves), None)  # noqa: E731
     y = labels_for((2, 3), 37, device)
-    if plan == "tiles" and what in ("transposed weight", "expanded weight"):
-        with pytest.raises(ValueError, match="plan: 'tiles' is not possible here: .*contiguous"):
+    if plan == "on_chip" and what in ("transposed weight", "expanded weight"):
+        with pytest.raises(ValueError, match="plan: 'on_chip' is not possible here: .*contiguous"):
             fl.token_stats(build(leaves)[0], y, plan=plan, shift=False)
         return
-    if plan == "rows":
-        judge_dpo(build, leaves, y, how={"plan": "rows"}).gradients(what, lambda out: out.loss)
+    if plan == "row_blocks":
+        judge_dpo(build, leaves, y, how={"plan": "row_blocks"}).gradients(what, lambda out: out.loss)
     else:
         compare_sources(build, leaves, y, each=False, how={"plan": plan}, entropy=True)
 
@@ -281,15 +286,15 @@ def test_strides_of_logits_beside_hidden_states(backend, device, policy):
 
         y = labels_for((2, 3), 37, device)
         compare_sources(
-            build, leaves, y, each=False, how={"plan": "slices", "workspace": 6000}, divergence="forward_kl"
+            build, leaves, y, each=False, how={"plan": "vocab_chunks", "workspace": 6000}, divergence="forward_kl"
         )
 
 
-@cases(triton=["slices", "tiles"])
+@cases(triton=["vocab_chunks", "on_chip"])
 def test_shift_is_the_causal_shift(backend, device, plan):
     """The last position is projected nowhere and gets no gradient."""
     leaves = both_sides((2, 4), device, rank=0)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = labels_for((2, 4), 41, device)
     policy, ref = two_sources(leaves)
     cut = lambda s: fl.Hidden(s.hidden[:, :-1], s.weight, s.bias)  # noqa: E731
@@ -310,7 +315,7 @@ def test_shift_is_the_causal_shift(backend, device, plan):
 @cases()
 def test_no_rows(backend, device, plan, lead, shift):
     leaves = both_sides(lead, device)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = torch.zeros(lead, dtype=torch.long, device=device)
     ours, _ = compare_sources(
         two_sources, leaves, y, how={"plan": plan}, divergence=["forward_kl", "js"], entropy=True, shift=shift
@@ -322,7 +327,7 @@ def test_no_rows(backend, device, plan, lead, shift):
 @cases()
 def test_all_masked(backend, device, poison, plan, static):
     leaves = both_sides((3,), device)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = torch.full((3,), -100, device=device)
     policy, ref = two_sources(leaves)
     stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan, static_shapes=static, shift=False)
@@ -333,10 +338,10 @@ def test_all_masked(backend, device, poison, plan, static):
         assert not g.any()
 
 
-@cases(triton=["slices", "frozen", "tiles"])
+@cases(triton=["vocab_chunks", "frozen_head", "on_chip"])
 def test_one_token_vocabulary(backend, device, plan):
     leaves = both_sides((3,), device, vocab=1)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     policy, ref = two_sources(leaves)
     y = torch.zeros(3, dtype=torch.long, device=device)
     stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan, shift=False)
@@ -357,7 +362,7 @@ def test_suppressed_tokens(backend, device, plan):
     """A bias of -inf on both sides, over a whole slice and at single tokens: the tokens are not there."""
     names = NAMES if backend == "torch" else FEW
     leaves = both_sides((3,), device, vocab=60, rank=0)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     there = torch.ones(60, dtype=torch.bool, device=device)
     there[:20], there[33], there[59] = False, False, False
     with torch.no_grad():
@@ -387,7 +392,7 @@ def test_suppressed_tokens(backend, device, plan):
                 assert t is None or relative(g, t) <= 3e-5, f"{group}: {relative(g, t):.1e}"
 
 
-@cases(["whole", *SLICED], SLICED)
+@cases(["keep_logits", *SLICED], SLICED)
 @pytest.mark.parametrize("side", ["policy", "ref"])
 def test_tokens_suppressed_on_one_side(backend, device, plan, side):
     """Values are infinite where the truth is; gradients stay finite, and are those that logits give."""
@@ -418,7 +423,7 @@ def test_tokens_suppressed_on_one_side(backend, device, plan, side):
         assert g.isfinite().all() and error <= 3e-5, f"{group}: {error:.1e}"
 
 
-@cases([(p, n) for p in SLICED for n in NAMES if p != "tiles"], [(p, n) for p in SLICED for n in FEW], name="what")
+@cases([(p, n) for p in SLICED for n in NAMES if p != "on_chip"], [(p, n) for p in SLICED for n in FEW], name="what")
 def test_maxima_that_rise_far_from_slice_to_slice(backend, device, what):
     """One side's logits rise by more than an exponential in float32 can carry, then the other's, then both."""
     plan, name = what
@@ -434,7 +439,7 @@ def test_maxima_that_rise_far_from_slice_to_slice(backend, device, what):
     compare_sources(two_sources, leaves, y, 3e-5, how=how, divergence=name)
 
 
-@cases(triton=["slices", "tiles"])
+@cases(triton=["vocab_chunks", "on_chip"])
 def test_labels_of_any_kind(backend, device, plan):
     """Any integer type and stride; an ignore_index that is a token, too."""
     leaves = frozen_head(both_sides((2, 3), device, rank=0))
@@ -455,7 +460,7 @@ def test_correct_is_the_argmax_over_all_slices(backend, device):
     y = (x @ weight.T).argmax(-1)
     y[::3] = (y[::3] + 1) % 50
     stats = fl.token_stats(
-        fl.Hidden(x, weight), y, plan="slices", workspace=1600 if backend == "torch" else 800, shift=False
+        fl.Hidden(x, weight), y, plan="vocab_chunks", workspace=1600 if backend == "torch" else 800, shift=False
     )
     assert torch.equal(stats.correct, (x @ weight.T).argmax(-1) == y)
 
@@ -463,7 +468,7 @@ def test_correct_is_the_argmax_over_all_slices(backend, device):
 def test_one_graph_walked_twice_and_in_parts(backend, device):
     leaves = frozen_head(both_sides((3,), device, rank=0))
     y = labels_for((3,), 41, device)
-    for plan in ("slices", "whole", "frozen"):
+    for plan in ("vocab_chunks", "keep_logits", "frozen_head"):
         policy, ref = two_sources(leaves)
         stats = fl.token_stats(policy, y, ref, divergence="js", entropy=True, plan=plan, shift=False)
         a, b = stats.logps.sum(), (stats.divergence["js"] * 3 + stats.entropy).sum()
@@ -476,7 +481,7 @@ def test_one_graph_walked_twice_and_in_parts(backend, device):
 # ---- the head ----------------------------------------------------------------------------------------------------------
 
 
-@cases(["slices", "whole", "rows"], ["rows"])
+@cases(["vocab_chunks", "keep_logits", "row_blocks"], ["row_blocks"])
 def test_tied_embedding(backend, device, plan):
     """One tensor as embedding and head: both gradients land in it, and add up over micro-batches."""
     table = (torch.randn(41, 6, device=device) * 0.4).requires_grad_()
@@ -488,7 +493,7 @@ def test_tied_embedding(backend, device, plan):
         how = {"plan": plan} if f is fl else {}
         return (
             f.dpo_loss(source, ids, None, shift=True, **how).loss
-            if plan == "rows"
+            if plan == "row_blocks"
             else (f.token_stats(source, ids, shift=True, **how).logps.sum())
         )
 
@@ -503,7 +508,7 @@ def test_one_head_on_both_sides(backend, device):
     leaves = [*hidden_leaves((3,), 6, 41, device), *hidden_leaves((3,), 6, 41, device)]
     build = lambda t: (hidden_source(t[:5]), fl.Hidden(t[5], t[1], t[2]))  # noqa: E731
     y = labels_for((3,), 41, device)
-    for plan in ("slices", "whole"):
+    for plan in ("vocab_chunks", "keep_logits"):
         compare_sources(build, leaves, y, each=backend == "torch", how={"plan": plan}, divergence=["reverse_kl", "js"])
 
 
@@ -522,8 +527,8 @@ WHOSE = [
 
 
 @cases(
-    [("frozen", ("hidden",)), *((p, w) for p in ("slices", "whole", "rows") for w in WHOSE)],
-    [("tiles", LEAVES), ("tiles", ("b",)), ("rows", ("hidden", "a", "b"))], name="what",
+    [("frozen_head", ("hidden",)), *((p, w) for p in ("vocab_chunks", "keep_logits", "row_blocks") for w in WHOSE)],
+    [("on_chip", LEAVES), ("on_chip", ("b",)), ("row_blocks", ("hidden", "a", "b"))], name="what",
 )  # fmt: skip
 def test_nothing_is_computed_for_what_is_frozen(backend, device, what):
     """Gradients only where asked, and of the products of N rows, V columns and H features only those they need."""
@@ -535,15 +540,15 @@ def test_nothing_is_computed_for_what_is_frozen(backend, device, what):
 
     def step():
         source = hidden_source(leaves)
-        if plan == "rows":
-            fl.dpo_loss(source, y, None, plan="rows", shift=False).loss.backward()
+        if plan == "row_blocks":
+            fl.dpo_loss(source, y, None, plan="row_blocks", shift=False).loss.backward()
         else:
             fl.token_stats(source, y, plan=plan, shift=False).logps.sum().backward()
 
     shapes = [sorted(s) for s in products(step)]
     for name, x in zip(LEAVES, leaves, strict=True):
         assert (x.grad is not None) == (name in whose), name
-    logits = 2 if plan == "slices" else 1  # a tile kernel makes them itself in the forward
+    logits = 2 if plan == "vocab_chunks" else 1  # a tile kernel makes them itself in the forward
     assert sum(s == [6, 7, 41] for s in shapes) == logits + ("hidden" in whose) + ("weight" in whose), shapes
     to_factors = bool({"hidden", "a"} & {*whose}) + ("b" in whose)
     assert sum(s == [2, 6, 41] for s in shapes) == logits + to_factors, shapes
@@ -553,7 +558,7 @@ def test_no_memory_for_the_gradient_of_a_frozen_weight(device, monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     x, weight = torch.randn(4, 512).requires_grad_(), torch.randn(4096, 512)
     y = torch.randint(0, 4096, (4,))
-    for plan in ("slices", "frozen", "whole"):
+    for plan in ("vocab_chunks", "frozen_head", "keep_logits"):
         source, how = fl.Hidden(x, weight), {"plan": plan, "workspace": 1 << 21}
         run = lambda: fl.token_stats(source, y, **how, shift=False).logps.sum().backward()  # noqa: B023, E731
         assert peak_bytes(run) < weight.numel() * 4 / 2, plan
@@ -594,22 +599,22 @@ ALL_PAIRS = [(p, packed, kind) for p in PAIR_PLANS for packed in (False, True) f
 
 
 @cases(
-    [c for c in ALL_PAIRS if c[0] != "tiles"],
+    [c for c in ALL_PAIRS if c[0] != "on_chip"],
     # whence the reference comes is no business of a kernel: padded and packed take turns
-    [("rows", i % 2 > 0, kind) for i, kind in enumerate(REFS)] + [(p, True, "hidden") for p in PLANS], name="what",
+    [("row_blocks", i % 2 > 0, kind) for i, kind in enumerate(REFS)] + [(p, True, "hidden") for p in PLANS], name="what",
 )  # fmt: skip
 def test_preference_loss_matches_the_twin(backend, device, poison, what):
     """Loss, metrics, statistics and gradients: under a factor, walked twice, with the statistics in the loss as well."""
     plan, packed, kind = what
     leaves, build, y, options = pair_call(kind, packed, device, entropy=True, beta=0.3, label_smoothing=0.1)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     options["divergence"] = "js" if kind else "reverse_kl"
     options["ignore_index"] = -100
     policy, ref = build(leaves)
-    how = {"plan": plan, "static_shapes": plan != "rows" and packed == (kind in ("hidden", "tokens"))}
-    if plan in ("rows", "slices", "frozen"):
+    how = {"plan": plan, "static_shapes": plan != "row_blocks" and packed == (kind in ("hidden", "tokens"))}
+    if plan in ("row_blocks", "vocab_chunks", "frozen_head"):
         call = lambda bytes: fl.dpo_loss(policy, y, ref, **options, **how | {"workspace": bytes})  # noqa: E731
-        how["workspace"] = 2 * least_workspace(call) + (2000 if plan == "frozen" else 0)
+        how["workspace"] = 2 * least_workspace(call) + (2000 if plan == "frozen_head" else 0)
     judge = judge_dpo(build, leaves, y, how=how, **options)
     judge.value("loss", lambda out: out.loss)
     assert judge.mine.metrics.keys() == judge.truth.metrics.keys()
@@ -631,13 +636,13 @@ def test_preference_loss_matches_the_twin(backend, device, poison, what):
 def test_every_link_in_row_blocks(backend, device, key):
     leaves, build, y, options = pair_call("hidden", False, device, divergence=key, beta=0.5)
     policy, ref = build(leaves)
-    fewest = least_workspace(lambda bytes: fl.dpo_loss(policy, y, ref, plan="rows", workspace=bytes, **options))
-    judge = judge_dpo(build, leaves, y, how={"plan": "rows", "workspace": fewest}, **options)
+    fewest = least_workspace(lambda bytes: fl.dpo_loss(policy, y, ref, plan="row_blocks", workspace=bytes, **options))
+    judge = judge_dpo(build, leaves, y, how={"plan": "row_blocks", "workspace": fewest}, **options)
     judge.value("loss", lambda out: out.loss)
     judge.gradients("loss", lambda out: out.loss)
 
 
-@cases([("rows", False), ("rows", True), ("slices", False)], [("rows", True)], name="what")
+@cases([("row_blocks", False), ("row_blocks", True), ("vocab_chunks", False)], [("row_blocks", True)], name="what")
 def test_reductions(backend, device, what):
     plan, packed = what
     leaves, build, y, options = pair_call("hidden", packed, device)
@@ -652,14 +657,16 @@ def test_reductions(backend, device, what):
 
 
 @pytest.mark.parametrize("kind", ["tokens", "sequences", "hidden", "logits"])
-@cases(["auto", "slices", "rows"], ["rows"])
+@cases(["auto", "vocab_chunks", "row_blocks"], ["row_blocks"])
 def test_gradient_to_the_reference(backend, device, plan, kind):
     """Given log-probs may learn in any plan; a reference model in all but row blocks, which say so."""
     leaves, build, y, options = pair_call(kind, False, device)
     leaves[5].requires_grad_()
-    if plan == "rows" and kind in ("hidden", "logits"):
-        with pytest.raises(ValueError, match="plan: 'rows' is not possible here: .*reference that needs no gradient"):
-            fl.dpo_loss(build(leaves)[0], y, build(leaves)[1], plan="rows", **options)
+    if plan == "row_blocks" and kind in ("hidden", "logits"):
+        with pytest.raises(
+            ValueError, match="plan: 'row_blocks' is not possible here: .*reference that needs no gradient"
+        ):
+            fl.dpo_loss(build(leaves)[0], y, build(leaves)[1], plan="row_blocks", **options)
         return
     judge = judge_dpo(build, leaves, y, how={"plan": plan}, **options)
     judge.gradients("loss", lambda out: out.loss)
@@ -667,7 +674,7 @@ def test_gradient_to_the_reference(backend, device, plan, kind):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (4, 1)], ids=str)
-@cases(["auto", "slices", "rows"], ["auto", "slices", "rows"])
+@cases(["auto", "vocab_chunks", "row_blocks"], ["auto", "vocab_chunks", "row_blocks"])
 def test_empty_batches(backend, device, plan, shape):
     leaves = hidden_leaves(shape, 5, 9, device)
     y = torch.zeros(shape, dtype=torch.long, device=device)
@@ -689,7 +696,7 @@ def test_empty_batches(backend, device, plan, shape):
     out.loss.backward()
 
 
-@cases(["auto", "slices", "rows"], ["rows"])
+@cases(["auto", "vocab_chunks", "row_blocks"], ["row_blocks"])
 def test_pairs_without_a_token(backend, device, poison, plan):
     """A masked pair costs log 2 and gives no gradient, alone in its block or not."""
     leaves, build, y, options = pair_call("hidden", False, device)
@@ -705,11 +712,11 @@ def test_pairs_without_a_token(backend, device, poison, plan):
     assert not any(g.any() for g in gradients_of(out.loss, leaves))
 
 
-@cases(PAIR_PLANS, ["auto", "rows", "tiles"] if "tiles" in PLANS else ["auto", "rows"])
+@cases(PAIR_PLANS, ["auto", "row_blocks", "on_chip"] if "on_chip" in PLANS else ["auto", "row_blocks"])
 def test_without_gradients(backend, device, plan):
     """Evaluation under no_grad, with the training step's arguments."""
     leaves, build, y, options = pair_call("hidden", False, device)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     policy, ref = build(leaves)
     expected = fl.dpo_loss(policy, y, ref, **options).loss
     with torch.no_grad():
@@ -725,11 +732,11 @@ LOW = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@cases(["frozen", "whole", "slices"], SLICED)
+@cases(["frozen_head", "keep_logits", "vocab_chunks"], SLICED)
 def test_low_precision_is_never_worse_than_eager(backend, device, plan, dtype):
     """Value and gradients against what eager torch loses in the same dtype; one rounding of a gradient is free."""
-    leaves = both_sides((4,), device, vocab=60, dtype=dtype, rank=2, ref_grad=plan != "frozen")
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = both_sides((4,), device, vocab=60, dtype=dtype, rank=2, ref_grad=plan != "frozen_head")
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = labels_for((4,), 60, device)
     names = NAMES if backend == "torch" else ["reverse_kl", "js"]
 
@@ -750,16 +757,20 @@ def test_low_precision_is_never_worse_than_eager(backend, device, plan, dtype):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "tiles"])
+@pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "on_chip"])
 def test_gradients_are_rounded_once(device, monkeypatch, dtype, plan):
     """Summed in float32 over blocks and slices, scaled by the loss's factor of a third, and then rounded."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
     leaves = hidden_leaves((6, 5), 16, 600, device, dtype=dtype, rank=4)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = torch.randint(0, 600, (6, 5), device=device)
     build = lambda leaves: (hidden_source(leaves), None)  # noqa: E731
     call = lambda bytes: fl.dpo_loss(hidden_source(leaves), y, None, plan=plan, workspace=bytes, shift=False)  # noqa: E731
-    few = 2 * least_workspace(call) * (2 if plan == "frozen" else 1) if plan in ("slices", "frozen", "rows") else None
+    few = (
+        2 * least_workspace(call) * (2 if plan == "frozen_head" else 1)
+        if plan in ("vocab_chunks", "frozen_head", "row_blocks")
+        else None
+    )
     judge = judge_dpo(build, leaves, y, how={"plan": plan, "workspace": few})
     wanted = gradients_of(judge.truth.loss, judge.exact)
     for g, t, x in zip(gradients_of(judge.mine.loss, leaves), wanted, asking(leaves), strict=True):
@@ -770,19 +781,19 @@ def test_gradients_are_rounded_once(device, monkeypatch, dtype, plan):
         )
 
 
-@pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "tiles"])
+@pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "on_chip"])
 def test_loss_scaling_in_float16(device, monkeypatch, plan):
     """GradScaler's first scale, 65536, is no number in float16; the gradients it makes are."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
     leaves = hidden_leaves((2, 3), 16, 60, device, dtype=torch.float16)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = torch.randint(0, 60, (2, 3), device=device)
     judge = judge_dpo(lambda leaves: (hidden_source(leaves), None), leaves, y, 1e-3, how={"plan": plan})
     judge.gradients("scaled", lambda out: out.loss * 65536.0)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-@cases(["slices", "whole", "rows"], ["rows"])
+@cases(["vocab_chunks", "keep_logits", "row_blocks"], ["row_blocks"])
 def test_hidden_and_weight_of_different_dtypes(backend, device, dtypes, plan):
     """Each gradient comes in the dtype of its tensor; on a CPU, where factors are never rounded, from exact products."""
     if device.type != "cpu":
@@ -797,13 +808,13 @@ def test_hidden_and_weight_of_different_dtypes(backend, device, dtypes, plan):
         assert g.dtype == x.dtype and relative(g, t) <= max(1e-5, EPS[x.dtype])  # one rounding
 
 
-@pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "tiles"])
+@pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "on_chip"])
 def test_float64(device, monkeypatch, plan):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     leaves = both_sides((4, 3), device, dtype=torch.float64)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = labels_for((4, 3), 41, device)
-    if plan != "rows":
+    if plan != "row_blocks":
         policy, ref = two_sources(leaves)
         how = tight(
             plan, lambda **how: fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, **how, shift=False)
@@ -815,16 +826,16 @@ def test_float64(device, monkeypatch, plan):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "tiles"])
+@pytest.mark.parametrize("plan", [p for p in PAIR_PLANS if p != "on_chip"])
 def test_gradcheck(monkeypatch, plan):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     leaves = [x for x in hidden_leaves((2, 2), 3, 7, "cpu", dtype=torch.float64, rank=2)]
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     ref, y = hidden_source(doubles(hidden_leaves((2, 2), 3, 7, "cpu"))), torch.tensor([[1, -100], [6, 0]])
     ref = fl.Hidden(ref.hidden.detach(), ref.weight.detach())
 
     def run(*leaves):
-        if plan == "rows":
+        if plan == "row_blocks":
             return fl.dpo_loss(hidden_source(leaves), y, ref, plan=plan, shift=False).loss
         stats = fl.token_stats(hidden_source(leaves), y, ref, divergence=NAMES, entropy=True, plan=plan, shift=False)
         return tuple(x for x in outputs(stats).values() if x.requires_grad)
@@ -832,11 +843,11 @@ def test_gradcheck(monkeypatch, plan):
     assert torch.autograd.gradcheck(run, leaves)
 
 
-@cases(PAIR_PLANS, ["rows", *SLICED])
+@cases(PAIR_PLANS, ["row_blocks", *SLICED])
 def test_autocast(backend, device, plan):
     """Float32 leaves under autocast: products in bfloat16, as a linear layer's, and gradients in float32."""
     leaves = both_sides((2, 3), device, rank=0)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = labels_for((2, 3), 41, device)
 
     def call(f, **how):
@@ -860,7 +871,13 @@ def sum_errors(monkeypatch, plan, tile):
     """Relative errors of the gradients at hidden states and weight with tiles of this shape, and those of eager code."""
     generator = generator_of(7)
     new = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    leaves = [new(64, 32).requires_grad_(), (new(16384, 32) * 0.3).requires_grad_(plan != "frozen"), None, None, None]
+    leaves = [
+        new(64, 32).requires_grad_(),
+        (new(16384, 32) * 0.3).requires_grad_(plan != "frozen_head"),
+        None,
+        None,
+        None,
+    ]
     y = torch.randint(0, 16384, (64,), generator=generator)
     monkeypatch.setattr(planner, "tile_shape", lambda inputs, budget: planner.Tile(*tile))
 
@@ -874,7 +891,7 @@ def sum_errors(monkeypatch, plan, tile):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["slices", "frozen"])
+@pytest.mark.parametrize("plan", ["vocab_chunks", "frozen_head"])
 def test_errors_do_not_grow_with_the_number_of_slices(monkeypatch, plan):
     """In 1024 slices of 16 tokens, no gradient is less exact than eager code's."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
@@ -885,9 +902,9 @@ def test_errors_do_not_grow_with_the_number_of_slices(monkeypatch, plan):
 
 def test_errors_do_not_grow_with_the_number_of_tiles_in_a_column(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
-    base, _ = sum_errors(monkeypatch, "slices", (64, 2048))
+    base, _ = sum_errors(monkeypatch, "vocab_chunks", (64, 2048))
     for rows in (16, 4):
-        errors, _ = sum_errors(monkeypatch, "slices", (rows, 2048))
+        errors, _ = sum_errors(monkeypatch, "vocab_chunks", (rows, 2048))
         assert all(e <= 1.5 * b for e, b in zip(errors, base, strict=True)), (rows, errors, base)
 
 
@@ -910,7 +927,7 @@ def test_errors_do_not_grow_with_the_number_of_row_blocks(monkeypatch):
     eager = [relative(g, t) for g, t in zip(gradients(fl.reference, leaves, teacher), truth, strict=True)]
     for blocks in (1, 16, planner.MANY):
         monkeypatch.setattr(planner, "_block_rows", lambda inputs, budget, rows=4096 // blocks: rows)
-        found = gradients(fl, leaves, teacher, plan="rows", workspace=1 << 30)
+        found = gradients(fl, leaves, teacher, plan="row_blocks", workspace=1 << 30)
         errors = [relative(g, t) for g, t in zip(found, truth, strict=True)]
         assert all(e <= 1.1 * b for e, b in zip(errors, eager, strict=True)), (blocks, errors, eager)
 
@@ -942,7 +959,7 @@ BAD = [
     (lambda: stats(Hidden(X[..., :4], W), Y), r"policy: expected hidden \[..., 5\].*got \[4, 3, 4\]"),
     (lambda: stats(H, Y, Hidden(X[..., :4], W)), r"ref: expected hidden \[..., 5\].*got \[4, 3, 4\]"),
     (lambda: dpo(H, Y, Hidden(X[..., :4], W)), r"ref: expected hidden \[..., 5\]"),
-    (lambda: dpo(Hidden(X[..., :4], W), Y, H, plan="rows"), r"policy: expected hidden \[..., 5\]"),
+    (lambda: dpo(Hidden(X[..., :4], W), Y, H, plan="row_blocks"), r"policy: expected hidden \[..., 5\]"),
     (lambda: stats(Hidden(X, W, W[:7, 0]), Y), r"policy: expected bias \[11\].*got \[7\]"),
     (lambda: stats(H, Y, Hidden(X, W, W[:7, 0])), r"ref: expected bias \[11\]"),
     (lambda: Hidden(X, W, W), r"bias: expected 1 dimensions"),
@@ -961,28 +978,29 @@ BAD = [
     (lambda: stats(H, Y, fl.LogProbs(X[..., 0]), divergence="js"), "got fl.LogProbs"),
     (lambda: stats(H, Y, fl.LogProbs(X)), r"ref: expected fl.LogProbs \[4, 3\]"),
     (lambda: stats(H, Y, workspace=8), r"workspace: expected at least \d+ bytes, for 11 logits of one row, got 8"),
-    (lambda: stats(ASKS, Y, plan="frozen", workspace=8), r"workspace: expected at least \d+ bytes.*got 8$"),
-    (lambda: dpo(ASKS, Y, plan="rows", workspace=8), r"plan: 'rows' is not possible here: .*unit takes \d+ bytes of 8"),
+    (lambda: stats(ASKS, Y, plan="frozen_head", workspace=8), r"workspace: expected at least \d+ bytes.*got 8$"),
+    (lambda: dpo(ASKS, Y, plan="row_blocks", workspace=8),
+     r"plan: 'row_blocks' is not possible here: .*unit takes \d+ bytes of 8"),
     (lambda: stats(H, Y, workspace=1e9), "workspace: expected a number of bytes >= 1, got 1000000000.0"),
     (lambda: stats(H, Y, workspace="1"), "workspace: expected a number of bytes >= 1, got '1'"),
     (lambda: stats(H, Y, workspace=0), "workspace: expected a number of bytes >= 1, got 0"),
     (lambda: stats(H, Y, workspace=True), "workspace: expected a number of bytes >= 1, got True"),
     (lambda: dpo(H, Y, workspace=-5), "workspace: expected a number of bytes >= 1, got -5"),
-    (lambda: stats(H, Y, plan="fast"), "plan: expected one of auto, .*slices.*, got 'fast'"),
-    (lambda: dpo(H, Y, plan="fast"), "plan: expected one of auto, .*slices.*, got 'fast'"),
-    (lambda: stats(ASKS, Y, plan="rows"), "plan: 'rows' is not possible here: it is for losses that are reduced"),
-    (lambda: stats(ALL, Y, plan="frozen"), "plan: 'frozen' is not possible here: .*head.*no gradient"),
-    (lambda: stats(ASKS, Y, plan="tiles"), "plan: 'tiles' is not possible here: it is a Triton kernel"),
-    (lambda: stats(ASKS, Y, plan="whole", workspace=50), "plan: 'whole' is not possible here: .* bytes of 50"),
-    (lambda: stats(X, Y, plan="slices"), "plan, workspace, static_shapes: are for fl.Hidden sources, got logits"),
+    (lambda: stats(H, Y, plan="fast"), "plan: expected one of auto, .*vocab_chunks.*, got 'fast'"),
+    (lambda: dpo(H, Y, plan="fast"), "plan: expected one of auto, .*vocab_chunks.*, got 'fast'"),
+    (lambda: stats(ASKS, Y, plan="row_blocks"), "plan: 'row_blocks' is not possible here: it is for losses that are reduced"),
+    (lambda: stats(ALL, Y, plan="frozen_head"), "plan: 'frozen_head' is not possible here: .*head.*no gradient"),
+    (lambda: stats(ASKS, Y, plan="on_chip"), "plan: 'on_chip' is not possible here: it is a Triton kernel"),
+    (lambda: stats(ASKS, Y, plan="keep_logits", workspace=50), "plan: 'keep_logits' is not possible here: .* bytes of 50"),
+    (lambda: stats(X, Y, plan="vocab_chunks"), "plan, workspace, static_shapes: are for fl.Hidden sources, got logits"),
     (lambda: stats(X, Y, workspace=9), "plan, workspace, static_shapes: are for fl.Hidden"),
     (lambda: dpo(X, Y, static_shapes=True), "plan, workspace, static_shapes: are for fl.Hidden"),
     (lambda: stats(ASKS, Y, inplace_backward=True), "inplace_backward: is for logits on both sides"),
     (lambda: dpo(ASKS, Y, inplace_backward=True), "inplace_backward: is for logits on both sides"),
     (lambda: stats(torch.zeros(4, 3, 11), Y, H, inplace_backward=True), "inplace_backward: is for logits on both sides"),
     (lambda: stats(H, Y - 1), r"labels: expected ids in \[0, 11\)"),
-    (lambda: stats(H, Y + 11, plan="slices"), r"labels: expected ids in \[0, 11\).*got 11"),
-    (lambda: dpo(ASKS, Y + 11, plan="rows"), r"labels: expected ids in \[0, 11\).*got 11"),
+    (lambda: stats(H, Y + 11, plan="vocab_chunks"), r"labels: expected ids in \[0, 11\).*got 11"),
+    (lambda: dpo(ASKS, Y + 11, plan="row_blocks"), r"labels: expected ids in \[0, 11\).*got 11"),
     (lambda: stats(H, Y.to("meta")), "policy: expected hidden on meta as the labels are, got cpu"),
     (lambda: stats(Hidden(X, W.to("meta")), Y), "policy: expected weight on cpu as hidden is, got meta"),
     (lambda: stats(H, Y, Hidden(X, W, W[:, 0].to("meta"))), "ref: expected bias on cpu as hidden is, got meta"),
@@ -1016,11 +1034,11 @@ def test_the_workspace_variable_counts_and_the_argument_wins(monkeypatch):
     fl.token_stats(H, Y, shift=False)
 
 
-@cases(["auto", "frozen", "whole", "slices"], ["slices"])
+@cases(["auto", "frozen_head", "keep_logits", "vocab_chunks"], ["vocab_chunks"])
 def test_the_least_workspace_is_enough(backend, device, plan):
     """What the refusal asks for does."""
     leaves = both_sides((3,), device)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     policy, ref = two_sources(leaves)
     y = labels_for((3,), 41, device)
     run = lambda bytes: fl.token_stats(policy, y, ref, divergence="js", plan=plan, workspace=bytes, shift=False)  # noqa: E731
@@ -1029,7 +1047,7 @@ def test_the_least_workspace_is_enough(backend, device, plan):
     assert least_workspace(lambda _: run(fewest - 1)) == fewest
 
 
-@pytest.mark.parametrize("plan", ["slices", "whole"])
+@pytest.mark.parametrize("plan", ["vocab_chunks", "keep_logits"])
 def test_labels_out_of_range_on_triton(device, monkeypatch, plan):
     """NaN for their rows, and no other row is touched."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
@@ -1077,8 +1095,8 @@ LAYOUTS = [(p, layout, static) for p in PLANS for layout in ("contiguous", "tran
 
 @pytest.mark.slow
 @cases(
-    [c for c in LAYOUTS if c[0] not in ("auto", "tiles")],
-    [c for c in LAYOUTS if c == ("tiles", "contiguous", False)], name="what",
+    [c for c in LAYOUTS if c[0] not in ("auto", "on_chip")],
+    [c for c in LAYOUTS if c == ("on_chip", "contiguous", False)], name="what",
 )  # fmt: skip
 def test_opcheck_hidden_stats(backend, device, what):
     plan, layout, static = what
@@ -1087,9 +1105,9 @@ def test_opcheck_hidden_stats(backend, device, what):
         turn = lambda x: x.detach().mT.contiguous().mT.requires_grad_()  # noqa: E731
         leaves[0] = leaves[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
         leaves[1], leaves[3], leaves[4] = turn(leaves[1]), turn(leaves[3]), turn(leaves[4])
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
-    # what "whole" keeps is not written for rows that do not count, and opcheck compares all of it
-    y = labels_for((2, 3), 41, device, masked=plan != "whole" or static)
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
+    # what "keep_logits" keeps is not written for rows that do not count, and opcheck compares all of it
+    y = labels_for((2, 3), 41, device, masked=plan != "keep_logits" or static)
     args = stats_arguments(leaves, y, plan, backend, static=static)
     opcheck(OPS.hidden_stats.default, tuple(hidden_ops.ARGS.pack(args)))
     detached = [x if x is None else x.detach() for x in leaves]
@@ -1115,7 +1133,8 @@ def training_step(x, weight, a, b, ref_x, ref_weight, y, plan):
 
 @pytest.mark.slow
 @cases(
-    [("frozen", False), ("whole", False), ("slices", False), ("slices", True), ("auto", False), ("auto", True)],
+    [("frozen_head", False), ("keep_logits", False), ("vocab_chunks", False), ("vocab_chunks", True), ("auto", False),
+    ("auto", True)],
     [("auto", False)], name="what",  # in operators that the compiler does not look into
 )  # fmt: skip
 def test_compile_without_graph_breaks(backend, device, what):
@@ -1127,7 +1146,7 @@ def test_compile_without_graph_breaks(backend, device, what):
         leaves = both_sides((4, length), device, rank=2)
         leaves[0] = leaves[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
         leaves[1] = leaves[1].detach().T.contiguous().T.requires_grad_()
-        if plan == "frozen":
+        if plan == "frozen_head":
             leaves = frozen_head(leaves)
         x, weight, _, a, b, ref_x, ref_weight, *_ = leaves
         y = labels_for((4, length), 41, device)
@@ -1142,10 +1161,10 @@ def test_compile_without_graph_breaks(backend, device, what):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@cases(PAIR_PLANS, ["rows"])
+@cases(PAIR_PLANS, ["row_blocks"])
 def test_checkpointing(backend, device, plan, reentrant):
     leaves = both_sides((4, 2), device)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = labels_for((4, 2), 41, device)
 
     def call(x):
@@ -1158,14 +1177,14 @@ def test_checkpointing(backend, device, plan, reentrant):
         torch.testing.assert_close(x.grad, t)
 
 
-@cases(PAIR_PLANS, ["rows"])
+@cases(PAIR_PLANS, ["row_blocks"])
 def test_second_derivative_is_refused_in_words(backend, device, plan):
     """Also where the gradient came with the forward, and depends on what follows the loss."""
     leaves = both_sides((4, 2), device)
-    leaves = frozen_head(leaves) if plan == "frozen" else leaves
+    leaves = frozen_head(leaves) if plan == "frozen_head" else leaves
     y = labels_for((4, 2), 41, device)
     policy, ref = two_sources(leaves)
-    if plan != "rows":
+    if plan != "row_blocks":
         stats = fl.token_stats(policy, y, ref, divergence="js", plan=plan, shift=False)
         (g,) = torch.autograd.grad(stats.divergence["js"].sum(), leaves[0], create_graph=True)
         with pytest.raises(RuntimeError, match="can be differentiated once; use fused_losses.reference"):

@@ -1,5 +1,6 @@
 """What acts on saved tensors and on operators around a loss: checkpoints, offloading, counters. They do not see the gradient
-that the plan "rows" takes in the forward: forwards of the model and calls of hooks are counted here, not numbers alone."""
+that the plan "row_blocks" takes in the forward: forwards of the model and calls of hooks are counted here, not numbers
+alone."""
 
 from functools import partial
 
@@ -15,7 +16,7 @@ import fused_losses as fl
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 V, H = 61, 16
-PLANS = ("slices", "rows", "auto")
+PLANS = ("vocab_chunks", "row_blocks", "auto")
 LOSSES = {
     "dpo": lambda p, y, **o: fl.dpo_loss(p, y, None, **o).loss,
     "mixed": lambda p, y, **o: fl.preference_loss(p, y, None, loss_type=("hinge", "ipo", "sft"), **o).loss,
@@ -96,7 +97,7 @@ CHECKPOINTS = {
 def test_checkpoints_run_the_model_twice(name, plan):
     """Once in the forward and once in backward."""
     model = Model()
-    counts, expected = model.step(name, "slices", plain)
+    counts, expected = model.step(name, "vocab_chunks", plain)
     assert counts == (1, 0)
     for kind, around in CHECKPOINTS.items():
         counts, grads = model.step(name, plan, around)
@@ -137,7 +138,7 @@ def test_inside_a_head(plan):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_hooks_see_what_is_kept_for_backward(name, plan):
-    """Each tensor once, packed in the forward and unpacked in backward; of the formula's own none in "rows"."""
+    """Each tensor once, packed in the forward and unpacked in backward; of the formula's own none in "row_blocks"."""
     model, calls = Model(), []
     x = torch.randn(4, 6, H, requires_grad=True)
     source = fl.Hidden(x, model.head.weight, model.head.bias)
@@ -153,7 +154,7 @@ def test_hooks_see_what_is_kept_for_backward(name, plan):
     with saved_tensors_hooks(pack, unpack):
         loss = LOSSES[name](source, IDS, shift=True, plan=plan)
     assert set(calls) == {"pack"}
-    if plan == "rows":  # labels and head, the rows' numbers, desirable, and two numbers of the mean
+    if plan == "row_blocks":  # labels and head, the rows' numbers, desirable, and two numbers of the mean
         assert len(calls) <= 14
     packed, _ = len(calls), calls.clear()
     loss.backward()
@@ -163,7 +164,7 @@ def test_hooks_see_what_is_kept_for_backward(name, plan):
 @pytest.mark.parametrize("plan", PLANS)
 def test_where_hooks_are_forbidden(plan):
     model = Model()
-    _, expected = model.step("dpo", "slices", plain)
+    _, expected = model.step("dpo", "vocab_chunks", plain)
 
     def forbidden(f, x):
         with disable_saved_tensors_hooks("no hooks here"):
@@ -178,7 +179,7 @@ def test_floating_point_operations_are_counted_once():
 
     def counted(around, backward=True):
         with FlopCounterMode(display=False) as counter:
-            loss = around(partial(model.loss, "mixed", "rows"), model.embed(IDS))
+            loss = around(partial(model.loss, "mixed", "row_blocks"), model.embed(IDS))
             if backward:
                 torch.autograd.grad(loss, list(model.parameters()))
         return counter.get_total_flops()

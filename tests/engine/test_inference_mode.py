@@ -56,7 +56,7 @@ def test_all_that_a_loss_is_given(monkeypatch, name, variant, packed):
     other.options, other.extra, other.y = made(batch.options), made(batch.extra), made(batch.y)
     for kind, ref in sources_of(batch.entry):
         for trained in ((0, 1), (0,), (1,)) if kind == "hidden" else ((0,),):
-            for how in ({"plan": "slices"}, {}) if kind == "hidden" else ({},):
+            for how in ({"plan": "vocab_chunks"}, {}) if kind == "hidden" else ({},):
                 found = []
                 for b, f in ((batch, lambda x: x), (other, made)):
                     source, leaves = policy(batch, kind, trained, f)
@@ -147,7 +147,7 @@ def test_a_model_that_was_loaded_there():
         states = torch.randn(4, 6, 8)
     y, x = torch.randint(0, 50, (4, 6)), torch.randn(4, 6, 8, requires_grad=True)
     for loss in (fl.dpo_loss, fl.distillation_loss):
-        for plan in ("slices", "auto"):
+        for plan in ("vocab_chunks", "auto"):
             found = loss(fl.Hidden(x, weight.detach().clone()), y, fl.Hidden(states, weight), plan=plan, shift=False)
             torch.autograd.grad(found.loss, x)
             assert not found.stats.ref_logps.requires_grad

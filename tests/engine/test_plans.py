@@ -45,7 +45,7 @@ class Step:
         self.how = {"plan": plan, "workspace": workspace, "static_shapes": static}
         self.leaves = asking([*self.policy, *self.given])
         # rows of a unit of a loss that is known: tokens where a divergence is its subject, else pairs
-        self.unit = 0 if plan != "rows" else 1 if self.asked else 8
+        self.unit = 0 if plan != "row_blocks" else 1 if self.asked else 8
 
     @property
     def plan(self):
@@ -77,13 +77,13 @@ def test_row_blocks_are_of_equal_size_large_and_few():
         4096, 50304, 512, 512, 4, 4, True, pair=True, grad_hidden=True, grad_head=True, grad_weight=True, unit=1
     )
     plan = planner.make_plan(inputs._replace(weight=50304 * 512))
-    assert plan.kind == "rows" and plan.gemms == 4
+    assert plan.kind == "row_blocks" and plan.gemms == 4
     assert 4096 % plan.tile[0] <= plan.tile[0] // 8 or -(-4096 // plan.tile[0]) * plan.tile[0] - 4096 < 64
     assert plan.tiles <= planner.CPU_BLOCK
     assert planner.make_plan(inputs._replace(device="cuda")).tiles > planner.CPU_BLOCK
     for few in (inputs._replace(vocab=4_000_000), inputs._replace(unit=2048), inputs._replace(rows=1 << 22)):
-        assert planner.make_plan(few).kind == "slices"
-    assert planner.make_plan(inputs._replace(unit=4096), "rows", 4 << 30).tile == (4096, 50304)
+        assert planner.make_plan(few).kind == "vocab_chunks"
+    assert planner.make_plan(inputs._replace(unit=4096), "row_blocks", 4 << 30).tile == (4096, 50304)
 
 
 # ---- matrix products ---------------------------------------------------------------------------------------------------
@@ -91,20 +91,26 @@ def test_row_blocks_are_of_equal_size_large_and_few():
 X, W, XW = ("x",), ("w",), ("x", "w")
 BOTH = ("x", "w", "ref_x", "ref_w")
 STEPS = [  # plan, reference, divergence, entropy, gradients to, products
-    ("slices", None, None, False, (), 1), ("slices", None, None, True, X, 3), ("slices", None, None, False, W, 3),
-    ("slices", None, None, False, XW, 4), ("slices", "hidden", None, False, XW, 5), ("slices", "logits", None, False, XW, 4),
-    ("slices", "hidden", "forward_kl", False, XW, 6), ("slices", "hidden", NAMES, True, XW, 8),
-    ("slices", "logits", ["js"], False, XW, 5), ("slices", "hidden", None, False, BOTH, 8),
-    ("slices", "hidden", "reverse_kl", False, BOTH, 8), ("slices", "hidden", "js", False, BOTH, 10),
-    ("whole", None, None, False, XW, 3), ("whole", "hidden", None, False, XW, 4), ("whole", "hidden", "js", False, XW, 4),
-    ("whole", "hidden", ["js", "forward_kl"], True, BOTH, 6), ("whole", "hidden", "forward_kl", False, X, 3),
-    ("frozen", None, None, False, X, 2), ("frozen", None, None, True, X, 3), ("frozen", "hidden", None, False, X, 3),
-    ("frozen", "hidden", "forward_kl", False, X, 4), ("frozen", "hidden", ["forward_kl", "alpha"], False, X, 5),
-    ("frozen", "hidden", "jeffreys", False, X, 7), ("frozen", "hidden", ["jeffreys", "reverse_kl"], True, X, 8),
-    ("frozen", "hidden", "js", False, X, 6), ("frozen", "logits", "js", True, X, 5),
-    ("rows", None, None, False, XW, 3), ("rows", "hidden", None, True, XW, 4), ("rows", "hidden", None, False, X, 3),
-    ("rows", "logits", None, False, W, 2), ("rows", "hidden", "forward_kl", True, XW, 4),
-    ("rows", "hidden", "js", False, XW, 4), ("rows", "hidden", "alpha", False, X, 3), ("rows", "logits", "js", False, XW, 3),
+    ("vocab_chunks", None, None, False, (), 1), ("vocab_chunks", None, None, True, X, 3),
+    ("vocab_chunks", None, None, False, W, 3),
+    ("vocab_chunks", None, None, False, XW, 4), ("vocab_chunks", "hidden", None, False, XW, 5), ("vocab_chunks",
+    "logits", None, False, XW, 4),
+    ("vocab_chunks", "hidden", "forward_kl", False, XW, 6), ("vocab_chunks", "hidden", NAMES, True, XW, 8),
+    ("vocab_chunks", "logits", ["js"], False, XW, 5), ("vocab_chunks", "hidden", None, False, BOTH, 8),
+    ("vocab_chunks", "hidden", "reverse_kl", False, BOTH, 8), ("vocab_chunks", "hidden", "js", False, BOTH, 10),
+    ("keep_logits", None, None, False, XW, 3), ("keep_logits", "hidden", None, False, XW, 4), ("keep_logits", "hidden",
+    "js", False, XW, 4),
+    ("keep_logits", "hidden", ["js", "forward_kl"], True, BOTH, 6), ("keep_logits", "hidden", "forward_kl", False, X, 3),
+    ("frozen_head", None, None, False, X, 2), ("frozen_head", None, None, True, X, 3), ("frozen_head",
+    "hidden", None, False, X, 3),
+    ("frozen_head", "hidden", "forward_kl", False, X, 4), ("frozen_head", "hidden", ["forward_kl", "alpha"], False, X, 5),
+    ("frozen_head", "hidden", "jeffreys", False, X, 7), ("frozen_head", "hidden", ["jeffreys", "reverse_kl"], True, X, 8),
+    ("frozen_head", "hidden", "js", False, X, 6), ("frozen_head", "logits", "js", True, X, 5),
+    ("row_blocks", None, None, False, XW, 3), ("row_blocks", "hidden", None, True, XW, 4), ("row_blocks",
+    "hidden", None, False, X, 3),
+    ("row_blocks", "logits", None, False, W, 2), ("row_blocks", "hidden", "forward_kl", True, XW, 4),
+    ("row_blocks", "hidden", "js", False, XW, 4), ("row_blocks", "hidden", "alpha", False, X, 3), ("row_blocks",
+    "logits", "js", False, XW, 3),
 ]  # fmt: skip
 
 
@@ -124,9 +130,9 @@ def multiplied(step, rows):
 
 def few_bytes(rows, vocab, plan, divergence):
     """A workspace that cuts this step into some tens of tiles."""
-    if plan == "whole":
+    if plan == "keep_logits":
         return None
-    if plan == "rows":
+    if plan == "row_blocks":
         kinds = planner.PlanInputs(rows, vocab, 16, 16, 4, 4, True, backend="torch", pair=bool(divergence))
         return planner.rows_bytes(kinds, 8)
     return 4096 * 25
@@ -139,29 +145,40 @@ def test_the_products_that_run_are_those_of_the_plan(device, monkeypatch, case):
     plan, ref, divergence, entropy, grads, wanted = case
     step = Step(device, 16, 320, plan, few_bytes(16, 320, plan, divergence), ref, divergence, entropy, grads)
     assert step.plan.kind == plan and step.plan.gemms == wanted
-    assert plan == "whole" or step.plan.tile[0] * step.plan.tile[1] < 16 * 320
+    assert plan == "keep_logits" or step.plan.tile[0] * step.plan.tile[1] < 16 * 320
     assert multiplied(step, 16) == wanted
 
 
 @pytest.mark.parametrize(
-    ("plan", "static"), [(p, static) for p in ("slices", "whole", "frozen") for static in (False, True)] + [("rows", False)]
+    ("plan", "static"), [(p, static) for p in ("vocab_chunks", "keep_logits",
+    "frozen_head") for static in (False, True)] + [("row_blocks", False)]
 )  # fmt: skip
 def test_rows_that_do_not_count_are_not_multiplied(backend, device, plan, static):
     """They are with static shapes, which ask no number of the device."""
     rows = 16
     step = Step(
-        device, rows, 48, plan, None, "hidden", None, False, X if plan == "frozen" else XW, static=static, masked=True
+        device,
+        rows,
+        48,
+        plan,
+        None,
+        "hidden",
+        None,
+        False,
+        X if plan == "frozen_head" else XW,
+        static=static,
+        masked=True,
     )
     found = multiplied(step, rows if static else rows // 2)
     # a tile kernel may make the reference's logits, where nothing else needs them
-    assert found == step.plan.gemms or (backend == "triton" and plan == "rows" and found == step.plan.gemms - 1)
+    assert found == step.plan.gemms or (backend == "triton" and plan == "row_blocks" and found == step.plan.gemms - 1)
 
 
 def test_the_shift_costs_no_product(device, monkeypatch):
     """The last position predicts nothing."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
-    step = Step(device, 16, 48, "slices")
-    run = lambda: fl.token_stats(step.source[0], step.y, shift=True, plan="slices").logps.sum().backward()  # noqa: E731
+    step = Step(device, 16, 48, "vocab_chunks")
+    run = lambda: fl.token_stats(step.source[0], step.y, shift=True, plan="vocab_chunks").logps.sum().backward()  # noqa: E731
     assert sum(m * n * k for m, n, k in products(run)) == 4 * 12 * 48 * 16
 
 
@@ -172,7 +189,7 @@ def test_the_shift_costs_no_product(device, monkeypatch):
 def test_products_of_a_head_that_learns_in_part(device, monkeypatch, grads, rank, wide, narrow):
     """A bias needs no product beyond the logits, factors of rank r only those with r columns; and the plan says so."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
-    step = Step(device, 20, 320, "slices", 4096 * 25, grads=grads, rank=rank)
+    step = Step(device, 20, 320, "vocab_chunks", 4096 * 25, grads=grads, rank=rank)
     found = [(m * n * k, rank and rank in (m, n, k)) for m, n, k in products(step.run) if (m, n, k).count(16) < 2]
     assert sum(f for f, low in found if not low) == wide * 20 * 320 * 16
     between = 20 * 16 * rank  # hidden states and factor a
@@ -184,12 +201,12 @@ def test_auto_takes_the_fewest_products(device, monkeypatch):
     """Of the plans that fit, in every step above whose loss is not known inside."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     for plan, ref, divergence, entropy, grads, _ in STEPS:
-        if plan == "rows" or not grads:
+        if plan == "row_blocks" or not grads:
             continue
         for workspace in (4096 * 25, 1 << 26):
             build = lambda p, ws=workspace, o=(ref, divergence, entropy, grads): Step(device, 16, 320, p, ws, *o)  # noqa: E731
             counts = []
-            for other in set(planner.KINDS) - {"rows"}:
+            for other in set(planner.KINDS) - {"row_blocks"}:
                 try:
                     counts.append(build(other).plan.gemms)
                 except ValueError:
@@ -210,16 +227,16 @@ def held(step):
 
 
 HELD = [  # plan, reference, divergence, entropy, gradients, dtype, masked; how far above what is held the plan may be
-    ("slices", None, None, False, XW, torch.float32, False, 3.4),
-    ("slices", None, None, False, XW, torch.bfloat16, False, 3.4),
-    ("slices", "hidden", None, False, XW, torch.float32, True, None),
-    ("slices", "hidden", "forward_kl", False, BOTH, torch.float32, False, 3.4),
-    ("slices", "hidden", ["js", "alpha"], True, XW, torch.bfloat16, False, 3.4),
-    ("frozen", None, None, False, X, torch.float32, False, 3.4),
-    ("frozen", "hidden", ["forward_kl"], True, X, torch.float32, False, 3.4),
-    ("whole", "hidden", "js", False, XW, torch.float32, False, 3.4),
-    ("rows", "hidden", None, False, XW, torch.float32, False, 3.4),
-    ("rows", "hidden", None, True, XW, torch.bfloat16, False, 3.4),
+    ("vocab_chunks", None, None, False, XW, torch.float32, False, 3.4),
+    ("vocab_chunks", None, None, False, XW, torch.bfloat16, False, 3.4),
+    ("vocab_chunks", "hidden", None, False, XW, torch.float32, True, None),
+    ("vocab_chunks", "hidden", "forward_kl", False, BOTH, torch.float32, False, 3.4),
+    ("vocab_chunks", "hidden", ["js", "alpha"], True, XW, torch.bfloat16, False, 3.4),
+    ("frozen_head", None, None, False, X, torch.float32, False, 3.4),
+    ("frozen_head", "hidden", ["forward_kl"], True, X, torch.float32, False, 3.4),
+    ("keep_logits", "hidden", "js", False, XW, torch.float32, False, 3.4),
+    ("row_blocks", "hidden", None, False, XW, torch.float32, False, 3.4),
+    ("row_blocks", "hidden", None, True, XW, torch.bfloat16, False, 3.4),
 ]  # fmt: skip
 
 
@@ -229,8 +246,8 @@ def test_a_step_holds_what_its_plan_says(device, monkeypatch, case):
     of the torch backend's temporaries, and rows that do not count take nothing.)"""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch" if device.type == "cpu" else "triton")
     plan, ref, divergence, entropy, grads, dtype, masked, above = case
-    workspace = 28 * MIB if plan in ("rows", "whole") else 24 * MIB
-    rows, vocab = (256, 4096) if plan != "whole" else (128, 2048)
+    workspace = 28 * MIB if plan in ("row_blocks", "keep_logits") else 24 * MIB
+    rows, vocab = (256, 4096) if plan != "keep_logits" else (128, 2048)
     step = Step(device, rows, vocab, plan, workspace, ref, divergence, entropy, grads, 64, dtype, masked=masked)
     assert step.plan.kind == plan and step.plan.tiles <= workspace
     tiles = held(step)
@@ -241,7 +258,8 @@ def test_a_step_holds_what_its_plan_says(device, monkeypatch, case):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "ref", "divergence", "grads"),
-    [("slices", None, None, XW), ("slices", "hidden", "forward_kl", XW), ("frozen", None, None, X), ("rows", None, None, X)],
+    [("vocab_chunks", None, None, XW), ("vocab_chunks", "hidden", "forward_kl", XW), ("frozen_head", None, None, X),
+    ("row_blocks", None, None, X)],
 )  # fmt: skip
 def test_memory_does_not_grow_with_rows_times_vocabulary(device, monkeypatch, plan, ref, divergence, grads):
     """64 times as many logits in the same workspace."""
@@ -256,11 +274,11 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(device, monkeypatch, pl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["slices", "frozen"])
+@pytest.mark.parametrize("plan", ["vocab_chunks", "frozen_head"])
 def test_memory_of_the_triton_backend(device, monkeypatch, plan):
     """Kernels hold nothing beside the tiles."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
-    step = Step(device, 8, 200, plan, 4500, "hidden", None, False, X if plan == "frozen" else XW)
+    step = Step(device, 8, 200, plan, 4500, "hidden", None, False, X if plan == "frozen_head" else XW)
     tiles = held(step)
     assert step.plan.tile[1] < 200 and tiles <= step.plan.tiles <= 4500
 
@@ -478,7 +496,7 @@ def test_gradients_of_the_forward_are_given_away_once(device, dtype):
     x, w = torch.randn(4, 5, 16, device=device), torch.randn(301, 16, device=device)
     x, w = (t.to(dtype).requires_grad_() for t in (x, w))
     y = torch.randint(0, 301, (4, 5), device=device)
-    out = fl.dpo_loss(fl.Hidden(x, w), y, None, plan="rows", shift=False)
+    out = fl.dpo_loss(fl.Hidden(x, w), y, None, plan="row_blocks", shift=False)
     first = torch.autograd.grad(3 * out.loss, (x, w), retain_graph=True)
     kept = [g.clone() for g in first]
     again = torch.autograd.grad(3 * out.loss, (x, w), retain_graph=True)
@@ -498,7 +516,7 @@ def test_a_float32_head_has_one_gradient(device, monkeypatch):
     y = torch.randint(0, 20_000, (2, 8), device=device)
 
     def step():
-        fl.dpo_loss(fl.Hidden(x, w), y, None, plan="rows", shift=False).loss.backward()
+        fl.dpo_loss(fl.Hidden(x, w), y, None, plan="row_blocks", shift=False).loss.backward()
 
     beyond = peak_bytes(step) - x.nbytes - w.nbytes
     assert beyond < 0.75 * w.nbytes, f"{beyond / MIB:.1f} MiB beside {w.nbytes / MIB:.1f}"

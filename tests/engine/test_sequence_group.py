@@ -170,8 +170,8 @@ def refusals(rank, group):
         (lambda: fl.simpo_loss(p, mine, sequence_group=group, shift=True), "shift: beside sequence_group"),
         (lambda: fl.grpo_loss(p, mine, q[:, 0], sequence_group=group, shift=True), "shift: beside sequence_group"),
         (
-            lambda: fl.dpo_loss(p, mine, None, sequence_group=group, plan="rows", shift=False),
-            "plan: 'rows' is not possible here",
+            lambda: fl.dpo_loss(p, mine, None, sequence_group=group, plan="row_blocks", shift=False),
+            "plan: 'row_blocks' is not possible here",
         ),
         (
             lambda: fl.dpo_loss(p, mine, None, sequence_group="world", shift=False),

@@ -53,7 +53,7 @@ def sources(policy, ref, rows=slice(None), **shard):
 CASES = {
     "dpo": lambda p, y, q: fl.dpo_loss(p, y, q, shift=False).loss,
     "wpo": lambda p, y, q: fl.dpo_loss(p, y, q, use_weighting=True, shift=False).loss,
-    "js link": lambda p, y, q: fl.dpo_loss(p, y, q, divergence="js(beta=0.5)", plan="whole", shift=False).loss,
+    "js link": lambda p, y, q: fl.dpo_loss(p, y, q, divergence="js(beta=0.5)", plan="keep_logits", shift=False).loss,
     "tdpo": lambda p, y, q: fl.tdpo_loss(p, y, q, shift=False).loss,
     "jsd": lambda p, y, q: fl.distillation_loss(p, y, q, shift=False).loss,
     "alpha": lambda p, y, q: fl.distillation_loss(p, y, q, divergence="alpha(a=0.3)", hard=0.5, shift=False).loss,
@@ -277,8 +277,8 @@ def refusals(rank, group, split):
     p.hidden.requires_grad_()
     whole = sources(policy, ref)[1]
     for call, words in (
-        (lambda: fl.dpo_loss(p, labels, q, plan="rows", shift=False), "plan: 'rows'"),
-        (lambda: fl.token_stats(p, labels, plan="frozen", shift=False), "plan: 'frozen'"),
+        (lambda: fl.dpo_loss(p, labels, q, plan="row_blocks", shift=False), "plan: 'row_blocks'"),
+        (lambda: fl.token_stats(p, labels, plan="frozen_head", shift=False), "plan: 'frozen_head'"),
         (
             lambda: fl.token_stats(p, labels, whole, divergence="js", shift=False),
             "ref: expected the policy's process_group",

@@ -329,11 +329,11 @@ def test_one_token_vocabulary(backend, device, size):
     assert torch.equal(dz[:, 0], given["lse"]) and not dw.any()
 
 
-@pytest.mark.parametrize("plan", ["slices", "frozen", "whole"])
+@pytest.mark.parametrize("plan", ["vocab_chunks", "frozen_head", "keep_logits"])
 def test_one_token_vocabulary_from_hidden_states(backend, device, plan):
     """One row of the head is a token, the others are padding."""
     x, v = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device)
-    weight, ref = v.clone().requires_grad_(plan != "frozen"), fl.Hidden(x.detach() + 1, v, valid_vocab=1)
+    weight, ref = v.clone().requires_grad_(plan != "frozen_head"), fl.Hidden(x.detach() + 1, v, valid_vocab=1)
     y = torch.zeros(4, dtype=torch.long, device=device)
     policy = fl.Hidden(x, weight, valid_vocab=1)
     stats = fl.token_stats(policy, y, ref, divergence=NAMES, entropy=True, plan=plan, shift=False)

@@ -247,7 +247,7 @@ def test_autocast(kind):
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.loss, list(model.parameters())))
 
 
-@pytest.mark.parametrize("plan", ["rows", "slices", "whole"])
+@pytest.mark.parametrize("plan", ["row_blocks", "vocab_chunks", "keep_logits"])
 def test_products_run_in_the_dtype_of_autocast(plan):
     x, weight = torch.randn(4, 3, H, requires_grad=True), torch.randn(V, H).bfloat16().float().requires_grad_()
     y = torch.randint(0, V, (4, 3))
@@ -269,7 +269,12 @@ def test_products_run_in_the_dtype_of_autocast(plan):
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------------
 
-SOURCES = [("hidden", {"plan": "rows"}), ("hidden", {"plan": "slices"}), ("hidden", {"plan": "whole"}), ("logits", {})]
+SOURCES = [
+    ("hidden", {"plan": "row_blocks"}),
+    ("hidden", {"plan": "vocab_chunks"}),
+    ("hidden", {"plan": "keep_logits"}),
+    ("logits", {}),
+]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -411,7 +416,7 @@ class NoReads(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("plan", ["auto", "slices", "whole", "frozen"])
+@pytest.mark.parametrize("plan", ["auto", "vocab_chunks", "keep_logits", "frozen_head"])
 @pytest.mark.parametrize("name", ["dpo", "cross entropy", "distillation"])
 def test_static_shapes_read_nothing(monkeypatch, name, plan):
     """Around the kernels, which are left out: in the interpreter they run on the host."""
@@ -424,7 +429,7 @@ def test_static_shapes_read_nothing(monkeypatch, name, plan):
     for module in (logits_ops, pair_ops, hidden_ops, fused_backward):
         monkeypatch.setattr(module, "backend_module", lambda _: silent)
     model, ref = Model(), Model().requires_grad_(False)
-    model.head.requires_grad_(plan != "frozen")
+    model.head.requires_grad_(plan != "frozen_head")
     ids, labels, options = batch(2, 5)
 
     def step(**how):
@@ -439,13 +444,13 @@ def test_static_shapes_read_nothing(monkeypatch, name, plan):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", ["slices", "whole", "frozen"])
+@pytest.mark.parametrize("plan", ["vocab_chunks", "keep_logits", "frozen_head"])
 def test_cuda_graph(device, plan):
     """A captured step, forward and backward, on batches that it has not seen."""
     if device.type != "cuda":
         pytest.skip("needs CUDA graphs")
     model, ref = Model().to(device), Model().to(device).requires_grad_(False)
-    model.head.requires_grad_(plan != "frozen")
+    model.head.requires_grad_(plan != "frozen_head")
     ids, labels = (x.to(device) for x in batch(3, 6)[:2])
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -486,18 +491,23 @@ def first_order():
     several = {"loss_type": ("sigmoid", "hinge"), "shift": False}
 
     def rows(x):
-        return fl.dpo_loss(fl.Hidden(x, weight), y, given, plan="rows", shift=False).loss
+        return fl.dpo_loss(fl.Hidden(x, weight), y, given, plan="row_blocks", shift=False).loss
 
     return {
         "logits": (lambda z: fl.token_stats(z, y, other, divergence="js", shift=False).divergence["js"].sum(), z),
-        "hidden": (lambda x: fl.token_stats(fl.Hidden(x, weight), y, plan="slices", shift=False).logps.sum(), x),
+        "hidden": (lambda x: fl.token_stats(fl.Hidden(x, weight), y, plan="vocab_chunks", shift=False).logps.sum(), x),
         "frozen": (
-            lambda x: fl.token_stats(fl.Hidden(x, weight), y, plan="frozen", entropy=True, shift=False).entropy.sum(),
+            lambda x: fl.token_stats(
+                fl.Hidden(x, weight), y, plan="frozen_head", entropy=True, shift=False
+            ).entropy.sum(),
             x,
         ),
         "rows": (rows, x),
         "rows, squared": (lambda x: rows(x) ** 2, x),
-        "rows, weight": (lambda w: fl.cross_entropy_loss(fl.Hidden(x, w), y, plan="rows", shift=False).loss, weight),
+        "rows, weight": (
+            lambda w: fl.cross_entropy_loss(fl.Hidden(x, w), y, plan="row_blocks", shift=False).loss,
+            weight,
+        ),
         "pairs": (lambda p: fl.dpo_loss(fl.LogProbs(p), y, given, shift=False).loss, logps + 1),
         "curve": (lambda p: fl.preference_loss(fl.LogProbs(p), y, given, **several).loss, logps + 1),
         "top k, logits": (lambda z: fl.topk_distillation_loss(z, y, top, ids, shift=False).loss, z),

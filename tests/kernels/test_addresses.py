@@ -46,7 +46,7 @@ def same(mine, truth):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("strides", [(FAR, 1), (1, FAR // 16)], ids=["rows", "columns"])
+@pytest.mark.parametrize("strides", [(FAR, 1), (1, FAR // 16)], ids=["row_blocks", "columns"])
 def test_logits_far_apart(triton, strides):
     z, w = torch.randn(2, ROWS, V).half()
     y = torch.tensor([1, -100, 39])
@@ -70,7 +70,7 @@ def test_gradients_written_far_apart(triton):
 
 
 @pytest.mark.parametrize("static", [False, True])  # rows that count are copied together, but for static shapes
-@pytest.mark.parametrize("plan", ["tiles", "slices", "whole"])
+@pytest.mark.parametrize("plan", ["on_chip", "vocab_chunks", "keep_logits"])
 def test_heads_far_apart(triton, plan, static):
     x, weight, y = torch.randn(ROWS, H).half(), torch.randn(V, H).half(), torch.tensor([1, -100, 39])
     there = fl.Hidden(far(x, FAR, 1), far(weight, FAR // 16, 1))

@@ -54,13 +54,13 @@ def test_low_precision_is_never_worse_than_torch(device, smoothing, dtype, monke
     assert g.dtype == dtype and relative(g, t) <= max(relative(e, t), torch.finfo(dtype).eps / 2)
 
 
-@pytest.mark.parametrize("plan", ["auto", "rows", "slices", "frozen"])
+@pytest.mark.parametrize("plan", ["auto", "row_blocks", "vocab_chunks", "frozen_head"])
 @pytest.mark.parametrize("smoothing", EPS)
 def test_from_hidden_states_with_every_option_of_a_head(monkeypatch, smoothing, plan):
     """A padded vocabulary: smoothing spreads over the tokens that exist."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     x, weight, bias, a, b = hidden_leaves((2, 4), 6, V + 3, "cpu", rank=2)
-    if plan == "frozen":
+    if plan == "frozen_head":
         weight, bias, a, b = (t.detach() for t in (weight, bias, a, b))
     y = torch.where(V <= Y, V - 1, Y)
     head = {"softcap": 5.0, "scale": 0.7, "temperature": 1.3, "valid_vocab": V}
@@ -187,12 +187,12 @@ def test_second_derivatives_from_the_twin():
     assert torch.autograd.gradcheck(loss, z) and torch.autograd.gradgradcheck(loss, z)
 
 
-@pytest.mark.parametrize("plan", ["auto", "slices", "frozen"])
+@pytest.mark.parametrize("plan", ["auto", "vocab_chunks", "frozen_head"])
 def test_a_reference_whose_rows_share_memory(monkeypatch, plan):
     """What smoothing rests on."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     leaves = hidden_leaves((2, 4), 6, V, "cpu", bias=False)
-    leaves[1].requires_grad_(plan != "frozen")
+    leaves[1].requires_grad_(plan != "frozen_head")
     build = lambda leaves: (hidden_source(leaves), leaves[0].new_zeros(()).expand(2, 4, V))  # noqa: E731
     compare_sources(build, leaves, Y, how={"plan": plan}, divergence="forward_kl")
 

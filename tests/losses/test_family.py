@@ -32,7 +32,7 @@ def test_plans_and_options(monkeypatch, name, variant):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     batch = Batch(name, variant, seed=1)
     ref = None if batch.entry.ref == "unused" else "hidden"
-    batch.compare("hidden", ref, plan="slices", entropy=True, reduction="sum")
+    batch.compare("hidden", ref, plan="vocab_chunks", entropy=True, reduction="sum")
     batch.compare("hidden", ref, num_items=7)
     batch.compare("hidden", ref, reduction="none")
     if not any("per token" in kind for kind in batch.entry.inputs.values()):
@@ -74,7 +74,7 @@ def test_parts_are_what_metrics_are_made_of(monkeypatch, name, variant, packed):
     def value(terms):
         return sum(x.value() for x in terms)
 
-    for how in ({}, {"plan": "slices"}):
+    for how in ({}, {"plan": "vocab_chunks"}):
         out = batch.loss(fl, torch.float32, fl.Hidden(batch.x, batch.weight), ref, entropy=True, **how)
         assert out.parts.keys() == out.metrics.keys() | {"loss"}
         for n, terms in out.parts.items():

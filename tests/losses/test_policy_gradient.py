@@ -230,7 +230,7 @@ def test_exact_kl_is_the_sum_over_the_vocabulary(backend, kl):
     torch.testing.assert_close(g, exact, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("plan", ["auto", "rows", "slices", "rows of a sequence"])
+@pytest.mark.parametrize("plan", ["auto", "row_blocks", "vocab_chunks", "row_blocks of a sequence"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("options", [*EVERY, {"importance": "sequence"}], ids=lambda o: "-".join(map(str, o.values())))
 def test_exact_kl_in_every_plan(monkeypatch, options, packed, plan):
@@ -240,7 +240,7 @@ def test_exact_kl_in_every_plan(monkeypatch, options, packed, plan):
     cu = {n: x for n, x in made.options.items() if n == "cu_seqlens"}
     made.options = {"beta": 0.3, "kl": "reverse_kl", **options, **cu}
     how = {"plan": plan.split()[0]}
-    if plan == "rows of a sequence":
+    if plan == "row_blocks of a sequence":
         call = lambda size: made.call(fl, torch.float32, "hidden", "hidden", how | {"workspace": size})  # noqa: E731
         how["workspace"] = least_workspace(call)
     made.compare("hidden", "hidden", **how)
@@ -287,7 +287,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(options):
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("plan", [{}, {"plan": "rows"}], ids=str)
+@pytest.mark.parametrize("plan", [{}, {"plan": "row_blocks"}], ids=str)
 def test_packed_equals_padded(shift, per_token, plan):
     """Sequences of 5, 0, 4, 1 tokens. Numbers per token lie with the outputs: one fewer a row when padded and shifted."""
     lengths, t, out_t = [5, 0, 4, 1], 5, 4 if shift else 5

@@ -315,7 +315,7 @@ def test_wpo_matches_the_twin(monkeypatch, loss, shift):
     compare(lambda library, z, w: call(library, z, w, py, cu_seqlens=cu), *leaves)
 
 
-@pytest.mark.parametrize("plan", ["rows", "slices", "whole", "frozen"])
+@pytest.mark.parametrize("plan", ["row_blocks", "vocab_chunks", "keep_logits", "frozen_head"])
 def test_wpo_weights_come_from_the_same_pass(monkeypatch, plan):
     """No call and no product more than without them, in every plan the same loss and gradient."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
@@ -325,7 +325,7 @@ def test_wpo_weights_come_from_the_same_pass(monkeypatch, plan):
     fl.preference_loss(z, y, w, use_weighting=True, shift=False)
     assert len(calls) == 1
     x, weight, other = (torch.randn(4, 5, 6).requires_grad_(), torch.randn(19, 6), torch.randn(19, 6))
-    weight.requires_grad_(plan != "frozen")
+    weight.requires_grad_(plan != "frozen_head")
     y = torch.randint(0, 19, (4, 5))
     y[1, 3:], y[2, :2] = -100, -100
     ref = fl.Hidden(x.detach(), other)
@@ -336,7 +336,7 @@ def test_wpo_weights_come_from_the_same_pass(monkeypatch, plan):
 
     assert products(lambda: step(plan=plan)) == products(lambda: step(on=False, plan=plan))
     truth = step(fl.reference)
-    for how in ({"plan": plan}, {"plan": "slices", "workspace": 20_000}):
+    for how in ({"plan": plan}, {"plan": "vocab_chunks", "workspace": 20_000}):
         for mine, theirs in zip(step(**how), truth, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
 
@@ -364,7 +364,7 @@ def test_row_blocks_give_the_same(monkeypatch, options, packed):
     x, weight = x.requires_grad_(), weight.requires_grad_()
 
     def call(library, x, weight):
-        how = {"plan": "rows", "workspace": 16_000} if library is fl else {}
+        how = {"plan": "row_blocks", "workspace": 16_000} if library is fl else {}
         ref = fl.Hidden(x.detach(), weight.detach() * 0.8)
         return library.preference_loss(fl.Hidden(x, weight), y, ref, beta=0.5, **options, **how, shift=False)
 
@@ -477,9 +477,9 @@ def test_bad_input_gets_words(case):
 
 
 def test_what_the_plans_and_names_refuse():
-    with pytest.raises(ValueError, match="plan: 'rows' is not possible here: this loss looks at the whole batch"):
+    with pytest.raises(ValueError, match="plan: 'row_blocks' is not possible here: this loss looks at the whole batch"):
         fl.preference_loss(
-            fl.Hidden(torch.zeros(4, 3, 2), torch.zeros(5, 2)), Y, None, loss_type="aot", plan="rows", shift=False
+            fl.Hidden(torch.zeros(4, 3, 2), torch.zeros(5, 2)), Y, None, loss_type="aot", plan="row_blocks", shift=False
         )
     with pytest.raises(TypeError, match="ipo_loss: `loss_type` is fixed to 'ipo'"):
         fl.ipo_loss(Z, Y, Z, loss_type="sigmoid", shift=False)

@@ -206,7 +206,7 @@ def test_orpo_nll_over_the_prompt_too(own_backend, device, shift):
     torch.testing.assert_close(fl.orpo_loss(z, y, nll_labels=other, beta=0.2, shift=shift).loss, out.loss)
 
 
-@pytest.mark.parametrize("plan", ["rows", "slices"])
+@pytest.mark.parametrize("plan", ["row_blocks", "vocab_chunks"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("shift", [False, True])
 def test_orpo_prompts_from_hidden_states(monkeypatch, plan, packed, shift):

@@ -115,7 +115,7 @@ def test_from_hidden_states_with_every_option_of_a_head(monkeypatch, tail, shift
         return f.topk_distillation_loss(hidden_source(leaves, **head), Y, logps, ids, **options, **how)
 
     wide = doubles(leaves)
-    ours, truth = loss(fl, leaves, plan="slices"), loss(fl.reference, wide)
+    ours, truth = loss(fl, leaves, plan="vocab_chunks"), loss(fl.reference, wide)
     assert relative(ours.loss, truth.loss) <= 2e-6
     for g, t in zip(gradients_of(ours.loss, leaves), gradients_of(truth.loss, wide), strict=True):
         assert relative(g, t) <= 5e-6
@@ -317,7 +317,8 @@ BAD = [
     (lambda: call(fl.LogProbs(Z[..., 0]), Y, Q, I, shift=False), ValueError, "student: expected fl.Hidden or logits"),
     (lambda: call(Z, Y, Q, I, hard=-1, shift=False), ValueError, "hard: expected a finite number >= 0"),
     (lambda: call(Z, Y, Q, I, reduction="avg", shift=False), ValueError, "reduction: expected"),
-    (lambda: call(Z, Y, Q, I, plan="slices", shift=False), ValueError, "plan, workspace, static_shapes: are for fl.Hidden"),
+    (lambda: call(Z, Y, Q, I, plan="vocab_chunks", shift=False), ValueError,
+     "plan, workspace, static_shapes: are for fl.Hidden"),
     (lambda: call(Z, Y, Q, I, beta=0.5, shift=False), TypeError, "beta"),
 ]  # fmt: skip
 

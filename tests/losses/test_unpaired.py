@@ -156,7 +156,7 @@ def test_baseline_is_the_mean_and_not_negative():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"shift": True}, {"packed": True}, {"plan": "rows"}, {"plan": "slices"}], ids=str
+    "options", [{}, {"shift": True}, {"packed": True}, {"plan": "row_blocks"}, {"plan": "vocab_chunks"}], ids=str
 )
 def test_baseline_from_hidden_states(options):
     options = {"shift": False, **options}
@@ -256,11 +256,11 @@ def test_running_delta_from_hidden_states():
     y, good = torch.randint(0, 13, (4, 5)), flags(1, 0, 0, 1)
     policy, ref = fl.Hidden(x, a), fl.Hidden(x.detach(), a + 0.3)
     out = fl.bco_loss(policy, y, ref, good, delta=fl.RunningDelta(), shift=False)
-    fixed = fl.bco_loss(policy, y, ref, good, delta=out.metrics["delta"], plan="rows", shift=False)
+    fixed = fl.bco_loss(policy, y, ref, good, delta=out.metrics["delta"], plan="row_blocks", shift=False)
     torch.testing.assert_close(out.loss, fixed.loss)
     torch.testing.assert_close(torch.autograd.grad(out.loss, x), torch.autograd.grad(fixed.loss, x))
-    with pytest.raises(ValueError, match="plan: 'rows' is not possible here: this loss looks at the whole batch"):
-        fl.bco_loss(policy, y, ref, good, delta=fl.RunningDelta(), plan="rows", shift=False)
+    with pytest.raises(ValueError, match="plan: 'row_blocks' is not possible here: this loss looks at the whole batch"):
+        fl.bco_loss(policy, y, ref, good, delta=fl.RunningDelta(), plan="row_blocks", shift=False)
 
 
 Z, Y, GOOD = torch.zeros(3, 4, 5), torch.zeros(3, 4, dtype=torch.long), torch.tensor([True, False, True])

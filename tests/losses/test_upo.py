@@ -82,8 +82,14 @@ def test_one_pass_from_hidden_states(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     x, weight = torch.randn(4, 5, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     y = torch.randint(0, 40, (4, 5))
-    run = lambda: fl.upo_loss(fl.Hidden(x, weight), y, None, A.float(), plan="slices", shift=False).loss.backward()  # noqa: E731
-    base = lambda: fl.dpo_loss(fl.Hidden(x, weight), y, None, plan="slices", shift=False).loss.backward()  # noqa: E731
+    how = {"plan": "vocab_chunks", "shift": False}
+
+    def run():
+        fl.upo_loss(fl.Hidden(x, weight), y, None, A.float(), **how).loss.backward()
+
+    def base():
+        fl.dpo_loss(fl.Hidden(x, weight), y, None, **how).loss.backward()
+
     assert len(products(run)) == len(products(base))
 
 

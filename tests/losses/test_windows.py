@@ -12,7 +12,15 @@ import fused_losses as fl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PLANS = ("logits", "rows", "slices", "slices, static", "whole", "frozen", "frozen, static")
+PLANS = (
+    "logits",
+    "row_blocks",
+    "vocab_chunks",
+    "vocab_chunks, static",
+    "keep_logits",
+    "frozen_head",
+    "frozen_head, static",
+)
 NOT_FINITE = (torch.inf, -torch.inf, torch.nan)
 PADDED = V + 3
 FIRST = [(name, next(iter(entry.variants))) for name, entry in FAMILY.items()]
@@ -32,10 +40,10 @@ class Window(Batch):
         self.y[slice(None) if masked else 0] = -100
 
     def step(self, plan, scale=1.0, **options):
-        """The loss; and the gradients of scale times it, at the hidden states and, but for "frozen", at all of the head."""
+        """The loss; and the gradients of scale times it, at the hidden states and, but for "frozen_head", at the whole head."""
         plan, *static = plan.split(", ")
         leaves = {"x": self.x} | self.head_tensors
-        leaves = {n: t.clone().requires_grad_(n == "x" or plan != "frozen") for n, t in leaves.items()}
+        leaves = {n: t.clone().requires_grad_(n == "x" or plan != "frozen_head") for n, t in leaves.items()}
         x, weight, bias, a, b = leaves.values()
         ref = None if self.entry.ref == "unused" else fl.Hidden(self.ref_x, self.ref_weight)
         if plan == "logits":
@@ -56,7 +64,7 @@ class Window(Batch):
             try:
                 yield plan, scale, *self.step(plan, scale, **options)
             except ValueError as error:
-                assert plan == "rows" and "not possible here" in str(error), error
+                assert plan == "row_blocks" and "not possible here" in str(error), error
 
 
 def all_zero(grads):
@@ -81,9 +89,9 @@ def test_on_the_triton_backend_too(monkeypatch, device, name, masked):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
     batch = Window(*next(case for case in FIRST if case[0] == name), masked, device)
     batch.x, batch.ref_x, batch.y = (t[[0, 3]] for t in (batch.x, batch.ref_x, batch.y))  # the interpreter is slow
-    for plan, _, loss, grads in batch.steps(1.0, plans=("logits", "frozen, static"), num_items=torch.tensor(0)):
+    for plan, _, loss, grads in batch.steps(1.0, plans=("logits", "frozen_head, static"), num_items=torch.tensor(0)):
         assert loss == 0 and all_zero(grads), plan
-    check_not_finite(batch, masked, torch.nan, plans=("rows", "slices, static"))
+    check_not_finite(batch, masked, torch.nan, plans=("row_blocks", "vocab_chunks, static"))
 
 
 ZEROS = (
@@ -112,7 +120,7 @@ def test_no_token_of_the_likelihood(monkeypatch, name, variant):
     """num_nll_tokens of 0: the term is 0, as it nearly is for a great number."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     batch = Window(name, variant)
-    for plan in ("logits", "rows", "slices"):
+    for plan in ("logits", "row_blocks", "vocab_chunks"):
         expected = batch.step(plan, num_nll_tokens=1e25)
         for zero in (0, torch.tensor([0])):
             torch.testing.assert_close(batch.step(plan, num_nll_tokens=zero), expected, rtol=1e-5, atol=1e-12)
@@ -206,7 +214,7 @@ def check_not_finite(batch, masked, *scales, plans=PLANS):
     expected = {s: batch.step(plans[0], s)[1] for s in scales}
     for plan, scale, _, grads in batch.steps(*scales, plans=plans):
         assert all_zero(grads) == masked
-        assert masked or plan.startswith("frozen") or not grads["weight"][:V].isfinite().any()
+        assert masked or plan.startswith("frozen_head") or not grads["weight"][:V].isfinite().any()
         for n, g in grads.items():
             where = f"{plan}, {scale}: {n}"
             assert torch.equal(g.isfinite(), expected[scale][n].isfinite()), where
@@ -226,7 +234,7 @@ def test_at_log_probs_of_the_reference(monkeypatch, scale):
     """That want a gradient, as the policy does."""
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     batch, found = Window("preference_loss", "sigmoid"), {}
-    for plan in ("slices", "rows"):
+    for plan in ("vocab_chunks", "row_blocks"):
         leaves = [t.clone().requires_grad_() for t in (batch.x, batch.weight, torch.full(batch.y.shape, -3.0))]
         x, weight, ref = leaves
         loss = fl.dpo_loss(fl.Hidden(x, weight), batch.y, fl.LogProbs(ref), plan=plan, shift=False).loss

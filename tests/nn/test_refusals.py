@@ -116,10 +116,12 @@ def test_packed_heads():
 
 
 @pytest.mark.parametrize("side", ["policy", "ref"])
-@pytest.mark.parametrize("plan", ["slices", "whole", "frozen"])
+@pytest.mark.parametrize("plan", ["vocab_chunks", "keep_logits", "frozen_head"])
 def test_a_weight_scattered_before_backward(plan, side, backend):
     """As ZeRO-3 does after a forward that it does not see, and does to the parameter itself."""
-    weights = {name: nn.Parameter(torch.randn(11, 5), requires_grad=plan != "frozen") for name in ("policy", "ref")}
+    weights = {
+        name: nn.Parameter(torch.randn(11, 5), requires_grad=plan != "frozen_head") for name in ("policy", "ref")
+    }
     x = torch.randn(4, 3, 5, requires_grad=True)
     policy, ref = (fl.Hidden(y, weights[name]) for name, y in (("policy", x), ("ref", x.detach())))
     stats = fl.token_stats(policy, Y, ref, divergence="js", plan=plan, shift=False)

@@ -22,10 +22,10 @@ MODULES = sorted(
 # Modules whose own names no test calls, and the words in a test that reach them.
 BEHIND = {
     "fused_losses/core/validation": ("test_defaults", '"num_items"'),
-    "fused_losses/engine/plan_frozen": ("test_hidden", '"frozen"'),
-    "fused_losses/engine/plan_rows": ("test_hidden", '"rows"'),
-    "fused_losses/engine/hidden_ops": ("test_hidden", '"slices"'),
-    "fused_losses/engine/stats_outputs": ("test_hidden", '"slices"'),
+    "fused_losses/engine/plan_frozen": ("test_hidden", '"frozen_head"'),
+    "fused_losses/engine/plan_rows": ("test_hidden", '"row_blocks"'),
+    "fused_losses/engine/hidden_ops": ("test_hidden", '"vocab_chunks"'),
+    "fused_losses/engine/stats_outputs": ("test_hidden", '"vocab_chunks"'),
     "fused_losses/engine/operators": ("test_operators", "fl.token_stats("),
     "fused_losses/backends/torch_backend": ("test_token_stats", "fl.token_stats("),
     "fused_losses/engine/token_stats": ("test_token_stats", "fl.token_stats("),
@@ -41,8 +41,8 @@ BEHIND = {
     "kernels/row_stats": ("test_modules", "fl.token_stats("),
     "kernels/elementwise": ("test_modules", "fl.token_stats("),
     "kernels/launch": ("test_modules", "fl.token_stats("),
-    "kernels/vocab_chunks": ("test_modules", '"slices"'),
-    "kernels/fused_linear": ("test_modules", '"tiles"'),
+    "kernels/vocab_chunks": ("test_modules", '"vocab_chunks"'),
+    "kernels/fused_linear": ("test_modules", '"on_chip"'),
     "kernels/pair_loss": ("test_modules", "dpo_loss("),
 }
 
@@ -100,7 +100,7 @@ def test_kernels_of_token_stats(monkeypatch, device):
         assert relative(g, t) <= 1e-5
 
 
-@pytest.mark.parametrize("plan", ["slices", "tiles"])
+@pytest.mark.parametrize("plan", ["vocab_chunks", "on_chip"])
 def test_kernels_of_hidden_states(monkeypatch, device, plan):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
     pytest.importorskip("triton")
@@ -109,7 +109,7 @@ def test_kernels_of_hidden_states(monkeypatch, device, plan):
     )
     build = lambda x: (hidden_source(x[:5]), hidden_source(x[5:]))  # noqa: E731
     y = torch.tensor([40, 3], device=device)
-    how = {"plan": plan, "workspace": 4000} if plan == "slices" else {"plan": plan}
+    how = {"plan": plan, "workspace": 4000} if plan == "vocab_chunks" else {"plan": plan}
     compare_sources(build, leaves, y, 3e-5, each=False, how=how, divergence="forward_kl")
 
 
