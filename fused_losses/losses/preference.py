@@ -131,7 +131,8 @@ def preference_loss(
             static_shapes=True assumes slices of equal length and does not check it; torch.compile(fullgraph=True) needs it.
         entropy: also report the policy's mean entropy per token.
         inplace_backward: as in token_stats.
-        plan: for hidden states: as in token_stats, and "row_blocks": blocks of pairs, with the gradient in the forward. This reads cu_seqlens on the host, so "auto" chooses it for packed sequences only on a CPU. aot, aot_unpaired and
+        plan: for hidden states: as in token_stats, and "row_blocks": blocks of pairs, with the gradient in the forward.
+            This reads cu_seqlens on the host, so "auto" chooses it for packed sequences only on a CPU. aot, aot_unpaired and
             weighted sft need all pairs at once, so "row_blocks" is not possible for them, nor with sequence_group.
         workspace: as in token_stats.
         static_shapes: as in token_stats.
