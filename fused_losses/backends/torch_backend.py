@@ -6,7 +6,7 @@ The functions are those of interface.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -382,7 +382,7 @@ def _times(x: Tensor, slope: Tensor | float) -> Tensor:
 
 def _slopes(
     x: _Columns | None,
-    grads: list[tuple[Divergence, bool, Tensor]],
+    grads: list[tuple[Callable, _Incoming]],
     prob: Tensor,
     coef: Tensor,
     y: Tensor,
@@ -390,13 +390,12 @@ def _slopes(
 ) -> Tensor:
     """Compute prob * coef + sum_i g_i h_i + g 1[v = y].
 
-    grads holds (divergence, whether it is for the policy side, g_i). If x is None, the result overwrites prob.
+    grads holds (the formula of h_i, the gradient). If x is None, the result overwrites prob.
     """
     out = prob.mul_(coef[:, None]) if x is None else prob * coef[:, None]
-    for div, policy_side, g_i in grads:
+    for formula, one in grads:
         if x is not None:
-            formula = div.grad_p if policy_side else div.grad_q
-            out.add_(formula(*x, *div.params).mul_(g_i[:, None]))
+            out.add_(formula(*x, *one.divergence.params).mul_(one.g[:, None]))
     if g is not None:
         here = (y >= 0) & (y < out.shape[1])
         out.scatter_add_(1, y.clamp(0, out.shape[1] - 1)[:, None], (g * here)[:, None])
@@ -440,35 +439,45 @@ def backward(
             log_p = z.sub_(row.shift_p[:, None]).sub_(row.log_sum_p[:, None])
             p = _exp(log_p, inplace=grads.entropy is None)
         g = Grads(*(None if t is None else t[rows] for t in grads._replace(divergence=None)))
-        each = [(i, d, g_i[rows]) for i, d, g_i in active]
+        each = [_Incoming(d, g_i[rows], *(of_rows[at] for at in slope_rows(i))) for i, d, g_i in active]
         if d_policy is not None:
-            coef = torch.zeros_like(row.shift_p)
-            for i, _, g_i in each:
-                to_p, _ = slope_rows(i)
-                coef -= g_i * of_rows[to_p]
-            if g.logps is not None:
-                coef -= g.logps
-            if g.lse is not None:
-                coef += g.lse
+            coef = _sum_of((-1, g.logps), (1, g.lse), *((-1, one.g * one.slope_p) for one in each), like=row.shift_p)
             p_log_p = None
             if g.entropy is not None:
                 coef -= g.entropy * row.entropy
                 p_log_p = (log_p.mul_(p) if x is None else p * log_p).mul_(g.entropy[:, None])
-            dz = _slopes(x, [(d, True, g_i) for _, d, g_i in each], p, coef, y, g.logps)
+            dz = _slopes(x, [(one.divergence.grad_p, one) for one in each], p, coef, y, g.logps)
             if p_log_p is not None:
                 dz.sub_(p_log_p)
-            dz_rows = rows_view(d_policy, 1)
-            dz_rows[(*_at(dz_rows, rows), slice(v))] = _times(dz, slope_p).to(d_policy.dtype)
+            _store(d_policy, rows, v, _times(dz, slope_p))
         if d_ref is not None and x is not None:
-            coef = torch.zeros_like(row.shift_p)
-            for i, _, g_i in each:
-                _, to_q = slope_rows(i)
-                coef -= g_i * of_rows[to_q]
-            if g.ref_logps is not None:
-                coef -= g.ref_logps
-            dr = _slopes(x, [(d, False, g_i) for _, d, g_i in each], x.q, coef, y, g.ref_logps)
-            dr_rows = rows_view(d_ref, 1)
-            dr_rows[(*_at(dr_rows, rows), slice(v))] = _times(dr, slope_q).to(d_ref.dtype)
+            coef = _sum_of((-1, g.ref_logps), *((-1, one.g * one.slope_q) for one in each), like=row.shift_p)
+            dr = _slopes(x, [(one.divergence.grad_q, one) for one in each], x.q, coef, y, g.ref_logps)
+            _store(d_ref, rows, v, _times(dr, slope_q))
+
+
+class _Incoming(NamedTuple):
+    """The incoming gradient of a divergence in a block, and the sums of its slopes."""
+
+    divergence: Divergence
+    g: Tensor
+    slope_p: Tensor  # sum_v h
+    slope_q: Tensor  # sum_v k
+
+
+def _sum_of(*terms: tuple[int, Tensor | None], like: Tensor) -> Tensor:
+    """Return the sum of sign * x over those of the terms (sign, x) that are not None."""
+    total = torch.zeros_like(like)
+    for sign, x in terms:
+        if x is not None:
+            total.add_(x, alpha=sign)
+    return total
+
+
+def _store(out: Tensor, rows: Tensor, columns: int, x: Tensor) -> None:
+    """Write a block of gradients in the dtype of `out`."""
+    view = rows_view(out, 1)
+    view[(*_at(view, rows), slice(columns))] = x.to(out.dtype)
 
 
 def _zero_outside(out: Tensor, labels: Tensor, spec: StatsSpec) -> None:

@@ -27,7 +27,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fused_losses as fl
 
-from ..engine.prepare import How, prepare_call
 from .memory import byte_count
 from .memory_probe import peak_bytes
 
@@ -343,8 +342,7 @@ def main(args: argparse.Namespace) -> int:
                         peaks[name] = peak_bytes(partial(forward_and_backward, loss_function, *inputs)) / 2**20
 
     policy, ref, labels = inputs
-    how = How(workspace=args.workspace)
-    plan = prepare_call(policy, labels, ref, (), False, False, IGNORE, how, 2 * labels.shape[1]).plan
+    plan = fl.explain(fl.dpo_loss, policy, labels, ref, shift=True, workspace=args.workspace).steps[-1].plan
     print(f"from hidden: {plan}")
     plain = {name: runs[name] for name in PLAIN}
     gradients = (policy.hidden.nbytes + policy.weight.nbytes) / 2**20

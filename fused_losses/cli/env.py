@@ -10,6 +10,7 @@ import importlib
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 
@@ -58,10 +59,8 @@ def _gib(size: int) -> str:
 
 def _cpu() -> str:
     words = [platform.machine(), f"{os.cpu_count()} cores", f"capability {torch.backends.cpu.get_cpu_capability()}"]
-    try:
+    with suppress(AttributeError, ValueError, OSError):  # not a POSIX system
         words.append(_gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
-    except (AttributeError, ValueError, OSError):  # not a POSIX system
-        pass
     return ", ".join(words)
 
 

@@ -87,7 +87,7 @@ def evaluate(
             add_step(policy, source, call.plan)
             raise Explained
         if call is not None:
-            return _with_gradient(formula, policy, batch, source, summed, inputs, options, units, call)
+            return _with_gradient(formula, batch, source, summed, inputs, options, units, call)
     return _from_stats(formula, policy, batch, source, summed, inputs, options._replace(**how._asdict()))
 
 
@@ -131,7 +131,6 @@ def _from_stats(
 
 def _with_gradient(
     formula: Formula,
-    policy: Hidden,
     batch: Batch,
     ref: Logits | Hidden | LogProbs | None,
     summed: bool,
@@ -218,12 +217,11 @@ def _request(
     check_sources(policy, batch.labels, ref, inputs.divergences)
     call = prepare_call(
         policy,
-        batch.predicted,
+        batch,
         None if isinstance(ref, LogProbs) else ref,
         inputs.divergences,
         options.entropy,
         inputs.collision,
-        batch.ignore_index,
         how,
         max(1, units.longest),
     )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module
+from ..core.batch import token_batch
 from ..core.divergences import Asked, Divergence, parse
-from ..core.inputs import Hidden, Logits, Source, TokenStats, as_source, check_aligned, check_labels, check_pair
+from ..core.inputs import Hidden, Logits, Source, TokenStats, as_source, check_aligned, check_pair
 from ..core.layout import StatsSpec
 from . import plan_chunks
 from .prepare import How, prepare_call
@@ -87,10 +88,12 @@ def partial_stats(
         logits = torch.cat(columns, -1):   merge_stats([partial_stats(c, labels, first=at) for c, at in ...]).close()
                                            equals token_stats(logits, labels)
 
-    The other arguments are those of token_stats; labels hold ids of the whole vocabulary. Divergences that need a second
+    The other arguments are those of token_stats; labels hold ids of the whole vocabulary, the token that each position
+    predicts. Divergences that need a second
     sweep over normalised probabilities (js, total_variation, the skewed KLs, alpha_beta) raise ValueError.
     """
-    labels, asked = check_labels(labels), parse(divergence)
+    batch, asked = token_batch(labels, shift=False, ignore_index=ignore_index), parse(divergence)
+    labels = batch.labels
     if second := [d.key for d in asked if d.row is None]:
         raise ValueError(f"divergence: {second[0]!r} takes a second sweep, which partial statistics do not carry")
     sources = [None if s is None else as_source(name, s) for name, s in (("policy", policy), ("ref", ref))]
@@ -108,7 +111,7 @@ def partial_stats(
         raise ValueError(f"divergence: {asked[0].key!r} needs ref, got None")
     with torch.no_grad():
         how = How("vocab_chunks", workspace, True)
-        call = prepare_call(z, labels, w, asked, entropy, collision, ignore_index, how)  # type: ignore[arg-type]
+        call = prepare_call(z, batch, w, asked, entropy, collision, how)  # type: ignore[arg-type]
         args, backend = call.args, call.args.options.backend
         spec = args.options.spec._replace(first=first)
         rows = plan_chunks.drop_ignored_rows(

@@ -104,7 +104,7 @@ class RowBlocks(NamedTuple):
     gradients: InputGradients  # the policy's, of the sum of the losses; not rounded
 
 
-def row_blocks(
+def row_blocks(  # noqa: PLR0913 (the parts of a call whose rows are not laid out yet)
     spec: StatsSpec,
     backend: Backend,
     plan: Plan,

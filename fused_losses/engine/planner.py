@@ -21,6 +21,7 @@ Everything is decided from shapes and flags: nothing is measured, no value is re
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 from ..core.layout import BLOCK_BYTES
@@ -250,45 +251,65 @@ TILES_HIDDEN = 1024  # up to this H a tile kernel is expected to keep up with a 
 
 def _refusal(call: PlanInputs, kind: str, budget: int, asked: bool) -> str:
     """Return why this plan cannot run (or, if not asked for, should not), or an empty string."""
-    if kind == "on_chip":
-        if call.backend != "triton":
-            return "it is a Triton kernel, and this runs on the torch backend"
-        if not call.hidden or (call.ref and not call.ref_hidden):
-            return "both sides have to be hidden states"
-        if not call.dense:
-            return "the rows of the head weights have to be contiguous"
-        if not asked and (call.backward or max(call.hidden, call.ref_hidden) > TILES_HIDDEN or call.second):
-            return "not worth it"
-    if kind == "frozen_head":
-        if call.grad_head or call.grad_ref or not call.hidden:
-            return "it is for a policy from hidden states whose head, and reference, need no gradient"
-        if not call.grad_hidden:
-            return "nothing asks for a gradient"
-        kept, tile = _kept_frozen(call), _bytes(call._replace(extra=True), 1, min(call.vocab, 16))
-        if not asked and (kept > budget // 2 or kept + tile > budget):
-            return "what it keeps for backward does not fit half the workspace"
-    if kind == "keep_logits":
-        if not call.backward:
-            return "nothing asks for a gradient"
-        size = _whole_bytes(call)
-        if size > budget:  # torch.compile would guard a number in a message
-            return f"logits and their gradient take {size} bytes of {budget}" if asked else "not all logits fit"
-    if kind == "row_blocks":
-        if call.static:
-            return "it lays out its blocks on the host, which static_shapes forbids"
-        if not call.unit:
-            return "it is for losses that are reduced, and known as formulas, in eager mode"
-        if call.grad_ref or not call.hidden:
-            return "it is for a policy from hidden states and a reference that needs no gradient"
-        if not call.backward:
-            return "nothing asks for a gradient"
-        size = rows_bytes(call, call.unit)
-        if size > budget:
-            return f"the longest unit takes {size} bytes of {budget}"
-        rows = _block_rows(call, budget)
-        if not asked and (rows < min(call.rows, worth(call.device)) or call.rows > MANY * rows):
-            return "many small blocks are slow, and their sum is less exact"
+    return _REFUSALS[kind](call, budget, asked) if kind in _REFUSALS else ""
+
+
+def _refuse_on_chip(call: PlanInputs, budget: int, asked: bool) -> str:
+    if call.backend != "triton":
+        return "it is a Triton kernel, and this runs on the torch backend"
+    if not call.hidden or (call.ref and not call.ref_hidden):
+        return "both sides have to be hidden states"
+    if not call.dense:
+        return "the rows of the head weights have to be contiguous"
+    if not asked and (call.backward or max(call.hidden, call.ref_hidden) > TILES_HIDDEN or call.second):
+        return "not worth it"
     return ""
+
+
+def _refuse_frozen_head(call: PlanInputs, budget: int, asked: bool) -> str:
+    if call.grad_head or call.grad_ref or not call.hidden:
+        return "it is for a policy from hidden states whose head, and reference, need no gradient"
+    if not call.grad_hidden:
+        return "nothing asks for a gradient"
+    kept, tile = _kept_frozen(call), _bytes(call._replace(extra=True), 1, min(call.vocab, 16))
+    if not asked and (kept > budget // 2 or kept + tile > budget):
+        return "what it keeps for backward does not fit half the workspace"
+    return ""
+
+
+def _refuse_keep_logits(call: PlanInputs, budget: int, asked: bool) -> str:
+    if not call.backward:
+        return "nothing asks for a gradient"
+    size = _whole_bytes(call)
+    if size > budget:  # torch.compile would guard a number in a message
+        return f"logits and their gradient take {size} bytes of {budget}" if asked else "not all logits fit"
+    return ""
+
+
+def _refuse_row_blocks(call: PlanInputs, budget: int, asked: bool) -> str:
+    if call.static:
+        return "it lays out its blocks on the host, which static_shapes forbids"
+    if not call.unit:
+        return "it is for losses that are reduced, and known as formulas, in eager mode"
+    if call.grad_ref or not call.hidden:
+        return "it is for a policy from hidden states and a reference that needs no gradient"
+    if not call.backward:
+        return "nothing asks for a gradient"
+    size = rows_bytes(call, call.unit)
+    if size > budget:
+        return f"the longest unit takes {size} bytes of {budget}"
+    rows = _block_rows(call, budget)
+    if not asked and (rows < min(call.rows, worth(call.device)) or call.rows > MANY * rows):
+        return "many small blocks are slow, and their sum is less exact"
+    return ""
+
+
+_REFUSALS: dict[str, Callable[[PlanInputs, int, bool], str]] = {
+    "on_chip": _refuse_on_chip,
+    "frozen_head": _refuse_frozen_head,
+    "keep_logits": _refuse_keep_logits,
+    "row_blocks": _refuse_row_blocks,
+}
 
 
 def _kept_whole(call: PlanInputs) -> int:

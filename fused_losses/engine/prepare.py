@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..backends import choose as choose_backend
+from ..core.batch import Batch
 from ..core.divergences import Divergence
 from ..core.inputs import Hidden, Logits, LogProbs
 from ..core.layout import StatsSpec
@@ -99,19 +99,19 @@ def spec_of(
 
 def prepare_call(
     policy: Logits | Hidden,
-    labels: Tensor,
+    batch: Batch,
     ref: Logits | Hidden | None,
     asked: tuple[Divergence, ...],
     entropy: bool,
     collision: bool,
-    ignore_index: int,
     how: How,
     unit: int = 0,
 ) -> PreparedCall:
-    """Return the call in the form that the operators take. labels must be aligned with the rows already.
+    """Return the call in the form that the operators take.
 
     unit: rows of the longest unit where the loss is known; 0: not known.
     """
+    labels = batch.predicted
     inputs, ref_inputs = inputs_of(policy), None if ref is None else inputs_of(ref)
     sides = [inputs] if ref_inputs is None else [inputs, ref_inputs]
     check_plain("token_stats", labels, *[x for s in sides for x in (s.x, s.weight, s.bias, s.a, s.b)])
@@ -121,7 +121,7 @@ def prepare_call(
     double = any(s.x.dtype == torch.float64 for s in sides)
     backend = choose_backend(labels.device, torch.float64 if double else None)
     budget, shard = workspace_bytes(how.workspace), shard_of(policy)
-    spec = spec_of(policy, ref, asked, entropy, collision, False, ignore_index, shard.first)
+    spec = spec_of(policy, ref, asked, entropy, collision, False, batch.ignore_index, shard.first)
     if shard.group and how.plan in ("row_blocks", "frozen_head"):
         raise ValueError(f"plan: {how.plan!r} is not possible where the vocabulary is split over a process_group")
     call = plan_inputs(spec, inputs, ref_inputs, labels.numel(), backend, wanted, unit, how.static_shapes)

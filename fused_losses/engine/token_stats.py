@@ -192,7 +192,7 @@ def _from_hidden(
     how: How,
 ) -> TokenStats:
     distribution = None if isinstance(ref, LogProbs) else ref
-    call = prepare_call(policy, batch.predicted, distribution, asked, entropy, collision, batch.ignore_index, how)
+    call = prepare_call(policy, batch, distribution, asked, entropy, collision, how)
     if explaining():
         add_step(policy, ref, call.plan)
         return _zeros(batch, asked, entropy, collision)

@@ -72,7 +72,7 @@ class FusedHead(nn.Module):
     lora_a: Tensor | None
     lora_b: Tensor | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (those of fl.Hidden, and where the head is)
         self,
         head: nn.Module,
         *,

@@ -15,6 +15,7 @@ from fused_losses.__main__ import COMMANDS, main
 from fused_losses.backends import torch_backend
 from fused_losses.cli import check, env, memory
 from fused_losses.cli.memory_probe import peak_bytes
+from fused_losses.core.batch import token_batch
 from fused_losses.engine import planner
 from fused_losses.engine.prepare import How, prepare_call
 from fused_losses.losses import LOSSES
@@ -267,7 +268,8 @@ def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, unit=0, names=(), r
     step = memory.HeadStep(rows, vocab, dtype.itemsize, bound, ref, both, *hidden, frozen, unit)
 
     def plan(workspace):
-        return prepare_call(policy, y, other, bound, False, False, -100, How(workspace=workspace), unit).plan
+        batch = token_batch(y, shift=False, ignore_index=-100)
+        return prepare_call(policy, batch, other, bound, False, False, How(workspace=workspace), unit).plan
 
     def ours(workspace):
         if unit == 1:

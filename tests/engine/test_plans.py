@@ -8,6 +8,7 @@ import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.backends import torch_backend
 from fused_losses.cli.memory_probe import peak_bytes
+from fused_losses.core.batch import token_batch
 from fused_losses.core.layout import Outputs, StatsSpec, saved_rows, term_rows, write_divergence
 from fused_losses.core.moments import fields
 from fused_losses.engine import planner
@@ -50,8 +51,9 @@ class Step:
     @property
     def plan(self):
         """What the planner says."""
-        rest = self.asked, self.entropy, False, -100, How(**self.how), self.unit
-        return prepare_call(self.source[0], self.y, self.source[1], *rest).plan
+        batch = token_batch(self.y, shift=False, ignore_index=-100)
+        rest = self.asked, self.entropy, False, How(**self.how), self.unit
+        return prepare_call(self.source[0], batch, self.source[1], *rest).plan
 
     def run(self):
         if self.unit == 1:
