@@ -22,7 +22,7 @@ from ..core.validation import given_logps
 from .explain import Explained, add_step, explaining
 from .fused_backward import FusedLossSpec, fused_loss
 from .plan_rows import Units
-from .prepare import How, PreparedCall, prepare_call
+from .prepare import ExecutionOptions, PreparedCall, prepare_call
 from .token_stats import apart, check_sources, compute_stats, pack_stats
 from .tokens import REF, Formula, Tokens
 
@@ -65,7 +65,7 @@ def evaluate(
     reduced. The inputs per_token are those of this rank, the inputs per_sequence those of all ranks.
     """
     policy, source = as_source("policy", policy), None if ref is None else as_source("ref", ref)
-    how = How(**options.execution)
+    how = ExecutionOptions(**options.execution)
     if batch.shard.group is not None and how.plan == "row_blocks":
         raise ValueError(
             "plan: 'row_blocks' is not possible here: sequences are split over the ranks of sequence_group"
@@ -183,7 +183,7 @@ def _summed(source: LogProbs, batch: Batch, static_shapes: bool) -> bool:
     return True
 
 
-def _units(policy: Hidden, batch: Batch, unit: str, options: CallOptions, how: How) -> Units | None:
+def _units(policy: Hidden, batch: Batch, unit: str, options: CallOptions, how: ExecutionOptions) -> Units | None:
     """Return the units as the plan "row_blocks" needs them, or None where that plan is not possible."""
     asked = how.plan == "row_blocks"
     split = batch.shard.group is not None or policy.process_group is not None
@@ -210,7 +210,7 @@ def _request(
     ref: Logits | Hidden | LogProbs | None,
     inputs: FormulaInputs,
     options: CallOptions,
-    how: How,
+    how: ExecutionOptions,
     units: Units,
 ) -> PreparedCall | None:
     """Return the request of the call if its plan is "row_blocks", else None."""

@@ -22,7 +22,7 @@ from . import logits_ops
 from .explain import Explained, explaining
 from .operator_args import Layout
 from .operators import check_plain, once
-from .prepare import Asks, How, inputs_of, spec_of
+from .prepare import Asks, ExecutionOptions, inputs_of, spec_of
 from .projection import HiddenSide
 from .sides import InputFlags, InputGradients, Inputs
 from .token_stats import check_sources, compute_stats, pack_stats
@@ -42,7 +42,7 @@ def stats_at(
     if policy.process_group is not None:
         raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
     check_sources(policy, batch.labels, None, ())
-    if isinstance(policy, Logits) and How(**options.execution) != How():
+    if isinstance(policy, Logits) and ExecutionOptions(**options.execution) != ExecutionOptions():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
     if explaining():
         compute_stats(policy, batch, None, (), False, options)

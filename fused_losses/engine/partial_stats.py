@@ -17,7 +17,7 @@ from ..core.divergences import Asked, Divergence, parse
 from ..core.inputs import Hidden, Logits, Source, TokenStats, as_source, check_aligned, check_pair
 from ..core.layout import StatsSpec
 from . import plan_chunks
-from .prepare import How, prepare_call
+from .prepare import ExecutionOptions, prepare_call
 from .stats_outputs import zero_outputs
 
 
@@ -110,7 +110,7 @@ def partial_stats(
     elif asked:
         raise ValueError(f"divergence: {asked[0].key!r} needs ref, got None")
     with torch.no_grad():
-        how = How("vocab_chunks", workspace, True)
+        how = ExecutionOptions("vocab_chunks", workspace, True)
         call = prepare_call(z, batch, w, asked, entropy, collision, how)  # type: ignore[arg-type]
         args, backend = call.args, call.args.options.backend
         spec = args.options.spec._replace(first=first)

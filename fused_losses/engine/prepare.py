@@ -19,7 +19,7 @@ from .shards import shard_of
 from .sides import InputFlags, Inputs, Wanted
 
 
-class How(NamedTuple):
+class ExecutionOptions(NamedTuple):
     """The options for computing a call that users pass as plan, workspace and static_shapes."""
 
     plan: str = "auto"
@@ -104,7 +104,7 @@ def prepare_call(
     asked: tuple[Divergence, ...],
     entropy: bool,
     collision: bool,
-    how: How,
+    how: ExecutionOptions,
     unit: int = 0,
 ) -> PreparedCall:
     """Return the call in the form that the operators take.

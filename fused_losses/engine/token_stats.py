@@ -29,7 +29,7 @@ from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
 from .explain import add_step, explaining
 from .operators import check_plain
-from .prepare import Asks, How, is_hidden, prepare_call, spec_of
+from .prepare import Asks, ExecutionOptions, is_hidden, prepare_call, spec_of
 from .stats_outputs import Outputs
 
 
@@ -106,9 +106,9 @@ def compute_stats(
     options: CallOptions,
 ) -> TokenStats:
     """Compute token_stats of arguments that are read and checked."""
-    how = How(**options.execution)
+    how = ExecutionOptions(**options.execution)
     if isinstance(policy, LogProbs):
-        if how != How() and not is_hidden(ref):
+        if how != ExecutionOptions() and not is_hidden(ref):
             raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got fl.LogProbs")
         if asked or options.entropy or collision or options.inplace_backward:
             raise ValueError(
@@ -129,7 +129,7 @@ def compute_stats(
                 "inplace_backward: is for logits on both sides; from hidden states there are none to write over"
             )
         return _from_hidden(policy, batch, ref, asked, options.entropy, collision, how)
-    if how != How():
+    if how != ExecutionOptions():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
     return _from_logits(policy, batch, ref, asked, options.entropy, collision, options.inplace_backward)
 
@@ -189,7 +189,7 @@ def _from_hidden(
     asked: tuple[Divergence, ...],
     entropy: bool,
     collision: bool,
-    how: How,
+    how: ExecutionOptions,
 ) -> TokenStats:
     distribution = None if isinstance(ref, LogProbs) else ref
     call = prepare_call(policy, batch, distribution, asked, entropy, collision, how)
@@ -284,8 +284,8 @@ def apart(
     batch: Batch,
     ref: Logits | Hidden | LogProbs | None,
     asked: tuple[Divergence, ...],
-    how: How,
-) -> tuple[Logits | Hidden | LogProbs | None, How]:
+    how: ExecutionOptions,
+) -> tuple[Logits | Hidden | LogProbs | None, ExecutionOptions]:
     """Return the reference, and the options for computing the call.
 
     Where the two sides cannot be computed in one pass, and no divergence requires that, the reference is returned as its
@@ -295,11 +295,11 @@ def apart(
         return ref, how
     check_aligned("policy", policy, batch.labels)
     if is_hidden(policy):
-        own = how._replace(plan="auto") if is_hidden(ref) else How()
+        own = how._replace(plan="auto") if is_hidden(ref) else ExecutionOptions()
         return _alone(ref, batch, own), how
-    return _alone(ref, batch, how), how if not is_hidden(ref) else How()
+    return _alone(ref, batch, how), how if not is_hidden(ref) else ExecutionOptions()
 
 
-def _alone(ref: Logits | Hidden, batch: Batch, how: How) -> LogProbs:
+def _alone(ref: Logits | Hidden, batch: Batch, how: ExecutionOptions) -> LogProbs:
     check_aligned("ref", ref, batch.labels)
     return LogProbs(compute_stats(ref, batch, None, (), False, CallOptions(**how._asdict())).logps)

@@ -17,7 +17,7 @@ from fused_losses.cli import check, env, memory
 from fused_losses.cli.memory_probe import peak_bytes
 from fused_losses.core.batch import token_batch
 from fused_losses.engine import planner
-from fused_losses.engine.prepare import How, prepare_call
+from fused_losses.engine.prepare import ExecutionOptions, prepare_call
 from fused_losses.losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +269,7 @@ def head_step(dtype, hidden=(128, 96), rows=256, vocab=2048, unit=0, names=(), r
 
     def plan(workspace):
         batch = token_batch(y, shift=False, ignore_index=-100)
-        return prepare_call(policy, batch, other, bound, False, False, How(workspace=workspace), unit).plan
+        return prepare_call(policy, batch, other, bound, False, False, ExecutionOptions(workspace=workspace), unit).plan
 
     def ours(workspace):
         if unit == 1:

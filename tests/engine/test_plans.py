@@ -12,7 +12,7 @@ from fused_losses.core.batch import token_batch
 from fused_losses.core.layout import Outputs, StatsSpec, saved_rows, term_rows, write_divergence
 from fused_losses.core.moments import fields
 from fused_losses.engine import planner
-from fused_losses.engine.prepare import How, prepare_call
+from fused_losses.engine.prepare import ExecutionOptions, prepare_call
 
 NAMES = divergences.names()
 DIVS = tuple(divergences.get(n) for n in NAMES)
@@ -52,7 +52,7 @@ class Step:
     def plan(self):
         """What the planner says."""
         batch = token_batch(self.y, shift=False, ignore_index=-100)
-        rest = self.asked, self.entropy, False, How(**self.how), self.unit
+        rest = self.asked, self.entropy, False, ExecutionOptions(**self.how), self.unit
         return prepare_call(self.source[0], batch, self.source[1], *rest).plan
 
     def run(self):
