@@ -4,6 +4,7 @@ The fused loss head takes a policy and a reference. To read the code, start at t
 The reference implementations in reference/ define which results are correct.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import losses, reference
@@ -46,3 +47,12 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f"{__name__}.cli.{name}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _verify(name: str, *args: Any, **options: Any) -> Any:
+    return __getattr__(name)(*args, **options)
+
+
+# the same functions, beside what they verify
+divergences.verify = partial(_verify, "verify_divergence")  # type: ignore[attr-defined]
+losses.verify = partial(_verify, "verify_loss")  # type: ignore[attr-defined]

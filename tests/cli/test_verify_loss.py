@@ -146,3 +146,8 @@ def test_batches_have_a_sequence_of_each_kind():
         batch = loss_batches.LossBatch(SIMPO, "SimPO", torch.Generator().manual_seed(0), packed)
         assert batch.lead == batch.y.shape and (batch.y == -100).any() and (batch.y != -100).any()
     assert loss_batches.sources_of(SIMPO) == [("hidden", None), ("logits", None), ("log-probs", None)]
+
+
+def test_beside_what_is_verified():
+    assert fl.losses.verify("tdpo_loss", variants=["TDPO2"]).ok
+    assert fl.divergences.verify("reverse_kl", backends=["torch"]).ok
