@@ -126,7 +126,8 @@ def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
     yield Launch("merge_states", "", lambda: launch.merge_states(problem, state, state.clone()))
     new = lambda wanted=True: torch.zeros(rows) if wanted else None  # noqa: E731
     outputs = Outputs(
-        logps=new(), ref_logps=new(ref), lse=new(), entropy=new(problem.entropy), div=torch.zeros(n, rows) if n else None,
+        logps=new(), ref_logps=new(ref), lse=new(), entropy=new(problem.entropy),
+        divergence=torch.zeros(n, rows) if n else None,
         hit=torch.zeros(rows, dtype=torch.bool), collision=new(problem.collision), saved=saved,
     )  # fmt: skip
     yield Launch("close_states", "", lambda: launch.close(problem, state, labels, outputs))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import losses, reference
 from .core import divergences
 from .core.inputs import Hidden, Logits, LogProbs, Lora, TokenStats
+from .core.names import nearest
 from .engine.explain import Explanation, explain
 from .engine.partial_stats import PartialStats, merge_stats, partial_stats
 from .engine.token_stats import token_stats
@@ -46,7 +47,7 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(f"{__name__}.cli.{name}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, __all__)}")
 
 
 def _verify(name: str, *args: Any, **options: Any) -> Any:

@@ -332,8 +332,10 @@ def main(args: argparse.Namespace) -> int:
     given |= {"divergences": parse(args.divergence), "ref": not args.no_ref, "both": args.both}
     if args.hidden is not None:
         return _main_hidden(args, given)
-    if args.frozen or args.workspace or args.ref_hidden or (args.loss, args.device) != ("stats", "cuda"):
-        raise ValueError("frozen, workspace, ref-hidden, loss, device: need --hidden; logits are given whole")
+    alone = {"loss": args.loss != "stats", "device": args.device != "cuda"}
+    alone |= {name: bool(getattr(args, name)) for name in ("frozen", "workspace", "ref_hidden")}
+    if given_alone := [f"--{name.replace('_', '-')}" for name, flag in alone.items() if flag]:
+        raise ValueError(f"{', '.join(given_alone)}: expected --hidden H beside it, for logits are given whole")
     step = Step(**given)
     sizes = report(step)
     if args.json:

@@ -31,7 +31,8 @@ def positive(name: str, value: float | None, optional: bool = False) -> None:
 
 def _float_tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        hint = f"; pass its .{name}" if isinstance(getattr(x, name, None), Tensor) else ""
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
     _dense(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
@@ -146,6 +147,8 @@ class Lora(NamedTuple):
 class Hidden:
     """Hidden states [..., H] and the head that computes logits [..., V] from them.
 
+    Made under torch.no_grad(), all of them are constants, also a weight that is a Parameter.
+
     The logits are never all in memory at once. They are
 
         softcap tanh(z / softcap) * scale / temperature,    z = hidden @ weight.T + scaling * (hidden @ a.T) @ b.T + bias
@@ -195,6 +198,17 @@ class Hidden:
                 raise TypeError(f"lora scaling: expected a number, got {self.lora.scaling!r}")
         _head_options(self, self.weight.shape[0], "a head weight")
         _check_shard(self)
+        if not torch.is_grad_enabled():
+            self._detach()
+
+    def _detach(self) -> None:
+        """Make the tensors constants, as what is computed from them under torch.no_grad() would be."""
+        for name in ("hidden", "weight", "bias"):
+            x = getattr(self, name)
+            object.__setattr__(self, name, x if x is None else x.detach())
+        if self.lora is not None:
+            lora = self.lora._replace(a=self.lora.a.detach(), b=self.lora.b.detach())
+            object.__setattr__(self, "lora", lora)
 
     @property
     def vocab(self) -> int:
@@ -278,7 +292,9 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
     x = Logits(x) if isinstance(x, Tensor) else x
     if not isinstance(x, Logits | Hidden | LogProbs):
         got = kind_of(x, Logits, Hidden, LogProbs)  # type: ignore[unreachable]
-        raise TypeError(f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {got}")
+        raise TypeError(
+            f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {got}{_instead_of(x)}"
+        )
     lora = x.lora if isinstance(x, Hidden) else None
     own = {n: getattr(x, n) for n in ("logits", "hidden", "weight", "bias", "logps") if getattr(x, n, None) is not None}
     factors = {} if lora is None else {"a": lora.a, "b": lora.b}
@@ -295,6 +311,17 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
     if lora is not None:
         changed["lora"] = lora._replace(a=ordinary(lora.a), b=ordinary(lora.b))
     return replace(x, **changed)
+
+
+def _instead_of(x: object) -> str:
+    """Return what to pass instead of an object of another library, or an empty string."""
+    if isinstance(x, torch.nn.Module):
+        return "; pass fl.at_head(model, loss, **inputs), or its head.source(hidden)"
+    if hasattr(x, "logits"):
+        return "; pass its .logits, or call fl.at_head(model, ...), which never makes them"
+    if hasattr(x, "last_hidden_state"):
+        return "; pass fl.Hidden(output.last_hidden_state, lm_head.weight)"
+    return ""
 
 
 def ordinary(x: Tensor) -> Tensor:
@@ -351,7 +378,9 @@ def check_labels(labels: object) -> Tensor:
         raise TypeError(f"labels: expected an integer tensor, got {type(labels).__name__}")
     _dense("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"labels: expected integer token ids, got {labels.dtype}")
+        raise TypeError(
+            f"labels: expected integer token ids, got {labels.dtype}; the order of the arguments is policy, labels, ref"
+        )
     labels = ordinary(labels)
     return labels if labels.dtype in (torch.int64, torch.int32) else labels.long()  # ignore_index must not wrap around
 
@@ -364,6 +393,8 @@ def check_aligned(name: str, x: Logits | Hidden, labels: Tensor) -> None:
         wanted, hint = shape_of(*labels.shape, last), ""
         if labels.dim() and tensor.shape[:-1] == (*labels.shape[:-1], labels.shape[-1] + 1):
             hint = f"; labels without their first go with {what}[..., :-1, :], or pass all labels with shift=True"
+        elif isinstance(x, Logits) and tensor.dim() <= labels.dim():
+            hint = "; log-probs are passed as fl.LogProbs(...)"
         raise ValueError(
             f"{name}: expected {what} {wanted} for labels {list(labels.shape)}, got {list(tensor.shape)}{hint}"
         )

@@ -92,8 +92,9 @@ def check_per_sequence(name: str, x: object, batch: Batch, dtypes: tuple[torch.d
     count, device = batch.sequences, batch.labels.device
     if not isinstance(x, Tensor) or x.dtype not in dtypes:
         kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        hint = "; pass x.bool(), or torch.tensor([True, False, ...])" if dtypes == (torch.bool,) else ""
-        raise TypeError(f"{name}: expected a {kinds} tensor, got {getattr(x, 'dtype', type(x).__name__)}{hint}")
+        got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+        hint = f"; pass {'x.bool()' if isinstance(x, Tensor) else f'torch.tensor({name})'}"
+        raise TypeError(f"{name}: expected a {kinds} tensor, got {got}{hint if dtypes == (torch.bool,) else ''}")
     if x.shape != (count,) or x.device != device:
         raise ValueError(
             f"{name}: expected [{count}] on {device}, one for each sequence, got {list(x.shape)} on {x.device}"
@@ -181,6 +182,8 @@ def _weighed(
 ) -> tuple[tuple[str, float], ...]:
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     for name in names:
+        if name == "dpo":
+            raise ValueError("loss_type: unknown name 'dpo'; the loss of DPO is 'sigmoid', as in TRL")
         if name not in known:
             raise unknown("loss_type", name, known)
     if not names:
@@ -337,6 +340,7 @@ class GRPOConfig:
 
 
 def grpo_config(
+    ref: bool,
     loss_type: str,
     importance: str,
     epsilon: float,
@@ -370,6 +374,8 @@ def grpo_config(
         )
     if max_completion_length is not None:
         check_positive(max_completion_length=max_completion_length)
+    if kl != "k3" and not ref:
+        raise ValueError(f"kl: is of the KL to a reference, got {kl!r} and ref=None")
     name, divergences = _estimator(kl)
     sequence, corrected = importance == "sequence", bool(use_bias_correction_kl)
     return GRPOConfig(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,3 +68,8 @@ class LossOutput:
         """Return a text with the loss, the metrics (read from their device) and the names of the other attributes."""
         metrics = ", ".join(f"{name}={x.item():.6g}" for name, x in self.metrics.items())
         return f"LossOutput(loss={self.loss}, metrics: {metrics or 'none'}; also .stats, .parts)"
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise, and say where to find what a user of the loss alone expects."""
+        hint = f"; it is a function of .loss: out.loss.{name}" if hasattr(Tensor, name) else ""
+        raise AttributeError(f"LossOutput has no attribute {name!r}{hint}")

@@ -84,8 +84,8 @@ def given_logps(name: str, source: LogProbs, mask: Tensor) -> Tensor:
     """Check precomputed log-probs for each token and return them, zero where the mask is False."""
     if source.logps.shape != mask.shape:
         raise ValueError(
-            f"{name}: expected fl.LogProbs {list(mask.shape)}, one for each output token, got {list(source.logps.shape)}"
-            f"{shift_hint(source.logps, mask.shape)}"
+            f"{name}: expected fl.LogProbs {list(mask.shape)}, one for each output token (a reference of sequences may also "
+            f"have one for each sequence), got {list(source.logps.shape)}{shift_hint(source.logps, mask.shape)}"
         )
     if source.logps.device != mask.device:
         raise ValueError(f"{name}: expected fl.LogProbs on {mask.device} as the labels are, got {source.logps.device}")

@@ -53,7 +53,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.steps:
-            return "log-probs are given: sums of small tensors, no pass over logits"
+            return "no pass over a vocabulary: log-probs are given, or this call is none of fused_losses"
         return "\n\n".join(map(str, self.steps))
 
 
@@ -72,6 +72,8 @@ def explain(call: Callable[..., Any], *args: Any, **options: Any) -> Explanation
     Raises:
         TypeError, ValueError: As the call itself.
     """
+    if not callable(call):
+        raise TypeError(f"call: expected a function and its arguments, explain(f, *args), got {type(call).__name__}")
     steps: Steps = []
     token = _STEPS.set(steps)
     try:

@@ -72,11 +72,11 @@ def token_stats(
             https://arxiv.org/abs/2406.11827). It has no gradient.
         shift: True: labels [..., T] are the input ids, as for Hugging Face models; position t is scored on label t + 1, and
             outputs are [..., T - 1]. False: labels hold the token that each position predicts. It must be given, except for
-            flat labels [N], which have no time axis.
+            flat labels [N], which are rows without a time axis (shift=True makes them one sequence).
         ignore_index: tokens with this label are ignored and get zero gradient.
         inplace_backward: write the policy's gradient over its logits, whose values are lost.
-        plan: for hidden states: "auto", or one of "vocab_chunks", "frozen_head",
-        "on_chip" (planner.py); results do not depend on it.
+        plan: for hidden states: "auto", or one of "vocab_chunks", "keep_logits", "frozen_head", "on_chip" (planner.py);
+            results do not depend on it.
         workspace: for hidden states: the bytes that tiles of logits may take. None: FUSED_LOSSES_WORKSPACE, else 256 MiB.
         static_shapes: for hidden states: also project rows that are ignored; their states must then be finite. Without it
             these rows are dropped first. For that the host has to read their number, which is a synchronisation that a CUDA

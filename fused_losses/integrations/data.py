@@ -184,6 +184,11 @@ def _texts(row: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, Any]:
             shared = max(most, 0)
         elif shared and pair[0][shared - 1] == " ":
             shared -= 1
+        if not shared:
+            raise ValueError(
+                "dataset: expected a column prompt, or chosen and rejected that begin with it; a row has the columns "
+                f"{', '.join(row)}, and its chosen and rejected begin differently"
+            )
         texts = {"prompt": pair[0][:shared], **{name: text[shared:] for name, text in texts.items()}}
     if missing := [name for name in ("prompt", *answers) if name not in texts]:
         raise ValueError(f"dataset: expected the columns {('prompt', *answers)}, a row lacks {', '.join(missing)}")
@@ -215,7 +220,8 @@ class _Collator:
     def __post_init__(self) -> None:
         if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int):
             raise TypeError(
-                f"pad_token_id: expected an int, got {self.pad_token_id!r}; where a tokenizer has none its eos_token_id will "
+                f"pad_token_id: expected an int, got {type(self.pad_token_id).__name__}; pass "
+                "tokenizer.pad_token_id; where a tokenizer has none its eos_token_id will "
                 "do, for padding is masked"
             )
         _check_truncation(self.max_length, self.truncation)

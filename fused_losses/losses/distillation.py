@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence, from_key, get
-from ..core.inputs import Source, as_source
+from ..core.inputs import LogProbs, Source, as_source
 from ..core.names import present
 from ..core.options import TokenOptions
 from ..core.outputs import LossOutput, Part
@@ -75,6 +75,11 @@ def distillation_loss(
         raise ValueError(f"beta: is of GKD's divergence, got {beta!r} beside divergence={divergence!r}")
     d = _gkd(beta) if divergence is None else from_key(divergence)
     check_weights(soft=soft, hard=hard)
+    if teacher is None or isinstance(teacher, LogProbs):
+        got = "None" if teacher is None else "fl.LogProbs"
+        raise ValueError(
+            f"teacher: expected fl.Hidden or logits, whose whole distribution the divergence needs, got {got}"
+        )
 
     def formula(tokens: Tokens) -> Tensor:
         return soft * tokens.divergence[d.key] - hard * tokens.logps

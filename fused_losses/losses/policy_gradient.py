@@ -109,7 +109,16 @@ def grpo_loss(
     """
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     o = grpo_config(
-        loss_type, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
+        ref is not None,
+        loss_type,
+        importance,
+        epsilon,
+        epsilon_high,
+        delta,
+        beta,
+        kl,
+        max_completion_length,
+        use_bias_correction_kl,
     )
     per_sequence, per_token = inputs(batch, advantages, old_logps, ref, o)
 

@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 REQUIRED = {
     "ref": "the reference as fl.Hidden, logits or fl.LogProbs, or None for the policy's log-probs alone",
-    "teacher": "the teacher as fl.Hidden, logits or fl.LogProbs",
+    "teacher": "the teacher, as fl.Hidden or logits (sampled_distillation_loss takes fl.LogProbs too)",
 }
 
 
@@ -32,7 +32,7 @@ def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters.values()
         own = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-        known = (*own, *options.__annotations__)
+        known = tuple(dict.fromkeys([*own, *options.__annotations__]))
         listed = [name for name in known if name not in ("policy", "student", "labels")]
         needed = [(i, p.name) for i, p in enumerate(parameters) if p.name in REQUIRED and p.default is p.empty]
 
@@ -40,7 +40,7 @@ def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R
         def call(*args: P.args, **given: P.kwargs) -> R:
             for name in given:
                 if name not in known and name not in more:
-                    what = f"fl.{function.__name__}: unknown option {name!r}{nearest(name, known)}"
+                    what = f"fl.{function.__name__}: unknown option {name!r}{nearest(name, (*known, *more))}"
                     raise TypeError(f"{what}; its options: {', '.join(listed)}")
             for i, name in needed:
                 if len(args) <= i and name not in given:

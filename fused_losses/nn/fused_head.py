@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.inputs import Hidden, Lora, Source
-from ..losses import preference_loss
+from ..losses import LOSSES, preference_loss
 from .around_head import Measured, measured, measured_around, output_head, unwrapped
 from .head_layers import active_adapter, linear_of, refuse_what_is_not_called
 
@@ -169,6 +169,10 @@ class FusedHead(nn.Module):
                 labels, ref source, **options).
             **options: The options of the loss.
         """
+        if isinstance(loss, str) and loss not in LOSSES:
+            raise ValueError(
+                f"loss: {loss!r} is no loss_type of preference_loss; pass a function, such as loss=fl.dpo_loss"
+            )
         function = partial(preference_loss, loss_type=loss) if isinstance(loss, str) else loss
         policy = self.source(hidden)
         if isinstance(ref, tuple):

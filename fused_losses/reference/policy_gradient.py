@@ -39,7 +39,16 @@ def grpo_loss(
 ) -> LossOutput:
     """Compute fl.grpo_loss, one sequence after another."""
     o = grpo_config(
-        loss_type, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
+        ref is not None,
+        loss_type,
+        importance,
+        epsilon,
+        epsilon_high,
+        delta,
+        beta,
+        kl,
+        max_completion_length,
+        use_bias_correction_kl,
     )
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     sequences, num_items = batch.sequences, call.num_items

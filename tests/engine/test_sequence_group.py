@@ -140,7 +140,7 @@ def check_references(rank, group):
     found = fl.dpo_loss(*parts, sequence_group=group, static_shapes=True, shift=False)
     same(found.loss, whole.loss, "static")
     compiled = torch.compile(fl.dpo_loss, fullgraph=True, backend="aot_eager")(
-        *parts, sequence_group=group, static_shapes=True
+        *parts, sequence_group=group, static_shapes=True, shift=False
     )
     same(compiled.loss, whole.loss, "compiled")
     grads = [torch.autograd.grad(out.loss, parts[0].hidden) for out in (compiled, found)]
@@ -192,11 +192,11 @@ def refusals(rank, group):
             r"labels: expected as many sequences on all ranks of sequence_group, got \[4, 2\]",
         ),
         (
-            lambda: fl.dpo_loss(*flat, cu_seqlens=cu - (cu == 48).long(), sequence_group=group, shift=False),
+            lambda: fl.dpo_loss(*flat, None, cu_seqlens=cu - (cu == 48).long(), sequence_group=group, shift=False),
             "rising from 0 to 48, the",
         ),
         (
-            lambda: fl.dpo_loss(*flat, cu_seqlens=cu.flip(0), sequence_group=group, shift=False),
+            lambda: fl.dpo_loss(*flat, None, cu_seqlens=cu.flip(0), sequence_group=group, shift=False),
             "cu_seqlens: expected offsets rising",
         ),
         (

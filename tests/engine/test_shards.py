@@ -210,7 +210,9 @@ def check_modules(rank, group):
     linear = torch.nn.Linear(H, rows.stop - rows.start, dtype=torch.float64)
     linear.weight.data, linear.bias.data = w.detach()[rows], bias[rows]
     for shard in (None, (rows.start, VOCAB)):
-        fl.FusedHead(linear, process_group=group, shard=shard)(x, labels, loss=fl.dpo_loss).loss.backward()
+        fl.FusedHead(linear, process_group=group, shard=shard)(
+            x, labels, None, loss=fl.dpo_loss, shift=False
+        ).loss.backward()
         torch.testing.assert_close(linear.weight.grad, exact[rows], rtol=1e-9, atol=1e-11)
         linear.zero_grad()
 
