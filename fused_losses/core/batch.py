@@ -74,12 +74,12 @@ class Batch:
             return rows[:, None] < sequences
         return rows + self.shard.first < self.cu_seqlens[sequences]
 
-    def count(self, which: Tensor | bool = True) -> Tensor:
+    def count(self, among: Tensor | bool = True) -> Tensor:
         """Return the number of tokens that count, of all ranks of the sequence group, at least 1.
 
-        which: a mask of the tokens among which they are counted.
+        among: a mask of the tokens among which they are counted.
         """
-        return self.shard.summed((self.mask & which).sum()).clamp(min=1)
+        return self.shard.summed((self.mask & among).sum()).clamp(min=1)
 
     def aligned(self, labels: Tensor) -> Tensor:
         """Return other labels of the same tokens, shifted as the labels of the batch are."""
@@ -132,9 +132,9 @@ def read_batch(labels: object, kind: str, options: Mapping[str, Any]) -> Batch:
 
 def read_options(options: Mapping[str, Any]) -> CallOptions:
     """Return the options of a loss that are not about its labels, checked."""
-    given = {name: options[name] for name in CallOptions._fields if name in options}
-    given["num_items"] = check_reduction(given.get("reduction", "mean"), given.get("num_items"))
-    return CallOptions(**given)
+    values = {name: options[name] for name in CallOptions._fields if name in options}
+    values["num_items"] = check_reduction(values.get("reduction", "mean"), values.get("num_items"))
+    return CallOptions(**values)
 
 
 def count_sequences(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: object, each: int) -> int:

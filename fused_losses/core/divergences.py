@@ -547,8 +547,8 @@ def parse(divergence: str | Divergence | Sequence[str | Divergence] | None) -> t
         raise TypeError(
             f"divergence: expected a name, a Divergence or a sequence of them, got {kind_of(divergence, Divergence)}"
         )
-    found = [from_key(d) for d in divergence]
-    return tuple({d.key: d for d in found}.values())
+    parsed = [from_key(d) for d in divergence]
+    return tuple({d.key: d for d in parsed}.values())
 
 
 Asked = str | Divergence | Sequence[str | Divergence] | None

@@ -77,8 +77,8 @@ def _own_rows(name: str, x: Tensor, group: object) -> Tensor:
     if type(x).__name__ != "DTensor":
         return x
     if len(x.placements) != 1 or not x.placements[0].is_shard(0):  # type: ignore[attr-defined]
-        found = x.placements  # type: ignore[attr-defined]
-        raise ValueError(f"{name}: beside process_group expected a DTensor sharded on dim 0 alone, got {found}")
+        placements = x.placements  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: beside process_group expected a DTensor sharded on dim 0 alone, got {placements}")
     ranks, mesh = torch.distributed.get_process_group_ranks(group), x.device_mesh.mesh.tolist()  # type: ignore
     if ranks != mesh:
         raise ValueError(f"{name}: expected a DTensor over the ranks of process_group, {ranks}, got one over {mesh}")
@@ -296,9 +296,11 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
             f"{name}: expected a tensor of logits, fl.Logits, fl.Hidden or fl.LogProbs, got {got}{_instead_of(x)}"
         )
     lora = x.lora if isinstance(x, Hidden) else None
-    own = {n: getattr(x, n) for n in ("logits", "hidden", "weight", "bias", "logps") if getattr(x, n, None) is not None}
+    tensors = {
+        n: getattr(x, n) for n in ("logits", "hidden", "weight", "bias", "logps") if getattr(x, n, None) is not None
+    }
     factors = {} if lora is None else {"a": lora.a, "b": lora.b}
-    made = {n: t for n, t in (own | factors).items() if ordinary(t) is not t}
+    made = {n: t for n, t in (tensors | factors).items() if ordinary(t) is not t}
     if not made:
         return x
     for n, t in made.items():
@@ -307,7 +309,7 @@ def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:
                 f"{name}: {n} requires grad, but was made under torch.inference_mode and can get none; make or load it "
                 "outside, or call requires_grad_(False) where it is constant"
             )
-    changed: dict[str, Any] = {n: ordinary(t) for n, t in own.items()}
+    changed: dict[str, Any] = {n: ordinary(t) for n, t in tensors.items()}
     if lora is not None:
         changed["lora"] = lora._replace(a=ordinary(lora.a), b=ordinary(lora.b))
     return replace(x, **changed)

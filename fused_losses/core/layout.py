@@ -168,9 +168,9 @@ def write_divergence(spec: StatsSpec, i: int, value: Tensor, slope: Tensor, rows
         raise AssertionError("a divergence has no place in these outputs")
     empty = (out.logps[rows] + out.ref_logps[rows]).isnan()  # no token on one side
     value = value.clamp(min=0).masked_fill(value > HUGE, INF)
-    other = finite(spec.divergences[i].degree * value) - finite(slope)
+    ref_slope = finite(spec.divergences[i].degree * value) - finite(slope)
     out.divergence[i, rows] = value.masked_fill(empty, float("nan"))
-    for at, total in zip(slope_rows(i), (finite(slope), other), strict=True):
+    for at, total in zip(slope_rows(i), (finite(slope), ref_slope), strict=True):
         out.saved[at, rows] = total.masked_fill(empty, 0)
 
 

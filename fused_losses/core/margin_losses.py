@@ -41,9 +41,9 @@ def exo_term(m, log_keep, log_flip):
 
     This is EXO (Ji et al. 2024, eq. 16).
     """
-    w, l = sigmoid(m), sigmoid(-m)
-    loss = -w * (softplus(-m) + log_keep) - l * (softplus(m) + log_flip)
-    return loss, w * l * (m + log_flip - log_keep)
+    p_chosen, p_rejected = sigmoid(m), sigmoid(-m)
+    loss = -p_chosen * (softplus(-m) + log_keep) - p_rejected * (softplus(m) + log_flip)
+    return loss, p_chosen * p_rejected * (m + log_flip - log_keep)
 
 
 def discopop_term(m, tau):
@@ -51,13 +51,13 @@ def discopop_term(m, tau):
 
     w e^-m is computed as the exponential of one number: for tau < 1 it tends to 0 as m -> -inf, where e^-m alone overflows.
     """
-    w, rest = sigmoid(m / tau), sigmoid(-m / tau)
+    w, complement = sigmoid(m / tau), sigmoid(-m / tau)
     far = m < -1e30  # where a product with the infinite loss would be NaN
     x = where(far, -1e30, -m - softplus(-m / tau))
     e = exp(cap(x))
-    slope = where(x < 80.0, e * (rest / tau - 1.0), 0.0)
+    slope = where(x < 80.0, e * (complement / tau - 1.0), 0.0)
     plain = where(far, 1e30, softplus(-m))
-    return rest * plain + e, slope - rest * (w / tau * plain + sigmoid(-m))
+    return complement * plain + e, slope - complement * (w / tau * plain + sigmoid(-m))
 
 
 TERMS: dict[str, Callable[..., Any]] = {

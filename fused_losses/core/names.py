@@ -14,9 +14,9 @@ def nearest(got: object, known: Iterable[str]) -> str:
     if not isinstance(got, str) or not got:
         return ""
     names, word = list(known), got.lower()
-    found = get_close_matches(word, names, n=2, cutoff=0.7)
-    found = found or [name for name in names if word in name.split("_") or name.startswith(word)][:2]
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+    matches = get_close_matches(word, names, n=2, cutoff=0.7)
+    matches = matches or [name for name in names if word in name.split("_") or name.startswith(word)][:2]
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 
 def unknown(what: str, got: object, known: Iterable[str]) -> ValueError:

@@ -38,10 +38,10 @@ class SequenceShard(NamedTuple):
         if self.group is None or not (longest := max(self.sizes)):
             return tensors
         shape = self.lead, self.sizes[self.rank]
-        own = [x.reshape(shape) for x in tensors]
-        dtype = reduce(torch.promote_types, (x.dtype for x in own), torch.float32)  # holds them all, masks as 0 and 1
-        sent = own[0].new_zeros((len(own), self.lead, longest), dtype=dtype)
-        for x, row in zip(own, sent, strict=True):
+        local = [x.reshape(shape) for x in tensors]
+        dtype = reduce(torch.promote_types, (x.dtype for x in local), torch.float32)  # holds them all, masks as 0 and 1
+        sent = local[0].new_zeros((len(local), self.lead, longest), dtype=dtype)
+        for x, row in zip(local, sent, strict=True):
             row[:, : shape[1]] = x.detach()
         parts = [torch.empty_like(sent) for _ in self.sizes]
         dist.all_gather(parts, sent, group=self.group)
@@ -51,7 +51,7 @@ class SequenceShard(NamedTuple):
             pieces[self.rank] = x
             return torch.cat(pieces, 1).reshape(-1)
 
-        return [joined(i, x) for i, x in enumerate(own)]
+        return [joined(i, x) for i, x in enumerate(local)]
 
     def own(self, x: Tensor) -> Tensor:
         """Return this rank's part of a tensor of the shape that whole() returns."""
@@ -93,16 +93,16 @@ def sequence_shard(
     if labels.dim() == 0:
         raise ValueError("labels: beside sequence_group expected a time axis, got a 0-d tensor")
     rank, world = dist.get_rank(sequence_group), dist.get_world_size(sequence_group)
-    lead, own = labels.shape[:-1].numel(), labels.shape[-1]
+    lead, length = labels.shape[:-1].numel(), labels.shape[-1]
     if static_shapes:
-        return SequenceShard(sequence_group, rank, lead, (own,) * world)
+        return SequenceShard(sequence_group, rank, lead, (length,) * world)
     if torch.compiler.is_compiling():
         raise ValueError(
             "sequence_group: inside torch.compile expected static_shapes=True, for the host reads sizes else"
         )
-    found = [torch.zeros(2, dtype=torch.int64, device=labels.device) for _ in range(world)]
-    dist.all_gather(found, torch.tensor([lead, own], device=labels.device), group=sequence_group)
-    leads, sizes = zip(*torch.stack(found).tolist(), strict=True)
+    gathered = [torch.zeros(2, dtype=torch.int64, device=labels.device) for _ in range(world)]
+    dist.all_gather(gathered, torch.tensor([lead, length], device=labels.device), group=sequence_group)
+    leads, sizes = zip(*torch.stack(gathered).tolist(), strict=True)
     if len(set(leads)) > 1:
         raise ValueError(f"labels: expected as many sequences on all ranks of sequence_group, got {list(leads)}")
     if cu_seqlens is not None and cu_seqlens.is_cpu and cu_seqlens[-1] != sum(sizes):

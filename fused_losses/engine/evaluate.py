@@ -78,7 +78,7 @@ def evaluate(
             f"ref: expected fl.LogProbs on {batch.labels.device} as the labels are, got {source.logps.device}"
         )
     per_token, per_sequence = (
-        {name: ordinary(x) for name, x in given.items()} for given in (inputs.per_token, inputs.per_sequence)
+        {name: ordinary(x) for name, x in numbers.items()} for numbers in (inputs.per_token, inputs.per_sequence)
     )
     inputs = inputs._replace(per_token=per_token, per_sequence=per_sequence)
     if isinstance(policy, Hidden) and (units := _units(policy, batch, inputs.unit, options, how)) is not None:
@@ -170,10 +170,10 @@ def _summed(source: LogProbs, batch: Batch, static_shapes: bool) -> bool:
     """
     labels, shard, sequences = batch.labels, batch.shard, batch.sequences
     one_each = source.logps.shape == (sequences,)
-    own = one_each and labels.shape != (sequences,)
+    by_shape = one_each and labels.shape != (sequences,)
     if labels.dim() > 1 or static_shapes or shard.group is None:
-        return own
-    if not shard.any(own, labels.device):
+        return by_shape
+    if not shard.any(by_shape, labels.device):
         return False
     if shard.any(not one_each, labels.device):
         raise ValueError(

@@ -229,10 +229,10 @@ class LossWithGradInForward(torch.autograd.Function):
             tokenwise, ref = (*tokenwise, REF), None
 
         def of_block(block: Block, part: Outputs) -> tuple[Tensor, Grads]:
-            which = torch.tensor(block.sequences, dtype=torch.int64, device=labels.device)
-            part_of_extra = {n: x.detach()[block.rows if n in tokenwise else which] for n, x in extra.items()}
-            every = torch.ones_like(block.rows, dtype=torch.bool)
-            gradients = loss.gradients(part, spec, part_of_extra, every, block.cu_seqlens, len(block.sequences))
+            sequence_ids = torch.tensor(block.sequences, dtype=torch.int64, device=labels.device)
+            part_of_extra = {n: x.detach()[block.rows if n in tokenwise else sequence_ids] for n, x in extra.items()}
+            mask = torch.ones_like(block.rows, dtype=torch.bool)
+            gradients = loss.gradients(part, spec, part_of_extra, mask, block.cu_seqlens, len(block.sequences))
             return gradients.losses, gradients.stats
 
         with torch.autocast(labels.device.type, enabled=False):
@@ -264,10 +264,10 @@ class LossWithGradInForward(torch.autograd.Function):
         returned once. In all other cases, and in a second backward, hidden_stats_backward computes them again. The formula is
         differentiated in both cases: it is small, and shows which rows a gradient that is not finite reaches.
         """
-        saved, needs, given = _SAVED.saved(ctx), ARGS.named(ctx.needs_input_grad), RESULT.named(grads)
-        loss, call, spec, g = saved.loss, saved.call, saved.call.options.spec, given.losses
+        saved, needs, grad_outputs = _SAVED.saved(ctx), ARGS.named(ctx.needs_input_grad), RESULT.named(grads)
+        loss, call, spec, g = saved.loss, saved.call, saved.call.options.spec, grad_outputs.losses
         wanted = Wanted(InputFlags.of(needs.call.policy), InputFlags.of(needs.call.ref))
-        at = given.stats
+        at = grad_outputs.stats
         incoming = total = Grads(at.logps, at.ref_logps, at.lse, at.entropy, at.divergence)
         learned: dict[str, Tensor | None] = {}
         if g is not None:

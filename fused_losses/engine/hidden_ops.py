@@ -208,10 +208,10 @@ def hidden_stats_backward(*values: Any) -> list[Tensor]:
     """Return the gradients of those tensors of both sides that need one, in their order."""
     args = BACKWARD_ARGS.unpack(values)
     asked, wanted = args.call, args.call.wanted
-    if asked.options.plan == "row_blocks":  # the gradients that forward found are not valid here: compute them again
+    if asked.options.plan == "row_blocks":  # the gradients that forward computed are not valid here: compute them again
         asked = asked._replace(options=asked.options._replace(plan="vocab_chunks"))
     if not wanted.ref.some and (args.grads.divergence is None or not args.grads.divergence.numel()):
-        asked = asked._replace(ref=None)  # neither w nor the reference's rows are needed
+        asked = asked._replace(ref=None)  # neither the reference's logits nor its rows are needed
     call = _compact(asked)
 
     def compact(x: Tensor) -> Tensor:
@@ -265,10 +265,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
-    saved, given, needs = _SAVED.saved(ctx), RESULT.named(grads).stats, ARGS.named(ctx.needs_input_grad)
+    saved, grad_stats, needs = _SAVED.saved(ctx), RESULT.named(grads).stats, ARGS.named(ctx.needs_input_grad)
     wanted = Wanted(InputFlags.of(needs.policy), InputFlags.of(needs.ref))
     back = HiddenStatsBackwardArgs(
-        grads=Grads(given.logps, given.ref_logps, given.lse, given.entropy, given.divergence),
+        grads=Grads(grad_stats.logps, grad_stats.ref_logps, grad_stats.lse, grad_stats.entropy, grad_stats.divergence),
         logps=saved.logps,
         saved=saved.saved,
         keep=saved.keep,

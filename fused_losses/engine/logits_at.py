@@ -57,11 +57,11 @@ def stats_at(
     if isinstance(policy, Hidden):
         stats = compute_stats(policy, batch, None, (), False, options)
         args = HiddenAtArgs(ids, keep, policy.softcap or 0.0, policy.multiplier, inputs_of(policy))
-        z = _HiddenAt.apply(*HIDDEN_AT.flat(args))
+        logits = _HiddenAt.apply(*HIDDEN_AT.flat(args))
     else:
-        stats, z = _from_logits(policy, batch, ids, keep, options)
-    z = z.masked_fill(wrong, float("nan"))
-    return stats, z[..., :-1, :] if batch.shift else z, stats.lse  # type: ignore[return-value]
+        stats, logits = _from_logits(policy, batch, ids, keep, options)
+    logits = logits.masked_fill(wrong, float("nan"))
+    return stats, logits[..., :-1, :] if batch.shift else logits, stats.lse  # type: ignore[return-value]
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def _from_logits(
     x = x if len(collapse(x, 1)) <= 2 else x.contiguous()
     spec = spec_of(policy, None, (), options.entropy, False, False, batch.ignore_index)
     check_plain("token_stats", x)
-    logps, lse, entropies, hit, saved, z = _LogitsAt.apply(
+    logps, lse, entropies, hit, saved, logits = _LogitsAt.apply(
         x, y.contiguous(), ids, keep, spec, choose(x.device, x.dtype), options.inplace_backward
     )
     out = Outputs(
@@ -87,7 +87,7 @@ def _from_logits(
         collision=None,
         saved=saved,
     )
-    return pack_stats(out, Asks(x.requires_grad, False), batch, None, ()), z
+    return pack_stats(out, Asks(x.requires_grad, False), batch, None, ()), logits
 
 
 class _SavedAt(NamedTuple):
@@ -127,8 +127,8 @@ class _LogitsAt(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(out.hit, out.saved)
         ctx.set_materialize_grads(False)
-        z = transform_logits(raw[..., :-1], spec.softcap, spec.multiplier, out.lse.dtype)[0]
-        return out.logps, out.lse, out.entropy, out.hit, out.saved, z.masked_fill(~keep[..., :-1], 0)
+        logits = transform_logits(raw[..., :-1], spec.softcap, spec.multiplier, out.lse.dtype)[0]
+        return out.logps, out.lse, out.entropy, out.hit, out.saved, logits.masked_fill(~keep[..., :-1], 0)
 
     @staticmethod
     @once("token_stats")
@@ -147,8 +147,8 @@ class _LogitsAt(torch.autograd.Function):
         to_ids = torch.zeros_like(s.raw[..., :-1]) if g_z is None else g_z
         arrived = torch.cat([to_ids, to_label], dim=-1).masked_fill(~s.keep, 0)
 
-        z, slope = transform_logits(s.raw, s.spec.softcap, s.spec.multiplier, s.lse.dtype)
-        logp = z - s.lse.view(s.labels.shape).unsqueeze(-1)
+        logits, slope = transform_logits(s.raw, s.spec.softcap, s.spec.multiplier, s.lse.dtype)
+        logp = logits - s.lse.view(s.labels.shape).unsqueeze(-1)
         without = to_lse - to_entropy * (logp + shaped(s.entropy)) if g_entropy is not None else to_lse
         back = logits_ops.TokenStatsBackwardArgs(
             grads=Grads(lse=to_lse.reshape(-1), entropy=g_entropy),
@@ -232,15 +232,15 @@ class _HiddenAt(torch.autograd.Function):
         ids, keep, bias = args.ids, args.keep, args.inputs.bias
         with torch.autocast(ids.device.type, enabled=False):
             rows = _Gathered(ids, keep, args.inputs)
-            z = torch.zeros(rows.ids.shape, dtype=rows.side.sums, device=ids.device)
+            logits = torch.zeros(rows.ids.shape, dtype=rows.side.sums, device=ids.device)
             for r, x, gathered in rows.blocks():
-                torch.bmm(gathered, x.unsqueeze(-1), out=z[r].unsqueeze(-1))
+                torch.bmm(gathered, x.unsqueeze(-1), out=logits[r].unsqueeze(-1))
         if bias is not None:
-            z += bias.to(z.dtype)[rows.ids]
-        z, slope = transform_logits(z, args.softcap, args.multiplier, z.dtype)
-        slope = slope if isinstance(slope, Tensor) else torch.full_like(z[:1, :1], slope)
+            logits += bias.to(logits.dtype)[rows.ids]
+        logits, slope = transform_logits(logits, args.softcap, args.multiplier, logits.dtype)
+        slope = slope if isinstance(slope, Tensor) else torch.full_like(logits[:1, :1], slope)
         SAVED_HIDDEN_AT.save(ctx, _SavedHiddenAt(args, slope))
-        return z.view(ids.shape).masked_fill(~keep, 0)
+        return logits.view(ids.shape).masked_fill(~keep, 0)
 
     @staticmethod
     @once("token_stats")

@@ -133,10 +133,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
     args, saved = _SAVED.saved(ctx)
-    given, needs = STATS.named(grads), ARGS.named(ctx.needs_input_grad)
+    grad_stats, needs = STATS.named(grads), ARGS.named(ctx.needs_input_grad)
     inplace = args.inplace_backward and needs.policy
     back = TokenStatsBackwardArgs(
-        grads=Grads(given.logps, given.ref_logps, given.lse, given.entropy, given.divergence),
+        grads=Grads(grad_stats.logps, grad_stats.ref_logps, grad_stats.lse, grad_stats.entropy, grad_stats.divergence),
         saved=saved,
         policy=args.policy.detach() if inplace else args.policy,
         labels=args.labels,

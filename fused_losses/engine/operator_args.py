@@ -90,13 +90,13 @@ class Layout(Generic[T]):
     def __init__(self, kind: type[T], optional: bool = False):
         self.kind = kind
         self.fields: list[tuple[str, Layout | Slot]] = []
-        self.rest = ""
+        self.variadic = ""
         for name, hint in get_type_hints(kind, include_extras=True).items():
             choices = [x for x in get_args(hint) if x is not NoneType]
             can_be_none = NoneType in get_args(hint)
             hint = choices[0] if can_be_none and len(choices) == 1 else hint
             if hint == REST:
-                self.rest = name
+                self.variadic = name
             elif hasattr(hint, "_fields"):
                 self.fields.append((name, Layout(hint, optional or can_be_none)))
             else:
@@ -109,14 +109,14 @@ class Layout(Generic[T]):
 
     def _slots(self, path: str) -> list[Slot]:
         """Return the slots in their order, named after the path to them."""
-        found: list[Slot] = []
+        slots: list[Slot] = []
         for name, field in self.fields:
             if isinstance(field, Layout):
-                found += field._slots(f"{path}{name}_")
+                slots += field._slots(f"{path}{name}_")
             else:
                 optional = field.optional or (self.optional and field.tensor)
-                found.append(field._replace(name=path + name, optional=optional))
-        return found
+                slots.append(field._replace(name=path + name, optional=optional))
+        return slots
 
     def schema(self, *mutated: str) -> str:
         """Return the arguments as the schema of an operator that writes to those that are named."""
@@ -144,47 +144,47 @@ class Layout(Generic[T]):
 
     def flat(self, args: T | None) -> list[Any]:
         """Return the values in their order; for a group that is None, those of its fields' defaults."""
-        found: list[Any] = []
+        values: list[Any] = []
         for name, field in self.fields:
             if isinstance(field, Layout):
-                found += field.flat(None if args is None else getattr(args, name))
+                values += field.flat(None if args is None else getattr(args, name))
             else:
-                found.append(field.absent if args is None else getattr(args, name))
-        if self.rest:
-            found += getattr(args, self.rest)
-        return found
+                values.append(field.absent if args is None else getattr(args, name))
+        if self.variadic:
+            values += getattr(args, self.variadic)
+        return values
 
     def named(self, values: Iterable[Any]) -> Any:
         """Return the values under the names of the arguments: those of flat(), or one for each, such as needs_input_grad."""
         return self._take(iter(values))
 
     def _take(self, values: Iterator[Any]) -> Any:
-        found: dict[str, Any] = {}
+        taken: dict[str, Any] = {}
         first = ""
         for name, field in self.fields:
             first = first or name
-            found[name] = field._take(values) if isinstance(field, Layout) else next(values)
-        if self.rest:
-            found[self.rest] = tuple(values)
-        return None if self.optional and found[first] is None else self.kind(**found)
+            taken[name] = field._take(values) if isinstance(field, Layout) else next(values)
+        if self.variadic:
+            taken[self.variadic] = tuple(values)
+        return None if self.optional and taken[first] is None else self.kind(**taken)
 
-    def gradients(self, **given: Any) -> list[Any]:
+    def gradients(self, **by_name: Any) -> list[Any]:
         """Return for each argument its gradient, which may be given by name, or None.
 
         The gradients of a group are a NamedTuple or a dict with some of its names.
         """
-        found: list[Any] = []
+        gradients: list[Any] = []
         for name, field in self.fields:
-            x = given.get(name)
+            x = by_name.get(name)
             if not isinstance(field, Layout):
-                found.append(x)
+                gradients.append(x)
             elif x is None:
-                found += [None] * len(field.slots)
+                gradients += [None] * len(field.slots)
             else:
-                found += field.gradients(**(x if isinstance(x, dict) else x._asdict()))
-        if self.rest:
-            found += given[self.rest]
-        return found
+                gradients += field.gradients(**(x if isinstance(x, dict) else x._asdict()))
+        if self.variadic:
+            gradients += by_name[self.variadic]
+        return gradients
 
     def save(self, ctx: Any, args: T) -> None:
         """Save the values in the context of an autograd function, tensors with save_for_backward."""

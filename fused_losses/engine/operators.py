@@ -29,8 +29,8 @@ def operator(name: str, arguments: Layout, returns: Layout | str, mutated: tuple
     """
     namespaces = chain(["fused_losses"], (f"fused_losses_{i}" for i in count(2)))
     free = next(space for space in namespaces if not hasattr(getattr(torch.ops, space), name))
-    found = returns if isinstance(returns, str) else f"({', '.join(slot.form.type for slot in returns.slots)})"
-    schema = f"({arguments.schema(*mutated)}) -> {found}"
+    outputs = returns if isinstance(returns, str) else f"({', '.join(slot.form.type for slot in returns.slots)})"
+    schema = f"({arguments.schema(*mutated)}) -> {outputs}"
     return custom_op(f"{free}::{name}", mutates_args=mutated, schema=schema)
 
 
@@ -89,9 +89,9 @@ def once(name: str) -> Callable[[Callable], Callable]:
                 return backward(ctx, *grads)
             others = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
             with torch.no_grad():
-                found = backward(ctx, *grads)
-            found = found if isinstance(found, tuple) else (found,)
-            return tuple(x if x is None else _Refuse.apply(name, x, *others) for x in found)
+                gradients = backward(ctx, *grads)
+            gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+            return tuple(x if x is None else _Refuse.apply(name, x, *others) for x in gradients)
 
         return checked
 

@@ -118,11 +118,11 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
     args, coef = _SAVED.saved(ctx)
-    given, needs = LOSSES.named(grads), ARGS.named(ctx.needs_input_grad)
+    grad_outputs, needs = LOSSES.named(grads), ARGS.named(ctx.needs_input_grad)
     back = PairLossBackwardArgs(
-        grad_losses=given.losses,
-        grad_logps=given.seq_logps,
-        grad_ref_logps=given.seq_ref,
+        grad_losses=grad_outputs.losses,
+        grad_logps=grad_outputs.seq_logps,
+        grad_ref_logps=grad_outputs.seq_ref,
         coef=coef,
         call=args,
         to_logps=needs.logps,

@@ -104,14 +104,14 @@ def partial_stats(
                 raise ValueError(f"{name}: partial statistics are of one rank's columns: leave process_group out")
         elif source is not None:
             raise TypeError(f"{name}: expected logits, fl.Logits or fl.Hidden, got fl.{type(source).__name__}")
-    z, w = sources
-    if w is not None:
-        check_pair(z, w)  # type: ignore[arg-type]
+    policy_source, ref_source = sources
+    if ref_source is not None:
+        check_pair(policy_source, ref_source)  # type: ignore[arg-type]
     elif asked:
         raise ValueError(f"divergence: {asked[0].key!r} needs ref, got None")
     with torch.no_grad():
         how = ExecutionOptions("vocab_chunks", workspace, True)
-        call = prepare_call(z, batch, w, asked, entropy, collision, how)  # type: ignore[arg-type]
+        call = prepare_call(policy_source, batch, ref_source, asked, entropy, collision, how)  # type: ignore[arg-type]
         args, backend = call.args, call.args.options.backend
         spec = args.options.spec._replace(first=first)
         rows = plan_chunks.drop_ignored_rows(
@@ -119,7 +119,7 @@ def partial_stats(
         )
         state = plan_chunks.states(rows, plan_chunks.Tiles(rows))
     end = first + spec.vocab
-    return PartialStats(state, labels, end, asked, entropy, collision, w is not None, ignore_index, backend)
+    return PartialStats(state, labels, end, asked, entropy, collision, ref_source is not None, ignore_index, backend)
 
 
 def merge_stats(parts: Sequence[PartialStats]) -> PartialStats:

@@ -88,7 +88,7 @@ def allocate(call: CompactCall) -> Outputs:
 
 
 class Tiles:
-    """Buffers for the logits z and ref_logits, and the iteration over slices of the vocabulary and blocks of rows.
+    """Buffers for logits and ref_logits, and the iteration over slices of the vocabulary and blocks of rows.
 
     In the plan "keep_logits" there is one tile. It is kept [1 or 2, rows, V], and is computed at most once.
     """
@@ -101,7 +101,7 @@ class Tiles:
         def buffer(i: int) -> Tensor:
             return kept[i] if kept is not None and i < len(kept) else call.labels.new_empty(shape, dtype=call.dtype)
 
-        self.z = buffer(0)
+        self.logits = buffer(0)
         self.ref = buffer(1) if with_ref and call.ref is not None else None
 
     @property
@@ -121,16 +121,16 @@ class Tiles:
         return (slice(r, min(r + self.rows, n)) for r in range(0, n, self.rows))
 
     def load(self, r: slice, c: slice) -> tuple[StatsSpec, Tensor, Tensor | None]:
-        """Compute the tile, unless it is kept already. Return what is asked of it, and z and ref_logits."""
+        """Compute the tile, unless it is kept already. Return what is asked of it, logits and ref_logits."""
         call, height, width = self.call, r.stop - r.start, c.stop - c.start
-        z = self.z[:height, :width]
+        logits = self.logits[:height, :width]
         ref_logits = None if self.ref is None else self.ref[:height, :width]
         if not self.filled:
-            call.policy.tile(r, c, z)
+            call.policy.tile(r, c, logits)
             if ref_logits is not None and call.ref is not None:
                 call.ref.tile(r, c, ref_logits)
         self.filled = self.keeps
-        return call.spec._replace(vocab=width, first=call.spec.first + c.start), z, ref_logits
+        return call.spec._replace(vocab=width, first=call.spec.first + c.start), logits, ref_logits
 
 
 def powers(spec: StatsSpec) -> int:
@@ -150,8 +150,8 @@ def states(call: CompactCall, tiles: Tiles | None) -> Tensor:
         return state
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, ref_logits = tiles.load(r, c)
-            call.backend.fold(part, z, call.labels[r], ref_logits, state[:, r], c.start == 0)
+            part, logits, ref_logits = tiles.load(r, c)
+            call.backend.fold(part, logits, call.labels[r], ref_logits, state[:, r], c.start == 0)
     return state
 
 
@@ -171,7 +171,7 @@ def forward(call: CompactCall, kept: Tensor | None = None) -> Outputs:
 def second_sweep(call: CompactCall, out: Outputs, tiles: Tiles | None, visit: Callable | None = None) -> None:
     """Compute the divergences that are sums of terms, from normalised tiles.
 
-    visit(r, c, spec, z, ref_logits) is called for each tile afterwards.
+    visit(r, c, spec, logits, ref_logits) is called for each tile afterwards.
     """
     spec = call.spec
     if call.ref is None:
@@ -183,11 +183,11 @@ def second_sweep(call: CompactCall, out: Outputs, tiles: Tiles | None, visit: Ca
     else:
         for c in tiles.columns_of():
             for r in tiles.rows_of():
-                part, z, ref_logits = tiles.load(r, c)
+                part, logits, ref_logits = tiles.load(r, c)
                 if ref_logits is not None:
-                    call.backend.terms(part, z, call.labels[r], ref_logits, out.saved[:, r], sums[:, r])
+                    call.backend.terms(part, logits, call.labels[r], ref_logits, out.saved[:, r], sums[:, r])
                 if visit is not None:
-                    visit(r, c, part, z, ref_logits)
+                    visit(r, c, part, logits, ref_logits)
     sums = call.shard.summed(sums).masked_fill_(call.labels == spec.ignore_index, 0)
     for i, d in enumerate(spec.divergences):
         if d.term is not None:
@@ -195,12 +195,12 @@ def second_sweep(call: CompactCall, out: Outputs, tiles: Tiles | None, visit: Ca
             write_divergence(spec, i, value, slope, slice(None), out)
 
 
-def _hidden_rows(given: Side) -> HiddenRows:
+def _hidden_rows(side: Side) -> HiddenRows:
     """Return a side as the tile kernel takes it."""
-    side = hidden_side(given)
-    low_rank = None if side.low_rank is None else LowRankRows(side.low_rank.xa, side.low_rank.b, 1.0)
-    x = side.x if side.x.stride(-1) == 1 else side.x.contiguous()
-    return HiddenRows(x, side.weight, None if side.bias is None else side.bias.contiguous(), low_rank)
+    hidden = hidden_side(side)
+    low_rank = None if hidden.low_rank is None else LowRankRows(hidden.low_rank.xa, hidden.low_rank.b, 1.0)
+    x = hidden.x if hidden.x.stride(-1) == 1 else hidden.x.contiguous()
+    return HiddenRows(x, hidden.weight, None if hidden.bias is None else hidden.bias.contiguous(), low_rank)
 
 
 def backward(
@@ -216,17 +216,19 @@ def backward(
     spare = ref_spare = None
     if wanted.policy.some:
         policy.want(wanted.policy, tiles.blocks > 1, tiles.slices, shared)
-        spare = spare_buffer(policy, tiles.z, kept is not None)
+        spare = spare_buffer(policy, tiles.logits, kept is not None)
     if ref is not None:
         ref.want(wanted.ref, tiles.blocks > 1, tiles.slices, shared)
         ref_spare = None if tiles.ref is None else spare_buffer(ref, tiles.ref, kept is not None)
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, ref_logits = tiles.load(r, c)
+            part, logits, ref_logits = tiles.load(r, c)
             g = Grads(*[None if x is None else x[..., r].contiguous() for x in grads])
-            d_policy = _place(spare, z) if wanted.policy.some else None
+            d_policy = _place(spare, logits) if wanted.policy.some else None
             d_ref = None if ref is None or ref_logits is None else _place(ref_spare, ref_logits)
-            call.backend.backward(part, z, call.labels[r], ref_logits, saved[:, r].contiguous(), g, d_policy, d_ref)
+            call.backend.backward(
+                part, logits, call.labels[r], ref_logits, saved[:, r].contiguous(), g, d_policy, d_ref
+            )
             if d_policy is not None:
                 policy.push(r, c, d_policy)
             if ref is not None and d_ref is not None:

@@ -55,7 +55,7 @@ class _Frozen:
 
     def __init__(self, call: CompactCall, policy: HiddenSide, keep: Tensor, tiles: Tiles):
         self.call, self.policy, self.kept = call, policy, _Kept.of(keep, call.spec)
-        self.d_policy = torch.empty_like(tiles.z, dtype=policy.dtype)
+        self.d_policy = torch.empty_like(tiles.logits, dtype=policy.dtype)
         self.one = torch.ones((1, tiles.rows), dtype=call.dtype, device=call.labels.device)
 
     def _add(
@@ -64,37 +64,44 @@ class _Frozen:
         r: slice,
         c: slice,
         part: StatsSpec,
-        z: Tensor,
+        logits: Tensor,
         ref_logits: Tensor | None,
         saved: Tensor,
         grads: Grads,
     ) -> None:
         """Add sum_v h_v s_v W_v to a sum `out`; h_v s_v is the dz that backward writes for these gradients."""
-        d_policy = self.d_policy[: z.shape[0], : z.shape[1]]
-        self.call.backend.backward(part, z, self.call.labels[r], ref_logits, saved, grads, d_policy, None)
+        d_policy = self.d_policy[: logits.shape[0], : logits.shape[1]]
+        self.call.backend.backward(part, logits, self.call.labels[r], ref_logits, saved, grads, d_policy, None)
         self.policy.pull(out[r], c, d_policy)
 
     def add_slice(
-        self, r: slice, c: slice, part: StatsSpec, z: Tensor, ref_logits: Tensor | None, row: SavedRow
+        self, r: slice, c: slice, part: StatsSpec, logits: Tensor, ref_logits: Tensor | None, row: SavedRow
     ) -> None:
         """Add what follows from the first sweep over a tile, with p and q normalised as `row` says."""
         alone, saved = part._replace(divergences=()), torch.stack(row)
-        one = self.one[0, : len(z)]
-        self._add(self.kept.prob, r, c, alone, z, None, saved, Grads(lse=one))
+        one = self.one[0, : len(logits)]
+        self._add(self.kept.prob, r, c, alone, logits, None, saved, Grads(lse=one))
         if self.kept.entropy is not None:
-            self._add(self.kept.entropy, r, c, alone, z, None, saved, Grads(entropy=-one))
-        self.add_bases(r, c, part, z, ref_logits, row, second=False)
+            self._add(self.kept.entropy, r, c, alone, logits, None, saved, Grads(entropy=-one))
+        self.add_bases(r, c, part, logits, ref_logits, row, second=False)
 
     def add_bases(
-        self, r: slice, c: slice, part: StatsSpec, z: Tensor, ref_logits: Tensor | None, row: SavedRow, second: bool
+        self,
+        r: slice,
+        c: slice,
+        part: StatsSpec,
+        logits: Tensor,
+        ref_logits: Tensor | None,
+        row: SavedRow,
+        second: bool,
     ) -> None:
         """Add the sums of the divergences that are computed in this sweep, the first or the second."""
         zero = torch.zeros_like(row.shift_p)
         # the sums of slopes, sum_v h and sum_v k, are not subtracted here
-        saved, grads = torch.stack([*row, zero, zero]), Grads(divergence=self.one[:, : len(z)])
+        saved, grads = torch.stack([*row, zero, zero]), Grads(divergence=self.one[:, : len(logits)])
         for d, out in self.kept.bases:
             if (d.scaling is None) == second:
-                self._add(out, r, c, part._replace(divergences=(d,)), z, ref_logits, saved, grads)
+                self._add(out, r, c, part._replace(divergences=(d,)), logits, ref_logits, saved, grads)
 
     def rescale(self, r: slice, x: Tensor, y: Tensor) -> None:
         """Update the sums where p and q become e^x p and e^y q."""
@@ -120,8 +127,8 @@ def frozen_forward(call: CompactCall, keep: Tensor) -> Outputs:
     so_far = SavedRow(*state.new_zeros((len(SavedRow._fields), n)))  # of the vocabulary so far
     for c in tiles.columns_of():
         for r in tiles.rows_of():
-            part, z, ref_logits = tiles.load(r, c)
-            backend.fold(part, z, call.labels[r], ref_logits, state[:, r], c.start == 0)
+            part, logits, ref_logits = tiles.load(r, c)
+            backend.fold(part, logits, call.labels[r], ref_logits, state[:, r], c.start == 0)
             old = SavedRow(*(number[r] for number in so_far))
             new = _normalisers(backend, state[:, r], call.ref is not None)
             if c.start:
@@ -132,12 +139,12 @@ def frozen_forward(call: CompactCall, keep: Tensor) -> Outputs:
                 sums.rescale(r, x, torch.where((near - y).abs() < 1e-3, near, y))
             for place, number in zip(old, new, strict=True):
                 place.copy_(number)
-            sums.add_slice(r, c, part, z, ref_logits, new)
+            sums.add_slice(r, c, part, logits, ref_logits, new)
     backend.close(spec, state, call.labels, out)
     if any(d.scaling is None for d, _ in sums.kept.bases):
 
-        def visit(r: slice, c: slice, part: StatsSpec, z: Tensor, ref_logits: Tensor) -> None:
-            sums.add_bases(r, c, part, z, ref_logits, saved_row(out.saved[:, r]), second=True)
+        def visit(r: slice, c: slice, part: StatsSpec, logits: Tensor, ref_logits: Tensor) -> None:
+            sums.add_bases(r, c, part, logits, ref_logits, saved_row(out.saved[:, r]), second=True)
 
         second_sweep(call, out, tiles, visit)
     return out
@@ -158,9 +165,9 @@ def _normalisers(backend: Backend, state: Tensor, ref: bool) -> SavedRow:
 def frozen_backward(call: CompactCall, keep: Tensor, logps: Tensor, saved: Tensor, grads: Grads) -> Tensor:
     """Compute the gradient at the policy's hidden states from the kept rows, which are scaled and added."""
     spec, policy = call.spec, hidden_side(call.policy)
-    n, here = len(call.labels), call.labels != spec.ignore_index
+    n, counts = len(call.labels), call.labels != spec.ignore_index
     # with static shapes some rows do not count
-    g = Grads(*[None if x is None else x.masked_fill(~here, 0) for x in grads])
+    g = Grads(*[None if x is None else x.masked_fill(~counts, 0) for x in grads])
     kept, row = _Kept.of(keep, spec), saved_row(saved)
     coef = torch.zeros(n, dtype=call.dtype, device=call.labels.device)
     if g.logps is not None:

@@ -119,7 +119,7 @@ def row_blocks(  # noqa: PLR0913 (the parts of a call whose rows are not laid ou
     """Compute statistics of all rows, losses of all units, and the policy's gradients of the sum of the losses."""
     labels = labels.reshape(-1).contiguous()
     rows, blocks = _layout(labels, spec.ignore_index, units, plan.tile.rows)
-    side, every = HiddenSide(policy, rows), slice(0, spec.vocab)
+    side, all_columns = HiddenSide(policy, rows), slice(0, spec.vocab)
     ranges = [slice(a, b) for a, b in pairwise([0, *(block.end for block in blocks)])]
     longest = max((r.stop - r.start for r in ranges), default=0)
     call = CompactCall(
@@ -134,25 +134,25 @@ def row_blocks(  # noqa: PLR0913 (the parts of a call whose rows are not laid ou
     )
     side.want(wanted, several_blocks=True, wide=True)
     out, tiles = allocate(call), Tiles(call)
-    spare = spare_buffer(side, tiles.z)
-    every_loss = [out.logps.new_zeros(0)]
+    spare = spare_buffer(side, tiles.logits)
+    block_losses = [out.logps.new_zeros(0)]
     for r, block in zip(ranges, blocks, strict=True):
         part, y = _part(out, r), call.labels[r]
-        _, z, ref_logits = tiles.load(r, every)
+        _, logits, ref_logits = tiles.load(r, all_columns)
         if r.stop > r.start:
-            backend.forward(spec, z, y, ref_logits, part)
+            backend.forward(spec, logits, y, ref_logits, part)
         cu_seqlens = torch.tensor([0, *block.ends], device=labels.device) if block.sequences else None
         losses, grads = loss(Block(rows[r], block.sequences, cu_seqlens), part)
-        every_loss.append(losses)
+        block_losses.append(losses)
         if r.stop > r.start and wanted.some and any(g is not None for g in grads):
-            d_policy = z if spare is None else spare[: z.shape[0]]
-            backend.backward(spec, z, y, ref_logits, part.saved, effective(grads, spec.vocab), d_policy, None)
-            side.push(r, every, d_policy)
+            d_policy = logits if spare is None else spare[: logits.shape[0]]
+            backend.backward(spec, logits, y, ref_logits, part.saved, effective(grads, spec.vocab), d_policy, None)
+            side.push(r, all_columns, d_policy)
         for whole, piece in zip(out, part, strict=True):
             if whole is not None and piece is not None:
                 whole[..., r] = piece
-    side.finish_slice(every)
-    losses = torch.cat(every_loss)
+    side.finish_slice(all_columns)
+    losses = torch.cat(block_losses)
     if units.offsets is None:
         losses = losses.new_zeros(labels.numel()).index_copy_(0, rows, losses)
     return RowBlocks(spread_out(out, rows, labels.numel()), losses, side.gradients())

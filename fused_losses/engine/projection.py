@@ -42,8 +42,8 @@ class LogitSide:
     def __init__(self, operand: LogitsOperand, rows: Tensor | None):
         x = operand.logits
         count = x[..., 0].numel()
-        every = torch.arange(count, device=x.device) if rows is None else rows
-        self.x, self.index = x, torch.unravel_index(every, x.shape[:-1])
+        indices = torch.arange(count, device=x.device) if rows is None else rows
+        self.x, self.index = x, torch.unravel_index(indices, x.shape[:-1])
         self.gradient: Tensor | None = None
 
     def want(self, wanted: InputFlags, several_blocks: bool, slices: int = 1, shared: bool = False) -> None:

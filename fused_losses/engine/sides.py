@@ -121,9 +121,9 @@ class Wanted(NamedTuple):
         """Return whether any gradient is wanted."""
         return self.policy.some or self.ref.some
 
-    def chosen(self, given: BothGradients) -> list[Any]:
+    def chosen(self, gradients: BothGradients) -> list[Any]:
         """Return the gradients that are wanted, in their order."""
-        pairs = [*zip(self.policy, given.policy, strict=True), *zip(self.ref, given.ref, strict=True)]
+        pairs = [*zip(self.policy, gradients.policy, strict=True), *zip(self.ref, gradients.ref, strict=True)]
         return [x for flag, x in pairs if flag]
 
     def placed(self, chosen: Iterable[Tensor]) -> BothGradients:

@@ -295,8 +295,8 @@ def apart(
         return ref, how
     check_aligned("policy", policy, batch.labels)
     if is_hidden(policy):
-        own = how._replace(plan="auto") if is_hidden(ref) else ExecutionOptions()
-        return _alone(ref, batch, own), how
+        ref_how = how._replace(plan="auto") if is_hidden(ref) else ExecutionOptions()
+        return _alone(ref, batch, ref_how), how
     return _alone(ref, batch, how), how if not is_hidden(ref) else ExecutionOptions()
 
 

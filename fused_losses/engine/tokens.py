@@ -90,14 +90,14 @@ class Tokens:
         """
         if shard.group is None:
             return self
-        own = {n: getattr(self, n) for n in (*NUMBERS, "mask", "correct") if n != REF or not self.ref_summed}
-        own = {n: x for n, x in own.items() if x is not None}
+        local = {n: getattr(self, n) for n in (*NUMBERS, "mask", "correct") if n != REF or not self.ref_summed}
+        local = {n: x for n, x in local.items() if x is not None}
         extra = {n: self.extra[n] for n in tokenwise}
-        found = iter(shard.whole([*own.values(), *self.divergence.values(), *extra.values()]))
-        numbers: dict[str, Any] = dict(zip(own, found, strict=False))
-        divergence = dict(zip(self.divergence, found, strict=False))
+        gathered = iter(shard.whole([*local.values(), *self.divergence.values(), *extra.values()]))
+        numbers: dict[str, Any] = dict(zip(local, gathered, strict=False))
+        divergence = dict(zip(self.divergence, gathered, strict=False))
         return replace(
-            self, divergence=divergence, extra={**self.extra, **dict(zip(extra, found, strict=True))}, **numbers
+            self, divergence=divergence, extra={**self.extra, **dict(zip(extra, gathered, strict=True))}, **numbers
         )
 
     def pair_term(self, name: str, link: Divergence, beta: float, *params: float) -> Tensor:

@@ -65,8 +65,8 @@ def calibration(stats: TokenStats, *, cu_seqlens: Tensor | None = None, bins: in
     chosen, rejected = (tokens.sums(tokens.logps).double() / lengths.clamp(min=1)).tensor_split(2)
     counts = torch.stack((lengths > 0).tensor_split(2)).all(0)
     confidence = chosen.exp()
-    which = (confidence * bins).long().clamp(0, bins - 1)
-    member = (which[:, None] == torch.arange(bins, device=which.device)) & counts[:, None]
+    bin_index = (confidence * bins).long().clamp(0, bins - 1)
+    member = (bin_index[:, None] == torch.arange(bins, device=bin_index.device)) & counts[:, None]
     return Calibration(
         member.double().sum(0),
         torch.where(member, confidence[:, None], 0).sum(0),

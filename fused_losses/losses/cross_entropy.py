@@ -86,11 +86,11 @@ def cross_entropy_loss(
             losses = losses + eps * (tokens.divergence["forward_kl"] + math.log(vocab)) * tokens.mask
         return losses if not z_loss or tokens.lse is None else losses + z_loss * tokens.lse.square()
 
-    found = fused(formula, source, batch, ref, inputs, read_options(options))
-    tokens = found.tokens
-    more = (
+    result = fused(formula, source, batch, ref, inputs, read_options(options))
+    tokens = result.tokens
+    logit_numbers = (
         {}
         if tokens.lse is None or tokens.correct is None
         else {"lse": tokens.lse, "mean_token_accuracy": tokens.correct.to(tokens.logps.dtype)}
     )
-    return output(found, token_means(found, **more))
+    return output(result, token_means(result, **logit_numbers))

@@ -85,8 +85,8 @@ def distillation_loss(
         return soft * tokens.divergence[d.key] - hard * tokens.logps
 
     batch = read_batch(labels, "tokens", options)
-    found = fused(formula, student, batch, teacher, FormulaInputs("token", (d,)), read_options(options))
-    return output(found, token_means(found, kl=found.tokens.divergence[d.key]))
+    result = fused(formula, student, batch, teacher, FormulaInputs("token", (d,)), read_options(options))
+    return output(result, token_means(result, kl=result.tokens.divergence[d.key]))
 
 
 @register(TokenOptions, batch="tokens", source="TRL", variants={"reverse": {}})
@@ -118,8 +118,8 @@ def sampled_distillation_loss(
         return _ratio(tokens).detach() * tokens.logps
 
     batch = read_batch(labels, "tokens", options)
-    found = fused(formula, student, batch, teacher, FormulaInputs("token"), read_options(options))
-    return output(found, token_means(found, kl=_ratio(found.tokens)))
+    result = fused(formula, student, batch, teacher, FormulaInputs("token"), read_options(options))
+    return output(result, token_means(result, kl=_ratio(result.tokens)))
 
 
 def _ratio(tokens: Tokens) -> Tensor:
@@ -132,8 +132,8 @@ def _gkd(beta: float) -> Divergence:
     return get("forward_kl") if beta == 0 else get("reverse_kl") if beta == 1 else get("js", beta=beta)
 
 
-def token_means(found: Fused, **numbers: Tensor) -> dict[str, Part]:
+def token_means(result: Fused, **numbers: Tensor) -> dict[str, Part]:
     """Return parts of `numbers`, log-probs and, if there is one, entropy: means over the tokens that count."""
-    tokens = found.tokens
+    tokens = result.tokens
     numbers |= {"logps": tokens.logps} | ({} if tokens.entropy is None else {"entropy": tokens.entropy})
-    return {name: token_part(found, x) for name, x in numbers.items()}
+    return {name: token_part(result, x) for name, x in numbers.items()}

@@ -49,7 +49,7 @@ class Pairs:
 
     def __init__(self, tokens: Tokens, o: PairLossConfig, chosen: Count, batch: Count) -> None:
         self.all, self.o = tokens, o
-        self.tokens = tokens if o.ld_alpha is None else desensitised(tokens, o.ld_alpha)
+        self.tokens = tokens if o.ld_alpha is None else apply_ld_alpha(tokens, o.ld_alpha)
         self.chosen, self.batch = chosen, batch  # of the whole batch: chosen tokens that count, and pairs
         self.known: dict[str, Tensor] = {}
 
@@ -112,7 +112,7 @@ def _curve(x: Tensor, f: Callable, params: tuple[float, ...]) -> Tensor:
     return _Curve.apply(x, f, params)
 
 
-def desensitised(tokens: Tokens, alpha: float) -> Tokens:
+def apply_ld_alpha(tokens: Tokens, alpha: float) -> Tokens:
     """Multiply the log-probs of the tokens beyond the length of the shorter response by alpha.
 
     This is LD-DPO (2409.06411). The length is that of the pair's shorter response.
@@ -229,6 +229,6 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
 
 def weighted_sum(p: Pairs) -> Tensor:
     """Return sum_i loss_weights[i] loss_i [B]."""
-    found = [(LOSSES[name](p), weight) for name, weight in p.o.losses]
-    losses = [x if weight == 1 else weight * x for x, weight in found]
+    weighted = [(LOSSES[name](p), weight) for name, weight in p.o.losses]
+    losses = [x if weight == 1 else weight * x for x, weight in weighted]
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)

@@ -140,18 +140,18 @@ def grpo_loss(
     divergences = () if ref is None else o.divergences
     mean_of_tokens = o.loss_type in BY_TOKENS and call.reduction == "mean"
     summed = call._replace(reduction="sum", num_items=None) if mean_of_tokens else call
-    found = fused(formula, policy, batch, ref, FormulaInputs("sequence", divergences, per_token, per_sequence), summed)
-    parts = _parts(found.tokens, o, ref is not None)
-    return _mean_of_tokens(found, parts, call.num_items) if mean_of_tokens else output(found, parts)
+    result = fused(formula, policy, batch, ref, FormulaInputs("sequence", divergences, per_token, per_sequence), summed)
+    parts = _parts(result.tokens, o, ref is not None)
+    return _mean_of_tokens(result, parts, call.num_items) if mean_of_tokens else output(result, parts)
 
 
-def _mean_of_tokens(found: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:
+def _mean_of_tokens(result: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:
     """Return the result for a loss that is the sum of the losses divided by the number of tokens."""
-    tokens = found.tokens
-    if found.losses is not None:
-        parts["loss"] = Part(found.losses, tokens.lengths)
+    tokens = result.tokens
+    if result.losses is not None:
+        parts["loss"] = Part(result.losses, tokens.lengths)
     count = tokens.mask.sum().clamp(min=1) if num_items is None else num_items
-    return output(found._replace(loss=divided(found.loss, count)), parts)
+    return output(result._replace(loss=divided(result.loss, count)), parts)
 
 
 def inputs(
@@ -215,19 +215,19 @@ def _kl(tokens: Tokens, o: GRPOConfig) -> Tensor:
 def _parts(tokens: Tokens, o: GRPOConfig, ref: bool) -> dict[str, Part]:
     x, a = _ratios(tokens, o)
 
-    def share(which: Tensor) -> Part:
-        which = which.to(x.dtype)
-        return Part(which) if _by_sequence(tokens, o) else sequence_part(tokens, which)
+    def share(flags: Tensor) -> Part:
+        flags = flags.to(x.dtype)
+        return Part(flags) if _by_sequence(tokens, o) else sequence_part(tokens, flags)
 
-    found = {"kl": sequence_part(tokens, _kl(tokens, o))} if ref else {}
+    parts = {"kl": sequence_part(tokens, _kl(tokens, o))} if ref else {}
     if o.loss_type == "cispo":
-        found["cispo_clip_ratio"] = share((x > o.highest) & (a > 0))
+        parts["cispo_clip_ratio"] = share((x > o.highest) & (a > 0))
     else:
         low, high = (x < o.lowest) & (a < 0), (x > o.highest) & (a > 0)
-        found |= {f"clip_ratio/{n}_mean": share(y) for n, y in (("low", low), ("high", high), ("region", low | high))}
+        parts |= {f"clip_ratio/{n}_mean": share(y) for n, y in (("low", low), ("high", high), ("region", low | high))}
     if tokens.entropy is not None:
-        found["entropy"] = sequence_part(tokens, tokens.entropy)
-    return found
+        parts["entropy"] = sequence_part(tokens, tokens.entropy)
+    return parts
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
@@ -251,8 +251,8 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> 
         raise ValueError(
             f"rewards: expected [groups * group_size] for group_size={group_size!r}, got {list(rewards.shape)}"
         )
-    given = ~rewards.isnan()
-    r, counts = rewards.masked_fill(~given, 0).view(-1, group_size), given.view(-1, group_size)
+    scored = ~rewards.isnan()
+    r, counts = rewards.masked_fill(~scored, 0).view(-1, group_size), scored.view(-1, group_size)
     centred = _centred(r, counts)
     if scale == "none":
         return centred.view(-1)

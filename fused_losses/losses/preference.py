@@ -15,7 +15,7 @@ from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, read_count
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .pair_losses import LOSSES, Pairs, desensitised, weighted_sum, wpo_weights
+from .pair_losses import LOSSES, Pairs, apply_ld_alpha, weighted_sum, wpo_weights
 from .registry import register, takes
 from .shared import Fused, fused, loss_and_nll, output, pair_metrics
 
@@ -164,18 +164,18 @@ def preference_loss(
         total = weighted_sum(Pairs(tokens, o, chosen, times))
         return total * wpo_weights(tokens) if o.weighting else total
 
-    found = fused(formula, policy, batch, ref, FormulaInputs(o.unit, collision=o.weighting), call)
-    t = found.tokens if o.ld_alpha is None else desensitised(found.tokens, o.ld_alpha)
+    result = fused(formula, policy, batch, ref, FormulaInputs(o.unit, collision=o.weighting), call)
+    t = result.tokens if o.ld_alpha is None else apply_ld_alpha(result.tokens, o.ld_alpha)
     parts: dict[str, Any] = {**pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps))}
     if "sft" in o.names and not o.weighting:
-        parts |= _sft_parts(found, o, times, chosen)
-    return output(found, parts)
+        parts |= _sft_parts(result, o, times, chosen)
+    return output(result, parts)
 
 
-def _sft_parts(found: Fused, o: PairLossConfig, times: Count, chosen: Count) -> dict[str, tuple[Part, ...]]:
-    sums, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
+def _sft_parts(result: Fused, o: PairLossConfig, times: Count, chosen: Count) -> dict[str, tuple[Part, ...]]:
+    sums, lengths = result.tokens.sums(result.tokens.logps), result.tokens.lengths
     nll = Part(-sums.tensor_split(2)[0], lengths.tensor_split(2)[0])
-    return loss_and_nll(found, nll, sum(weight for name, weight in o.losses if name == "sft"), times, chosen)
+    return loss_and_nll(result, nll, sum(weight for name, weight in o.losses if name == "sft"), times, chosen)
 
 
 @takes(PreferenceOptions, "loss_type")

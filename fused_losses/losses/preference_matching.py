@@ -84,8 +84,8 @@ def preference_matching_loss(
         return beta * _score_function(tokens, tokens.logps)
 
     formula, call = (exact, call._replace(entropy=True)) if loss_type == "entropy" else (sampled, call)
-    found = fused(formula, policy, batch, None, FormulaInputs("sequence", per_sequence=extra), call)
-    return output(found, _parts(found.tokens))
+    result = fused(formula, policy, batch, None, FormulaInputs("sequence", per_sequence=extra), call)
+    return output(result, _parts(result.tokens))
 
 
 @register(
@@ -138,10 +138,10 @@ def conditional_preference_matching_loss(
             raise ValueError("ref: expected fl.LogProbs of each token, got one per sequence")
         return beta * _score_function(tokens, _penalty(tokens.logps, tokens.ref_logps, low))
 
-    found = fused(formula, policy, batch, ref, FormulaInputs("sequence", per_sequence=extra), read_options(options))
-    tokens = found.tokens
+    result = fused(formula, policy, batch, ref, FormulaInputs("sequence", per_sequence=extra), read_options(options))
+    tokens = result.tokens
     inside = (present("ref", tokens.ref_logps) > low).to(tokens.logps.dtype)
-    return output(found, _parts(tokens) | {"support": sequence_part(tokens, inside)})
+    return output(result, _parts(tokens) | {"support": sequence_part(tokens, inside)})
 
 
 def _penalty(logps: Tensor, ref_logps: Tensor, low: float) -> Tensor:
@@ -159,10 +159,10 @@ def _score_function(tokens: Tokens, penalty: Tensor) -> Tensor:
 
 
 def _parts(tokens: Tokens) -> dict[str, Part]:
-    found = {"logps": Part(tokens.sums(tokens.logps))}
+    parts = {"logps": Part(tokens.sums(tokens.logps))}
     if tokens.entropy is not None:
-        found["entropy"] = sequence_part(tokens, tokens.entropy)
-    return found
+        parts["entropy"] = sequence_part(tokens, tokens.entropy)
+    return parts
 
 
 @torch.no_grad()
@@ -204,14 +204,14 @@ def preference_matching_reward(
     for name, x in (("ref_logps", ref_logps), ("mask", mask)):
         if x is not None and x.shape != logps.shape:
             raise ValueError(f"{name}: expected {list(logps.shape)} as logps, got {list(x.shape)}")
-    found = logps if ref_logps is None else _penalty(logps, ref_logps, check_threshold(threshold))  # type: ignore[arg-type]
-    found = (-beta * found).masked_fill(~mask, 0)
+    rewards = logps if ref_logps is None else _penalty(logps, ref_logps, check_threshold(threshold))  # type: ignore[arg-type]
+    rewards = (-beta * rewards).masked_fill(~mask, 0)
     if clip is not None:
         check_positive(clip=clip)
         if scores is None:
             raise ValueError("clip: is of scores, which are None")
     if scores is None:
-        return found
+        return rewards
     if scores.shape != logps.shape[:-1]:
         raise ValueError(
             f"scores: expected {list(logps.shape[:-1])} for logps {list(logps.shape)}, got {list(scores.shape)}"
@@ -219,7 +219,7 @@ def preference_matching_reward(
     scores = scores if clip is None else scores.clamp(-clip, clip)
     counts = mask.long()
     last = mask & (counts.cumsum(-1) == counts.sum(-1, keepdim=True))
-    return torch.where(last, found + scores.to(found.dtype)[..., None], found)
+    return torch.where(last, rewards + scores.to(rewards.dtype)[..., None], rewards)
 
 
 @torch.no_grad()
@@ -304,13 +304,13 @@ def plackett_luce_loss(
         raise ValueError(f"mask: expected bool {list(rewards.shape)} as rewards, got {mask.dtype} {list(mask.shape)}")
     k = rewards.shape[-1]
     r = rewards.to(stats_dtype(rewards))
-    rest = torch.ones(k, k, dtype=torch.bool, device=r.device).triu(1)  # [i, j]: j ranks below i
+    remaining = torch.ones(k, k, dtype=torch.bool, device=r.device).triu(1)  # [i, j]: j ranks below i
     if mask is not None:
         r = r.masked_fill(~mask, 0)
-        rest = rest & mask[..., None, :] & mask[..., :, None]
+        remaining = remaining & mask[..., None, :] & mask[..., :, None]
     # Each place is in its own sum, even a place that is not used: its term is then 0, and so is its gradient.
-    rest = rest | torch.eye(k, dtype=torch.bool, device=r.device)
-    sums = r[..., None, :].masked_fill(~rest, -math.inf).logsumexp(-1)
+    remaining = remaining | torch.eye(k, dtype=torch.bool, device=r.device)
+    sums = r[..., None, :].masked_fill(~remaining, -math.inf).logsumexp(-1)
     return reduced((sums - r).sum(-1), reduction, num_items)
 
 

@@ -84,11 +84,11 @@ def simpo_loss(
     def reward(x: Tensor) -> Tensor:
         return x if alpha == 0 else torch.expm1(cap(-alpha * x)) / -alpha
 
-    def term(w: Tensor, l: Tensor) -> Tensor:
-        return _smoothed(beta * (reward(w) - reward(l)) - gamma, label_smoothing)
+    def term(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return _smoothed(beta * (reward(chosen) - reward(rejected)) - gamma, label_smoothing)
 
-    found, x, nll = _pairs(term, policy, labels, True, cpo_alpha, num_nll_tokens, options)
-    return output(found, pair_metrics(found.tokens, beta * reward(x), x) | nll)
+    result, x, nll = _pairs(term, policy, labels, True, cpo_alpha, num_nll_tokens, options)
+    return output(result, pair_metrics(result.tokens, beta * reward(x), x) | nll)
 
 
 @register(
@@ -143,13 +143,14 @@ def cpo_loss(
     """
     check_cpo(loss_type, beta, cpo_alpha, label_smoothing)
 
-    def term(w: Tensor, l: Tensor) -> Tensor:
+    def term(chosen: Tensor, rejected: Tensor) -> Tensor:
+        difference = chosen - rejected
         if loss_type == "sigmoid":
-            return _smoothed(beta * (w - l), label_smoothing)
-        return torch.relu(1 - beta * (w - l)) if loss_type == "hinge" else (w - l - 0.5 / beta).square()
+            return _smoothed(beta * difference, label_smoothing)
+        return torch.relu(1 - beta * difference) if loss_type == "hinge" else (difference - 0.5 / beta).square()
 
-    found, x, nll = _pairs(term, policy, labels, loss_type == "ipo", cpo_alpha, num_nll_tokens, options)
-    return output(found, pair_metrics(found.tokens, beta * x, x) | nll)
+    result, x, nll = _pairs(term, policy, labels, loss_type == "ipo", cpo_alpha, num_nll_tokens, options)
+    return output(result, pair_metrics(result.tokens, beta * x, x) | nll)
 
 
 @register(
@@ -193,17 +194,17 @@ def orpo_loss(
     """
     check_positive(beta=beta)
 
-    def log_odds(w: Tensor, l: Tensor) -> Tensor:
-        w, l = w.clamp(max=SURE), l.clamp(max=SURE)
-        return w - l - (torch.log(-torch.expm1(w)) - torch.log(-torch.expm1(l)))
+    def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
+        chosen, rejected = chosen.clamp(max=SURE), rejected.clamp(max=SURE)
+        return chosen - rejected - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
 
-    def term(w: Tensor, l: Tensor) -> Tensor:
-        return -beta * logsigmoid(log_odds(w, l))
+    def term(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return -beta * logsigmoid(log_odds(chosen, rejected))
 
-    found, x, nll = _pairs(term, policy, labels, True, 1.0, num_nll_tokens, options, nll_labels)
+    result, x, nll = _pairs(term, policy, labels, True, 1.0, num_nll_tokens, options, nll_labels)
     odds = log_odds(*x.tensor_split(2))
-    more = {"log_odds_chosen": Part(odds), "log_odds_ratio": Part(logsigmoid(odds))}
-    return output(found, pair_metrics(_scored(found.tokens), beta * x, x) | more | nll)
+    odds_parts = {"log_odds_chosen": Part(odds), "log_odds_ratio": Part(logsigmoid(odds))}
+    return output(result, pair_metrics(_scored(result.tokens), beta * x, x) | odds_parts | nll)
 
 
 def _smoothed(margin: Tensor, eps: float) -> Tensor:
@@ -237,8 +238,8 @@ def _pairs(
     chosen, extra = batch.among_first(batch.sequences // 2), {}
     if nll_labels is not None:
         extra = {"scored": batch.mask}
-        more = batch.aligned(check_nll_labels(nll_labels, batch.labels)).where(chosen, batch.ignore_index)
-        batch = batch.with_labels(batch.labels.where(batch.labels != batch.ignore_index, more))
+        extra_labels = batch.aligned(check_nll_labels(nll_labels, batch.labels)).where(chosen, batch.ignore_index)
+        batch = batch.with_labels(batch.labels.where(batch.labels != batch.ignore_index, extra_labels))
     # The reduction divides by pairs, or by num_items: `times` cancels this, so that the mean over tokens remains.
     by = batch.count(chosen) if num_nll_tokens is None else num_nll_tokens
     times = batch.sequences // 2 if call.num_items is None or num_nll_tokens is None else call.num_items
@@ -253,7 +254,7 @@ def _pairs(
         nll = -tokens.sums(tokens.logps).tensor_split(2)[0]
         return losses + weight * divided(nll * times, by) if weight else losses
 
-    found = fused(formula, policy, batch, None, FormulaInputs("pair", per_token=extra), call)
-    own, lengths = found.tokens.sums(found.tokens.logps), found.tokens.lengths
-    nll = Part(-own.tensor_split(2)[0], lengths.tensor_split(2)[0])
-    return found, logps(found.tokens), {"nll_loss": nll, **loss_and_nll(found, nll, weight, times, by)}
+    result = fused(formula, policy, batch, None, FormulaInputs("pair", per_token=extra), call)
+    sums, lengths = result.tokens.sums(result.tokens.logps), result.tokens.lengths
+    nll = Part(-sums.tensor_split(2)[0], lengths.tensor_split(2)[0])
+    return result, logps(result.tokens), {"nll_loss": nll, **loss_and_nll(result, nll, weight, times, by)}

@@ -21,31 +21,31 @@ REQUIRED = {
 }
 
 
-def takes(options: type, *more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def takes(options: type, *allowed: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a loss raise an error for an unknown option or a missing reference; the error names the loss.
 
     Args:
         options: the TypedDict of the loss's keyword arguments.
-        *more: names that are allowed to pass, because the loss itself raises an error for them.
+        *allowed: names that are allowed to pass, because the loss itself raises an error for them.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters.values()
-        own = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-        known = tuple(dict.fromkeys([*own, *options.__annotations__]))
+        parameter_names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        known = tuple(dict.fromkeys([*parameter_names, *options.__annotations__]))
         listed = [name for name in known if name not in ("policy", "student", "labels")]
         needed = [(i, p.name) for i, p in enumerate(parameters) if p.name in REQUIRED and p.default is p.empty]
 
         @wraps(function)
-        def call(*args: P.args, **given: P.kwargs) -> R:
-            for name in given:
-                if name not in known and name not in more:
-                    what = f"fl.{function.__name__}: unknown option {name!r}{nearest(name, (*known, *more))}"
+        def call(*args: P.args, **keywords: P.kwargs) -> R:
+            for name in keywords:
+                if name not in known and name not in allowed:
+                    what = f"fl.{function.__name__}: unknown option {name!r}{nearest(name, (*known, *allowed))}"
                     raise TypeError(f"{what}; its options: {', '.join(listed)}")
             for i, name in needed:
-                if len(args) <= i and name not in given:
+                if len(args) <= i and name not in keywords:
                     raise TypeError(f"fl.{function.__name__}: {name}: expected {REQUIRED[name]}, got none")
-            return function(*args, **given)
+            return function(*args, **keywords)
 
         return call
 
@@ -79,7 +79,7 @@ FAMILY: dict[str, Entry] = {}
 
 def register(
     options: type,
-    *more: str,
+    *allowed: str,
     batch: str,
     source: str,
     variants: Mapping[str, Mapping[str, Any]],
@@ -92,7 +92,7 @@ def register(
 
     Args:
         options: as in takes.
-        *more: as in takes.
+        *allowed: as in takes.
         batch: a field of Entry, as all that follow.
         source: the papers that define the loss, or whose code does.
         variants: names of special cases, and their options.
@@ -103,7 +103,7 @@ def register(
     """
 
     def decorate(function: Callable[P, LossOutput]) -> Callable[P, LossOutput]:
-        call = takes(options, *more)(function)
+        call = takes(options, *allowed)(function)
         names = frozenset([*inspect.signature(function).parameters, *options.__annotations__])
         FAMILY[function.__name__] = Entry(
             call, batch, source, variants, ref, distribution, inputs or {}, tokens_for or {}, names

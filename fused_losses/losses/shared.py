@@ -39,47 +39,47 @@ def fused(
     return Fused(losses.sum() if options.reduction == "sum" else losses, stats, tokens, each, inputs.unit)
 
 
-def output(found: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
+def output(result: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
     """Return the result of a loss, whose metrics are the sums of the values of their parts.
 
     `parts` contains "loss" if the mean of the loss is not over the units, or not over tokens where these are the units.
     """
-    if "loss" not in parts and found.losses is not None:
-        loss = token_part(found, found.losses) if found.unit == "token" else Part(found.losses)
+    if "loss" not in parts and result.losses is not None:
+        loss = token_part(result, result.losses) if result.unit == "token" else Part(result.losses)
         parts = {"loss": loss, **parts}
-    return with_parts(found.loss, found.stats, parts)
+    return with_parts(result.loss, result.stats, parts)
 
 
-def loss_and_nll(found: Fused, nll: Part, weight: float, times: Count, by: Count) -> dict[str, tuple[Part, ...]]:
+def loss_and_nll(result: Fused, nll: Part, weight: float, times: Count, by: Count) -> dict[str, tuple[Part, ...]]:
     """Return the parts of losses that contain, for each unit, its share times / by of a negative log-likelihood.
 
     The mean of the negative log-likelihood is over tokens.
     """
-    if found.losses is None or not weight:
+    if result.losses is None or not weight:
         return {}
-    rest = Part(found.losses - weight * divided(nll.amounts * times, by))
-    return {"loss": (rest, Part(weight * nll.amounts, nll.counts))}
+    remainder = Part(result.losses - weight * divided(nll.amounts * times, by))
+    return {"loss": (remainder, Part(weight * nll.amounts, nll.counts))}
 
 
 def with_parts(loss: Tensor, stats: TokenStats, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
-    every: Parts = {name: (x,) if isinstance(x, Part) else x for name, x in parts.items()}
-    metrics = {name: sum_of([x.value() for x in terms]) for name, terms in every.items() if name != "loss"}
-    return LossOutput(loss, metrics, stats, every)
+    terms_by_name: Parts = {name: (x,) if isinstance(x, Part) else x for name, x in parts.items()}
+    metrics = {name: sum_of([x.value() for x in terms]) for name, terms in terms_by_name.items() if name != "loss"}
+    return LossOutput(loss, metrics, stats, terms_by_name)
 
 
 def sum_of(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).sum(0)
 
 
-def token_part(found: Fused, x: Tensor) -> Part:
+def token_part(result: Fused, x: Tensor) -> Part:
     """Return the Part of a number of each token, 0 where the mask is False.
 
     The units are rows of tokens, or packed sequences.
     """
-    tokens, mask = found.tokens, found.tokens.mask
+    tokens, mask = result.tokens, result.tokens.mask
     if tokens.cu_seqlens is not None:
         return Part(tokens.sums(x.reshape(-1)), tokens.lengths)
-    rows = found.stats.mask.shape[0] if found.stats.mask.dim() else 1
+    rows = result.stats.mask.shape[0] if result.stats.mask.dim() else 1
     x, mask = (y.reshape(rows, y.numel() // max(rows, 1)) for y in (x, mask))
     # A tensor of its own: torch.compile returns wrong shapes of a graph's outputs that are views of views of one tensor.
     return Part(x.masked_fill(~mask, 0), mask)
@@ -101,7 +101,7 @@ def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Pa
     They are means over the pairs, and the entropy if it is requested.
     """
     chosen, rejected = rewards.tensor_split(2)
-    found = {
+    parts = {
         "rewards/chosen": Part(chosen),
         "rewards/rejected": Part(rejected),
         "rewards/margins": Part(chosen - rejected),
@@ -110,8 +110,8 @@ def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Pa
         "logps/rejected": Part(logps.tensor_split(2)[1]),
     }
     if tokens.entropy is not None:
-        found["entropy"] = sequence_part(tokens, tokens.entropy, pairs=True)
-    return found
+        parts["entropy"] = sequence_part(tokens, tokens.entropy, pairs=True)
+    return parts
 
 
 def reduced(losses: Tensor, reduction: str = "mean", num_items: Count | None = None) -> Tensor:

@@ -72,14 +72,14 @@ def tdpo_loss(
     batch = read_batch(labels, "pairs", options)
 
     def formula(tokens: Tokens) -> Tensor:
-        h_w, h_l = tokens.log_ratios().tensor_split(2)
-        d_w, d_l = tokens.sums(tokens.divergence[d.key]).tensor_split(2)
-        apart = d_w - d_l if loss_type == "tdpo1" else alpha * (d_w.detach() - d_l)
-        return -logsigmoid(beta * (h_w - h_l + apart))
+        h_chosen, h_rejected = tokens.log_ratios().tensor_split(2)
+        d_chosen, d_rejected = tokens.sums(tokens.divergence[d.key]).tensor_split(2)
+        apart = d_chosen - d_rejected if loss_type == "tdpo1" else alpha * (d_chosen.detach() - d_rejected)
+        return -logsigmoid(beta * (h_chosen - h_rejected + apart))
 
-    found = fused(formula, policy, batch, ref, FormulaInputs("pair", (d,)), read_options(options))
-    tokens = found.tokens
+    result = fused(formula, policy, batch, ref, FormulaInputs("pair", (d,)), read_options(options))
+    tokens = result.tokens
     kl = tokens.sums(tokens.divergence[d.key])
     parts = pair_metrics(tokens, beta * (tokens.log_ratios() + kl), tokens.sums(tokens.logps))
-    w, l = kl.tensor_split(2)
-    return output(found, parts | {"kl/chosen": Part(w), "kl/rejected": Part(l)})
+    chosen, rejected = kl.tensor_split(2)
+    return output(result, parts | {"kl/chosen": Part(chosen), "kl/rejected": Part(rejected)})

@@ -126,8 +126,8 @@ def _output(
     """Return the result, from numbers [n] of the tokens of all ranks."""
     entropy = numbers.pop("entropy", None)
     tokens = Tokens(numbers.pop("logps"), None, None, entropy, {}, mask.reshape(-1), cu_seqlens, 0)
-    found = Fused(losses, stats, tokens, each, "token")
-    return output(found, token_means(found, **numbers))
+    result = Fused(losses, stats, tokens, each, "token")
+    return output(result, token_means(result, **numbers))
 
 
 def _divergence(d: Divergence, tail: str, z: Tensor, logq: Tensor, mass: Tensor, lse: Tensor, mask: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ def kto_loss(
         return torch.where(good, desirable_weight * losses, undesirable_weight * losses)
 
     inputs = FormulaInputs("sequence", per_sequence={"desirable": desirable})
-    found = fused(formula, policy, batch, ref, inputs, read_options(options))
-    return output(found, _parts(found.tokens, beta, kl=z0))
+    result = fused(formula, policy, batch, ref, inputs, read_options(options))
+    return output(result, _parts(result.tokens, beta, kl=z0))
 
 
 @takes(BaselineOptions)
@@ -109,8 +109,8 @@ def kto_baseline(
         **options: the options of a batch, as in kto_loss, without reduction, num_items, inplace_backward and entropy.
     """
     batch, call = read_batch(labels, "sequences", options), read_options(options)._replace(reduction="none")
-    found = fused(Tokens.log_ratios, policy, batch, ref, FormulaInputs("sequence"), call)
-    return mean_over_ranks(found.loss, process_group)[0].clamp(min=0)
+    result = fused(Tokens.log_ratios, policy, batch, ref, FormulaInputs("sequence"), call)
+    return mean_over_ranks(result.loss, process_group)[0].clamp(min=0)
 
 
 @register(
@@ -160,7 +160,7 @@ def bco_loss(
     batch = read_batch(labels, "sequences", options)
     running = isinstance(delta, RunningDelta)
     shift = delta if isinstance(delta, RunningDelta) else check_constant("delta", delta)
-    own = check_bco(batch, desirable, weights, beta)
+    per_sequence = check_bco(batch, desirable, weights, beta)
 
     def formula(tokens: Tokens) -> Tensor:
         rewards = beta * tokens.log_ratios()
@@ -169,22 +169,22 @@ def bco_loss(
         return losses if weights is None else losses * tokens.extra["weights"].to(losses.dtype)
 
     unit = "batch" if running else "sequence"
-    found = fused(formula, policy, batch, ref, FormulaInputs(unit, per_sequence=own), read_options(options))
-    return output(found, _parts(found.tokens, beta, delta=shift.mean if isinstance(shift, RunningDelta) else shift))
+    result = fused(formula, policy, batch, ref, FormulaInputs(unit, per_sequence=per_sequence), read_options(options))
+    return output(result, _parts(result.tokens, beta, delta=shift.mean if isinstance(shift, RunningDelta) else shift))
 
 
 def _parts(tokens: Tokens, beta: float, **constants: Tensor | float) -> dict[str, Part | tuple[Part, ...]]:
     """Return the parts of the metrics; each of `constants`, a number of the whole batch, is given to every sequence."""
     good, logps, rewards = tokens.extra["desirable"], tokens.sums(tokens.logps), beta * tokens.log_ratios()
-    found: dict[str, Part | tuple[Part, ...]] = {}
-    for name, which in (("chosen", good), ("rejected", ~good)):
-        count = which.to(logps.dtype)
-        found[f"rewards/{name}"] = Part(rewards.masked_fill(~which, 0), count, "mean or nan")
-        found[f"logps/{name}"] = Part(logps.masked_fill(~which, 0), count, "mean or nan")
-        found[f"count/{name}"] = Part(count, kind="sum")
+    parts: dict[str, Part | tuple[Part, ...]] = {}
+    for name, members in (("chosen", good), ("rejected", ~good)):
+        count = members.to(logps.dtype)
+        parts[f"rewards/{name}"] = Part(rewards.masked_fill(~members, 0), count, "mean or nan")
+        parts[f"logps/{name}"] = Part(logps.masked_fill(~members, 0), count, "mean or nan")
+        parts[f"count/{name}"] = Part(count, kind="sum")
     minus = -rewards.masked_fill(good, 0)
-    found["rewards/margins"] = (found["rewards/chosen"], Part(minus, (~good).to(logps.dtype), "mean or nan"))  # type: ignore[assignment]
-    found |= {name: Part(torch.zeros_like(logps) + x) for name, x in constants.items()}
+    parts["rewards/margins"] = (parts["rewards/chosen"], Part(minus, (~good).to(logps.dtype), "mean or nan"))  # type: ignore[assignment]
+    parts |= {name: Part(torch.zeros_like(logps) + x) for name, x in constants.items()}
     if tokens.entropy is not None:
-        found["entropy"] = sequence_part(tokens, tokens.entropy)
-    return found
+        parts["entropy"] = sequence_part(tokens, tokens.entropy)
+    return parts

@@ -60,17 +60,19 @@ def measured(model: nn.Module, whole: bool = True) -> Measured:
     """
     model = unwrapped(model)
     head = output_head(model)
-    if not whole and (found := _still_known(model, head)) is not None:
-        return found
+    if not whole and (measurement := _still_known(model, head)) is not None:
+        return measurement
     path = type(model).__name__ + "." + next((k for k, m in model.named_modules() if m is head), "head")
     linear = linear_of(head, f"{path} ({type(head).__name__})", adapter=False, whole=whole)
-    found = measured_around(model, head, linear, path)
-    owned = {id(p) for m in (found.backbone, head) for p in m.parameters()}
+    measurement = measured_around(model, head, linear, path)
+    owned = {id(p) for m in (measurement.backbone, head) for p in m.parameters()}
     if whole and (beside := [k for k, p in model.named_parameters() if id(p) not in owned]):  # a vision tower
         _refuse(
-            path, head, f"{beside[0]} belongs neither to the backbone {type(found.backbone).__name__} nor to the head"
+            path,
+            head,
+            f"{beside[0]} belongs neither to the backbone {type(measurement.backbone).__name__} nor to the head",
         )
-    return found
+    return measurement
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -91,8 +93,8 @@ def measured_around(model: nn.Module, head: nn.Module, linear: nn.Linear, path: 
     if (known := _still_known(model, head)) is not None:
         return known
     probe = _Probe(model, head, linear, path)
-    found, learned = probe(lambda x: x)
-    changes = probe.that_depend_on(found)
+    measurement, learned = probe(lambda x: x)
+    changes = probe.that_depend_on(measurement)
     learned = learned or any(x.requires_grad for x in changes)
     if learned and torch.is_grad_enabled():
         names = " and ".join(_name_of(x, model) for x in changes) or "a tensor that requires grad"
@@ -102,8 +104,8 @@ def measured_around(model: nn.Module, head: nn.Module, linear: nn.Linear, path: 
     if learned or changes or probe.unclear:  # tensors can change in place, undetected
         _known.pop(model, None)
     else:
-        _known[model] = _readable(model, found), found
-    return found
+        _known[model] = _readable(model, measurement), measurement
+    return measurement
 
 
 def _still_known(model: nn.Module, head: nn.Module) -> Measured | None:
@@ -179,32 +181,32 @@ class _Probe:
         scale, columns = _short(scale * before), None if valid == v else valid
         return Measured(self.path, self.head, called[0], softcap, scale, columns, before), learned
 
-    def that_depend_on(self, found: Measured) -> list[Tensor]:
+    def that_depend_on(self, baseline: Measured) -> list[Tensor]:
         """Return a list of one tensor of the model that changes what is measured, or an empty list."""
         for value in (0.0, 1.0):
             reached: dict[int, Tensor] = {}
-            if not self._changes(found, value, reached, None):
+            if not self._changes(baseline, value, reached, None):
                 continue
             names = list(reached)
             while len(names) > 1:
                 half = names[: len(names) // 2]
-                names = half if self._changes(found, value, {}, set(half)) else names[len(half) :]
+                names = half if self._changes(baseline, value, {}, set(half)) else names[len(half) :]
             return [reached[i] for i in names]
         return []
 
-    def _changes(self, found: Measured, value: float, reached: dict[int, Tensor], only: set[int] | None) -> bool:
+    def _changes(self, baseline: Measured, value: float, reached: dict[int, Tensor], only: set[int] | None) -> bool:
         """Return whether other numbers in the tensors that forward can reach change what is measured.
 
         `reached` collects these tensors by id. Only tensors whose ids are in `only` get other numbers; None means all of
         them.
         """
 
-        def other(x: Tensor) -> Tensor:
+        def replaced(x: Tensor) -> Tensor:
             reached[id(x)] = x
             return x if only is not None and id(x) not in only else self._filled(x, value)
 
         try:
-            return self(other)[0] != found
+            return self(replaced)[0] != baseline
         except NotImplementedError as e:
             failed = isinstance(e.__cause__, Exception)
             self.unclear |= failed
@@ -219,8 +221,8 @@ class _Probe:
 
 def _name_of(x: Tensor, model: nn.Module) -> str:
     """Return the name of a tensor in the model, or its shape where it has no name."""
-    own = ((f"{k}.{name}".lstrip("."), y) for k, m in model.named_modules() for name, y in vars(m).items())
-    named = chain(model.named_parameters(), model.named_buffers(), own)
+    attributes = ((f"{k}.{name}".lstrip("."), y) for k, m in model.named_modules() for name, y in vars(m).items())
+    named = chain(model.named_parameters(), model.named_buffers(), attributes)
     return next((name for name, y in named if y is x), f"a tensor {list(x.shape)}")
 
 
@@ -250,11 +252,16 @@ def _bodies(model: nn.Module) -> list[nn.Module]:
 
     The first of them that forward calls hides the others.
     """
-    found = [getattr(model, getattr(model, "base_model_prefix", "") or "model", None), getattr(model, "model", None)]
+    candidates = [
+        getattr(model, getattr(model, "base_model_prefix", "") or "model", None),
+        getattr(model, "model", None),
+    ]
     decoder = getattr(model, "get_decoder", None)
     if callable(decoder) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        found.append(decoder())
-    return [m for i, m in enumerate(found) if isinstance(m, nn.Module) and m is not model and m not in found[:i]]
+        candidates.append(decoder())
+    return [
+        m for i, m in enumerate(candidates) if isinstance(m, nn.Module) and m is not model and m not in candidates[:i]
+    ]
 
 
 # ---- what forward may read -----------------------------------------------------------------------------------------------
@@ -268,20 +275,22 @@ def _readable(model: nn.Module, known: Measured) -> object:
 
     Two results are equal as long as none of these values has changed. Tensors are not compared.
     """
-    found: list[Any] = []
+    values: list[Any] = []
     left = [model]
     while left:
         m = left.pop()
         if m is known.head or m is known.backbone:  # whose forward does not run
-            found.append((type(m), _plain(vars(m))))
+            values.append((type(m), _plain(vars(m))))
             continue
         left += [x for x in m._modules.values() if x is not None]
-        own = {k: x for k, x in list(vars(m).items()) if k not in ("_parameters", "_modules", "_buffers", "forward")}
-        own["forward"] = replaced_forward(m)
+        attributes = {
+            k: x for k, x in list(vars(m).items()) if k not in ("_parameters", "_modules", "_buffers", "forward")
+        }
+        attributes["forward"] = replaced_forward(m)
         children = [(k, id(x)) for k, x in m._modules.items()]
         classes = [_plain(vars(c)) for c in type(m).__mro__ if c not in nn.Module.__mro__]
-        found.append((type(m), classes, children, _values(own, 0, set())))
-    return found
+        values.append((type(m), classes, children, _values(attributes, 0, set())))
+    return values
 
 
 def _plain(named: Any) -> list[tuple[str, Any]]:

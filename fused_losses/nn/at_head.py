@@ -101,17 +101,17 @@ class _Call:
     ) -> None:
         self.inner, self.known, self.function, self.temperature = inner, known, function, temperature
         self.entered, self.running, self.returned = False, False, False
-        self.found: list[Any] = []
+        self.results: list[Any] = []
         self.dtype: torch.dtype | None = None
 
-    def head(self, before: Callable[..., Any], hidden: Tensor, *more: Any, **named: Any) -> Any:
+    def head(self, before: Callable[..., Any], hidden: Tensor, *positional: Any, **named: Any) -> Any:
         """Run the function on the head's input and return its result, with placeholder logits, in a dict."""
         if self.running:  # the loss itself calls the model
-            return before(hidden, *more, **named)
+            return before(hidden, *positional, **named)
         known = self.known
-        if more or named:  # PEFT's adapter_names: an adapter for each row
+        if positional or named:  # PEFT's adapter_names: an adapter for each row
             raise ValueError(
-                f"{known.path}: was given {', '.join(named) or len(more)} beside hidden states, expected these alone"
+                f"{known.path}: was given {', '.join(named) or len(positional)} beside hidden states, expected these alone"
             )
         source = head_source(known.head, known.path, hidden, temperature=self.temperature, **known.at_head)
         self.running = True
@@ -129,9 +129,9 @@ class _Call:
         """
         if type(answer) is not dict or answer.get("call") is not self:  # of another thread, or of a call in the loss
             return None
-        if self.found:
+        if self.results:
             raise ValueError(f"model: {type(self.inner).__name__}.forward calls its head twice, expected once")
-        self.found.append(answer["out"])
+        self.results.append(answer["out"])
         return answer["logits"]
 
     def forward(self, before: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -143,17 +143,17 @@ class _Call:
             answer = before(*args, **options | {"return_dict": True})
         finally:
             self.entered = False
-        if not self.found:
+        if not self.results:
             self._refuse_without()
         self.returned = True
-        return {"out": self.found.pop(), "aux_loss": getattr(answer, "aux_loss", None)}
+        return {"out": self.results.pop(), "aux_loss": getattr(answer, "aux_loss", None)}
 
     def wanted_logits(self) -> str | None:
         """Return what may have failed because it received a dict in place of logits, or None where nothing may have."""
         kind = type(self.inner).__name__
         if self.returned:
             return f"a hook or wrapper of {kind} failed on a dict of the loss; expected one that passes on what it is given"
-        if self.dtype is not None and not self.found:
+        if self.dtype is not None and not self.results:
             return f"{kind}.forward failed after it had called its head's forward; expected it to call the head, with its hooks"
         return None
 
@@ -172,7 +172,7 @@ class _Call:
                 f"model: {kind} returned {got} in place of what {inner}.forward had returned; expected that, unchanged: give "
                 f"fl.at_head the {inner}"
             )
-        if not self.found:
+        if not self.results:
             self._refuse_without()
         logits = getattr(answer, "logits", None)
         if not isinstance(logits, Tensor) or self.dtype is None:
@@ -186,7 +186,7 @@ class _Call:
             raise ValueError(
                 f"model: {kind} changes the logits that {inner}.forward returns; give fl.at_head the {inner}"
             )
-        return AtHead(closed(self.found.pop()), getattr(answer, "aux_loss", None))
+        return AtHead(closed(self.results.pop()), getattr(answer, "aux_loss", None))
 
 
 def _measure(model: nn.Module) -> Measured:

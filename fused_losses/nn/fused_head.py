@@ -137,11 +137,11 @@ class FusedHead(nn.Module):
         if unwrapped(now) is not head():
             kind = type(unwrapped(now)).__name__
             raise ValueError(f"{self.name}: its model has another head now, {kind}; make a new FusedHead")
-        found = measured_around(model, now, linear(), self.path)
-        if found.options != self.measured:
-            _refuse_padding(found, self.options.get("process_group"))
-            self.options.update(found.options)
-            self.measured = found.options
+        measurement = measured_around(model, now, linear(), self.path)
+        if measurement.options != self.measured:
+            _refuse_padding(measurement, self.options.get("process_group"))
+            self.options.update(measurement.options)
+            self.measured = measurement.options
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the weak references to head and model, so that a copy does not check them."""
@@ -239,27 +239,27 @@ def find_head(
 
     The errors of FusedHead are raised too.
     """
-    found = measured(model, whole=process_group is None)
-    _refuse_padding(found, process_group)
+    measurement = measured(model, whole=process_group is None)
+    _refuse_padding(measurement, process_group)
     head = FusedHead(
-        found.head,
-        **found.options,
+        measurement.head,
+        **measurement.options,
         temperature=temperature,
         adapter=adapter,
-        name=found.path,
+        name=measurement.path,
         process_group=process_group,
         shard=shard,
     )
-    head.__dict__.update(around=weak(unwrapped(model)), measured=found.options)
+    head.__dict__.update(around=weak(unwrapped(model)), measured=measurement.options)
     return head
 
 
-def _refuse_padding(found: Measured, process_group: object) -> None:
+def _refuse_padding(measurement: Measured, process_group: object) -> None:
     """Raise NotImplementedError for a head that is split over ranks and has rows of padding."""
-    if process_group is not None and found.valid_vocab is not None:
+    if process_group is not None and measurement.valid_vocab is not None:
         raise NotImplementedError(
-            f"{found.path}: {found.valid_vocab} rows of the head are tokens, the rest is padding; where it is split, say how "
-            "many of this rank's are: fl.FusedHead(head, process_group=..., valid_vocab=...)"
+            f"{measurement.path}: {measurement.valid_vocab} rows of the head are tokens, the rest is padding; where it is "
+            "split, say how many of this rank's are: fl.FusedHead(head, process_group=..., valid_vocab=...)"
         )
 
 

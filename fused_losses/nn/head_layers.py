@@ -43,8 +43,8 @@ def linear_of(head: nn.Module, name: str, adapter: bool, whole: bool = True, spl
     sharded = hasattr(weight, "placements")
     packed = hasattr(weight, "__tensor_flatten__") and not sharded  # it claims a float dtype, but stores other tensors
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or packed or "4bit" in kind or "8bit" in kind:
-        which = type(weight).__name__ if packed else getattr(weight, "dtype", None)
-        what = f"a weight of {which}" if isinstance(weight, Tensor) else "no weight"
+        stored_as = type(weight).__name__ if packed else getattr(weight, "dtype", None)
+        what = f"a weight of {stored_as}" if isinstance(weight, Tensor) else "no weight"
         raise TypeError(
             f"{name}: {kind} has {what}; expected a dense weight [V, H] of float32, float16, bfloat16 or float64. If it is "
             "quantised, leave the head out (bitsandbytes: llm_int8_skip_modules; GPTQ, AWQ: modules_to_not_convert)"
@@ -105,10 +105,10 @@ def refuse_what_is_not_called(head: nn.Module, linear: nn.Module, active: str | 
                 f"{where}: {changed} is called in place of {type(layer).__name__}.forward, but not by a loss, so the "
                 "logits would be others; take it off, or make the logits and pass those"
             )
-        for kind, (own, of_all) in HOOKS.items():
+        for kind, (of_layer, of_all) in HOOKS.items():
             if runs and layer is head and kind == "forward pre-hook":
                 continue
-            hooks = *getattr(torch_module, of_all).values(), *getattr(layer, own).values()
+            hooks = *getattr(torch_module, of_all).values(), *getattr(layer, of_layer).values()
             for hook in (h for h in hooks if not _is_engines(h)):
                 instead = "fl.at_head runs it; or " if layer is head and kind == "forward pre-hook" else ""
                 raise NotImplementedError(
@@ -122,10 +122,10 @@ def replaced_forward(module: nn.Module, name: str = "forward") -> Any:
 
     None means that the module uses the forward of its class.
     """
-    found: Any = module.__dict__.get(name)
-    while hasattr(found, "in_place_of"):
-        found = found.in_place_of
-    return found
+    forward: Any = module.__dict__.get(name)
+    while hasattr(forward, "in_place_of"):
+        forward = forward.in_place_of
+    return forward
 
 
 def _called_by(head: nn.Module, linear: nn.Module, active: str | None, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -24,10 +24,10 @@ class StandIn(nn.Module):
         return self.answer
 
     def __getattr__(self, name: str) -> Any:
-        own = self.__dict__
-        if "shown" not in own:
-            own["shown"] = own["copies"].of(own["original"])
-        return getattr(own["shown"], name)
+        attributes = self.__dict__
+        if "shown" not in attributes:
+            attributes["shown"] = attributes["copies"].of(attributes["original"])
+        return getattr(attributes["shown"], name)
 
 
 class Output(tuple):

@@ -136,11 +136,11 @@ class TrustRegion:
                 f"such as {', '.join(lone[:3])}; adapters have to be merged into the policy first"
             )
         seen: dict[int, tuple[str, Tensor]] = {}
-        found = []
+        pairs = []
         for name, r in refs.items():
             p = policies[name]
-            first, other = seen.setdefault(id(r), (name, p))
-            if other is not p:
+            first, tied = seen.setdefault(id(r), (name, p))
+            if tied is not p:
                 raise ValueError(f"reference: {name} is tied to {first}, which it is not in the policy")
             if first != name:
                 continue
@@ -153,25 +153,25 @@ class TrustRegion:
             trained = parameter and p.requires_grad
             r, p = _local(name, r, p)
             if not _same_memory(r, p):
-                found.append((r, p))
+                pairs.append((r, p))
             elif trained:
                 raise ValueError(
                     f"policy: shares {name} with the reference; a reference needs weights of its own, such as "
                     "copy.deepcopy(policy) has"
                 )
-        return found
+        return pairs
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name, tied ones under each of their names."""
     while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
         module = module.module if isinstance(module, DistributedDataParallel) else module._orig_mod  # type: ignore[assignment]
-    found = dict(module.named_parameters(remove_duplicate=False))
+    tensors = dict(module.named_parameters(remove_duplicate=False))
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, x in part._buffers.items():
             if x is not None and name not in part._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = x
-    return {".".join(word for word in name.split(".") if word not in WRAPPERS): x for name, x in found.items()}
+                tensors[f"{prefix}.{name}" if prefix else name] = x
+    return {".".join(word for word in name.split(".") if word not in WRAPPERS): x for name, x in tensors.items()}
 
 
 def _refuse(side: str, name: str, x: Tensor, parameter: bool) -> None:

@@ -99,14 +99,14 @@ def pair_metrics(
     def mean(numbers: list[Tensor]) -> Tensor:
         return (torch.stack(numbers).mean() if numbers else stats.logps.new_zeros(())).detach()
 
-    found = {
-        "rewards/chosen": mean([w for w, _ in rewards]),
-        "rewards/rejected": mean([l for _, l in rewards]),
-        "rewards/margins": mean([w - l for w, l in rewards]),
-        "rewards/accuracies": mean([(w > l).to(stats.logps.dtype) for w, l in rewards]),
-        "logps/chosen": mean([w for w, _ in logps]),
-        "logps/rejected": mean([l for _, l in logps]),
+    metrics = {
+        "rewards/chosen": mean([chosen for chosen, _ in rewards]),
+        "rewards/rejected": mean([rejected for _, rejected in rewards]),
+        "rewards/margins": mean([chosen - rejected for chosen, rejected in rewards]),
+        "rewards/accuracies": mean([(chosen > rejected).to(stats.logps.dtype) for chosen, rejected in rewards]),
+        "logps/chosen": mean([chosen for chosen, _ in logps]),
+        "logps/rejected": mean([rejected for _, rejected in logps]),
     }
     if stats.entropy is not None:
-        found["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
-    return found
+        metrics["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
+    return metrics

@@ -81,16 +81,16 @@ def lta_thinker_loss(
     check_lta_weights(weights)
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", num_nll_tokens)
-    stats, every = cut(policy, batch, entropy=call.entropy)
-    total = max(sum(len(s) for s in every), 1)
-    nll = joined([-s.log_p for s in every], stats)
+    stats, sequences = cut(policy, batch, entropy=call.entropy)
+    total = max(sum(len(s) for s in sequences), 1)
+    nll = joined([-s.log_p for s in sequences], stats)
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
     alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
-    batch_size = len(every) if num_nll_tokens is None or num_items is None else num_items
+    batch_size = len(sequences) if num_nll_tokens is None or num_items is None else num_items
     of_nll = part(nll * float(batch_size), total if num_nll_tokens is None else num_nll_tokens)
     losses = weights[0] * of_nll + weights[1] * focus + weights[2] * alignment
     parts = {"reasoning_focus": focus, "semantic_alignment": alignment}
-    metrics = {name: x.detach().sum() / max(len(every), 1) for name, x in parts.items()}
+    metrics = {name: x.detach().sum() / max(len(sequences), 1) for name, x in parts.items()}
     metrics["sft"] = nll.detach().sum() / total
     if stats.entropy is not None:
         metrics["entropy"] = stats.entropy.detach().sum() / total

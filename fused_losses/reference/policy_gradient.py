@@ -51,11 +51,11 @@ def grpo_loss(
         use_bias_correction_kl,
     )
     batch, call = read_batch(labels, "sequences", options), read_options(options)
-    sequences, num_items = batch.sequences, call.num_items
-    whole = advantages.shape == (sequences,)
+    batch_size, num_items = batch.sequences, call.num_items
+    whole = advantages.shape == (batch_size,)
     each = {} if whole else {"A": advantages}
     each |= {} if old_logps is None else {"old": old_logps}
-    stats, every = cut(
+    stats, sequences = cut(
         policy,
         batch,
         ref,
@@ -82,7 +82,7 @@ def grpo_loss(
 
     high = epsilon if epsilon_high is None else epsilon_high
     totals, lows, highs = [], [], []
-    for s in every:
+    for s in sequences:
         ratio, a = ratio_of(s), s.extra["A"]
         if loss_type == "cispo":
             tokens = -ratio.clamp(max=high).detach() * a * s.logps
@@ -96,17 +96,17 @@ def grpo_loss(
         lows.append(((ratio < 1 - epsilon) & (a < 0)).reshape(-1))
         highs.append(((ratio > (high if loss_type == "cispo" else 1 + high)) & (a > 0)).reshape(-1))
     if loss_type == "grpo":
-        totals = [x / max(len(s), 1) for x, s in zip(totals, every, strict=True)]
+        totals = [x / max(len(s), 1) for x, s in zip(totals, sequences, strict=True)]
     if loss_type == "dr_grpo":
         totals = [x / present("max_completion_length", max_completion_length) for x in totals]
 
     total = joined(totals, stats)
     if call.reduction != "none":
-        count: Count = sequences if loss_type in ("grpo", "dr_grpo") else stats.mask.sum()
+        count: Count = batch_size if loss_type in ("grpo", "dr_grpo") else stats.mask.sum()
         count = 1 if call.reduction == "sum" else max(int(count), 1) if num_items is None else num_items
         total = part(total.sum(), count)
-    metrics = {} if ref is None else {"kl": mean([kl_of(s) for s in every], stats.logps)}
-    low, above = (mean([x.to(stats.logps.dtype) for x in found], stats.logps) for found in (lows, highs))
+    metrics = {} if ref is None else {"kl": mean([kl_of(s) for s in sequences], stats.logps)}
+    low, above = (mean([x.to(stats.logps.dtype) for x in flags], stats.logps) for flags in (lows, highs))
     if loss_type == "cispo":
         metrics["cispo_clip_ratio"] = above
     else:
@@ -117,13 +117,13 @@ def grpo_loss(
 
 
 def mean(parts: list[Tensor], like: Tensor) -> Tensor:
-    found = torch.cat(parts) if parts else like.new_zeros(0)
-    return found.detach().sum() / max(len(found), 1)
+    numbers = torch.cat(parts) if parts else like.new_zeros(0)
+    return numbers.detach().sum() / max(len(numbers), 1)
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
     """Compute fl.group_advantages, one group after another."""
-    found = torch.zeros_like(rewards)
+    advantages = torch.zeros_like(rewards)
     for start in range(0, len(rewards), group_size):
         group = rewards[start : start + group_size]
         scored = group[~group.isnan()]
@@ -131,5 +131,5 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> 
         divisor: Tensor | float = 1.0
         if among is not None:
             divisor = (among.std() if len(among) > 1 else 0.0) + 1e-4
-        found[start : start + group_size] = torch.where(group.isnan(), 0.0, (group - scored.mean()) / divisor)
-    return found
+        advantages[start : start + group_size] = torch.where(group.isnan(), 0.0, (group - scored.mean()) / divisor)
+    return advantages

@@ -37,12 +37,12 @@ def _score(y: Sequence, o: PairLossConfig) -> Tensor:
     return score(y.h) - score(torch.zeros_like(y.h))
 
 
-def _margin(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return o.beta * (_score(w, o) - _score(l, o))
+def _margin(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return o.beta * (_score(chosen, o) - _score(rejected, o))
 
 
-def _average_margin(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return _score(w, o) / max(1, len(w)) - _score(l, o) / max(1, len(l))
+def _average_margin(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return _score(chosen, o) / max(1, len(chosen)) - _score(rejected, o) / max(1, len(rejected))
 
 
 def _smoothed(margin: Tensor, eps: float) -> Tensor:
@@ -50,59 +50,59 @@ def _smoothed(margin: Tensor, eps: float) -> Tensor:
     return -(1 - eps) * logsigmoid(margin) - flipped
 
 
-def _sigmoid(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
+def _sigmoid(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
     """Compute the loss of DPO (eq. 7), or of cDPO if eps > 0."""
-    return _smoothed(_margin(w, l, o), o.smoothing or 0.0)
+    return _smoothed(_margin(chosen, rejected, o), o.smoothing or 0.0)
 
 
-def _robust(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    eps, m = o.smoothing or 0.0, _margin(w, l, o)
+def _robust(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    eps, m = o.smoothing or 0.0, _margin(chosen, rejected, o)
     return (-(1 - eps) * logsigmoid(m) + (eps * logsigmoid(-m) if eps else 0.0)) / (1 - 2 * eps)
 
 
-def _hinge(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return torch.relu(1 - _margin(w, l, o))
+def _hinge(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return torch.relu(1 - _margin(chosen, rejected, o))
 
 
-def _exo_pair(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    eps, m = 1e-3 if o.smoothing is None else o.smoothing, _margin(w, l, o)
-    to_w = torch.sigmoid(m) * (logsigmoid(m) - math.log(1 - eps))
-    return to_w + torch.sigmoid(-m) * (logsigmoid(-m) - math.log(eps))
+def _exo_pair(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    eps, m = 1e-3 if o.smoothing is None else o.smoothing, _margin(chosen, rejected, o)
+    to_chosen = torch.sigmoid(m) * (logsigmoid(m) - math.log(1 - eps))
+    return to_chosen + torch.sigmoid(-m) * (logsigmoid(-m) - math.log(eps))
 
 
-def _discopop(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    m = _margin(w, l, o)
-    rest = torch.sigmoid(-m / o.tau)  # 1 - c
-    return -rest * logsigmoid(m) + cap(logsigmoid(m / o.tau) - m).exp()
+def _discopop(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    m = _margin(chosen, rejected, o)
+    complement = torch.sigmoid(-m / o.tau)  # 1 - c
+    return -complement * logsigmoid(m) + cap(logsigmoid(m / o.tau) - m).exp()
 
 
-def _ipo(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return (_average_margin(w, l, o) - 1 / (2 * o.beta)) ** 2
+def _ipo(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return (_average_margin(chosen, rejected, o) - 1 / (2 * o.beta)) ** 2
 
 
-def _sigmoid_norm(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return -logsigmoid(o.beta * _average_margin(w, l, o))
+def _sigmoid_norm(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return -logsigmoid(o.beta * _average_margin(chosen, rejected, o))
 
 
-def _nca_pair(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    good, bad = o.beta * _score(w, o), o.beta * _score(l, o)
+def _nca_pair(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    good, bad = o.beta * _score(chosen, o), o.beta * _score(rejected, o)
     return -logsigmoid(good) - logsigmoid(-good) / 2 - logsigmoid(-bad) / 2
 
 
-def _bco_pair(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return -logsigmoid(o.beta * _score(w, o)) - logsigmoid(-o.beta * _score(l, o))
+def _bco_pair(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return -logsigmoid(o.beta * _score(chosen, o)) - logsigmoid(-o.beta * _score(rejected, o))
 
 
-def _sppo_hard(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return (_score(w, o) - 1 / (2 * o.beta)) ** 2 + (_score(l, o) + 1 / (2 * o.beta)) ** 2
+def _sppo_hard(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return (_score(chosen, o) - 1 / (2 * o.beta)) ** 2 + (_score(rejected, o) + 1 / (2 * o.beta)) ** 2
 
 
-def _apo_zero(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return torch.sigmoid(-o.beta * w.h) + torch.sigmoid(o.beta * l.h)
+def _apo_zero(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return torch.sigmoid(-o.beta * chosen.h) + torch.sigmoid(o.beta * rejected.h)
 
 
-def _apo_down(w: Sequence, l: Sequence, o: PairLossConfig) -> Tensor:
-    return torch.sigmoid(o.beta * w.h) + torch.sigmoid(-_margin(w, l, o))
+def _apo_down(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
+    return torch.sigmoid(o.beta * chosen.h) + torch.sigmoid(-_margin(chosen, rejected, o))
 
 
 def _in_order(numbers: list[Tensor]) -> list[Tensor]:
@@ -110,19 +110,21 @@ def _in_order(numbers: list[Tensor]) -> list[Tensor]:
 
 
 def _aot(pairs: list[Pair], o: PairLossConfig) -> list[Tensor]:
-    policy = _in_order([w.log_p - l.log_p for w, l in pairs])
-    ref = _in_order([(w.log_p - w.h) - (l.log_p - l.h) for w, l in pairs])
+    policy = _in_order([chosen.log_p - rejected.log_p for chosen, rejected in pairs])
+    ref = _in_order([(chosen.log_p - chosen.h) - (rejected.log_p - rejected.h) for chosen, rejected in pairs])
     return [_smoothed(o.beta * (p - q), o.smoothing or 0.0) for p, q in zip(policy, ref, strict=True)]
 
 
 def _aot_unpaired(pairs: list[Pair], o: PairLossConfig) -> list[Tensor]:
-    chosen, rejected = _in_order([w.h for w, _ in pairs]), _in_order([l.h for _, l in pairs])
-    return [_smoothed(o.beta * (w - l), o.smoothing or 0.0) for w, l in zip(chosen, rejected, strict=True)]
+    chosen_h = _in_order([chosen.h for chosen, _ in pairs])
+    rejected_h = _in_order([rejected.h for _, rejected in pairs])
+    margins = [o.beta * (chosen - rejected) for chosen, rejected in zip(chosen_h, rejected_h, strict=True)]
+    return [_smoothed(margin, o.smoothing or 0.0) for margin in margins]
 
 
 def _sft(pairs: list[Pair], weights: list[Tensor] | None, batch: Any, tokens: Any) -> list[Tensor]:
     """Return the shares of the mean over tokens; `weights` multiply that mean."""
-    shares = [part(-w.log_p * float(batch), tokens) for w, _ in pairs]
+    shares = [part(-chosen.log_p * float(batch), tokens) for chosen, _ in pairs]
     return shares if weights is None else [torch.stack(shares).mean() * weight for weight in weights]
 
 
@@ -166,32 +168,35 @@ def preference_loss(
     batch, call = read_batch(labels, "pairs", options), read_options(options)
     num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", num_nll_tokens)
     squares = {"squares": _log_sum_of_squares(policy, batch.shift)} if use_weighting else None
-    stats, every = cut(policy, batch, ref, entropy=call.entropy, per_token=squares)
-    whole = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
-    pairs = whole if o.ld_alpha is None else [_desensitised(w, l, o.ld_alpha) for w, l in whole]
-    weights = [(_wpo(w) + _wpo(l)).exp() for w, l in whole] if use_weighting else None
+    stats, sequences = cut(policy, batch, ref, entropy=call.entropy, per_token=squares)
+    whole = list(zip(sequences[: len(sequences) // 2], sequences[len(sequences) // 2 :], strict=True))
+    pairs = whole
+    if o.ld_alpha is not None:
+        pairs = [_apply_ld_alpha(chosen, rejected, o.ld_alpha) for chosen, rejected in whole]
+    weights = [(_wpo(chosen) + _wpo(rejected)).exp() for chosen, rejected in whole] if use_weighting else None
 
     def losses_of(name: str) -> list[Tensor]:
         if name == "sft":
-            own = max(1, sum(len(w) for w, _ in whole))
+            chosen_tokens = max(1, sum(len(chosen) for chosen, _ in whole))
             times = len(whole) if num_nll_tokens is None or num_items is None else num_items
-            return _sft(whole, weights, times, own if num_nll_tokens is None else num_nll_tokens)
+            return _sft(whole, weights, times, chosen_tokens if num_nll_tokens is None else num_nll_tokens)
         if name in SORTED:
             return SORTED[name](pairs, o)
-        found = [LOSSES[name](w, l, o) for w, l in pairs]
-        return found if weights is None else [x * weight for x, weight in zip(found, weights, strict=True)]
+        pair_losses = [LOSSES[name](chosen, rejected, o) for chosen, rejected in pairs]
+        return pair_losses if weights is None else [x * weight for x, weight in zip(pair_losses, weights, strict=True)]
 
     losses = torch.stack([joined(losses_of(name), stats) * weight for name, weight in o.losses]).sum(0)
-    rewards, logps = [(o.beta * w.h, o.beta * l.h) for w, l in pairs], [(w.log_p, l.log_p) for w, l in pairs]
+    rewards = [(o.beta * chosen.h, o.beta * rejected.h) for chosen, rejected in pairs]
+    logps = [(chosen.log_p, rejected.log_p) for chosen, rejected in pairs]
     return LossOutput(reduced(losses, call.reduction, num_items), pair_metrics(rewards, logps, stats), stats)
 
 
-def _desensitised(w: Sequence, l: Sequence, alpha: float) -> Pair:
+def _apply_ld_alpha(chosen: Sequence, rejected: Sequence, alpha: float) -> Pair:
     """Multiply log-probs beyond the length of the shorter response by alpha, on both sides.
 
     This is LD-DPO (2409.06411).
     """
-    shared = min(len(w), len(l))
+    shared = min(len(chosen), len(rejected))
 
     def short(y: Sequence) -> Sequence:
         def weighed(x: Tensor) -> Tensor:
@@ -200,7 +205,7 @@ def _desensitised(w: Sequence, l: Sequence, alpha: float) -> Pair:
         ref = None if y.ref_logps is None else weighed(y.ref_logps)
         return replace(y, logps=weighed(y.logps), ref_logps=ref, ref_sum=None if ref is None else ref.sum())
 
-    return short(w), short(l)
+    return short(chosen), short(rejected)
 
 
 def _wpo(y: Sequence) -> Tensor:
@@ -213,8 +218,8 @@ def _log_sum_of_squares(policy: Source, shift: bool) -> Tensor:
     source = as_source("policy", policy)
     if isinstance(source, LogProbs):
         raise ValueError("use_weighting: needs the policy's logits or hidden states, got fl.LogProbs")
-    found = (2 * transformed(source).log_softmax(-1)).logsumexp(-1)
-    return found[..., :-1] if shift else found
+    log_squares = (2 * transformed(source).log_softmax(-1)).logsumexp(-1)
+    return log_squares[..., :-1] if shift else log_squares
 
 
 def dpo_loss(policy: Source, labels: Tensor, ref: Source | None, **options: Any) -> LossOutput:

@@ -38,12 +38,12 @@ def preference_matching_loss(
     """Compute fl.preference_matching_loss, one sequence after another."""
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     extra = check_matching(batch, loss_type, beta, baseline)
-    stats, every = cut(policy, batch, entropy=call.entropy or loss_type == "entropy", per_sequence=extra)
+    stats, sequences = cut(policy, batch, entropy=call.entropy or loss_type == "entropy", per_sequence=extra)
     losses = []
-    for s in every:
+    for s in sequences:
         exact = loss_type == "entropy"
         losses.append(-beta * present("entropy", s.entropy).sum() if exact else beta * _sampled(s, s.log_p))
-    return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), _metrics(every, stats), stats)
+    return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), _metrics(sequences, stats), stats)
 
 
 def conditional_preference_matching_loss(
@@ -60,15 +60,15 @@ def conditional_preference_matching_loss(
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     extra = check_matching(batch, "sampled", beta, baseline)
     check_threshold(threshold)
-    stats, every = cut(policy, batch, ref, entropy=call.entropy, per_sequence=extra)
+    stats, sequences = cut(policy, batch, ref, entropy=call.entropy, per_sequence=extra)
     losses, inside = [], stats.logps.new_zeros(())
-    for s in every:
+    for s in sequences:
         ref_logps = present("ref", s.ref_logps)
         likely = (ref_logps > math.log(threshold)).to(s.logps.dtype)
         penalty = likely * s.logps + (1 - likely) * (s.logps - ref_logps)
         losses.append(beta * _sampled(s, penalty.sum()))
         inside = inside + likely.sum()
-    metrics = _metrics(every, stats) | {"support": inside.detach() / stats.mask.sum().clamp(min=1)}
+    metrics = _metrics(sequences, stats) | {"support": inside.detach() / stats.mask.sum().clamp(min=1)}
     return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), metrics, stats)
 
 
@@ -78,12 +78,12 @@ def _sampled(s: Sequence, penalty: Tensor) -> Tensor:
     return penalty.detach() + weight * (s.log_p - s.log_p.detach())
 
 
-def _metrics(every: list[Sequence], stats: TokenStats) -> dict[str, Tensor]:
-    total = joined([s.log_p for s in every], stats).sum()
-    found = {"logps": total.detach() / max(len(every), 1)}
+def _metrics(sequences: list[Sequence], stats: TokenStats) -> dict[str, Tensor]:
+    total = joined([s.log_p for s in sequences], stats).sum()
+    metrics = {"logps": total.detach() / max(len(sequences), 1)}
     if stats.entropy is not None:
-        found["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
-    return found
+        metrics["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
+    return metrics
 
 
 def preference_matching_reward(
@@ -97,18 +97,18 @@ def preference_matching_reward(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Compute fl.preference_matching_reward, one token after another."""
-    found = torch.zeros_like(logps.detach()).reshape(-1, logps.shape[-1])
-    for row in range(found.shape[0]):
-        p = logps.detach().reshape(found.shape)[row]
-        q = None if ref_logps is None else ref_logps.detach().reshape(found.shape)[row]
-        counts = [t for t in range(len(p)) if mask is None or mask.reshape(found.shape)[row, t]]
+    rewards = torch.zeros_like(logps.detach()).reshape(-1, logps.shape[-1])
+    for row in range(rewards.shape[0]):
+        p = logps.detach().reshape(rewards.shape)[row]
+        q = None if ref_logps is None else ref_logps.detach().reshape(rewards.shape)[row]
+        counts = [t for t in range(len(p)) if mask is None or mask.reshape(rewards.shape)[row, t]]
         for t in counts:
             likely = q is None or threshold is None or q[t] > math.log(threshold)
-            found[row, t] = -beta * (p[t] if likely else p[t] - q[t])  # type: ignore[index]
+            rewards[row, t] = -beta * (p[t] if likely else p[t] - q[t])  # type: ignore[index]
         if counts and scores is not None:
             score = float(scores.reshape(-1)[row])
-            found[row, counts[-1]] += score if clip is None else max(-clip, min(clip, score))
-    return found.reshape(logps.shape)
+            rewards[row, counts[-1]] += score if clip is None else max(-clip, min(clip, score))
+    return rewards.reshape(logps.shape)
 
 
 def preference_matching_gap(logps: Tensor, rewards: Tensor, *, beta: float = 1.0) -> Tensor:
@@ -148,5 +148,5 @@ def plackett_luce_loss(
         r = r if mask is None else r[mask.reshape(-1, rewards.shape[-1])[row]]
         terms = [r[i] - r[i:].logsumexp(0) for i in range(len(r))]
         losses.append(-torch.stack(terms).sum() if terms else rewards.new_zeros(()))
-    every = torch.stack(losses) if losses else rewards.sum(-1)
-    return reduced(every.reshape(rewards.shape[:-1]), reduction, num_items)
+    stacked = torch.stack(losses) if losses else rewards.sum(-1)
+    return reduced(stacked.reshape(rewards.shape[:-1]), reduction, num_items)

@@ -43,8 +43,8 @@ def simpo_loss(
     def reward(y: Sequence) -> Tensor:
         return beta * (_mean(y) if alpha == 0 else torch.expm1(cap(-alpha * _mean(y))) / -alpha)
 
-    def loss(w: Sequence, l: Sequence) -> Tensor:
-        margin = reward(w) - reward(l) - gamma
+    def loss(chosen: Sequence, rejected: Sequence) -> Tensor:
+        margin = reward(chosen) - reward(rejected) - gamma
         return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
 
     return _reference_free(policy, labels, loss, reward, _mean, cpo_alpha, options)[0]
@@ -66,8 +66,8 @@ def cpo_loss(
     def logps(y: Sequence) -> Tensor:
         return _mean(y) if loss_type == "ipo" else y.log_p
 
-    def each(w: Sequence, l: Sequence) -> Tensor:
-        x = logps(w) - logps(l)
+    def each(chosen: Sequence, rejected: Sequence) -> Tensor:
+        x = logps(chosen) - logps(rejected)
         if loss_type == "hinge":
             return relu(1 - beta * x)
         if loss_type == "ipo":
@@ -83,18 +83,18 @@ def orpo_loss(
     """Compute fl.orpo_loss."""
     check_positive(beta=beta)
 
-    def log_odds(w: Sequence, l: Sequence) -> Tensor:
+    def log_odds(chosen: Sequence, rejected: Sequence) -> Tensor:
         def each(y: Sequence) -> Tensor:
             log_m = _mean(y).clamp(max=SURE)
             return log_m - torch.log(-torch.expm1(log_m))
 
-        return each(w) - each(l)
+        return each(chosen) - each(rejected)
 
-    def loss(w: Sequence, l: Sequence) -> Tensor:
-        return -beta * logsigmoid(log_odds(w, l))
+    def loss(chosen: Sequence, rejected: Sequence) -> Tensor:
+        return -beta * logsigmoid(log_odds(chosen, rejected))
 
     out, pairs = _reference_free(policy, labels, loss, lambda y: beta * _mean(y), _mean, 1.0, options, nll_labels)
-    odds = joined([log_odds(w, l) for w, l in pairs], out.stats).detach()
+    odds = joined([log_odds(chosen, rejected) for chosen, rejected in pairs], out.stats).detach()
     out.metrics.update(log_odds_chosen=reduced(odds), log_odds_ratio=reduced(logsigmoid(odds)))
     return out
 
@@ -113,17 +113,24 @@ def _reference_free(
     batch, call = read_batch(labels, "pairs", options), read_options(options)
     num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", options.get("num_nll_tokens"))
     count = batch.sequences // 2
-    stats, every = cut(policy, batch, entropy=call.entropy)
-    pairs = list(zip(every[:count], every[count:], strict=True))
-    texts = every[:count]
+    stats, sequences = cut(policy, batch, entropy=call.entropy)
+    pairs = list(zip(sequences[:count], sequences[count:], strict=True))
+    texts = sequences[:count]
     if nll_labels is not None:
-        more = batch.aligned(check_nll_labels(nll_labels, batch.labels))
-        both = more.where(batch.labels == batch.ignore_index, batch.labels)
+        extra_labels = batch.aligned(check_nll_labels(nll_labels, batch.labels))
+        both = extra_labels.where(batch.labels == batch.ignore_index, batch.labels)
         texts = cut(policy, batch.with_labels(both))[1][:count]
     tokens = max(sum(len(y) for y in texts), 1)
     by = tokens if num_nll_tokens is None else num_nll_tokens
     times = float(count if num_items is None or num_nll_tokens is None else num_items)
-    losses = [loss(w, l) - weight * part(times * y.log_p, by) for (w, l), y in zip(pairs, texts, strict=True)]
-    metrics = pair_metrics([(reward(w), reward(l)) for w, l in pairs], [(logps(w), logps(l)) for w, l in pairs], stats)
+    losses = [
+        loss(chosen, rejected) - weight * part(times * y.log_p, by)
+        for (chosen, rejected), y in zip(pairs, texts, strict=True)
+    ]
+    metrics = pair_metrics(
+        [(reward(chosen), reward(rejected)) for chosen, rejected in pairs],
+        [(logps(chosen), logps(rejected)) for chosen, rejected in pairs],
+        stats,
+    )
     metrics["nll_loss"] = -reduced(joined([y.log_p for y in texts], stats), "sum").detach() / tokens
     return LossOutput(reduced(joined(losses, stats), call.reduction, num_items), metrics, stats), pairs

@@ -34,21 +34,25 @@ def tdpo_loss(
     """
     d = check_tdpo(policy, ref, loss_type, alpha, beta, divergence)
     batch, call = read_batch(labels, "pairs", options), read_options(options)
-    stats, every = cut(policy, batch, ref, divergences=(d,), entropy=call.entropy)
-    pairs = list(zip(every[: len(every) // 2], every[len(every) // 2 :], strict=True))
+    stats, sequences = cut(policy, batch, ref, divergences=(d,), entropy=call.entropy)
+    pairs = list(zip(sequences[: len(sequences) // 2], sequences[len(sequences) // 2 :], strict=True))
 
     def seq_kl(y: Sequence) -> Tensor:
         return y.divergence[d.key].sum()
 
     losses = []
-    for w, l in pairs:
-        u = beta * w.h - beta * l.h
+    for chosen, rejected in pairs:
+        u = beta * chosen.h - beta * rejected.h
         if loss_type == "tdpo1":
-            losses.append(-logsigmoid(u - (beta * seq_kl(l) - beta * seq_kl(w))))
+            losses.append(-logsigmoid(u - (beta * seq_kl(rejected) - beta * seq_kl(chosen))))
         else:
-            losses.append(-logsigmoid(u - alpha * (beta * seq_kl(l) - (beta * seq_kl(w)).detach())))
-    rewards = [(beta * (w.h + seq_kl(w)), beta * (l.h + seq_kl(l))) for w, l in pairs]
-    metrics = pair_metrics(rewards, [(w.log_p, l.log_p) for w, l in pairs], stats)
+            losses.append(-logsigmoid(u - alpha * (beta * seq_kl(rejected) - (beta * seq_kl(chosen)).detach())))
+
+    def reward(y: Sequence) -> Tensor:
+        return beta * (y.h + seq_kl(y))
+
+    rewards = [(reward(chosen), reward(rejected)) for chosen, rejected in pairs]
+    metrics = pair_metrics(rewards, [(chosen.log_p, rejected.log_p) for chosen, rejected in pairs], stats)
     for i, name in enumerate(("kl/chosen", "kl/rejected")):
         metrics[name] = reduced(joined([seq_kl(pair[i]) for pair in pairs], stats)).detach()
     return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), metrics, stats)

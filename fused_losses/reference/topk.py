@@ -35,10 +35,13 @@ def topk_distillation_loss(
     check_topk(tail, d)
     stats = batch_stats(student, batch, entropy=call.entropy)
     check_teacher(topk_logps, topk_ids, stats.mask)
-    every = transformed(as_source("student", student)).log_softmax(-1)  # type: ignore[arg-type]
-    every = every[..., :-1, :] if batch.shift else every
+    all_logps = transformed(as_source("student", student)).log_softmax(-1)  # type: ignore[arg-type]
+    all_logps = all_logps[..., :-1, :] if batch.shift else all_logps
     rows = zip(
-        every[stats.mask], topk_ids[stats.mask].long(), topk_logps[stats.mask].detach().to(every.dtype), strict=True
+        all_logps[stats.mask],
+        topk_ids[stats.mask].long(),
+        topk_logps[stats.mask].detach().to(all_logps.dtype),
+        strict=True,
     )
     tokens, masses = [], []
     for log_p, ids, log_q in rows:
@@ -46,8 +49,8 @@ def topk_distillation_loss(
         p, q = log_p[ids], log_q
         if tail == "bucket":
             others = torch.ones_like(log_p, dtype=torch.bool).index_fill(0, ids, False)
-            rest = torch.log(-torch.expm1(q.logsumexp(0).clamp(max=0)))  # 1 - sum_k q_k
-            p, q = torch.cat([p, log_p[others].logsumexp(0, keepdim=True)]), torch.cat([q, rest[None]])
+            log_remaining = torch.log(-torch.expm1(q.logsumexp(0).clamp(max=0)))  # 1 - sum_k q_k
+            p, q = torch.cat([p, log_p[others].logsumexp(0, keepdim=True)]), torch.cat([q, log_remaining[None]])
         elif tail == "renormalise":
             p, q = p.log_softmax(0), q.log_softmax(0)
         tokens.append(d.define(p, q))

@@ -40,18 +40,18 @@ def kto_loss(
             return desirable_weight * torch.sigmoid(-beta * (s.h - z0))  # 1 - sigmoid(x) = sigmoid(-x)
         return undesirable_weight * torch.sigmoid(-beta * (z0 - s.h))
 
-    stats, every = cut(policy, batch, ref, entropy=call.entropy)
-    losses = joined([value(s, good) for s, good in zip(every, desirable, strict=True)], stats)
-    found = metrics(every, desirable, beta, stats) | {"kl": stats.logps.new_zeros(()) + z0}
-    return LossOutput(reduced(losses, call.reduction, call.num_items), found, stats)
+    stats, sequences = cut(policy, batch, ref, entropy=call.entropy)
+    losses = joined([value(s, good) for s, good in zip(sequences, desirable, strict=True)], stats)
+    all_metrics = metrics(sequences, desirable, beta, stats) | {"kl": stats.logps.new_zeros(()) + z0}
+    return LossOutput(reduced(losses, call.reduction, call.num_items), all_metrics, stats)
 
 
 @torch.no_grad()
 def kto_baseline(policy: Source, labels: Tensor, ref: Source | None, **options: Any) -> Tensor:
     """Compute fl.kto_baseline over one process."""
-    stats, every = cut(policy, read_batch(labels, "sequences", options), ref)
-    ratios = joined([s.h for s in every], stats)
-    return (ratios.sum() / max(len(every), 1)).relu()
+    stats, sequences = cut(policy, read_batch(labels, "sequences", options), ref)
+    ratios = joined([s.h for s in sequences], stats)
+    return (ratios.sum() / max(len(sequences), 1)).relu()
 
 
 def bco_loss(
@@ -68,27 +68,29 @@ def bco_loss(
     """Compute fl.bco_loss."""
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     check_bco(batch, desirable, weights, beta)
-    stats, every = cut(policy, batch, ref, entropy=call.entropy)
+    stats, sequences = cut(policy, batch, ref, entropy=call.entropy)
     shift = (
-        delta.update(beta * joined([s.h for s in every], stats).detach()) if isinstance(delta, RunningDelta) else delta
+        delta.update(beta * joined([s.h for s in sequences], stats).detach())
+        if isinstance(delta, RunningDelta)
+        else delta
     )
     losses = []
-    for i, s in enumerate(every):
+    for i, s in enumerate(sequences):
         x = beta * s.h - shift
         losses.append(-logsigmoid(x if desirable[i] else -x) * (1.0 if weights is None else weights[i]))
-    found = metrics(every, desirable, beta, stats) | {"delta": stats.logps.new_zeros(()) + shift}
-    return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), found, stats)
+    all_metrics = metrics(sequences, desirable, beta, stats) | {"delta": stats.logps.new_zeros(()) + shift}
+    return LossOutput(reduced(joined(losses, stats), call.reduction, call.num_items), all_metrics, stats)
 
 
-def metrics(every: list[Sequence], desirable: Tensor, beta: float, stats: TokenStats) -> dict[str, Tensor]:
+def metrics(sequences: list[Sequence], desirable: Tensor, beta: float, stats: TokenStats) -> dict[str, Tensor]:
     """Return means over the desirable and over the undesirable sequences, NaN where there are none."""
-    found = {}
+    means = {}
     for name, kind in (("chosen", True), ("rejected", False)):
-        own = [s for s, good in zip(every, desirable.tolist(), strict=True) if good == kind]
-        found[f"rewards/{name}"] = joined([beta * s.h for s in own], stats).mean().detach()
-        found[f"logps/{name}"] = joined([s.log_p for s in own], stats).mean().detach()
-        found[f"count/{name}"] = stats.logps.new_tensor(len(own))
-    found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        of_kind = [s for s, good in zip(sequences, desirable.tolist(), strict=True) if good == kind]
+        means[f"rewards/{name}"] = joined([beta * s.h for s in of_kind], stats).mean().detach()
+        means[f"logps/{name}"] = joined([s.log_p for s in of_kind], stats).mean().detach()
+        means[f"count/{name}"] = stats.logps.new_tensor(len(of_kind))
+    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     if stats.entropy is not None:
-        found["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
-    return found
+        means["entropy"] = stats.entropy.detach().sum() / stats.mask.sum().clamp(min=1)
+    return means

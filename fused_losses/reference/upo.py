@@ -40,15 +40,15 @@ def upo_loss(
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     base = loss_type if callable(loss_type) else partial(preference_loss, loss_type=loss_type)
     out = base(policy, labels, ref=ref, **{**options, "reduction": "none", "num_items": None})
-    stats, every = cut(policy, batch)
+    stats, sequences = cut(policy, batch)
     a = check_advantages(advantages, batch)
     highest = LARGEST if clip is None else math.log(clip)
     w = [math.exp(min(x / tau, highest)) for x in a.tolist()]
-    nll = [-s.log_p for s in every]
+    nll = [-s.log_p for s in sequences]
     terms = [weight * x * y for x, y in zip(w, nll, strict=True)]
-    if len(out.loss) != len(every):
-        terms = [(x + y) / 2 for x, y in zip(terms[: len(every) // 2], terms[len(every) // 2 :], strict=True)]
-    count = max(len(every), 1)
+    if len(out.loss) != len(sequences):
+        terms = [(x + y) / 2 for x, y in zip(terms[: len(sequences) // 2], terms[len(sequences) // 2 :], strict=True)]
+    count = max(len(sequences), 1)
     means = {"advantages": a.sum() / count, "weights": a.new_tensor(sum(w)) / count}
     means["nll"] = joined(nll, stats).detach().sum() / count
     return LossOutput(

@@ -176,15 +176,15 @@ def lta_thinker_loss(
 
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
     alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
-    found = fused(formula, policy, batch, None, FormulaInputs("sequence"), call)
-    more, tokens = weights[1] * focus + weights[2] * alignment, found.tokens
+    result = fused(formula, policy, batch, None, FormulaInputs("sequence"), call)
+    thought_losses, tokens = weights[1] * focus + weights[2] * alignment, result.tokens
     parts: dict[str, Any] = {"reasoning_focus": Part(focus.detach()), "semantic_alignment": Part(alignment.detach())}
     parts["sft"] = sequence_part(tokens, -tokens.logps)
     if tokens.entropy is not None:
         parts["entropy"] = sequence_part(tokens, tokens.entropy)
-    losses = None if found.losses is None else found.losses + more.detach()
-    found = found._replace(loss=found.loss + reduced(more, call.reduction, call.num_items), losses=losses)
-    return output(found, parts | loss_and_nll(found, parts["sft"], weights[0], times, by))
+    losses = None if result.losses is None else result.losses + thought_losses.detach()
+    result = result._replace(loss=result.loss + reduced(thought_losses, call.reduction, call.num_items), losses=losses)
+    return output(result, parts | loss_and_nll(result, parts["sft"], weights[0], times, by))
 
 
 def _check_states(question: Tensor, others: dict[str, Tensor], masks: dict[str, Tensor | None]) -> None:
