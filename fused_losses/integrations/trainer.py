@@ -62,11 +62,11 @@ def compute_loss_func(
             raise ValueError("labels: expected them in the batch, got none")
         if "encoder_last_hidden_state" in outputs:
             raise NotImplementedError("model: is an encoder-decoder, whose labels are not shifted")
-        found = loss(outputs["logits"], labels, shift=True, num_items=num_items_in_batch, **options).loss
+        value = loss(outputs["logits"], labels, shift=True, num_items=num_items_in_batch, **options).loss
         share: Tensor | float = 1.0
         if num_items_in_batch is not None:
             share = share_of((labels[..., 1:] != IGNORED).sum(), num_items_in_batch)
-        return _with_aux(found, outputs.get("aux_loss"), aux_loss_coef, share)
+        return _with_aux(value, outputs.get("aux_loss"), aux_loss_coef, share)
 
     return compute
 
@@ -148,8 +148,8 @@ class FusedLossMixin:
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = self.per_token, True
         self._refuse_other_losses(reference)
         for name in ("train_dataset", "eval_dataset"):
-            given = getattr(self, name, None)
-            for dataset in given.values() if isinstance(given, dict) else [given]:
+            datasets = getattr(self, name, None)
+            for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
                 check_columns(self._loss, dataset, self.data_collator, name)
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
@@ -190,8 +190,8 @@ class FusedLossMixin:
         if reference is None:
             return
         kind, loss = type(reference).__name__, self._loss
-        if given := {"ref", "teacher"} & loss.bound.keys():
-            raise ValueError(f"reference: expected None, for {given.pop()} is bound in fused_loss, got {kind}")
+        if bound := {"ref", "teacher"} & loss.bound.keys():
+            raise ValueError(f"reference: expected None, for {bound.pop()} is bound in fused_loss, got {kind}")
         if loss.reference is None and loss.third is None:
             raise ValueError(f"reference: {loss.name} has none, got {kind}")
 
@@ -212,13 +212,13 @@ class FusedLossMixin:
         if self._predicting or not batch_samples:
             return None
         each = [self._loss.counts(batch) for batch in batch_samples]
-        found: list[Any] = [sum(x.items for x in each)]
+        totals: list[Any] = [sum(x.items for x in each)]
         if each[0].nll_tokens is not None:
-            found.append(sum(x.nll_tokens for x in each))
+            totals.append(sum(x.nll_tokens for x in each))
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            here = torch.stack([torch.as_tensor(x, device=device) for x in found])
-            found = list(self.accelerator.gather(here[None]).sum(0) / self.get_tp_size())
-        items, *nll = (x.to(device) if isinstance(x, Tensor) else x for x in found)
+            local = torch.stack([torch.as_tensor(x, device=device) for x in totals])
+            totals = list(self.accelerator.gather(local[None]).sum(0) / self.get_tp_size())
+        items, *nll = (x.to(device) if isinstance(x, Tensor) else x for x in totals)
         return Counts(
             items, nll[0].clamp(min=1) if nll else None
         )  # a sum over no tokens is 0, whatever it is divided by
@@ -231,14 +231,14 @@ class FusedLossMixin:
         saved, packed = self._saved(inputs), inputs.get("cu_seqlens") is not None
         if self._model_inputs is None:
             self._model_inputs = model_inputs(model)
-        rest = {k: x for k, x in inputs.items() if k not in ("ref_logps", "kl")}
+        entries = {k: x for k, x in inputs.items() if k not in ("ref_logps", "kl")}
         if inputs.get("kl") is not None and self._loss.baseline:
-            rest["baseline"] = self._kto_baseline(model, inputs["kl"], saved)
+            entries["baseline"] = self._kto_baseline(model, inputs["kl"], saved)
         elif "kl" in inputs:
-            rest["kl"] = inputs["kl"]
-        own, more = self._loss.split(rest, self._model_inputs)
-        own["use_cache"] = False
-        here, options = self._here(inputs), {"shift": shift, **more}
+            entries["kl"] = inputs["kl"]
+        to_model, to_loss = self._loss.split(entries, self._model_inputs)
+        to_model["use_cache"] = False
+        units, options = self._units(inputs), {"shift": shift, **to_loss}
         share: Tensor | float = 1.0
         counted = isinstance(num_items_in_batch, Counts) or (self.per_token and num_items_in_batch is not None)
         if isinstance(num_items_in_batch, Counts):
@@ -247,7 +247,7 @@ class FusedLossMixin:
         elif counted:
             options["num_items"] = num_items_in_batch
         if counted:
-            share = share_of(here, options["num_items"])
+            share = share_of(units, options["num_items"])
 
         def loss(policy: Hidden, ref: Source | None) -> Any:
             ref = saved if ref is None else ref
@@ -259,16 +259,16 @@ class FusedLossMixin:
                 return self.fused_loss(policy, labels, ref, **options)
             return self.fused_loss(policy, labels, **{self._loss.reference: ref}, **options)
 
-        found, aux = self._at_heads(model, own, loss)
-        total = _with_aux(found.loss, aux, self.aux_loss_coef, share)
-        self._record(found, aux, here, len(labels))
+        out, aux = self._at_heads(model, to_model, loss)
+        total = _with_aux(out.loss, aux, self.aux_loss_coef, share)
+        self._record(out, aux, units, len(labels))
         self.loss_is_scaled_for_ga = counted
         if counted and self.args.average_tokens_across_devices:
             total = total * self._data_ranks()  # engines average over ranks, but num_items has already divided
-        outputs = {"loss": total, "logps": found.stats.logps, "correct": found.stats.correct}
+        outputs = {"loss": total, "logps": out.stats.logps, "correct": out.stats.correct}
         return (total, outputs) if return_outputs else total
 
-    def _here(self, inputs: dict[str, Any]) -> Tensor | int:
+    def _units(self, inputs: dict[str, Any]) -> Tensor | int:
         """Return what this batch adds to num_items; for a user's loss without num_items, the number of its rows."""
         if self._loss.entry is not None:
             return self._loss.counts(inputs).items
@@ -283,7 +283,7 @@ class FusedLossMixin:
             )
         labels, shift = labels_of(batch)
         names, cu = present("model", self._model_inputs), batch.get("cu_seqlens")
-        own = {k: x for k, x in batch.items() if k in names.own and k != "labels"} | {"use_cache": False}
+        to_model = {k: x for k, x in batch.items() if k in names.forward_names and k != "labels"} | {"use_cache": False}
         everybody = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
         options: dict[str, Any] = {"shift": shift, "cu_seqlens": cu, "process_group": everybody}
         options |= {"ignore_index": self._loss.bound["ignore_index"]} if "ignore_index" in self._loss.bound else {}
@@ -294,7 +294,7 @@ class FusedLossMixin:
             return kto_baseline(policy, labels, ref, **options)
 
         with torch.no_grad():
-            return self._at_heads(model, own, baseline).out
+            return self._at_heads(model, to_model, baseline).out
 
     def _saved(self, inputs: dict[str, Any]) -> LogProbs | None:
         """Return the saved log-probs of a batch, or None.
@@ -374,25 +374,25 @@ class FusedLossMixin:
         each = -(-left // ranks) if dispatched else loader.total_batch_size // ranks
         return Rows(self.accelerator.process_index // self.get_tp_size(), ranks, each, left)
 
-    def _record(self, found: Any, aux: Tensor | None, here: Tensor | int, rows: int) -> None:
+    def _record(self, out: Any, aux: Tensor | None, units: Tensor | int, rows: int) -> None:
         """Add the metrics of a batch to the running sums."""
         sums, filled = self.fused_metrics["train" if self.model.training else "eval"], self._rows()
         kept, of = (1, 1) if filled is None else (filled.kept(filled.rank), filled.each)
-        parts: Parts = getattr(found, "parts", {})
+        parts: Parts = getattr(out, "parts", {})
         for name, terms in parts.items():
             sums.add(name, [x if kept == of else x.first(kept, of) for x in terms])
-        weight = here if self.per_token else rows  # for a number that is known only as a mean
-        for name, x in found.metrics.items():
+        weight = units if self.per_token else rows  # for a number that is known only as a mean
+        for name, x in out.metrics.items():
             if name not in parts:
                 sums.add(name, [weighted(x, rows if weight is None else weight, kept / of)])
         if aux is not None:
-            sums.add("aux_loss", [weighted(aux, here, kept / of)])
+            sums.add("aux_loss", [weighted(aux, units, kept / of)])
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if self.model.training:
-            found = self.fused_metrics["train"].values(self.accelerator, self._data_ranks())
-            found.pop("loss", None)  # the Trainer logs its own loss, the mean over steps
-            logs.update(found)
+            metrics = self.fused_metrics["train"].values(self.accelerator, self._data_ranks())
+            metrics.pop("loss", None)  # the Trainer logs its own loss, the mean over steps
+            logs.update(metrics)
         super().log(logs, *args, **options)  # type: ignore[misc]
 
     def prediction_step(
@@ -423,14 +423,14 @@ class FusedLossMixin:
         out = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        found = sums.values(self.accelerator, self._data_ranks())
-        loss = found.pop("loss", None)
-        for name, x in found.items():
+        metrics = sums.values(self.accelerator, self._data_ranks())
+        loss = metrics.pop("loss", None)
+        for name, x in metrics.items():
             out.metrics.setdefault(f"{metric_key_prefix}_{name}", x)
         if (
             loss is not None and self._loss.entry is not None
         ):  # for a user's loss it is not known what is added to the parts
-            out.metrics[f"{metric_key_prefix}_loss"] = loss + (self.aux_loss_coef or 0.0) * found.get("aux_loss", 0.0)
+            out.metrics[f"{metric_key_prefix}_loss"] = loss + (self.aux_loss_coef or 0.0) * metrics.get("aux_loss", 0.0)
         return out
 
     def _gathered(self, x: Any) -> Any:
@@ -444,8 +444,10 @@ class FusedLossMixin:
         if filled is None or x.dim() < 2:
             return self.accelerator.gather_for_metrics(x)
         times = max(len(x) // filled.each, 1)
-        found = self.accelerator.gather(x)[: filled.ranks * len(x)].unflatten(0, (filled.ranks, times, len(x) // times))
-        return torch.cat([part[:, : filled.kept(rank)].flatten(0, 1) for rank, part in enumerate(found)])
+        gathered = self.accelerator.gather(x)[: filled.ranks * len(x)].unflatten(
+            0, (filled.ranks, times, len(x) // times)
+        )
+        return torch.cat([part[:, : filled.kept(rank)].flatten(0, 1) for rank, part in enumerate(gathered)])
 
 
 class TrustRegionCallback(TrainerCallback):
@@ -549,11 +551,11 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def share_of(here: Tensor | int, items: Tensor | int) -> Tensor | float:
+def share_of(units: Tensor | int, items: Tensor | int) -> Tensor | float:
     """Return the share of a micro-batch in the units of a step; 0 where nothing counts."""
     if isinstance(items, Tensor):
-        return here / items.clamp(min=1)
-    return here / max(items, 1)
+        return units / items.clamp(min=1)
+    return units / max(items, 1)
 
 
 def _with_aux(loss: Tensor, aux: Tensor | None, coefficient: float | None, share: Tensor | float = 1.0) -> Tensor:
@@ -633,22 +635,22 @@ class Sums:
 
         Means over zero units are left out.
         """
-        every = [x for terms in self.terms.values() for x in terms]
-        if not every:
+        sums = [x for terms in self.terms.values() for x in terms]
+        if not sums:
             return {}
-        gathered = accelerator.gather(torch.stack(every)[None])
+        gathered = accelerator.gather(torch.stack(sums)[None])
         rows = iter(
             (gathered.sum(0) * ranks / len(gathered)).tolist()
         )  # ranks of tensor parallelism have the same numbers
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, terms in self.terms.items():
             pairs = [next(rows) for _ in terms]
             if self.kinds[name] == "sum":
-                found[name] = sum(x for x, _ in pairs)
+                metrics[name] = sum(x for x, _ in pairs)
             elif all(n for _, n in pairs):
-                found[name] = sum(x / n for x, n in pairs)
+                metrics[name] = sum(x / n for x, n in pairs)
         self.clear()
-        return found
+        return metrics
 
 
 def weighted(x: Tensor, count: Tensor | int, share: float) -> Part:
