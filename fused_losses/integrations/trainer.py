@@ -9,31 +9,24 @@ Tested with transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate.data_loader import DataLoaderDispatcher  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from ..core.inputs import Hidden, LogProbs, Lora, Source
+from ..core.inputs import Hidden, LogProbs, Source
 from ..core.names import present
-from ..core.outputs import Part, Parts
+from ..core.outputs import Parts
 from ..losses import LossOutput, cross_entropy_loss, kto_baseline
-from ..nn.at_head import AtHead, at_head
-from ..nn.trust_region import TrustRegion
-from .adapters import adapter_tensors, as_adapter, check_adapter
 from .batches import Counts, Loss, ModelInputs, check_columns, collator_columns, labels_of, model_inputs
+from .trainer_metrics import Rows, Sums, weighted
+from .trainer_reference import TrustRegionCallback, at_heads, flattened, freeze_adapter, saved_log_probs
 
 __all__ = ["FusedLossMixin", "TrustRegionCallback", "compute_loss_func"]
 
-ADAPTER_OFF, IGNORED = "adapter off", -100
-CHECKPOINT = "trust_region"
+IGNORED = -100
 
 
 def compute_loss_func(
@@ -142,7 +135,7 @@ class FusedLossMixin:
             )
         refuse_split_sequences(self.accelerator)
         if isinstance(reference, str):
-            self._check_adapter(reference)
+            freeze_adapter(self.accelerator.unwrap_model(self.model), reference)
         self.fused_loss, self.aux_loss_coef = fused_loss, aux_loss_coef
         # whatever the model's own loss takes, the Trainer must count the label tokens that remain after the shift
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = self.per_token, True
@@ -158,25 +151,6 @@ class FusedLossMixin:
         self.fused_metrics = {"train": Sums(), "eval": Sums()}
         self._model_inputs: ModelInputs | None = None
         self._predicting = False
-
-    def _check_adapter(self, reference: str) -> None:
-        """Check that the reference is "adapter off" or an adapter that is not trained, and freeze that adapter."""
-        model = self.accelerator.unwrap_model(self.model)
-        if reference == ADAPTER_OFF:
-            if not hasattr(model, "disable_adapter"):
-                raise ValueError('reference: "adapter off" is of PEFT models, got a model without adapters')
-            return
-        if not hasattr(model, "disable_adapter"):
-            raise ValueError(
-                f'reference: expected a model, "adapter off" or the name of an adapter of a PEFT model, got {reference!r}'
-            )
-        owner = check_adapter("reference", model, reference)
-        if reference in owner.active_adapters:
-            raise ValueError(
-                f"reference: {reference!r} is the adapter that is trained, expected another one, or a model"
-            )
-        for _, x in adapter_tensors(owner, reference):
-            x.requires_grad_(False)
 
     def _refuse_other_losses(self, reference: object) -> None:
         """Raise ValueError for options of transformers' own compute_loss, and for a reference that is not used."""
@@ -228,7 +202,8 @@ class FusedLossMixin:
     ) -> Any:
         """Return the loss of a batch, and with return_outputs=True also its log-probs and hits."""
         labels, shift = labels_of(inputs)
-        saved, packed = self._saved(inputs), inputs.get("cu_seqlens") is not None
+        saved = saved_log_probs(self._loss, inputs, self.reference, self.callback_handler.callbacks)
+        packed = inputs.get("cu_seqlens") is not None
         if self._model_inputs is None:
             self._model_inputs = model_inputs(model)
         entries = {k: x for k, x in inputs.items() if k not in ("ref_logps", "kl")}
@@ -252,14 +227,14 @@ class FusedLossMixin:
         def loss(policy: Hidden, ref: Source | None) -> Any:
             ref = saved if ref is None else ref
             if packed:
-                policy, ref = _flat(policy), _flat(ref)
+                policy, ref = flattened(policy), flattened(ref)
             if ref is None:
                 return self.fused_loss(policy, labels, **options)
             if self._loss.reference is None:
                 return self.fused_loss(policy, labels, ref, **options)
             return self.fused_loss(policy, labels, **{self._loss.reference: ref}, **options)
 
-        out, aux = self._at_heads(model, to_model, loss)
+        out, aux = at_heads(model, self.reference, to_model, loss, self.accelerator)
         total = _with_aux(out.loss, aux, self.aux_loss_coef, share)
         self._record(out, aux, units, len(labels))
         self.loss_is_scaled_for_ga = counted
@@ -290,66 +265,11 @@ class FusedLossMixin:
 
         def baseline(policy: Hidden, ref: Source | None) -> Tensor:
             if cu is not None:
-                policy, ref = _flat(policy), _flat(ref)
+                policy, ref = flattened(policy), flattened(ref)
             return kto_baseline(policy, labels, ref, **options)
 
         with torch.no_grad():
-            return self._at_heads(model, to_model, baseline).out
-
-    def _saved(self, inputs: dict[str, Any]) -> LogProbs | None:
-        """Return the saved log-probs of a batch, or None.
-
-        Raises ValueError where a required reference is missing, where there are two, or where the saved one becomes
-        stale.
-        """
-        logps, loss = inputs.get("ref_logps"), self._loss
-        if logps is None:
-            if (
-                self.reference is None
-                and loss.entry is not None
-                and loss.reference is not None
-                and loss.entry.ref != "unused"
-            ):
-                without = f"; to do without: partial(fl.{loss.name}, ref=None)" * loss.optional_reference
-                raise ValueError(
-                    f'reference: expected one for {loss.name}, or "ref_logps" in the batch, got '
-                    f"{', '.join(inputs)}{without}"
-                )
-            return None
-        if self.reference is not None:
-            raise ValueError('reference: expected None beside "ref_logps" in the batch: which one is it?')
-        if loss.reference is None and loss.third is None:
-            raise ValueError(
-                f"ref_logps: in the batch, but {loss.name} reads no reference; leave it out of the batches"
-            )
-        if any(isinstance(c, TrustRegionCallback) for c in self.callback_handler.callbacks):
-            raise ValueError(
-                "ref_logps: go stale where TrustRegionCallback moves the reference; give that as `reference`"
-            )
-        return LogProbs(logps)
-
-    def _at_heads(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[..., Any]) -> AtHead:
-        """Return the result of loss(policy, reference or None), which runs inside the forward of both models."""
-        if self.reference is None:
-            return at_head(model, lambda p: loss(p, None), **inputs)
-        if isinstance(self.reference, str):
-            base: Any = self.accelerator.unwrap_model(model)
-            if hasattr(base.get_output_embeddings(), "modules_to_save"):
-                raise NotImplementedError(
-                    f'reference: "{self.reference}" with a head that the adapter trains in full; give a model'
-                )
-            name = None if self.reference == ADAPTER_OFF else self.reference
-            with torch.no_grad(), as_adapter(base, name), _evaluating(base):
-                hidden, *lora = at_head(model, _states_and_lora, **inputs).out
-            return at_head(model, lambda p: loss(p, _other_adapter(p, hidden, *lora)), **inputs)
-        learns = torch.is_grad_enabled()
-
-        def inside(q: Hidden) -> AtHead:
-            with torch.set_grad_enabled(learns):
-                return at_head(model, lambda p: loss(p, q), **inputs)
-
-        with torch.no_grad():
-            return at_head(self.reference, inside, **inputs).out
+            return at_heads(model, self.reference, to_model, baseline, self.accelerator).out
 
     # ---- metrics: sums and counts, for means of batches are not the mean of all -------------------------------------------
 
@@ -450,60 +370,6 @@ class FusedLossMixin:
         return torch.cat([part[:, : filled.kept(rank)].flatten(0, 1) for rank, part in enumerate(gathered)])
 
 
-class TrustRegionCallback(TrainerCallback):
-    """Run fl.TrustRegion in a Trainer of transformers or TRL.
-
-        trainer.add_callback(TrustRegionCallback(reference, alpha=0.6, every=512))
-
-    The update  reference <- alpha policy + (1 - alpha) reference  is made after every `every`th step of the optimizer.
-
-    Checkpoints also contain the reference and the schedule, in a separate folder, sharded as the reference is. A run that
-    continues from a checkpoint loads them from there, and raises FileNotFoundError where they are missing. Do not use
-    this with log-probs of a reference that were computed ahead, because they become stale.
-
-    Args:
-        reference: The model as the trainer runs it (prepared, sharded). FSDP2's shards are mixed without being gathered.
-        alpha: As in fl.TrustRegion.
-        every: As in fl.TrustRegion.
-    """
-
-    def __init__(self, reference: nn.Module, *, alpha: float = 0.6, every: int = 512) -> None:
-        self.reference, self.alpha, self.every = reference, alpha, every
-        self.region: TrustRegion | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if getattr(args, "precompute_ref_log_probs", False):  # TRL's
-            raise ValueError(
-                "precompute_ref_log_probs: expected False, log-probs computed ahead go stale as the reference moves"
-            )
-        self.region = TrustRegion(self.reference, model, self.alpha, self.every)
-        if state.global_step:
-            folder = self._folder(args, state)
-            if not folder.exists():
-                raise FileNotFoundError(
-                    f"reference: training goes on at step {state.global_step}, but {folder} does not hold the reference of "
-                    "that step, which is no longer the one that training began with; if the checkpoint lies elsewhere, copy "
-                    "it to there"
-                )
-            saved = self._state()
-            dcp.load(saved, checkpoint_id=folder, no_dist=not _distributed())
-            self.reference.load_state_dict(saved["reference"])
-            self.region.load_state_dict(saved["region"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        present("region", self.region).step()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        dcp.save(self._state(), checkpoint_id=self._folder(args, state), no_dist=not _distributed())
-
-    def _state(self) -> dict[str, Any]:
-        region = present("region", self.region)
-        return {"reference": self.reference.state_dict(), "region": region.state_dict()}
-
-    def _folder(self, args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHECKPOINT
-
-
 def refuse_split_sequences(accelerator: Any) -> None:
     """Raise NotImplementedError for context and sequence parallelism."""
     parallel = getattr(accelerator, "parallelism_config", None)
@@ -512,43 +378,6 @@ def refuse_split_sequences(accelerator: Any) -> None:
             "parallelism_config: the Trainer splits sequences before labels are shifted; in a loop of your own a loss "
             "takes sequence_group"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Set the model to eval mode inside the context."""
-    trains = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(trains)
-
-
-def _states_and_lora(q: Hidden) -> tuple[Any, ...]:
-    """Return the states of a reference, and copies of its LoRA on the head, which an engine may remove later."""
-    if q.lora is None:
-        return (q.hidden,)
-    a, b, scaling = q.lora
-    return q.hidden, a.detach().clone(), b.detach().clone(), scaling
-
-
-def _other_adapter(policy: Hidden, hidden: Tensor, *lora: Any) -> Hidden:
-    """Return the distribution of the same model under another adapter or none.
-
-    It has other states, and the same head except for LoRA on it.
-    """
-    bias = None if policy.bias is None else policy.bias.detach()
-    return replace(policy, hidden=hidden, weight=policy.weight.detach(), bias=bias, lora=Lora(*lora) if lora else None)
-
-
-def _flat(source: Any) -> Any:
-    """Return the states [1, total, H] of a packed batch as [total, H]."""
-    return replace(source, hidden=source.hidden.flatten(0, -2)) if isinstance(source, Hidden) else source
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def share_of(units: Tensor | int, items: Tensor | int) -> Tensor | float:
@@ -590,70 +419,3 @@ def _counts_tokens(loss: Loss, per_token: bool | None) -> bool:
     if per_token not in (None, loss.unit == "tokens"):
         raise ValueError(f"per_token: {loss.name} is a loss of {loss.unit}, got {per_token}")
     return loss.unit == "tokens"
-
-
-# ---- metrics -------------------------------------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """Describe the rows of the dataset in the last batch of all ranks.
-
-    Each rank has `each` rows. Of the rows of all ranks, the first `left` are not repeated.
-    """
-
-    rank: int
-    ranks: int
-    each: int
-    left: int
-
-    def kept(self, rank: int) -> int:
-        """Return the number of rows of this rank that are not repeated."""
-        return min(max(self.left - rank * self.each, 0), self.each)
-
-
-class Sums:
-    """Store running sums of the parts of metrics, two numbers for each term, for any number of batches."""
-
-    def __init__(self) -> None:
-        self.terms: dict[str, list[Tensor]] = {}
-        self.kinds: dict[str, str] = {}
-
-    def clear(self) -> None:
-        self.terms.clear()
-
-    def add(self, name: str, parts: list[Part] | tuple[Part, ...]) -> None:
-        device = parts[0].amounts.device.type
-        new = [x.sums(torch.float64 if device in ("cpu", "cuda") else torch.float32) for x in parts]
-        seen = self.terms.setdefault(name, new)
-        if seen is not new:
-            for total, x in zip(seen, new, strict=True):
-                total += x
-        self.kinds[name] = parts[0].kind
-
-    def values(self, accelerator: Any, ranks: int) -> dict[str, float]:
-        """Return the metrics over all ranks and clear the sums, with one collective and one synchronisation.
-
-        Means over zero units are left out.
-        """
-        sums = [x for terms in self.terms.values() for x in terms]
-        if not sums:
-            return {}
-        gathered = accelerator.gather(torch.stack(sums)[None])
-        rows = iter(
-            (gathered.sum(0) * ranks / len(gathered)).tolist()
-        )  # ranks of tensor parallelism have the same numbers
-        metrics: dict[str, float] = {}
-        for name, terms in self.terms.items():
-            pairs = [next(rows) for _ in terms]
-            if self.kinds[name] == "sum":
-                metrics[name] = sum(x for x, _ in pairs)
-            elif all(n for _, n in pairs):
-                metrics[name] = sum(x / n for x, n in pairs)
-        self.clear()
-        return metrics
-
-
-def weighted(x: Tensor, count: Tensor | int, share: float) -> Part:
-    """Return the Part of a number that is a mean over `count` units, of which a share counts."""
-    counts = torch.as_tensor(count, device=x.device).to(x.dtype) * share
-    return Part((x.detach() * counts).reshape(1), counts.reshape(1))
