@@ -102,7 +102,7 @@ def _fields(problem, rows: int):
 
 
 def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
-    """The kernels of a vocabulary in slices (kernels/vocab_chunks.py)."""
+    """The kernels of the plan vocab_chunks, which takes the vocabulary in slices (kernels/vocab_chunks.py)."""
     import torch
 
     from fused_losses.core.layout import Outputs
@@ -133,7 +133,7 @@ def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
 
 
 def tiles(case: tuple, rows: int = 16, vocab: int = 16, width: int = 64, softcap: float = 0.0) -> Iterator[Launch]:
-    """The kernel whose logits stay on the chip (kernels/fused_linear.py), its first sweep and its second."""
+    """The kernel of the plan on_chip (kernels/fused_linear.py), its first sweep and its second."""
     import torch
 
     from fused_losses.core.layout import HiddenRows

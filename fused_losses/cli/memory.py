@@ -183,9 +183,8 @@ class HeadStep(Step):
             "numbers per row": self.rows * (140 + 36 * len(self.divergences)),
         }
         tiles, held = plan.tiles, sum(beside.values()) + sum(gradients.values())
-        if plan.kind == "vocab_chunks" and not (
-            call.pair or call.grad_ref
-        ):  # no w in backward, no gradients in forward
+        # no reference in backward, no gradients in forward
+        if plan.kind == "vocab_chunks" and not (call.pair or call.grad_ref):
             before = plan.tiles - plan.kept - states - sum(gradients.values())
             alone = call._replace(ref=False, ref_hidden=0)
             tiles = max(before, planner._bytes(alone, *planner.tile_shape(alone, plan.workspace)))

@@ -406,7 +406,7 @@ def _check_link(d: Divergence, link: Callable, score_of: Callable, report: Repor
 
 
 def _check_library(d: Divergence, backend: str, device: torch.device, report: Report) -> None:
-    """Run token_stats from logits, and on the torch backend every plan from hidden states."""
+    """Run token_stats from logits, and on the torch backend from hidden states in the plans that it has there."""
     case = Case("the divergence", "zw", lambda stats: stats.divergence.popitem()[1], {"divergence": d})
     rows: list[Row] = []
     labels = torch.arange(ROWS, device=device)

@@ -346,7 +346,7 @@ def _versions() -> dict[str, str]:
 
 
 def _check(folder: Path, manifest: dict[str, Any], **now: Any) -> None:
-    """Raise RuntimeError with all differences between the saved fingerprint and the given parts of one."""
+    """Raise RuntimeError with all differences between the saved fingerprint and the parts of one in `now`."""
     saved, words = manifest["fingerprint"], []
     for part, value in now.items():
         if value is None or value == saved[part]:

@@ -193,9 +193,8 @@ class FusedLossMixin:
             local = torch.stack([torch.as_tensor(x, device=device) for x in totals])
             totals = list(self.accelerator.gather(local[None]).sum(0) / self.get_tp_size())
         items, *nll = (x.to(device) if isinstance(x, Tensor) else x for x in totals)
-        return Counts(
-            items, nll[0].clamp(min=1) if nll else None
-        )  # a sum over no tokens is 0, whatever it is divided by
+        # a sum over no tokens is 0, whatever it is divided by
+        return Counts(items, nll[0].clamp(min=1) if nll else None)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -347,9 +346,8 @@ class FusedLossMixin:
         loss = metrics.pop("loss", None)
         for name, x in metrics.items():
             out.metrics.setdefault(f"{metric_key_prefix}_{name}", x)
-        if (
-            loss is not None and self._loss.entry is not None
-        ):  # for a user's loss it is not known what is added to the parts
+        # for a user's loss it is not known what is added to the parts
+        if loss is not None and self._loss.entry is not None:
             out.metrics[f"{metric_key_prefix}_loss"] = loss + (self.aux_loss_coef or 0.0) * metrics.get("aux_loss", 0.0)
         return out
 

@@ -56,9 +56,8 @@ class Sums:
         if not sums:
             return {}
         gathered = accelerator.gather(torch.stack(sums)[None])
-        rows = iter(
-            (gathered.sum(0) * ranks / len(gathered)).tolist()
-        )  # ranks of tensor parallelism have the same numbers
+        # ranks of tensor parallelism have the same numbers
+        rows = iter((gathered.sum(0) * ranks / len(gathered)).tolist())
         metrics: dict[str, float] = {}
         for name, terms in self.terms.items():
             pairs = [next(rows) for _ in terms]

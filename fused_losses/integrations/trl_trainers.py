@@ -2,10 +2,11 @@
 
     from fused_losses.integrations.trl_trainers import DPOTrainer    # was: from trl import DPOTrainer
 
-The classes are DPOTrainer, KTOTrainer, DistillationTrainer and GKDTrainer. They replace _compute_loss. Loss and gradient
-come from the hidden states in one pass, inside the model's forward (fl.at_head). The reference's log-probs are computed
-in the same way, from its own model or with the adapter off, or come from TRL's precomputed columns. sync_ref_model uses
-fl.TrustRegion. The metrics of a step are gathered in one collective and read once.
+The classes are DPOTrainer, KTOTrainer, DistillationTrainer and GKDTrainer. They replace _compute_loss; GKDTrainer
+replaces compute_loss. Loss and gradient come from the hidden states in one pass, inside the model's forward (fl.at_head).
+The reference's log-probs are computed in the same way, from its own model or with the adapter off, or come from TRL's
+precomputed columns. sync_ref_model uses fl.TrustRegion. The metrics of a step are gathered in one collective and read
+once.
 
 Everything that TRL refuses is refused by TRL. These are refused too: prompt learning (virtual tokens have no labels),
 ZeRO-3, a model that is compiled as a whole, a label_smoothing that no loss reads (TRL's 'sigmoid' does not), and for
