@@ -21,16 +21,16 @@ if __name__ == "__main__":
     # The root goes last, so that no folder of this repository hides an installed package.
     root = str(Path(__file__).resolve().parent.parent)
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != Path(root)] + [root]
-    command, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("run", [])
+    command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("run", [])
     if command in ("-h", "--help"):
         print(__doc__)
         sys.exit()
-    own = {"static", "training", "compare", "plots", "tables", "targets", "tune"}
+    modules = {"static", "training", "compare", "plots", "tables", "targets", "tune"}
     module = {"plot": "plots"}.get(command, command)
-    if module in own:
+    if module in modules:
         main = importlib.import_module(f"bench.{module}").main
     else:
         from bench.run import main
 
-        rest = sys.argv[1:]
-    sys.exit(main(rest))
+        arguments = sys.argv[1:]
+    sys.exit(main(arguments))

@@ -91,11 +91,11 @@ def told(*command: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    by_name = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            by_name[name] = importlib.metadata.version(name)
+    return by_name
 
 
 def processor() -> str:

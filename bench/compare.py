@@ -44,13 +44,13 @@ def _show(metric: str, x: float, relative: bool) -> str:
 
 def _values(report: Report, metrics: Sequence[str], relative: bool) -> dict[tuple, dict[str, float | None]]:
     """By full name and length, which the full name does not tell."""
-    found = {}
+    values = {}
     for case in results.cases(report):
         eager = results.seconds_of(case.eager) if case.eager else None
         unit = eager if relative else 1.0
         for b in case.runs:
-            found[b["fullname"], case.params.get("length")] = {m: _value(m, b, unit) for m in metrics}
-    return found
+            values[b["fullname"], case.params.get("length")] = {m: _value(m, b, unit) for m in metrics}
+    return values
 
 
 def _left_out(report: Report) -> dict[str, str]:

@@ -98,8 +98,8 @@ _LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*?);"
 
 
 def _width(opcode: str) -> int:
-    found = re.search(r"\.(128|64|U16|S16|U8|S8|16)\b", opcode)
-    return {"128": 128, "64": 64, "U16": 16, "S16": 16, "16": 16, "U8": 8, "S8": 8}[found.group(1)] if found else 32
+    match = re.search(r"\.(128|64|U16|S16|U8|S8|16)\b", opcode)
+    return {"128": 128, "64": 64, "U16": 16, "S16": 16, "16": 16, "U8": 8, "S8": 8}[match.group(1)] if match else 32
 
 
 def _parse(sass: str) -> tuple[list[tuple[str, str]], dict[str, int], list[tuple[int, int]]]:
@@ -109,11 +109,11 @@ def _parse(sass: str) -> tuple[list[tuple[str, str]], dict[str, int], list[tuple
     for line in sass.splitlines():
         if label := re.match(r"^(\.L_x?_?\d+):", line):
             labels[label.group(1)] = len(code)
-        elif found := _LINE.match(line):
-            code.append((found.group(1), found.group(2)))
+        elif instruction := _LINE.match(line):
+            code.append((instruction.group(1), instruction.group(2)))
     spans = []
-    for i, (opcode, rest) in enumerate(code):
-        if opcode.startswith("BRA") and (target := re.search(r"\.L_x?_?\d+", rest)):
+    for i, (opcode, operands) in enumerate(code):
+        if opcode.startswith("BRA") and (target := re.search(r"\.L_x?_?\d+", operands)):
             start = labels.get(target.group(0), i + 1)
             if start < i:
                 spans.append((start, i + 1))
@@ -146,10 +146,10 @@ def nest(sass: str) -> tuple[list[str], list[list[str]]]:
 
     start, end = min(s for s in spans if has(s, "MMA") and has(s, "MUFU"))  # later ones begin where a wait was left
     inner = [s for s in spans if start < s[0] and s[1] < end and has(s, "MMA") and not has(s, "MUFU")]
-    rest = [item for i, item in enumerate(code) if not any(a <= i < b for a, b in inner)]
+    step_code = [item for i, item in enumerate(code) if not any(a <= i < b for a, b in inner)]
     moved = lambda i: i - sum(min(max(i - a, 0), b - a) for a, b in inner)  # noqa: E731
     return (
-        _hot(rest, {k: moved(i) for k, i in labels.items()}, moved(start), moved(end)),
+        _hot(step_code, {k: moved(i) for k, i in labels.items()}, moved(start), moved(end)),
         [_hot(code, labels, *s) for s in inner],
     )
 
@@ -229,10 +229,10 @@ def compile_pairs(target: str) -> list[tuple]:
 
     tokens, mask, ref = torch.zeros(64), torch.ones(64, dtype=torch.bool), torch.zeros(64)
     cu = torch.zeros(5, dtype=torch.int64)
-    every = [(TERMS["sigmoid"], registry.get(name)) for name in registry.linkable()]
-    every += [(term, registry.get("reverse_kl")) for name, term in TERMS.items() if name != "sigmoid"]
-    found = []
-    for number, (term, link) in enumerate(every):
+    term_links = [(TERMS["sigmoid"], registry.get(name)) for name in registry.linkable()]
+    term_links += [(term, registry.get("reverse_kl")) for name, term in TERMS.items() if name != "sigmoid"]
+    named_kernels = []
+    for number, (term, link) in enumerate(term_links):
         numbers = (0.1,) * (len(inspect.signature(term).parameters) - 1)
         spec = PairLossSpec(link, term, numbers, 0.1, 4, False)
         packed = cu if number % 2 else None
@@ -242,5 +242,5 @@ def compile_pairs(target: str) -> list[tuple]:
             launch.pair_forward(spec, tokens, ref, mask, packed, out)
             launch.pair_backward(spec, grads, coef, mask, packed, tokens, ref)
         name = f"{term.__name__}, {link.key}"
-        found += [(name, *of) for of in zip(("forward", "backward"), kernels, strict=True)]
-    return found
+        named_kernels += [(name, *of) for of in zip(("forward", "backward"), kernels, strict=True)]
+    return named_kernels

@@ -52,9 +52,9 @@ def truth_of(w: Workload, p: Problem) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, p.leaves)]
 
 
-def errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
+def errors(values: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
     """Relative, of the loss and of the worst gradient."""
-    each = [((x.double() - t).norm() / t.norm().clamp(min=1e-300)).item() for x, t in zip(found, truth, strict=True)]
+    each = [((x.double() - t).norm() / t.norm().clamp(min=1e-300)).item() for x, t in zip(values, truth, strict=True)]
     return {
         "value": each[0],
         "gradient": max(each[1:], key=lambda e: e if e == e else float("inf")),
@@ -64,11 +64,13 @@ def errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]
 def gate(w: Workload, run: Run, p: Problem, truth: Sequence[Tensor]) -> dict[str, float]:
     """Its errors; raises ValueError if it is wrong."""
     loss = run.step(p)
-    found = errors([loss.detach(), *(x.grad for x in p.leaves)], truth)
+    relative_errors = errors([loss.detach(), *(x.grad for x in p.leaves)], truth)
     tolerance = TOLERANCE[str(p.policy_tensors[0].dtype)[6:]] * (1 if run.provider.exact else 10)
-    if any(not e <= tolerance for e in found.values()):  # NaN is wrong too
-        raise ValueError("WRONG: relative error " + ", ".join(f"{e:.1e} of the {n}" for n, e in found.items()))
-    return found
+    if any(not e <= tolerance for e in relative_errors.values()):  # NaN is wrong too
+        raise ValueError(
+            "WRONG: relative error " + ", ".join(f"{e:.1e} of the {n}" for n, e in relative_errors.items())
+        )
+    return relative_errors
 
 
 class Run:

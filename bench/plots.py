@@ -70,11 +70,13 @@ def _bars(plt: Any, chosen: list[Case], value: Value, label: str, unit: str, whe
     """A panel of sorted bars for each case, on one kind of axis for all."""
     shapes = {shape_text(case.params) for case in chosen}
     shape = shapes.pop() if len(shapes) == 1 else ""
-    data, more = [], "more is better" in label
+    data, descending = [], "more is better" in label
     for case in chosen:
-        found = [(value(case, b), b) for b in case.runs]
-        data.append(sorted(((x, b) for x, b in found if x is not None), key=lambda pair: pair[0], reverse=more))
-    ranges = [[x for x, _ in found if x > 0] for found in data]
+        measured = [(value(case, b), b) for b in case.runs]
+        data.append(
+            sorted(((x, b) for x, b in measured if x is not None), key=lambda pair: pair[0], reverse=descending)
+        )
+    ranges = [[x for x, _ in measured if x > 0] for measured in data]
     log = any(r and max(r) > WIDE * min(r) for r in ranges)
     columns = min(2, len(chosen))
     rows = [max(len(x) for x in data[i : i + columns]) for i in range(0, len(data), columns)]
@@ -85,10 +87,10 @@ def _bars(plt: Any, chosen: list[Case], value: Value, label: str, unit: str, whe
         "\n".join((label, shape or "over each panel: rows x hidden size x vocabulary", where)),
     )
     slots = [n for n in rows for _ in range(columns)]
-    for axes, case, found, slot in zip(panels, chosen, data, slots, strict=False):
-        xs = [x for x, _ in found]
+    for axes, case, measured, slot in zip(panels, chosen, data, slots, strict=False):
+        xs = [x for x, _ in measured]
         low = min((x for x in xs if x > 0), default=1.0) / 3
-        infos = [b["extra_info"] for _, b in found]
+        infos = [b["extra_info"] for _, b in measured]
         bars = axes.barh(
             range(len(xs)),
             [max(x, low if log else 0) for x in xs],
@@ -103,7 +105,7 @@ def _bars(plt: Any, chosen: list[Case], value: Value, label: str, unit: str, whe
             tick.set_fontweight("bold" if x["ours"] else "normal")
         axes.set_ylim(slot - 0.4, -0.6)  # bars of a row are equally thick, the least on top
         against_eager = unit == "eager = 1" and case.eager is not None
-        second = [f" ({number(ms(seconds_of(b)))} ms)" if against_eager else "" for _, b in found]
+        second = [f" ({number(ms(seconds_of(b)))} ms)" if against_eager else "" for _, b in measured]
         labels = axes.bar_label(bars, [number(x) + s for x, s in zip(xs, second, strict=True)], padding=3, fontsize=8)
         for text in labels:
             text.set_bbox({"facecolor": GROUND, "edgecolor": "none", "pad": 0.5})  # over the line of eager
@@ -145,9 +147,9 @@ def _lines(plt: Any, chosen: list[list[Case]], axis: str, value: Value, label: s
     """A panel of a line for every provider, both axes logarithmic; one legend."""
     infos = []  # of those with a line to draw
     for cases in chosen:
-        every = [b["extra_info"] for case in cases for b in case.runs]
-        counts = Counter(map(_name, every))
-        infos += [x for x in every if counts[_name(x)] > 1]
+        candidates = [b["extra_info"] for case in cases for b in case.runs]
+        counts = Counter(map(_name, candidates))
+        infos += [x for x in candidates if counts[_name(x)] > 1]
     look: dict[str, dict[str, Any]] = {}
     for x in sorted(infos, key=lambda x: (not x["ours"], x["provider"] != "eager")):
         ours, name = x["ours"], _name(x)
@@ -262,9 +264,9 @@ def plot(report: Report, folder: str | Path) -> list[Path]:
             ),
             ("time_by_length", ("rows", "length"), lambda c, b: ms(seconds_of(b)), "Time of forward + backward", "ms"),
         ):
-            axis, found = next(((a, s) for a in axes if (s := series(report, a))), ("", []))
-            if found:
-                figure = _lines(plt, found, axis, value, f"{label}\n{where}", unit)
+            axis, groups = next(((a, s) for a in axes if (s := series(report, a))), ("", []))
+            if groups:
+                figure = _lines(plt, groups, axis, value, f"{label}\n{where}", unit)
                 written.append(_save(figure, folder / f"{name}.png"))
     return written
 

@@ -64,9 +64,9 @@ class Provider(NamedTuple):
 
     def loss(self, w: Workload) -> Loss:
         """As a step runs it."""
-        found = self._loss(w)
-        assert found is not None
-        return torch.compile(found, dynamic=False) if self.compiled else found
+        loss = self._loss(w)
+        assert loss is not None
+        return torch.compile(loss, dynamic=False) if self.compiled else loss
 
 
 # ---- eager code --------------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _at(x: Tensor, p: Problem) -> Tensor:
 
 def naive(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
     """What people write: log-softmaxes of both models, kept for the backward; half precision is upcast before them."""
-    found: dict[str, Tensor] = {}
+    numbers: dict[str, Tensor] = {}
     z = p.logits()
     log_p = z.log_softmax(-1, dtype=_wide(z))
     log_q = None
@@ -92,24 +92,24 @@ def naive(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
     kl_div = partial(F.kl_div, reduction="none", log_target=True)
     for name in names:
         if name == "logps":
-            found[name] = _at(log_p, p)
+            numbers[name] = _at(log_p, p)
         elif name == "entropy":
-            found[name] = -(log_p.exp() * log_p).sum(-1)
+            numbers[name] = -(log_p.exp() * log_p).sum(-1)
         elif log_q is None:
             raise AssertionError(name)
         elif name == "ref_logps":
-            found[name] = _at(log_q, p)
+            numbers[name] = _at(log_q, p)
         elif name == "forward_kl":
-            found[name] = kl_div(log_p, log_q).sum(-1)
+            numbers[name] = kl_div(log_p, log_q).sum(-1)
         elif name == "reverse_kl":
-            found[name] = kl_div(log_q, log_p).sum(-1)
+            numbers[name] = kl_div(log_q, log_p).sum(-1)
         elif name == "js":
             half = math.log(JSD)
             log_m = torch.logaddexp(log_q + half, log_p + half)
-            found[name] = JSD * kl_div(log_m, log_q).sum(-1) + (1 - JSD) * kl_div(log_m, log_p).sum(-1)
+            numbers[name] = JSD * kl_div(log_m, log_q).sum(-1) + (1 - JSD) * kl_div(log_m, log_p).sum(-1)
         else:
-            found[name] = divergences.get(name).define(log_p, log_q)
-    return found
+            numbers[name] = divergences.get(name).define(log_p, log_q)
+    return numbers
 
 
 def careful(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
@@ -117,18 +117,18 @@ def careful(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
     z = p.logits()
     z = z.to(_wide(z))
     lse = z.logsumexp(-1)
-    found = {"logps": _at(z, p) - lse}
+    numbers = {"logps": _at(z, p) - lse}
     if "entropy" in names:
-        found["entropy"] = lse - torch.einsum("...v,...v->...", (z - lse.unsqueeze(-1)).exp(), z)
+        numbers["entropy"] = lse - torch.einsum("...v,...v->...", (z - lse.unsqueeze(-1)).exp(), z)
     if {"ref_logps", "forward_kl"} & set(names):
         w = p.logits(ref=True)
         w = w.to(_wide(w))
         ref_lse = w.logsumexp(-1)
-        found["ref_logps"] = _at(w, p) - ref_lse
+        numbers["ref_logps"] = _at(w, p) - ref_lse
         if "forward_kl" in names:
             q = (w - ref_lse.unsqueeze(-1)).exp_()
-            found["forward_kl"] = torch.linalg.vecdot(q, w) - ref_lse - torch.einsum("...v,...v->...", q, z) + lse
-    return found
+            numbers["forward_kl"] = torch.linalg.vecdot(q, w) - ref_lse - torch.einsum("...v,...v->...", q, z) + lse
+    return numbers
 
 
 # ---- TRL ---------------------------------------------------------------------------------------------------------------
@@ -141,39 +141,39 @@ def trl_hidden(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
 
     def logps(x: Tensor, weight: Tensor) -> Tensor:
         x = x.flatten(0, 1)[p.mask.flatten()]  # TRL's own caller drops rows likewise
-        found = ChunkedLogProbFunction.apply(x, weight, None, p.labels[p.mask], 1.0, 32768, None, 1.0, ())[0]
-        return torch.zeros(p.mask.shape, dtype=found.dtype, device=found.device).masked_scatter(p.mask, found)
+        counted = ChunkedLogProbFunction.apply(x, weight, None, p.labels[p.mask], 1.0, 32768, None, 1.0, ())[0]
+        return torch.zeros(p.mask.shape, dtype=counted.dtype, device=counted.device).masked_scatter(p.mask, counted)
 
     def divergence(beta: float) -> Tensor:
-        (x, weight), (y, other) = p.policy_tensors, p.ref_tensors
+        (x, weight), (y, ref_weight) = p.policy_tensors, p.ref_tensors
         rows = p.mask.flatten()
         x, y = x.flatten(0, 1)[rows], y.flatten(0, 1)[rows]
-        found = ChunkedDivergenceFunction.apply(x, weight, None, y, other, None, beta)[0]
-        return torch.zeros(p.mask.shape, dtype=found.dtype, device=found.device).masked_scatter(p.mask, found)
+        counted = ChunkedDivergenceFunction.apply(x, weight, None, y, ref_weight, None, beta)[0]
+        return torch.zeros(p.mask.shape, dtype=counted.dtype, device=counted.device).masked_scatter(p.mask, counted)
 
     betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": JSD}
-    found = {name: divergence(betas[name]) for name in names if name in betas}
+    numbers = {name: divergence(betas[name]) for name in names if name in betas}
     if "logps" in names:
-        found["logps"] = logps(*p.policy_tensors)
+        numbers["logps"] = logps(*p.policy_tensors)
     if "ref_logps" in names:
         with torch.no_grad():
-            found["ref_logps"] = logps(*p.ref_tensors)
-    return found
+            numbers["ref_logps"] = logps(*p.ref_tensors)
+    return numbers
 
 
 def trl_logits(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
     """The helpers of its trainers: a Triton kernel on GPUs, rows in turn elsewhere."""
     from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
 
-    found = {}
+    numbers = {}
     if "entropy" in names:
-        found["logps"], found["entropy"] = selective_log_softmax_and_entropy(p.logits(), p.safe)
+        numbers["logps"], numbers["entropy"] = selective_log_softmax_and_entropy(p.logits(), p.safe)
     elif "logps" in names:
-        found["logps"] = selective_log_softmax(p.logits(), p.safe)
+        numbers["logps"] = selective_log_softmax(p.logits(), p.safe)
     if "ref_logps" in names:
         with torch.no_grad():
-            found["ref_logps"] = selective_log_softmax(p.logits(ref=True), p.safe)
-    return found
+            numbers["ref_logps"] = selective_log_softmax(p.logits(ref=True), p.safe)
+    return numbers
 
 
 # ---- Liger-Kernel ------------------------------------------------------------------------------------------------------
@@ -188,25 +188,25 @@ def _liger_chunked(compiled: bool) -> dict[str, Loss]:
         return getattr(chunked_loss, name)(compiled=compiled, **options)
 
     def dpo(p: Problem) -> Tensor:
-        (x, weight), (y, other) = p.policy_tensors, p.ref_tensors
-        return module("LigerFusedLinearDPOLoss", beta=BETA)(weight, x, p.labels, ref_input=y, ref_weight=other)[0]
+        (x, weight), (y, ref_weight) = p.policy_tensors, p.ref_tensors
+        return module("LigerFusedLinearDPOLoss", beta=BETA)(weight, x, p.labels, ref_input=y, ref_weight=ref_weight)[0]
 
     def kto(p: Problem) -> Tensor:
-        (x, weight), (y, other) = p.policy_tensors, p.ref_tensors
+        (x, weight), (y, ref_weight) = p.policy_tensors, p.ref_tensors
         kl = torch.full((1,), KTO_BASELINE, dtype=torch.float32, device=x.device)
         loss = module("LigerFusedLinearKTOLoss", beta=BETA, use_ref_model=True)
-        return loss(x, weight, p.labels, None, p.desirable, y, other, None, kl)[0]
+        return loss(x, weight, p.labels, None, p.desirable, y, ref_weight, None, kl)[0]
 
     def grpo(p: Problem) -> Tensor:
-        (x, weight), (y, other) = p.policy_tensors, p.ref_tensors
+        (x, weight), (y, ref_weight) = p.policy_tensors, p.ref_tensors
         loss = module("LigerFusedLinearGRPOLoss", beta=0.04, loss_type="grpo")
-        given = (p.safe, p.mask.to(torch.int64), p.advantages)
-        return loss(x, weight, *given, old_per_token_logps=p.old, ref_input=y, ref_weight=other)[0]
+        batch = (p.safe, p.mask.to(torch.int64), p.advantages)
+        return loss(x, weight, *batch, old_per_token_logps=p.old, ref_input=y, ref_weight=ref_weight)[0]
 
     def distillation(p: Problem, beta: float, hard: float) -> Tensor:
-        (x, weight), (y, other) = p.policy_tensors, p.ref_tensors
+        (x, weight), (y, ref_weight) = p.policy_tensors, p.ref_tensors
         loss = module("LigerFusedLinearJSDLoss", weight_hard_loss=hard, weight_soft_loss=1.0, beta=beta)
-        return loss(x.flatten(0, 1), weight, y.flatten(0, 1), other, p.labels.flatten())
+        return loss(x.flatten(0, 1), weight, y.flatten(0, 1), ref_weight, p.labels.flatten())
 
     kl = partial(distillation, beta=0.0, hard=1.0)
     frozen = {"dpo frozen": dpo, "sft + kl frozen": kl}
@@ -233,8 +233,8 @@ def _liger_triton() -> dict[str, Loss]:
     def jsd(p: Problem, beta: float) -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearJSD
 
-        (x, weight), (y, other) = p.policy_tensors, p.ref_tensors
-        return LigerFusedLinearJSD(beta)(x.flatten(0, 1), weight, y.flatten(0, 1), other, p.labels.flatten())
+        (x, weight), (y, ref_weight) = p.policy_tensors, p.ref_tensors
+        return LigerFusedLinearJSD(beta)(x.flatten(0, 1), weight, y.flatten(0, 1), ref_weight, p.labels.flatten())
 
     return {"ce": ce, "logp": ce, "fkl": partial(jsd, beta=0.0), "jsd": partial(jsd, beta=JSD)}
 
@@ -257,11 +257,11 @@ def _cce(p: Problem, names: Sequence[str], **options: Any) -> dict[str, Tensor]:
     def logps(tensors: tuple[Tensor, ...]) -> Tensor:
         return -linear_cross_entropy(*tensors, p.labels, reduction="none", **options)
 
-    found = {"logps": logps(p.policy_tensors)}
+    numbers = {"logps": logps(p.policy_tensors)}
     if "ref_logps" in names:
         with torch.no_grad():
-            found["ref_logps"] = logps(p.ref_tensors)
-    return found
+            numbers["ref_logps"] = logps(p.ref_tensors)
+    return numbers
 
 
 def _quack(p: Problem) -> Tensor:
@@ -310,13 +310,13 @@ def ours(name: str, **options: Any) -> Provider:
 def providers() -> list[Provider]:
     """All of them; the first is what the others are compared with."""
     both, careful_offers = frozenset({"logps", "ref_logps"}), frozenset({"logps", "ref_logps", "entropy", "forward_kl"})
-    every = careful_offers | set(divergences.names())
+    all_numbers = careful_offers | set(divergences.names())
     kl = {"remarks": {"sft + kl": "no reference log-prob", "tdpo": "three calls", "grpo kl": "two calls"}}
     cce = {"package": "cut-cross-entropy", "offers": both, "source": "hidden"}
     return [
-        Provider("eager", numbers=naive, offers=every),
+        Provider("eager", numbers=naive, offers=all_numbers),
         Provider("eager, logsumexp", numbers=careful, offers=careful_offers),
-        Provider("torch.compile", numbers=naive, offers=every, compiled=True),
+        Provider("torch.compile", numbers=naive, offers=all_numbers, compiled=True),
         Provider("torch linear_cross_entropy", losses=_native("auto"), source="hidden"),
         Provider("torch linear_cross_entropy, compact", losses=_native("compact"), source="hidden"),
         Provider("Liger chunked", "liger-kernel", losses=_liger_chunked(False), source="hidden", **kl),

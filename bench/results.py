@@ -158,12 +158,12 @@ class Case(NamedTuple):
 
 def cases(report: Report) -> list[Case]:
     """In the order of the file, runs sorted by time."""
-    found: dict[str, Case] = {}
+    by_key: dict[str, Case] = {}
     for b in report["benchmarks"]:
         key = json.dumps([b["group"], b["params"]], sort_keys=True)
-        found.setdefault(key, Case(b["group"], b["params"], [], [])).runs.append(b)
+        by_key.setdefault(key, Case(b["group"], b["params"], [], [])).runs.append(b)
     by_label: dict[str, list[Case]] = {}
-    for case in found.values():
+    for case in by_key.values():
         case.runs.sort(key=lambda b: b["stats"]["median"])
         by_label.setdefault(case.label, []).append(case)
     for out in report["left_out"]:

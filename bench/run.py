@@ -82,8 +82,8 @@ GRIDS: dict[str, list[Job]] = {
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
     """Patterns, or one text of them with commas between; the case does not matter."""
-    every = patterns.split(",") if isinstance(patterns, str) else patterns
-    return any(fnmatch.fnmatchcase(name.lower(), part.strip().lower()) for part in every)
+    parts = patterns.split(",") if isinstance(patterns, str) else patterns
+    return any(fnmatch.fnmatchcase(name.lower(), part.strip().lower()) for part in parts)
 
 
 def shape_of(text: str, length: int, dtype: str, logits: str, prompt: float) -> Shape:
@@ -101,9 +101,9 @@ def plan(args: argparse.Namespace) -> list[tuple[Workload, Shape, list[Provider]
     """What is to be measured, in order."""
     jobs = GRIDS[args.grid]
     if args.shapes:
-        given = [shape_of(s, args.length, args.dtype, args.logits, args.prompt) for s in args.shapes]
-        jobs = [Job("*", tuple(given))]
-    found: dict[tuple[str, Shape], tuple[Workload, Shape, list[Provider]]] = {}
+        shapes = [shape_of(s, args.length, args.dtype, args.logits, args.prompt) for s in args.shapes]
+        jobs = [Job("*", tuple(shapes))]
+    planned: dict[tuple[str, Shape], tuple[Workload, Shape, list[Provider]]] = {}
     for job in jobs:
         for w in WORKLOADS:
             wanted = matches(w.name, job.workloads) and (not args.workloads or matches(w.name, args.workloads))
@@ -112,8 +112,8 @@ def plan(args: argparse.Namespace) -> list[tuple[Workload, Shape, list[Provider]
                     who = [p for p in providers() if p.name == "eager" or matches(p.name, job.providers)]
                     if args.providers:
                         who = [p for p in who if matches(p.name, args.providers)]
-                    found.setdefault((w.name, shape), (w, shape, who))  # jobs may overlap: the first counts
-    return list(found.values())
+                    planned.setdefault((w.name, shape), (w, shape, who))  # jobs may overlap: the first counts
+    return list(planned.values())
 
 
 def header(device: torch.device, dtypes: set[str], typed: Sequence[str]) -> tuple[dict[str, Any], Limits]:
@@ -149,13 +149,13 @@ def import_seconds() -> float:
     return float(done.stdout) if done.returncode == 0 else float("nan")
 
 
-def entry(w: Workload, shape: Shape, provider: Provider, found: dict[str, Any]) -> dict[str, Any]:
+def entry(w: Workload, shape: Shape, provider: Provider, measured: dict[str, Any]) -> dict[str, Any]:
     """As results.py keeps it."""
-    times = found.pop("seconds")
+    times = measured.pop("seconds")
     about = {"ours": provider.ours, "exact": provider.exact, "source": "hidden" if w.hidden else "logits"}
     both = spread(times)
     about |= {"remark": provider.remarks.get(w.name, ""), "p20": both["p20"], "p80": both["p80"]}
-    return results.benchmark(w.name, provider.name, params_of(shape), times, **about, **found)
+    return results.benchmark(w.name, provider.name, params_of(shape), times, **about, **measured)
 
 
 def params_of(shape: Shape) -> dict[str, Any]:
@@ -190,8 +190,8 @@ def listing(device: torch.device) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser("python -m bench", description=__doc__)
-    add = found.add_argument
+    argument_parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    add = argument_parser.add_argument
     add("what", nargs="?", choices=("run", "list"), default="run")
     add("--grid", choices=GRIDS, default="quick", help="default: %(default)s")
     add("--quick", dest="grid", action="store_const", const="quick")
@@ -207,8 +207,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=float, metavar="S", help="start no measurement after so many seconds")
     add("--threads", type=int, help="of torch on the CPU (default: as it chooses)")
     add("--process-memory", action="store_true", help="CPU: also by how much the process grows")
-    add_outputs(found)
-    return found
+    add_outputs(argument_parser)
+    return argument_parser
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -256,9 +256,9 @@ def main(argv: Sequence[str]) -> int:
     for i, (w, shape, who) in enumerate(todo, 1):
         say = lambda text, i=i, w=w, shape=shape: progress(f"{i}/{len(todo)} {w.name} {shape}: {text}")  # noqa: E731
         if args.limit and time.monotonic() - start > args.limit:
-            found = [(p, "no time left") for p in who]
+            outcomes = [(p, "no time left") for p in who]
         else:
-            found = measure(
+            outcomes = measure(
                 w,
                 shape,
                 device,
@@ -269,7 +269,7 @@ def main(argv: Sequence[str]) -> int:
                 process=args.process_memory,
                 say=say,
             )
-        for provider, outcome in found:
+        for provider, outcome in outcomes:
             if isinstance(outcome, str):
                 place = {"group": w.name, "provider": provider.name, "shape": str(shape), "dtype": shape.dtype}
                 report["left_out"].append(place | {"logits": params_of(shape)["logits"], "reason": outcome})

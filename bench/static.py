@@ -102,7 +102,7 @@ def _fields(problem, rows: int):
 
 
 def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
-    """The kernels of a vocabulary in slices (kernels/vocab_chunks.py)."""
+    """The kernels of the plan vocab_chunks, which takes the vocabulary in slices (kernels/vocab_chunks.py)."""
     import torch
 
     from fused_losses.core.layout import Outputs
@@ -134,7 +134,7 @@ def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
 
 
 def tiles(case: tuple, rows: int = 16, vocab: int = 16, width: int = 64, softcap: float = 0.0) -> Iterator[Launch]:
-    """The kernel whose logits stay on the chip (kernels/fused_linear.py), its first sweep and its second."""
+    """The kernel of the plan on_chip (kernels/fused_linear.py), its first sweep and its second."""
     import torch
 
     from fused_losses.core.layout import HiddenRows
@@ -143,13 +143,13 @@ def tiles(case: tuple, rows: int = 16, vocab: int = 16, width: int = 64, softcap
     problem, ref = _problem(case, vocab, softcap), case[2]
     x, weight = (torch.zeros(n, width, dtype=torch.bfloat16) for n in (rows, vocab))
     policy = HiddenRows(x, weight, None, None)
-    other = policy if ref else None
+    reference = policy if ref else None
     labels = torch.zeros(rows, dtype=torch.int64)
     state, saved = _fields(problem, rows)
     sums = torch.zeros(2 * len(problem.divergences), rows)
-    runs = {"states": lambda: launch.tile_states(problem, policy, labels, other, state, 1)}
+    runs = {"states": lambda: launch.tile_states(problem, policy, labels, reference, state, 1)}
     if any(d.term is not None for d in problem.divergences):
-        runs["terms"] = lambda: launch.tile_terms(problem, policy, labels, other, saved, sums, 1)
+        runs["terms"] = lambda: launch.tile_terms(problem, policy, labels, reference, saved, sums, 1)
     for direction, run in runs.items():
         config = launch.tile_config(problem, torch.bfloat16, ref, direction == "terms")
         asked = -(-rows // config.rows) * vocab + -(-vocab // config.columns) * rows
@@ -179,9 +179,9 @@ def _row(kernel, target: str, workload: str, of: Launch) -> Row:
         ops, products = mc.nest(sass)
         row["sides"], row["product_instructions"] = of.sides, sum(map(len, products)) / of.entries / of.depth
     else:
-        found = mc.loops(sass)
-        sweeps = [loop for loop in found if any(op.startswith("MUFU") for op in loop)]
-        ops = [op for loop in sweeps or [max(found, key=len)] for op in loop]
+        innermost = mc.loops(sass)
+        sweeps = [loop for loop in innermost if any(op.startswith("MUFU") for op in loop)]
+        ops = [op for loop in sweeps or [max(innermost, key=len)] for op in loop]
     row["instructions"] = len(ops) / of.entries
     row["mufu"] = sum(op.startswith("MUFU") for op in ops) / of.entries
     moves = [op for loop in (ops, *products) for op in loop]
@@ -215,13 +215,13 @@ def compile_part(target: str, part: str) -> list[Row]:
     """Rows of a workload of token_stats, or of all workloads of the other kernels; called in a process of its own."""
     from fused_losses.kernels import configs
 
-    every = cases()
-    if part in every:
-        return _stats_rows(target, part, every[part])
+    all_cases = cases()
+    if part in all_cases:
+        return _stats_rows(target, part, all_cases[part])
     rows = []
     if part == "strided":
         for workload in mc.STRIDED:
-            both = mc.compile_workload(*every[workload], target, strided=True)
+            both = mc.compile_workload(*all_cases[workload], target, strided=True)
             for direction, (kernel, _) in zip(("forward", "backward"), both, strict=True):
                 rows.append(_row(kernel, target, workload + ", strided", Launch("token_stats", direction, _none)))
     elif part == "pairs":
@@ -230,10 +230,10 @@ def compile_part(target: str, part: str) -> list[Row]:
             rows.append(_row(kernel, target, workload, of))
     else:
         launches_of = PARTS[part.removesuffix(OTHER)]
-        wanted = [workload for workload in every if (workload in KINDS) != (part in OTHERS)]
-        todo = [(workload, launches_of(every[workload])) for workload in wanted]
+        wanted = [workload for workload in all_cases if (workload in KINDS) != (part in OTHERS)]
+        todo = [(workload, launches_of(all_cases[workload])) for workload in wanted]
         if part == "tiles":
-            todo.append((SOFTCAP, tiles(every["both KLs"], softcap=30.0)))
+            todo.append((SOFTCAP, tiles(all_cases["both KLs"], softcap=30.0)))
         for workload, launches in todo:
             with mc.compiled(target) as kernels:
                 for of in launches:
@@ -328,10 +328,10 @@ def collect(todo: list[tuple[str, str]], with_bytes: bool = True, progress=sys.s
         mine = [call[1:] for call in calls if call[0] == interpret]
         if not mine:
             continue
-        more = {"TRITON_INTERPRET": "1", "FUSED_LOSSES_BACKEND": "triton"} if interpret else {}
+        overrides = {"TRITON_INTERPRET": "1", "FUSED_LOSSES_BACKEND": "triton"} if interpret else {}
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(jobs, context, end_with_parent)
-        with mock.patch.dict(os.environ, clean | more, clear=True), pool as executor:
+        with mock.patch.dict(os.environ, clean | overrides, clear=True), pool as executor:
             futures = {executor.submit(*call): call for call in mine}
             for done, future in enumerate(as_completed(futures), 1):
                 if future.exception():
@@ -339,7 +339,8 @@ def collect(todo: list[tuple[str, str]], with_bytes: bool = True, progress=sys.s
                 what = f"{'bytes of ' if interpret else ''}{' '.join(futures[future][1:])}"
                 print(f"\r{done}/{len(mine)} {what:<44}", end="", file=progress, flush=True)
                 if interpret:
-                    ratios |= {found[:3]: found[3] for found in future.result()}
+                    for kernel, workload, direction, ratio in future.result():
+                        ratios[kernel, workload, direction] = ratio
                 else:
                     rows += future.result()
     print(file=progress)
@@ -376,29 +377,33 @@ def key(row: Row) -> str:
 
 def known_spills(row: Row) -> tuple[int, str]:
     """How many there may be, and why."""
-    found = [k for k in KNOWN_SPILLS if row["kernel"] == k[0] and row["workload"].endswith(k[1])]
-    return found[0][2:] if found else (0, "")
+    for kernel, workload_end, count, reason in KNOWN_SPILLS:
+        if row["kernel"] == kernel and row["workload"].endswith(workload_end):
+            return count, reason
+    return 0, ""
 
 
 def flags(rows: list[Row]) -> list[str]:
     """What exceeds its limit, in words."""
-    found = []
+    exceeded = []
     for row in rows:
         allowed = known_spills(row)[0]
         if row["spills"] > allowed:
-            found.append(f"{key(row)}: {row['spills']} accesses to spilled registers, {allowed} are known")
+            exceeded.append(f"{key(row)}: {row['spills']} accesses to spilled registers, {allowed} are known")
         for what in ("loads", "stores"):
             narrow = {int(bits) for bits in row[what]} - {128}
             if narrow and row["kernel"] in STREAMS:
-                found.append(f"{key(row)}: {what} of {', '.join(map(str, sorted(narrow)))} bits where rows are aligned")
+                exceeded.append(
+                    f"{key(row)}: {what} of {', '.join(map(str, sorted(narrow)))} bits where rows are aligned"
+                )
         limit = MEMORY_BOUND.get((row["workload"], row["direction"]))
         if limit is None or row["kernel"] != "token_stats" or row["target"] != H200:
             continue
         if row["instructions"] > limit:
-            found.append(f"{key(row)}: {row['instructions']:.1f} instructions an entry, limit {limit:.1f}")
+            exceeded.append(f"{key(row)}: {row['instructions']:.1f} instructions an entry, limit {limit:.1f}")
         if row["mufu"] > row["mufu_limit"]:
-            found.append(f"{key(row)}: {row['mufu']:.2f} MUFU an entry, limit {row['mufu_limit']:.2f}")
-    return found
+            exceeded.append(f"{key(row)}: {row['mufu']:.2f} MUFU an entry, limit {row['mufu_limit']:.2f}")
+    return exceeded
 
 
 def baseline(rows: list[Row]) -> dict:

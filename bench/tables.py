@@ -57,8 +57,8 @@ def shape_text(params: dict[str, Any]) -> str:
     """Sizes that are None go unmentioned."""
     sizes = {"rows": "{:,} rows", "length": "sequences of {:,}", "hidden": "H={:,}", "vocab": "V={:,}"}
     parts = [text.format(params[name]) for name, text in sizes.items() if params.get(name)]
-    kind, _, more = params["logits"].partition(", ")  # random, 50% prompt
-    return ", ".join([*parts, params["dtype"], f"{kind} logits", *([more] if more else [])])
+    kind, _, prompt = params["logits"].partition(", ")  # random, 50% prompt
+    return ", ".join([*parts, params["dtype"], f"{kind} logits", *([prompt] if prompt else [])])
 
 
 def title(case: Case) -> str:
@@ -129,15 +129,15 @@ def print_tables(report: Report, file: TextIO | None = None) -> None:
 
 def losses(report: Report) -> list[str]:
     """Sentences: where the best of ours is slower, or takes more memory, than the best other exact provider, or is absent."""
-    found = []
+    sentences = []
     for case in results.cases(report):
         for what in ("time", "memory"):
             us, them = (best(case.runs, what, ours) for ours in (True, False))
             if us is None and them is not None and what == "time":
-                found.append(f"{title(case)}: ours did not take part{_reason(case)}")
+                sentences.append(f"{title(case)}: ours did not take part{_reason(case)}")
             if us is not None and them is not None:
-                found += [f"{title(case)}: {behind}" for behind in [_behind(what, us, them)] if behind]
-    return found
+                sentences += [f"{title(case)}: {behind}" for behind in [_behind(what, us, them)] if behind]
+    return sentences
 
 
 def _reason(case: Case) -> str:
@@ -147,12 +147,12 @@ def _reason(case: Case) -> str:
 
 def _behind(what: str, us: dict[str, Any], them: dict[str, Any]) -> str:
     ours, theirs = us["extra_info"], them["extra_info"]
-    mine, other = (ms(seconds_of(b)) if what == "time" else mib(bytes_of(b)) for b in (us, them))
-    if mine <= other:
+    mine, peer = (ms(seconds_of(b)) if what == "time" else mib(bytes_of(b)) for b in (us, them))
+    if mine <= peer:
         return ""
-    times = f"{mine / other:.2f} times" if other else "any at all"
+    times = f"{mine / peer:.2f} times" if peer else "any at all"
     unit = "ms" if what == "time" else "MiB"
-    how = f"takes {number(mine)} {unit}, {theirs['provider']} {number(other)}: {times} (+{number(mine - other)} {unit})"
+    how = f"takes {number(mine)} {unit}, {theirs['provider']} {number(peer)}: {times} (+{number(mine - peer)} {unit})"
     low, high = ours.get("p20"), theirs.get("p80")
     close = what == "time" and low is not None and high is not None and low <= high
     return f"{what}: {ours['provider']} {how}" + (", within the spread of the runs" if close else "")
@@ -204,21 +204,21 @@ def markdown(report: Report, workloads: Iterable[str] | None = None, columns: Se
 
 
 def _cell(case: Case, provider: str, name: str) -> str:
-    found = [b for b in case.runs if b["extra_info"]["provider"] == provider]
-    if not found:
+    runs = [b for b in case.runs if b["extra_info"]["provider"] == provider]
+    if not runs:
         out = [out["reason"] for out in case.left_out if out["provider"] == provider]
         return out[0].partition(":")[0].lower() if out else ""
-    value = COLUMNS[name](case, found[0])
+    value = COLUMNS[name](case, runs[0])
     text = _error(value) if "error" in name else number(value)
     exact = [COLUMNS[name](case, b) for b in case.runs if b["extra_info"].get("exact", True)]
     least = min((x for x in exact if x is not None), default=None)
-    bold = name != "of limit" and value == least and found[0]["extra_info"].get("exact", True)
+    bold = name != "of limit" and value == least and runs[0]["extra_info"].get("exact", True)
     return f"**{text}**" if bold and value is not None else text
 
 
 def update(text: str, name: str, table: str) -> str:
     """The README with this table in the blocks of that name; ValueError if there is none."""
-    if name not in [found[2] for found in _BLOCK.finditer(text)]:
+    if name not in [block[2] for block in _BLOCK.finditer(text)]:
         raise ValueError(
             f"{name}: expected a line <!-- bench:{name} FILE --> and a later line <!-- /bench -->, got none"
         )
@@ -229,7 +229,7 @@ def _short(lines: list[str]) -> str:
     """As a list that says the commonest shape once, without what lies within the spread of the runs."""
     shape = re.compile(r": (\d[\d,]* rows, .*? logits): ")
     kept = [line for line in lines if "within the spread" not in line]
-    said = [found[1] for line in kept if (found := shape.search(line))]
+    said = [match[1] for line in kept if (match := shape.search(line))]
     common = max(said, key=said.count, default="")
     note = f"\nWhere no shape is named: {common}." if common else ""
     return "\n".join(f"- {line.replace(f': {common}: ', ': ')}" for line in kept) + (f"\n{note}" if kept else "")

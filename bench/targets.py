@@ -26,54 +26,55 @@ OURS, SLICES = "fused_losses", "fused_losses, slices"
 
 def _of(report: results.Report, workload: str, provider: str = OURS, shape: Shape | None = None) -> list[Benchmark]:
     """Benchmarks of a provider; on that shape, or from logits in bfloat16."""
-    found = [b for b in report["benchmarks"] if b["group"] == workload and b["extra_info"]["provider"] == provider]
+    runs = [b for b in report["benchmarks"] if b["group"] == workload and b["extra_info"]["provider"] == provider]
     if shape:
         sizes = ("rows", "length", "hidden", "vocab", "dtype")
-        return [b for b in found if all(b["params"][n] == getattr(shape, n) for n in sizes)]
-    return [b for b in found if b["params"]["dtype"] == "bfloat16"]
+        return [b for b in runs if all(b["params"][n] == getattr(shape, n) for n in sizes)]
+    return [b for b in runs if b["params"]["dtype"] == "bfloat16"]
 
 
 def _bandwidth(report: results.Report) -> str:
     """The least fraction of the copy bandwidth, in each direction, of all work from logits that one sweep does."""
-    copy, found = report["machine_info"]["copy_gb_s"] * 1e9, []
+    copy, fractions = report["machine_info"]["copy_gb_s"] * 1e9, []
     for name in BY_NAME:
         for b in _of(report, name) if name.startswith("logits: ") else ():
             e = b["extra_info"]
             moved = {"forward": e["bytes_forward"], "backward": e["bytes"] - e["bytes_forward"]}
-            found += [(n / e[way]["median"] / copy, f"{name[8:]} {way}") for way, n in moved.items()]
-    if not found:
+            fractions += [(n / e[way]["median"] / copy, f"{name[8:]} {way}") for way, n in moved.items()]
+    if not fractions:
         return ""
-    (worst, what), median = min(found), sorted(f for f, _ in found)[len(found) // 2]
-    return (
-        f"median {median:.2f}, least {worst:.2f} ({what}); {sum(f >= 0.9 for f, _ in found)} of {len(found)} reach it"
-    )
+    (worst, what), median = min(fractions), sorted(f for f, _ in fractions)[len(fractions) // 2]
+    reached = sum(f >= 0.9 for f, _ in fractions)
+    return f"median {median:.2f}, least {worst:.2f} ({what}); {reached} of {len(fractions)} reach it"
 
 
 def _predicted_bandwidth() -> str:
     kernels = json.loads(static.BASELINE.read_text())["kernels"]
-    found = {k: row["fraction"] for k, row in kernels.items() if k.startswith("token_stats|") and row.get("fraction")}
-    slow = sorted((f, k.split("|")[1:3]) for k, f in found.items() if f < 0.9)
+    fractions = {
+        k: row["fraction"] for k, row in kernels.items() if k.startswith("token_stats|") and row.get("fraction")
+    }
+    slow = sorted((f, k.split("|")[1:3]) for k, f in fractions.items() if f < 0.9)
     worst = f"; least {slow[0][0]:.2f} ({' '.join(slow[0][1])})" if slow else ""
-    return f"{len(found) - len(slow)} of {len(found)} kernels wait for memory alone{worst}"
+    return f"{len(fractions) - len(slow)} of {len(fractions)} kernels wait for memory alone{worst}"
 
 
 def _entropy(report: results.Report) -> str:
-    found = [
+    runs = [
         b
         for b in _of(report, "logits: logp + entropy")
         if (b["params"]["rows"], b["params"]["vocab"]) == (8192, 151936)
     ]
-    return f"{1e3 * found[0]['extra_info']['forward']['median']:.3f} ms" if found else ""
+    return f"{1e3 * runs[0]['extra_info']['forward']['median']:.3f} ms" if runs else ""
 
 
 def _products(name: str, provider: str, products: int) -> Callable[[results.Report], str]:
     """Time over that of so many bare products at the rate measured in the same run, and memory."""
 
     def told(report: results.Report) -> str:
-        found = _of(report, name, provider, TWO_MODELS)
-        if not found:
+        runs = _of(report, name, provider, TWO_MODELS)
+        if not runs:
             return ""
-        b = found[0]
+        b = runs[0]
         bare = products * _product_flops() / (report["machine_info"]["matrix_gflop_s"]["bfloat16"] * 1e9)
         return f"{b['stats']['median'] / bare:.2f} of {products}, {b['extra_info']['peak_bytes'] / 2**20:,.0f} MiB"
 
@@ -111,13 +112,13 @@ def _errors(report: results.Report) -> str:
 def _cpu(report: results.Report) -> str:
     """Of the work in bench/results/cpu/full.json that needs both log-probs and the divergence."""
     case = next((c for c in results.cases(report) if c.group == "sft + kl"), None)
-    found = {b["extra_info"]["provider"]: b for b in case.runs} if case else {}
-    if not found or OURS not in found or "eager" not in found:
+    by_provider = {b["extra_info"]["provider"]: b for b in case.runs} if case else {}
+    if not by_provider or OURS not in by_provider or "eager" not in by_provider:
         return ""
-    others = [b for b in found.values() if not b["extra_info"]["ours"] and b["extra_info"]["exact"]]
-    mib = [found[name]["extra_info"]["peak_bytes"] / 2**20 for name in ("eager", OURS)]
+    others = [b for b in by_provider.values() if not b["extra_info"]["ours"] and b["extra_info"]["exact"]]
+    mib = [by_provider[name]["extra_info"]["peak_bytes"] / 2**20 for name in ("eager", OURS)]
     fastest = min(others, key=lambda b: b["stats"]["median"])
-    ratio = found[OURS]["stats"]["median"] / fastest["stats"]["median"]
+    ratio = by_provider[OURS]["stats"]["median"] / fastest["stats"]["median"]
     return f"1/{mib[0] / mib[1]:.0f}, {mib[1]:.0f} MiB, {ratio:.2f} of the time of {fastest['extra_info']['provider']}"
 
 
@@ -160,16 +161,16 @@ def table(reports: Sequence[results.Report]) -> str:
         "|---|---|---|---|",
     ]
     for t in TARGETS:
-        found = [t.measured(r) for r in reports if t.gpu in (None, r["machine_info"]["device"] != "cpu")]
-        measured = "; ".join(text for text in found if text) or "not measured"
+        texts = [t.measured(r) for r in reports if t.gpu in (None, r["machine_info"]["device"] != "cpu")]
+        measured = "; ".join(text for text in texts if text) or "not measured"
         lines.append(f"| {t.what} | {t.wanted} | {measured} | {t.predicted()} |")
     return "\n".join(lines)
 
 
 def saved() -> list[results.Report]:
     """The results of a GPU that were saved last, and the CPU's at full size, where there are any."""
-    found = [results.load(p) for p in RESULTS.glob("*/*.json") if p.parent.name != "cpu"]
-    gpu = sorted(found, key=lambda r: r["datetime"])[-1:]
+    reports = [results.load(p) for p in RESULTS.glob("*/*.json") if p.parent.name != "cpu"]
+    gpu = sorted(reports, key=lambda r: r["datetime"])[-1:]
     return gpu + [results.load(p) for p in RESULTS.glob("cpu/full.json")]
 
 

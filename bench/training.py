@@ -149,19 +149,19 @@ def teacher(setting: Setting) -> Any:
 
 
 def plain_trainer(
-    loss: Callable[..., Tensor], other: Callable[[Setting], Any] | None, setting: Setting, folder: str
+    loss: Callable[..., Tensor], make_reference: Callable[[Setting], Any] | None, setting: Setting, folder: str
 ) -> Any:
     """transformers' Trainer with the loss written out, from the logits of both models."""
     from transformers import Trainer, TrainingArguments
 
-    reference = None if other is None else other(setting)
+    reference = None if make_reference is None else make_reference(setting)
 
     class Plain(Trainer):
         def compute_loss(self, model: Any, inputs: Batch, *_: Any, **__: Any) -> Tensor:
-            given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+            model_inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                ref = None if reference is None else reference(**given).logits
-            return loss(model(**given).logits, inputs, ref)
+                ref = None if reference is None else reference(**model_inputs).logits
+            return loss(model(**model_inputs).logits, inputs, ref)
 
     return Plain(setting.model(1), TrainingArguments(**arguments(setting, folder)))
 
@@ -273,14 +273,14 @@ class Run:
 
 
 def truth_of(workload: str, setting: Setting, batch: Batch) -> list[Tensor]:
-    loss, other = LOSSES[workload]
+    loss, make_reference = LOSSES[workload]
     model = setting.model(1).double()
     ref = None
-    given = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    if other is not None:
+    model_inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    if make_reference is not None:
         with torch.no_grad():
-            ref = other(setting).double()(**given).logits
-    value = loss(model(**given).logits, batch, ref)
+            ref = make_reference(setting).double()(**model_inputs).logits
+    value = loss(model(**model_inputs).logits, batch, ref)
     return [value.detach(), *torch.autograd.grad(value, list(model.parameters()))]
 
 
@@ -291,7 +291,7 @@ def measure(
     say("float64")
     truth = truth_of(workload, setting, batch)
     runs: dict[Step, Run] = {}
-    found: dict[Step, Any] = {}
+    outcomes: dict[Step, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for step in chosen:
             say(f"checks {step.provider}")
@@ -305,10 +305,10 @@ def measure(
                     raise ValueError(
                         "WRONG: relative error " + ", ".join(f"{e:.1e} of the {n}" for n, e in error.items())
                     )
-                found[step] = {"error": error, "first_call_s": time.perf_counter() - start}
+                outcomes[step] = {"error": error, "first_call_s": time.perf_counter() - start}
                 runs[step] = run
             except Exception as e:  # whatever a peer may raise belongs in the table
-                found[step] = reason(e)
+                outcomes[step] = reason(e)
         del truth
         start, done = time.perf_counter(), 0
         with quiet_collector():
@@ -330,12 +330,12 @@ def measure(
             gradients = sum(g.nbytes for g in run.gradients)
             models = sum(p.nbytes for p in run.model.parameters())
             both = spread(run.times)
-            found[step] |= {
+            outcomes[step] |= {
                 "seconds": run.times, "p20": both["p20"], "p80": both["p80"], "peak_bytes": peak - gradients,
                 "peak_total": peak + models, "process_peak": process,
             }  # fmt: skip
     for step in chosen:
-        yield step, found[step]
+        yield step, outcomes[step]
 
 
 def main(argv: list[str]) -> int:

@@ -55,7 +55,7 @@ def watched() -> Iterator[list[str]]:
 
 
 def uses_of(p: Problem) -> dict[str, list[Use]]:
-    found: dict[str, list[Use]] = {}
+    uses: dict[str, list[Use]] = {}
     for name in WORKLOADS:
         run = Run(ours("fused_losses"), BY_NAME[name])
         with watched() as forward:
@@ -64,17 +64,17 @@ def uses_of(p: Problem) -> dict[str, list[Use]]:
             loss.backward()
         for direction, names in enumerate((forward, backward)):
             for entry in dict.fromkeys(names):
-                found.setdefault(entry, []).append(Use(name, direction))
-    return found
+                uses.setdefault(entry, []).append(Use(name, direction))
+    return uses
 
 
 def neighbours(config: configs.Config) -> list[configs.Config]:
     """Configurations one step away."""
     steps = [("lanes",), ("unroll",), ("warps",), ("lanes", "warps"), ("unroll", "warps")]
-    found = [config._replace(**{f: int(getattr(config, f) * k) for f in step}) for step in steps for k in (0.5, 2)]
-    found += [config._replace(lanes=int(config.lanes * k), unroll=int(config.unroll / k)) for k in (0.5, 2)]
-    found += [config._replace(stages=config.stages + k) for k in (-1, 1)]
-    return [c for c in found if min(c) >= 1 and c.warps <= 32 and c.stages <= 6 and 1 <= c.per_thread <= 128]
+    candidates = [config._replace(**{f: int(getattr(config, f) * k) for f in step}) for step in steps for k in (0.5, 2)]
+    candidates += [config._replace(lanes=int(config.lanes * k), unroll=int(config.unroll / k)) for k in (0.5, 2)]
+    candidates += [config._replace(stages=config.stages + k) for k in (-1, 1)]
+    return [c for c in candidates if min(c) >= 1 and c.warps <= 32 and c.stages <= 6 and 1 <= c.per_thread <= 128]
 
 
 def seconds_of(use: Use, p: Problem, small: Problem, rounds: int) -> float:

@@ -86,8 +86,8 @@ class Problem:
             weight = 2 * torch.randn(shape.vocab, shape.hidden, device=device) / shape.hidden**0.5
             if shape.logits == "peaked":  # along the label's row of the head: its logit is 10 more
                 x += 2.5 * weight[labels]
-            other = weight + 0.35 * weight.std() * torch.randn_like(weight)
-            refs = ((x + 0.35 * torch.randn_like(x)).to(dtype), other.to(dtype))
+            ref_weight = weight + 0.35 * weight.std() * torch.randn_like(weight)
+            refs = ((x + 0.35 * torch.randn_like(x)).to(dtype), ref_weight.to(dtype))
             policy = (x.to(dtype), weight.to(dtype))
         labels[:, : int(shape.prompt * shape.length)] = -100
         return cls(policy, refs, labels, frozen)
@@ -218,8 +218,8 @@ def _ours(name: str, *args: Callable[[Problem], Any], **fixed: Any) -> Callable[
     """lib.name(policy, labels, *args of the problem, **fixed).loss"""
 
     def call(lib: Any, p: Problem, options: dict[str, Any]) -> Tensor:
-        given = {k: v(p) if callable(v) else v for k, v in fixed.items()}
-        return getattr(lib, name)(p.policy, p.labels, *(a(p) for a in args), shift=False, **given, **options).loss
+        arguments = {k: v(p) if callable(v) else v for k, v in fixed.items()}
+        return getattr(lib, name)(p.policy, p.labels, *(a(p) for a in args), shift=False, **arguments, **options).loss
 
     return call
 
@@ -234,9 +234,9 @@ def _stats(lib: Any, p: Problem, options: dict[str, Any], entropy: bool = False,
         shift=False,
         **options,
     )
-    found = {"logps": stats.logps, "entropy": stats.entropy} | stats.divergence
+    numbers = {"logps": stats.logps, "entropy": stats.entropy} | stats.divergence
     formula = partial(_mean_of, name=divergence) if divergence else _nll_entropy if entropy else _nll
-    return formula(found, p)
+    return formula(numbers, p)
 
 
 def _ref(p: Problem) -> fl.Hidden | fl.Logits:

@@ -200,13 +200,13 @@ def measure(
     an error.
     """
     sides = x.sides(**(head or {}))
-    given: dict[str, Tensor] = {}  # all tensors by part
+    tensors: dict[str, Tensor] = {}  # all tensors by part
     for source, side in zip(sides, "zw", strict=True):
-        _mapped(source, side, given.setdefault)
-    dtype, device = next((t.dtype, t.device) for t in given.values())
-    hidden, named = given.keys() & {"dX", "ref_dX"}, any(t.requires_grad for t in given.values())
-    side_of = {part: "zw"[part == "dw" or part.startswith("ref_")] for part in given}
-    wanted = {part for part, t in given.items() if side_of[part] in case.sides and (t.requires_grad or not named)}
+        _mapped(source, side, tensors.setdefault)
+    dtype, device = next((t.dtype, t.device) for t in tensors.values())
+    hidden, named = tensors.keys() & {"dX", "ref_dX"}, any(t.requires_grad for t in tensors.values())
+    side_of = {part: "zw"[part == "dw" or part.startswith("ref_")] for part in tensors}
+    wanted = {part for part, t in tensors.items() if side_of[part] in case.sides and (t.requires_grad or not named)}
     how: dict[str, Any] = {"workspace": workspace} if hidden else {}
     if case.pairs:  # from hidden states a mean, of which the plan "row_blocks" finds the gradient in its forward
         how["reduction"] = "mean" if hidden else "none"
@@ -224,11 +224,11 @@ def measure(
         function = library.preference_loss if case.pairs else library.token_stats
         value = case.pick(function(p, x.labels, q, shift=False, plan=plan, **how, **case.options))
         weight = x.weight[: value.numel()].view(value.shape).to(value.dtype)
-        found = torch.autograd.grad(value, list(leaves.values()), weight) if leaves else ()
-        return {"value": value.detach(), **dict(zip(leaves, found, strict=True))}
+        gradients = torch.autograd.grad(value, list(leaves.values()), weight) if leaves else ()
+        return {"value": value.detach(), **dict(zip(leaves, gradients, strict=True))}
 
     eager, truths = {d: outcome(fl.reference, d) for d in {dtype, torch.float32}}, outcome(fl.reference, torch.float64)
-    wide = any(t.dtype != dtype for t in given.values()) or given.keys() & {"dA", "ref_dA"}
+    wide = any(t.dtype != dtype for t in tensors.values()) or tensors.keys() & {"dA", "ref_dA"}
     rounds = hidden and low_precision(dtype) and mixed(device)  # factors of products
     truncates = not hidden and device.type == "cpu" and choose(device) == "triton"
     rows = []
@@ -242,8 +242,8 @@ def measure(
             skipped.setdefault((plan, why), []).append(case.what)
             continue
         frozen = plan != "row_blocks" and ours.keys() == {"value", "dX"}
-        for part, found in ours.items():
-            truth, kind, rounding = truths[part], found.dtype, 0.0
+        for part, result in ours.items():
+            truth, kind, rounding = truths[part], result.dtype, 0.0
             errors = {d: error(results[part], truth) for d, results in eager.items()}
             loose = rounds and (wide or (frozen and part == "dX"))
             basis = [e for d, e in errors.items() if math.isfinite(e) and (d == dtype or not loose)]
@@ -251,7 +251,7 @@ def measure(
             if part != "value" and low_precision(kind):
                 once = torch.finfo(kind).eps if truncates and kind == torch.bfloat16 else error(truth.to(kind), truth)
                 rounding = 3 * once if rounds else once
-            off = error(found, truth)
+            off = error(result, truth)
             share = math.inf if math.isnan(off) else (off - rounding) / allowed
             numbers = errors[dtype], off, allowed + rounding, share
             rows.append(Row(str(dtype).removeprefix("torch."), case.what, part, *numbers, plan if hidden else ""))
@@ -369,8 +369,8 @@ def _reports(args: argparse.Namespace, device: torch.device, backend: str) -> li
     from .verify_divergence import verify_divergence  # not above: both import this module
     from .verify_loss import verify_loss
 
-    found = [verify_divergence(d, device=device, backends=[backend]) for d in parse(args.divergence)]
-    return found + [verify_loss(name, device=device) for name in args.loss or () if name in FAMILY]
+    reports = [verify_divergence(d, device=device, backends=[backend]) for d in parse(args.divergence)]
+    return reports + [verify_loss(name, device=device) for name in args.loss or () if name in FAMILY]
 
 
 def main(args: argparse.Namespace) -> int:

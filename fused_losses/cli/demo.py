@@ -225,15 +225,15 @@ def error_of_loss(loss_function: partial[Loss], policy: fl.Hidden, ref: fl.Hidde
     for source in (z, z64):
         source.weight.requires_grad_()
     twin = partial(from_hidden, library=fl.reference, **loss_function.keywords)
-    found = forward_and_backward(loss_function, z, w, labels[few])[:3]
+    ours = forward_and_backward(loss_function, z, w, labels[few])[:3]
     truth = forward_and_backward(twin, z64, w64, labels[few])[:3]
-    errors = [(a - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)]
+    errors = [(a - b).norm() / b.norm() for a, b in zip(ours, truth, strict=True)]
     return torch.stack(errors).max().item()  # NaN stays NaN
 
 
 def report(runs: dict[str, list[Step]], peaks: dict[str, float], gradients: float) -> None:
-    def line(name: str, values: Iterable[float], form: str, more: str = "") -> None:
-        print(f"{name:<30}{''.join(f'{value:>14{form}}' for value in values)}{more}")
+    def line(name: str, values: Iterable[float], form: str, suffix: str = "") -> None:
+        print(f"{name:<30}{''.join(f'{value:>14{form}}' for value in values)}{suffix}")
 
     names = "".join(f"{name:>14}" for name in runs)
     print(f"\n{'loss, step':<30}{names}{'|difference|':>14}")
@@ -352,7 +352,7 @@ def main(args: argparse.Namespace) -> int:
     draw(args.out, runs, peaks, gradients)
     print(f"picture: {args.out}")
 
-    drift = [abs(step.loss / first.loss - 1) for first, *rest in zip(*plain.values(), strict=True) for step in rest]
+    drift = [abs(step.loss / first.loss - 1) for first, *others in zip(*plain.values(), strict=True) for step in others]
     same = all(x <= FIRST_STEP for x in drift[:2]) and all(x <= SAME_TRAINING for x in drift)  # NaN is not <= either
     if same and all(error <= SAME_WEIGHTS for error in errors.values()):
         return 0

@@ -75,11 +75,11 @@ def devices() -> Iterator[tuple[str, str]]:
         if not hasattr(module, "get_device_properties"):  # mps
             yield f"{accelerator.type}:{i}", accelerator.type
             continue
-        found = module.get_device_properties(i)
-        words = [found.name]
-        if hasattr(found, "major"):
-            words.append(f"capability {found.major}.{found.minor}")
-        yield f"{accelerator.type}:{i}", ", ".join([*words, _gib(found.total_memory)])
+        properties = module.get_device_properties(i)
+        words = [properties.name]
+        if hasattr(properties, "major"):
+            words.append(f"capability {properties.major}.{properties.minor}")
+        yield f"{accelerator.type}:{i}", ", ".join([*words, _gib(properties.total_memory)])
 
 
 def backend_of(device: torch.device) -> tuple[str | None, str]:
@@ -102,8 +102,10 @@ def _print(rows: list[tuple[str, str]]) -> None:
 def main(args: argparse.Namespace) -> int:
     _print(list(versions()))
     _print([(name, os.environ.get(name) or "not set") for name in VARIABLES])
-    found = list(devices())
-    _print(found)
-    backends = {kind: backend_of(torch.device(kind)) for kind in dict.fromkeys(name.split(":")[0] for name, _ in found)}
+    device_rows = list(devices())
+    _print(device_rows)
+    backends = {
+        kind: backend_of(torch.device(kind)) for kind in dict.fromkeys(name.split(":")[0] for name, _ in device_rows)
+    }
     _print([(f"{kind} tensors", sentence) for kind, (_, sentence) in backends.items()])
     return 1 if None in [name for name, _ in backends.values()] else 0

@@ -12,13 +12,13 @@ LANES = 64
 @triton.jit
 def apply_formula(Columns, stride, Out, count, numbers, FORMULA: tl.constexpr, LANES: tl.constexpr):
     at = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    here = at < count
-    p = tl.load(Columns + at, mask=here, other=0.5)
-    q = tl.load(Columns + stride + at, mask=here, other=0.5)
-    t = tl.load(Columns + 2 * stride + at, mask=here, other=0.0)
-    lp = tl.load(Columns + 3 * stride + at, mask=here, other=-0.69314718)
-    lq = tl.load(Columns + 4 * stride + at, mask=here, other=-0.69314718)
-    tl.store(Out + at, FORMULA(p, q, t, lp, lq, *numbers), mask=here)
+    mask = at < count
+    p = tl.load(Columns + at, mask=mask, other=0.5)
+    q = tl.load(Columns + stride + at, mask=mask, other=0.5)
+    t = tl.load(Columns + 2 * stride + at, mask=mask, other=0.0)
+    lp = tl.load(Columns + 3 * stride + at, mask=mask, other=-0.69314718)
+    lq = tl.load(Columns + 4 * stride + at, mask=mask, other=-0.69314718)
+    tl.store(Out + at, FORMULA(p, q, t, lp, lq, *numbers), mask=mask)
 
 
 def computed(formula, columns: torch.Tensor, numbers: tuple[float, ...]) -> torch.Tensor:

@@ -76,26 +76,26 @@ class LossBatch:
 
         leaves, make = build(source, self.x, self.weight)
         made = [leaf.clone().requires_grad_() for leaf in leaves]
-        other = None
+        reference = None
         if ref is not None:
-            given, make_ref = build(ref, self.ref_x, self.ref_weight)
-            other = make_ref(*given)
-        out = self.loss(function, dtype, make(*made), other, **(how or {}))
+            ref_leaves, make_ref = build(ref, self.ref_x, self.ref_weight)
+            reference = make_ref(*ref_leaves)
+        out = self.loss(function, dtype, make(*made), reference, **(how or {}))
         return out, torch.autograd.grad(out.loss.sum() * 1.5, made)
 
-    def loss(self, function: Any, dtype: torch.dtype, policy: Source, other: Source | None, **how: Any) -> Any:
+    def loss(self, function: Any, dtype: torch.dtype, policy: Source, ref: Source | None, **how: Any) -> Any:
         """Return the output of a function with the arguments of the entry's loss, for these sources."""
         how = {"shift": False, **how}
         extra: dict[str, Any] = {n: x.to(dtype) if x.is_floating_point() else x for n, x in self.extra.items()}
-        given: tuple[Source | None, ...] = () if self.entry.ref == "unused" else (other,)
+        positional: tuple[Source | None, ...] = () if self.entry.ref == "unused" else (ref,)
         if "ref" in inspect.signature(self.entry.call).parameters:  # not always the third
-            given, extra = (), extra | {"ref": other}
-        return function(policy, self.y, *given, **extra, **self.options, **how)
+            positional, extra = (), extra | {"ref": ref}
+        return function(policy, self.y, *positional, **extra, **self.options, **how)
 
 
 def sources_of(entry: Entry) -> list[tuple[str, str | None]]:
     """Return the pairs of sources (policy, reference) that mean something for a loss."""
     kinds = ("hidden", "logits") if entry.distribution else ("hidden", "logits", "log-probs")
     refs: list[str | None] = [None] if entry.ref == "unused" else list(kinds)
-    found = [(kind, refs[i % len(refs)]) for i, kind in enumerate(kinds)]
-    return found + ([("hidden", None)] if entry.ref == "optional" else [])
+    sources = [(kind, refs[i % len(refs)]) for i, kind in enumerate(kinds)]
+    return sources + ([("hidden", None)] if entry.ref == "optional" else [])

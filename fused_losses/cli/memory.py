@@ -129,8 +129,8 @@ class HeadStep(Step):
         This is the second difference between small sizes.
         """
         rows, vocab = (32, 160), (512, SMALL)
-        few, more = ([naive_head_bytes(n, v, self) for n in rows] for v in vocab)
-        return (more[1] - more[0] - few[1] + few[0]) / ((rows[1] - rows[0]) * (vocab[1] - vocab[0]))
+        small, large = ([naive_head_bytes(n, v, self) for n in rows] for v in vocab)
+        return (large[1] - large[0] - small[1] + small[0]) / ((rows[1] - rows[0]) * (vocab[1] - vocab[0]))
 
     def naive(self) -> int:
         """Return the bytes at the peak of the naive code.
@@ -173,19 +173,18 @@ class HeadStep(Step):
         The purposes are gradients(), what is stored in addition to the tiles, and the tiles.
         """
         gradients = {f"gradient of {name}": count for name, count in self.gradients().items() if count}
-        states, other = (self.rows * h * self.itemsize for h in (self.hidden, self.ref_hidden))
+        states, ref_states = (self.rows * h * self.itemsize for h in (self.hidden, self.ref_hidden))
         call = self.plan_inputs(device)
         beside = {
             "sums, and what is kept for backward": plan.kept,
             "states of the rows that count": states
-            + other * self.ref * (plan.kind != "vocab_chunks" or call.pair or call.grad_ref),
+            + ref_states * self.ref * (plan.kind != "vocab_chunks" or call.pair or call.grad_ref),
             "their gradient, before it is put back": states * (self.itemsize == 4),
             "numbers per row": self.rows * (140 + 36 * len(self.divergences)),
         }
         tiles, held = plan.tiles, sum(beside.values()) + sum(gradients.values())
-        if plan.kind == "vocab_chunks" and not (
-            call.pair or call.grad_ref
-        ):  # no w in backward, no gradients in forward
+        # no reference in backward, no gradients in forward
+        if plan.kind == "vocab_chunks" and not (call.pair or call.grad_ref):
             before = plan.tiles - plan.kept - states - sum(gradients.values())
             alone = call._replace(ref=False, ref_hidden=0)
             tiles = max(before, planner._bytes(alone, *planner.tile_shape(alone, plan.workspace)))
@@ -291,8 +290,8 @@ def _print(step: Step, sizes: dict[str, int]) -> None:
 
 
 def _print_head(step: HeadStep, plan: planner.Plan, naive: int, ours: dict[str, int]) -> None:
-    def row(name: str, count: int, more: str = "") -> None:
-        print(f"{name:<58}{size(count):>12}{more}")
+    def row(name: str, count: int, suffix: str = "") -> None:
+        print(f"{name:<58}{size(count):>12}{suffix}")
 
     row(f"states and head of policy{' and reference' * step.ref}, the input", step.input())
     print("\nforward and backward of head and loss, on top of it")
@@ -304,12 +303,12 @@ def _print_head(step: HeadStep, plan: planner.Plan, naive: int, ours: dict[str, 
     print(f"\n{plan}")
 
 
-def _main_hidden(args: argparse.Namespace, given: dict[str, Any]) -> int:
+def _main_hidden(args: argparse.Namespace, fields: dict[str, Any]) -> int:
     unit = {"stats": 0, "tokens": 1, "sequences": args.length, "pairs": 2 * args.length}[args.loss]
     width = args.hidden if args.ref_hidden is None else args.ref_hidden
     if min(args.hidden, width) < 1:
         raise ValueError(f"hidden, ref-hidden: expected numbers >= 1, got {args.hidden}, {width}")
-    step = HeadStep(hidden=args.hidden, ref_hidden=width, frozen=args.frozen, unit=unit, **given)
+    step = HeadStep(hidden=args.hidden, ref_hidden=width, frozen=args.frozen, unit=unit, **fields)
     plan = planner.make_plan(step.plan_inputs(args.device), workspace=args.workspace)
     naive, ours = step.naive(), step.ours(args.device, plan)
     if args.json:
@@ -328,15 +327,15 @@ def main(args: argparse.Namespace) -> int:
     if min(args.batch, args.length, args.vocab) < 1:
         raise ValueError(f"expected batch, length, vocab >= 1, got {args.batch}, {args.length}, {args.vocab}")
     rows = 2 * args.batch * args.length
-    given: dict[str, Any] = {"rows": rows, "vocab": args.vocab, "itemsize": DTYPES[args.dtype]}
-    given |= {"divergences": parse(args.divergence), "ref": not args.no_ref, "both": args.both}
+    fields: dict[str, Any] = {"rows": rows, "vocab": args.vocab, "itemsize": DTYPES[args.dtype]}
+    fields |= {"divergences": parse(args.divergence), "ref": not args.no_ref, "both": args.both}
     if args.hidden is not None:
-        return _main_hidden(args, given)
+        return _main_hidden(args, fields)
     alone = {"loss": args.loss != "stats", "device": args.device != "cuda"}
     alone |= {name: bool(getattr(args, name)) for name in ("frozen", "workspace", "ref_hidden")}
-    if given_alone := [f"--{name.replace('_', '-')}" for name, flag in alone.items() if flag]:
-        raise ValueError(f"{', '.join(given_alone)}: expected --hidden H beside it, for logits are given whole")
-    step = Step(**given)
+    if refused := [f"--{name.replace('_', '-')}" for name, flag in alone.items() if flag]:
+        raise ValueError(f"{', '.join(refused)}: expected --hidden H beside it, for logits are given whole")
+    step = Step(**fields)
     sizes = report(step)
     if args.json:
         print(json.dumps(sizes, indent=2))

@@ -50,13 +50,13 @@ def verify_divergence(
     Returns:
         A report: print it. Its `findings` are sentences; there are none if nothing is wrong.
     """
-    found = from_key(divergence) if isinstance(divergence, str) else divergence
+    d = from_key(divergence) if isinstance(divergence, str) else divergence
     where = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     able, left_out = backends_here(where)
-    report = Report(f"divergence {found.key or found.grad_p.__name__.strip('_').removesuffix('_grad_p')}")
+    report = Report(f"divergence {d.key or d.grad_p.__name__.strip('_').removesuffix('_grad_p')}")
     report.left_out += [] if backends else left_out
-    formulas = {name: getattr(found, name) for name in COMPILED if getattr(found, name) is not None}
-    for text in _wrong_fields(found):
+    formulas = {name: getattr(d, name) for name in COMPILED if getattr(d, name) is not None}
+    for text in _wrong_fields(d):
         report.add(text)
     if report.findings:
         return report
@@ -64,10 +64,10 @@ def verify_divergence(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # of exponentials that overflow
         for backend in backends or able:
-            _check_edges(found, backend, where, report, compiled)
-        _check_mathematics(found, report)
+            _check_edges(d, backend, where, report, compiled)
+        _check_mathematics(d, report)
         if report.ok:
-            with registered(found) as entry:
+            with registered(d) as entry:
                 for backend in backends or able:
                     with running_on(backend):
                         _check_library(entry, backend, where, report)
@@ -95,8 +95,8 @@ def _wrong_fields(d: Divergence) -> Iterator[str]:
         if formula is not None:
             got, count = len(inspect.signature(formula).parameters), expected.count(",") + 1 + len(d.params)
             if got != count:
-                more = f" and {len(d.params)} parameters" if d.params else ""
-                yield f"{name}: expected the arguments {expected}{more}, got {got} arguments"
+                parameters = f" and {len(d.params)} parameters" if d.params else ""
+                yield f"{name}: expected the arguments {expected}{parameters}, got {got} arguments"
 
 
 def _refused(name: str, formula: Callable, report: Report) -> bool:
@@ -315,11 +315,11 @@ def _check_row(
     power = torch.zeros_like(value) if d.power is None else (lq + d.power * t).logsumexp(-1)
     on = f"on {sample.what}"
     try:
-        found, slopes = (torch.as_tensor(x).expand_as(value) for x in row(reverse, forward, power, *d.params))
+        row_values, slopes = (torch.as_tensor(x).expand_as(value) for x in row(reverse, forward, power, *d.params))
     except (TypeError, ValueError) as problem:
         report.add_first("row", f"expected two numbers, D and sum_v grad_p: {problem}")
         return
-    if text := _wrong(found, value, sample.tolerance, "the definition"):
+    if text := _wrong(row_values, value, sample.tolerance, "the definition"):
         report.add_first("row", f"its first number {text}, {on}")
     if error(slopes, h.sum(-1)) > 10 * sample.tolerance and (slopes - h.sum(-1)).abs().max() > 1e-12:
         report.add_first(
@@ -406,7 +406,7 @@ def _check_link(d: Divergence, link: Callable, score_of: Callable, report: Repor
 
 
 def _check_library(d: Divergence, backend: str, device: torch.device, report: Report) -> None:
-    """Run token_stats from logits, and on the torch backend every plan from hidden states."""
+    """Run token_stats from logits, and on the torch backend from hidden states in the plans that it has there."""
     case = Case("the divergence", "zw", lambda stats: stats.divergence.popitem()[1], {"divergence": d})
     rows: list[Row] = []
     labels = torch.arange(ROWS, device=device)

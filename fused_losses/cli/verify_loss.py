@@ -121,9 +121,9 @@ class Case(NamedTuple):
 
     def labels(self) -> set[str]:
         """Return what is special about the case, in words."""
-        found = {f"{n}={value!r}" for n, value in self.how} | {f"{self.source} and {self.ref or 'no'} reference"}
-        found |= {self.spoilt} - {""} | {"packed" if self.packed else "padded", str(self.dtype).removeprefix("torch.")}
-        return found | {f"the variant {self.variant!r}"}
+        labels = {f"{n}={value!r}" for n, value in self.how} | {f"{self.source} and {self.ref or 'no'} reference"}
+        labels |= {self.spoilt} - {""} | {"packed" if self.packed else "padded", str(self.dtype).removeprefix("torch.")}
+        return labels | {f"the variant {self.variant!r}"}
 
     def __str__(self) -> str:
         return ", ".join(sorted(self.labels()))
@@ -156,17 +156,17 @@ class Comparison:
     twin: Callable
     device: torch.device
     cases: list[Case] = field(default_factory=list)
-    found: dict[str, list[Difference]] = field(default_factory=dict)
+    differences: dict[str, list[Difference]] = field(default_factory=dict)
 
     def run(self, case: Case) -> None:
         """Run one case, and note what differs."""
         self.cases.append(case)
         for about, text in self._differences(case):
-            self.found.setdefault(about, []).append(Difference(case, text))
+            self.differences.setdefault(about, []).append(Difference(case, text))
 
     def findings(self) -> Iterator[str]:
         """Yield a sentence for each thing that differs, with the cases in which it does."""
-        for about, differences in self.found.items():
+        for about, differences in self.differences.items():
             case, text = differences[0]
             yield f"{about}: {text}; {self._where([d.case for d in differences])}, for example {case}"
 

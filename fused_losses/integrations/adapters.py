@@ -62,9 +62,9 @@ def adapter_tensors(owner: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]
         by_name: Any = module
         if not hasattr(module, "keys") or name not in by_name:  # peft has ModuleDict, ParameterDict and a BufferDict
             continue
-        found = by_name[name]
-        if isinstance(found, Tensor):
-            yield path, found
+        stored = by_name[name]
+        if isinstance(stored, Tensor):
+            yield path, stored
         else:
-            tensors = (*found.named_parameters(), *found.named_buffers())
+            tensors = (*stored.named_parameters(), *stored.named_buffers())
             yield from ((f"{path}.{inner}", x) for inner, x in tensors)

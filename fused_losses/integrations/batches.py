@@ -51,31 +51,31 @@ class Loss:
         self.bound = bound
         self.name = getattr(self.function, "__name__", repr(self.function))
         known = "preference_loss" if self.function is dpo_loss else self.name
-        own = known in FAMILY and self.function in (FAMILY[known].call, dpo_loss)
-        self.entry: Entry | None = FAMILY[known] if own else None
+        registered = known in FAMILY and self.function in (FAMILY[known].call, dpo_loss)
+        self.entry: Entry | None = FAMILY[known] if registered else None
         signature = inspect.signature(call.forward if isinstance(call, nn.Module) else call)
         parameters = [p for p in signature.parameters.values() if p.name not in bound]
-        self.open = not own and any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.open = not registered and any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         places = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
         self.reference = next((n for n in ("ref", "teacher") if n in {p.name for p in named}), None)
-        if own and self.entry is not None and self.entry.ref == "unused":
+        if registered and self.entry is not None and self.entry.ref == "unused":
             self.reference = None
         # a function of the user may use any name for its reference: it is the third parameter, if that has no value yet
         thirds = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
         thirds = [
             n for n in places[2:3] if n not in OURS and signature.parameters[n].default in (EMPTY, None)
         ] or thirds
-        self.third = thirds[0] if thirds and not own and self.reference is None else None
-        self.optional_reference = own and (
+        self.third = thirds[0] if thirds and not registered and self.reference is None else None
+        self.optional_reference = registered and (
             FAMILY[known].ref == "optional" or any(p.name == self.reference and p.default is None for p in named)
         )
-        rest = [p for p in named if p.name not in (*places[:2], self.reference, *OURS)]
-        self.takes = {p.name for p in rest if not own or "Tensor" in str(p.annotation)} - OPTIONS
-        self.needs = {p.name for p in rest if p.default is p.empty and p.name != self.third}
+        batch_parameters = [p for p in named if p.name not in (*places[:2], self.reference, *OURS)]
+        self.takes = {p.name for p in batch_parameters if not registered or "Tensor" in str(p.annotation)} - OPTIONS
+        self.needs = {p.name for p in batch_parameters if p.default is p.empty and p.name != self.third}
         self.names = {p.name for p in inspect.signature(self.function).parameters.values()}
         self.base: Loss | None = None
-        if own:
+        if registered:
             self.takes.add(FROM_BATCHES)
             self.names |= OPTIONS
             if self.function in (dpo_loss, ipo_loss):
@@ -126,8 +126,8 @@ class Loss:
         if not self._counts_nll:
             return Counts(items, None)
         if batch.get("nll_labels") is not None:
-            more = read.aligned(batch["nll_labels"])
-            read = read.with_labels(read.labels.where(read.labels != read.ignore_index, more))
+            nll_labels = read.aligned(batch["nll_labels"])
+            read = read.with_labels(read.labels.where(read.labels != read.ignore_index, nll_labels))
         mask = read.mask
         if self.unit == "pairs":  # the tokens of the chosen sequences, which come first
             mask = mask & read.among_first(read.sequences // 2)
@@ -162,7 +162,7 @@ class Loss:
                 raise ValueError(f"{name}: is bound in fused_loss, and in the batch: which one is it?")
             if name in READ:
                 continue
-            if name in model.own or (name not in self.takes and (name in model.below or model.any)):
+            if name in model.forward_names or (name not in self.takes and (name in model.below or model.any)):
                 to_model[name] = x
             elif name in self.takes:
                 continue
@@ -194,7 +194,7 @@ def labels_of(batch: Mapping[str, Any]) -> tuple[Tensor, bool]:
 class ModelInputs(NamedTuple):
     """Store the names of the inputs that a model takes."""
 
-    own: set[str]  # parameters of the forward
+    forward_names: set[str]  # parameters of the forward
     below: set[str]  # what it may pass on to other modules
     any: bool  # whether it may take other names, too
 
@@ -207,11 +207,11 @@ def model_inputs(model: nn.Module) -> ModelInputs:
     """
     inner = unwrapped(model)
     parameters = inspect.signature(type(inner).forward).parameters
-    more = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    keywords = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
     names = {p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD} - {"self"}
-    if more is None:
+    if keywords is None:
         return ModelInputs(names, set(), False)
-    typed = [x for x in get_args(more.annotation) if hasattr(x, "__total__")]
+    typed = [x for x in get_args(keywords.annotation) if hasattr(x, "__total__")]
     for kind in typed:
         names |= set(kind.__annotations__)
     modules = {type(c) for x in inner.children() for c in (x, *x.children())}

@@ -222,15 +222,15 @@ def _fill(
     names, each = manifest["names"], manifest["per_token"]
     with tqdm(total=total, disable=not progress, desc="Reference", unit="rows") as bar:
         for first, last in missing:
-            found: dict[str, list[Tensor]] = {name: [] for name in names}
+            by_name: dict[str, list[Tensor]] = {name: [] for name in names}
             for start in range(first, last, batch_size):
                 rows = [dataset[i] for i in range(start, min(start + batch_size, last))]
                 logps = _logps(head, body, collator.inputs(rows), collator.label_pad)
                 for i, name in enumerate(names):
-                    found[name] += logps[i * len(rows) : (i + 1) * len(rows)]
+                    by_name[name] += logps[i * len(rows) : (i + 1) * len(rows)]
                 bar.update(len(rows))
             arrays: dict[str, Tensor] = {}
-            for name, x in found.items():
+            for name, x in by_name.items():
                 sums = torch.cat(x) if each else torch.stack([row.sum() for row in x])
                 arrays |= {name: sums.float(), f"{name}.lengths": torch.tensor([len(row) for row in x])}
             _write(_part(folder, first), partial(_save, arrays))
@@ -246,8 +246,8 @@ def _logps(head: Any, body: nn.Module, batch: dict[str, Any], ignore: int) -> li
     """Return one tensor per sequence, with one float64 number per predicted token."""
     device, packed = next(body.parameters()).device, "cu_seqlens" in batch
     tensors = {name: x.to(device) for name, x in batch.items() if isinstance(x, Tensor)}
-    more = {name: tensors[name] for name in ("attention_mask", "position_ids") if name in tensors}
-    hidden, labels = body(tensors["input_ids"], use_cache=False, **more).last_hidden_state, tensors["labels"]
+    optional_inputs = {name: tensors[name] for name in ("attention_mask", "position_ids") if name in tensors}
+    hidden, labels = body(tensors["input_ids"], use_cache=False, **optional_inputs).last_hidden_state, tensors["labels"]
     if packed:
         hidden, labels = hidden[0], shift_packed(labels, tensors["cu_seqlens"], ignore)
     stats = token_stats(head.source(hidden), labels, shift=not packed, ignore_index=ignore)
@@ -333,20 +333,20 @@ def _versions() -> dict[str, str]:
     """Return the versions of torch, fused_losses and transformers."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"torch": str(torch.__version__)}
+    versions = {"torch": str(torch.__version__)}
     for name in ("fused_losses", "transformers"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # run from a checkout
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 # ---- fingerprints --------------------------------------------------------------------------------------------------------
 
 
 def _check(folder: Path, manifest: dict[str, Any], **now: Any) -> None:
-    """Raise RuntimeError with all differences between the saved fingerprint and the given parts of one."""
+    """Raise RuntimeError with all differences between the saved fingerprint and the parts of one in `now`."""
     saved, words = manifest["fingerprint"], []
     for part, value in now.items():
         if value is None or value == saved[part]:
@@ -429,12 +429,14 @@ def _config(model: nn.Module, adapter: str | None) -> dict[str, Any]:
         return {k: relevant(v) for k, v in x.items() if not skip(k)}
 
     config: Any = getattr(unwrapped(model), "config", None)
-    found = relevant(json.loads(config.to_json_string(use_diff=False))) if hasattr(config, "to_json_string") else {}
+    settings = relevant(json.loads(config.to_json_string(use_diff=False))) if hasattr(config, "to_json_string") else {}
     if adapter is not None:
-        own = check_adapter("adapter", model, adapter).peft_config[adapter]
-        plain = {k: sorted(x) if isinstance(x, set) else x for k, x in own.to_dict().items() if k not in OF_FILES}
-        found |= {f"adapter's {k}": x for k, x in json.loads(json.dumps(plain, default=str)).items()}
-    return found
+        adapter_config = check_adapter("adapter", model, adapter).peft_config[adapter]
+        plain = {
+            k: sorted(x) if isinstance(x, set) else x for k, x in adapter_config.to_dict().items() if k not in OF_FILES
+        }
+        settings |= {f"adapter's {k}": x for k, x in json.loads(json.dumps(plain, default=str)).items()}
+    return settings
 
 
 def _weights(model: nn.Module, adapter: str | None) -> dict[str, str]:
@@ -443,7 +445,7 @@ def _weights(model: nn.Module, adapter: str | None) -> dict[str, str]:
     Tied tensors are read once.
     """
     read: dict[int, str] = {}
-    found = {}
+    hashes = {}
     tensors = list(_base(unwrapped(model), ""))
     if adapter is not None:
         tensors += adapter_tensors(check_adapter("adapter", model, adapter), adapter)
@@ -451,8 +453,8 @@ def _weights(model: nn.Module, adapter: str | None) -> dict[str, str]:
         if id(x) not in read:
             _refuse(name, x)
             read[id(x)] = _content(x.detach())
-        found[name] = read[id(x)]
-    return found
+        hashes[name] = read[id(x)]
+    return hashes
 
 
 def _base(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -493,9 +495,9 @@ def _refuse(name: str, x: Tensor) -> None:
 
 def _content(x: Tensor) -> str:
     """Return a hash of dtype, shape and content of a tensor."""
-    found = hashlib.sha256(f"{x.dtype} {list(x.shape)}".encode())
+    digest = hashlib.sha256(f"{x.dtype} {list(x.shape)}".encode())
     if x.numel():
         x = x.reshape(1) if x.dim() == 0 else x
         for piece in x.split(max(1, CHUNK * len(x) // x.nbytes)):
-            found.update(piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+            digest.update(piece.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -9,31 +9,24 @@ Tested with transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate.data_loader import DataLoaderDispatcher  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
-from ..core.inputs import Hidden, LogProbs, Lora, Source
+from ..core.inputs import Hidden, LogProbs, Source
 from ..core.names import present
-from ..core.outputs import Part, Parts
+from ..core.outputs import Parts
 from ..losses import LossOutput, cross_entropy_loss, kto_baseline
-from ..nn.at_head import AtHead, at_head
-from ..nn.trust_region import TrustRegion
-from .adapters import adapter_tensors, as_adapter, check_adapter
 from .batches import Counts, Loss, ModelInputs, check_columns, collator_columns, labels_of, model_inputs
+from .trainer_metrics import Rows, Sums, weighted
+from .trainer_reference import TrustRegionCallback, at_heads, flattened, freeze_adapter, saved_log_probs
 
 __all__ = ["FusedLossMixin", "TrustRegionCallback", "compute_loss_func"]
 
-ADAPTER_OFF, IGNORED = "adapter off", -100
-CHECKPOINT = "trust_region"
+IGNORED = -100
 
 
 def compute_loss_func(
@@ -62,11 +55,11 @@ def compute_loss_func(
             raise ValueError("labels: expected them in the batch, got none")
         if "encoder_last_hidden_state" in outputs:
             raise NotImplementedError("model: is an encoder-decoder, whose labels are not shifted")
-        found = loss(outputs["logits"], labels, shift=True, num_items=num_items_in_batch, **options).loss
+        value = loss(outputs["logits"], labels, shift=True, num_items=num_items_in_batch, **options).loss
         share: Tensor | float = 1.0
         if num_items_in_batch is not None:
             share = share_of((labels[..., 1:] != IGNORED).sum(), num_items_in_batch)
-        return _with_aux(found, outputs.get("aux_loss"), aux_loss_coef, share)
+        return _with_aux(value, outputs.get("aux_loss"), aux_loss_coef, share)
 
     return compute
 
@@ -142,14 +135,14 @@ class FusedLossMixin:
             )
         refuse_split_sequences(self.accelerator)
         if isinstance(reference, str):
-            self._check_adapter(reference)
+            freeze_adapter(self.accelerator.unwrap_model(self.model), reference)
         self.fused_loss, self.aux_loss_coef = fused_loss, aux_loss_coef
         # whatever the model's own loss takes, the Trainer must count the label tokens that remain after the shift
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = self.per_token, True
         self._refuse_other_losses(reference)
         for name in ("train_dataset", "eval_dataset"):
-            given = getattr(self, name, None)
-            for dataset in given.values() if isinstance(given, dict) else [given]:
+            datasets = getattr(self, name, None)
+            for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
                 check_columns(self._loss, dataset, self.data_collator, name)
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
@@ -158,25 +151,6 @@ class FusedLossMixin:
         self.fused_metrics = {"train": Sums(), "eval": Sums()}
         self._model_inputs: ModelInputs | None = None
         self._predicting = False
-
-    def _check_adapter(self, reference: str) -> None:
-        """Check that the reference is "adapter off" or an adapter that is not trained, and freeze that adapter."""
-        model = self.accelerator.unwrap_model(self.model)
-        if reference == ADAPTER_OFF:
-            if not hasattr(model, "disable_adapter"):
-                raise ValueError('reference: "adapter off" is of PEFT models, got a model without adapters')
-            return
-        if not hasattr(model, "disable_adapter"):
-            raise ValueError(
-                f'reference: expected a model, "adapter off" or the name of an adapter of a PEFT model, got {reference!r}'
-            )
-        owner = check_adapter("reference", model, reference)
-        if reference in owner.active_adapters:
-            raise ValueError(
-                f"reference: {reference!r} is the adapter that is trained, expected another one, or a model"
-            )
-        for _, x in adapter_tensors(owner, reference):
-            x.requires_grad_(False)
 
     def _refuse_other_losses(self, reference: object) -> None:
         """Raise ValueError for options of transformers' own compute_loss, and for a reference that is not used."""
@@ -190,8 +164,8 @@ class FusedLossMixin:
         if reference is None:
             return
         kind, loss = type(reference).__name__, self._loss
-        if given := {"ref", "teacher"} & loss.bound.keys():
-            raise ValueError(f"reference: expected None, for {given.pop()} is bound in fused_loss, got {kind}")
+        if bound := {"ref", "teacher"} & loss.bound.keys():
+            raise ValueError(f"reference: expected None, for {bound.pop()} is bound in fused_loss, got {kind}")
         if loss.reference is None and loss.third is None:
             raise ValueError(f"reference: {loss.name} has none, got {kind}")
 
@@ -212,33 +186,33 @@ class FusedLossMixin:
         if self._predicting or not batch_samples:
             return None
         each = [self._loss.counts(batch) for batch in batch_samples]
-        found: list[Any] = [sum(x.items for x in each)]
+        totals: list[Any] = [sum(x.items for x in each)]
         if each[0].nll_tokens is not None:
-            found.append(sum(x.nll_tokens for x in each))
+            totals.append(sum(x.nll_tokens for x in each))
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            here = torch.stack([torch.as_tensor(x, device=device) for x in found])
-            found = list(self.accelerator.gather(here[None]).sum(0) / self.get_tp_size())
-        items, *nll = (x.to(device) if isinstance(x, Tensor) else x for x in found)
-        return Counts(
-            items, nll[0].clamp(min=1) if nll else None
-        )  # a sum over no tokens is 0, whatever it is divided by
+            local = torch.stack([torch.as_tensor(x, device=device) for x in totals])
+            totals = list(self.accelerator.gather(local[None]).sum(0) / self.get_tp_size())
+        items, *nll = (x.to(device) if isinstance(x, Tensor) else x for x in totals)
+        # a sum over no tokens is 0, whatever it is divided by
+        return Counts(items, nll[0].clamp(min=1) if nll else None)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of a batch, and with return_outputs=True also its log-probs and hits."""
         labels, shift = labels_of(inputs)
-        saved, packed = self._saved(inputs), inputs.get("cu_seqlens") is not None
+        saved = saved_log_probs(self._loss, inputs, self.reference, self.callback_handler.callbacks)
+        packed = inputs.get("cu_seqlens") is not None
         if self._model_inputs is None:
             self._model_inputs = model_inputs(model)
-        rest = {k: x for k, x in inputs.items() if k not in ("ref_logps", "kl")}
+        entries = {k: x for k, x in inputs.items() if k not in ("ref_logps", "kl")}
         if inputs.get("kl") is not None and self._loss.baseline:
-            rest["baseline"] = self._kto_baseline(model, inputs["kl"], saved)
+            entries["baseline"] = self._kto_baseline(model, inputs["kl"], saved)
         elif "kl" in inputs:
-            rest["kl"] = inputs["kl"]
-        own, more = self._loss.split(rest, self._model_inputs)
-        own["use_cache"] = False
-        here, options = self._here(inputs), {"shift": shift, **more}
+            entries["kl"] = inputs["kl"]
+        to_model, to_loss = self._loss.split(entries, self._model_inputs)
+        to_model["use_cache"] = False
+        units, options = self._units(inputs), {"shift": shift, **to_loss}
         share: Tensor | float = 1.0
         counted = isinstance(num_items_in_batch, Counts) or (self.per_token and num_items_in_batch is not None)
         if isinstance(num_items_in_batch, Counts):
@@ -247,28 +221,28 @@ class FusedLossMixin:
         elif counted:
             options["num_items"] = num_items_in_batch
         if counted:
-            share = share_of(here, options["num_items"])
+            share = share_of(units, options["num_items"])
 
         def loss(policy: Hidden, ref: Source | None) -> Any:
             ref = saved if ref is None else ref
             if packed:
-                policy, ref = _flat(policy), _flat(ref)
+                policy, ref = flattened(policy), flattened(ref)
             if ref is None:
                 return self.fused_loss(policy, labels, **options)
             if self._loss.reference is None:
                 return self.fused_loss(policy, labels, ref, **options)
             return self.fused_loss(policy, labels, **{self._loss.reference: ref}, **options)
 
-        found, aux = self._at_heads(model, own, loss)
-        total = _with_aux(found.loss, aux, self.aux_loss_coef, share)
-        self._record(found, aux, here, len(labels))
+        out, aux = at_heads(model, self.reference, to_model, loss, self.accelerator)
+        total = _with_aux(out.loss, aux, self.aux_loss_coef, share)
+        self._record(out, aux, units, len(labels))
         self.loss_is_scaled_for_ga = counted
         if counted and self.args.average_tokens_across_devices:
             total = total * self._data_ranks()  # engines average over ranks, but num_items has already divided
-        outputs = {"loss": total, "logps": found.stats.logps, "correct": found.stats.correct}
+        outputs = {"loss": total, "logps": out.stats.logps, "correct": out.stats.correct}
         return (total, outputs) if return_outputs else total
 
-    def _here(self, inputs: dict[str, Any]) -> Tensor | int:
+    def _units(self, inputs: dict[str, Any]) -> Tensor | int:
         """Return what this batch adds to num_items; for a user's loss without num_items, the number of its rows."""
         if self._loss.entry is not None:
             return self._loss.counts(inputs).items
@@ -283,73 +257,18 @@ class FusedLossMixin:
             )
         labels, shift = labels_of(batch)
         names, cu = present("model", self._model_inputs), batch.get("cu_seqlens")
-        own = {k: x for k, x in batch.items() if k in names.own and k != "labels"} | {"use_cache": False}
+        to_model = {k: x for k, x in batch.items() if k in names.forward_names and k != "labels"} | {"use_cache": False}
         everybody = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
         options: dict[str, Any] = {"shift": shift, "cu_seqlens": cu, "process_group": everybody}
         options |= {"ignore_index": self._loss.bound["ignore_index"]} if "ignore_index" in self._loss.bound else {}
 
         def baseline(policy: Hidden, ref: Source | None) -> Tensor:
             if cu is not None:
-                policy, ref = _flat(policy), _flat(ref)
+                policy, ref = flattened(policy), flattened(ref)
             return kto_baseline(policy, labels, ref, **options)
 
         with torch.no_grad():
-            return self._at_heads(model, own, baseline).out
-
-    def _saved(self, inputs: dict[str, Any]) -> LogProbs | None:
-        """Return the saved log-probs of a batch, or None.
-
-        Raises ValueError where a required reference is missing, where there are two, or where the saved one becomes
-        stale.
-        """
-        logps, loss = inputs.get("ref_logps"), self._loss
-        if logps is None:
-            if (
-                self.reference is None
-                and loss.entry is not None
-                and loss.reference is not None
-                and loss.entry.ref != "unused"
-            ):
-                without = f"; to do without: partial(fl.{loss.name}, ref=None)" * loss.optional_reference
-                raise ValueError(
-                    f'reference: expected one for {loss.name}, or "ref_logps" in the batch, got '
-                    f"{', '.join(inputs)}{without}"
-                )
-            return None
-        if self.reference is not None:
-            raise ValueError('reference: expected None beside "ref_logps" in the batch: which one is it?')
-        if loss.reference is None and loss.third is None:
-            raise ValueError(
-                f"ref_logps: in the batch, but {loss.name} reads no reference; leave it out of the batches"
-            )
-        if any(isinstance(c, TrustRegionCallback) for c in self.callback_handler.callbacks):
-            raise ValueError(
-                "ref_logps: go stale where TrustRegionCallback moves the reference; give that as `reference`"
-            )
-        return LogProbs(logps)
-
-    def _at_heads(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[..., Any]) -> AtHead:
-        """Return the result of loss(policy, reference or None), which runs inside the forward of both models."""
-        if self.reference is None:
-            return at_head(model, lambda p: loss(p, None), **inputs)
-        if isinstance(self.reference, str):
-            base: Any = self.accelerator.unwrap_model(model)
-            if hasattr(base.get_output_embeddings(), "modules_to_save"):
-                raise NotImplementedError(
-                    f'reference: "{self.reference}" with a head that the adapter trains in full; give a model'
-                )
-            name = None if self.reference == ADAPTER_OFF else self.reference
-            with torch.no_grad(), as_adapter(base, name), _evaluating(base):
-                hidden, *lora = at_head(model, _states_and_lora, **inputs).out
-            return at_head(model, lambda p: loss(p, _other_adapter(p, hidden, *lora)), **inputs)
-        learns = torch.is_grad_enabled()
-
-        def inside(q: Hidden) -> AtHead:
-            with torch.set_grad_enabled(learns):
-                return at_head(model, lambda p: loss(p, q), **inputs)
-
-        with torch.no_grad():
-            return at_head(self.reference, inside, **inputs).out
+            return at_heads(model, self.reference, to_model, baseline, self.accelerator).out
 
     # ---- metrics: sums and counts, for means of batches are not the mean of all -------------------------------------------
 
@@ -374,25 +293,25 @@ class FusedLossMixin:
         each = -(-left // ranks) if dispatched else loader.total_batch_size // ranks
         return Rows(self.accelerator.process_index // self.get_tp_size(), ranks, each, left)
 
-    def _record(self, found: Any, aux: Tensor | None, here: Tensor | int, rows: int) -> None:
+    def _record(self, out: Any, aux: Tensor | None, units: Tensor | int, rows: int) -> None:
         """Add the metrics of a batch to the running sums."""
         sums, filled = self.fused_metrics["train" if self.model.training else "eval"], self._rows()
         kept, of = (1, 1) if filled is None else (filled.kept(filled.rank), filled.each)
-        parts: Parts = getattr(found, "parts", {})
+        parts: Parts = getattr(out, "parts", {})
         for name, terms in parts.items():
             sums.add(name, [x if kept == of else x.first(kept, of) for x in terms])
-        weight = here if self.per_token else rows  # for a number that is known only as a mean
-        for name, x in found.metrics.items():
+        weight = units if self.per_token else rows  # for a number that is known only as a mean
+        for name, x in out.metrics.items():
             if name not in parts:
                 sums.add(name, [weighted(x, rows if weight is None else weight, kept / of)])
         if aux is not None:
-            sums.add("aux_loss", [weighted(aux, here, kept / of)])
+            sums.add("aux_loss", [weighted(aux, units, kept / of)])
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if self.model.training:
-            found = self.fused_metrics["train"].values(self.accelerator, self._data_ranks())
-            found.pop("loss", None)  # the Trainer logs its own loss, the mean over steps
-            logs.update(found)
+            metrics = self.fused_metrics["train"].values(self.accelerator, self._data_ranks())
+            metrics.pop("loss", None)  # the Trainer logs its own loss, the mean over steps
+            logs.update(metrics)
         super().log(logs, *args, **options)  # type: ignore[misc]
 
     def prediction_step(
@@ -423,14 +342,13 @@ class FusedLossMixin:
         out = super().evaluation_loop(  # type: ignore[misc]
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        found = sums.values(self.accelerator, self._data_ranks())
-        loss = found.pop("loss", None)
-        for name, x in found.items():
+        metrics = sums.values(self.accelerator, self._data_ranks())
+        loss = metrics.pop("loss", None)
+        for name, x in metrics.items():
             out.metrics.setdefault(f"{metric_key_prefix}_{name}", x)
-        if (
-            loss is not None and self._loss.entry is not None
-        ):  # for a user's loss it is not known what is added to the parts
-            out.metrics[f"{metric_key_prefix}_loss"] = loss + (self.aux_loss_coef or 0.0) * found.get("aux_loss", 0.0)
+        # for a user's loss it is not known what is added to the parts
+        if loss is not None and self._loss.entry is not None:
+            out.metrics[f"{metric_key_prefix}_loss"] = loss + (self.aux_loss_coef or 0.0) * metrics.get("aux_loss", 0.0)
         return out
 
     def _gathered(self, x: Any) -> Any:
@@ -444,62 +362,10 @@ class FusedLossMixin:
         if filled is None or x.dim() < 2:
             return self.accelerator.gather_for_metrics(x)
         times = max(len(x) // filled.each, 1)
-        found = self.accelerator.gather(x)[: filled.ranks * len(x)].unflatten(0, (filled.ranks, times, len(x) // times))
-        return torch.cat([part[:, : filled.kept(rank)].flatten(0, 1) for rank, part in enumerate(found)])
-
-
-class TrustRegionCallback(TrainerCallback):
-    """Run fl.TrustRegion in a Trainer of transformers or TRL.
-
-        trainer.add_callback(TrustRegionCallback(reference, alpha=0.6, every=512))
-
-    The update  reference <- alpha policy + (1 - alpha) reference  is made after every `every`th step of the optimizer.
-
-    Checkpoints also contain the reference and the schedule, in a separate folder, sharded as the reference is. A run that
-    continues from a checkpoint loads them from there, and raises FileNotFoundError where they are missing. Do not use
-    this with log-probs of a reference that were computed ahead, because they become stale.
-
-    Args:
-        reference: The model as the trainer runs it (prepared, sharded). FSDP2's shards are mixed without being gathered.
-        alpha: As in fl.TrustRegion.
-        every: As in fl.TrustRegion.
-    """
-
-    def __init__(self, reference: nn.Module, *, alpha: float = 0.6, every: int = 512) -> None:
-        self.reference, self.alpha, self.every = reference, alpha, every
-        self.region: TrustRegion | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if getattr(args, "precompute_ref_log_probs", False):  # TRL's
-            raise ValueError(
-                "precompute_ref_log_probs: expected False, log-probs computed ahead go stale as the reference moves"
-            )
-        self.region = TrustRegion(self.reference, model, self.alpha, self.every)
-        if state.global_step:
-            folder = self._folder(args, state)
-            if not folder.exists():
-                raise FileNotFoundError(
-                    f"reference: training goes on at step {state.global_step}, but {folder} does not hold the reference of "
-                    "that step, which is no longer the one that training began with; if the checkpoint lies elsewhere, copy "
-                    "it to there"
-                )
-            saved = self._state()
-            dcp.load(saved, checkpoint_id=folder, no_dist=not _distributed())
-            self.reference.load_state_dict(saved["reference"])
-            self.region.load_state_dict(saved["region"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        present("region", self.region).step()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        dcp.save(self._state(), checkpoint_id=self._folder(args, state), no_dist=not _distributed())
-
-    def _state(self) -> dict[str, Any]:
-        region = present("region", self.region)
-        return {"reference": self.reference.state_dict(), "region": region.state_dict()}
-
-    def _folder(self, args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHECKPOINT
+        gathered = self.accelerator.gather(x)[: filled.ranks * len(x)].unflatten(
+            0, (filled.ranks, times, len(x) // times)
+        )
+        return torch.cat([part[:, : filled.kept(rank)].flatten(0, 1) for rank, part in enumerate(gathered)])
 
 
 def refuse_split_sequences(accelerator: Any) -> None:
@@ -512,48 +378,11 @@ def refuse_split_sequences(accelerator: Any) -> None:
         )
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Set the model to eval mode inside the context."""
-    trains = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(trains)
-
-
-def _states_and_lora(q: Hidden) -> tuple[Any, ...]:
-    """Return the states of a reference, and copies of its LoRA on the head, which an engine may remove later."""
-    if q.lora is None:
-        return (q.hidden,)
-    a, b, scaling = q.lora
-    return q.hidden, a.detach().clone(), b.detach().clone(), scaling
-
-
-def _other_adapter(policy: Hidden, hidden: Tensor, *lora: Any) -> Hidden:
-    """Return the distribution of the same model under another adapter or none.
-
-    It has other states, and the same head except for LoRA on it.
-    """
-    bias = None if policy.bias is None else policy.bias.detach()
-    return replace(policy, hidden=hidden, weight=policy.weight.detach(), bias=bias, lora=Lora(*lora) if lora else None)
-
-
-def _flat(source: Any) -> Any:
-    """Return the states [1, total, H] of a packed batch as [total, H]."""
-    return replace(source, hidden=source.hidden.flatten(0, -2)) if isinstance(source, Hidden) else source
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def share_of(here: Tensor | int, items: Tensor | int) -> Tensor | float:
+def share_of(units: Tensor | int, items: Tensor | int) -> Tensor | float:
     """Return the share of a micro-batch in the units of a step; 0 where nothing counts."""
     if isinstance(items, Tensor):
-        return here / items.clamp(min=1)
-    return here / max(items, 1)
+        return units / items.clamp(min=1)
+    return units / max(items, 1)
 
 
 def _with_aux(loss: Tensor, aux: Tensor | None, coefficient: float | None, share: Tensor | float = 1.0) -> Tensor:
@@ -588,70 +417,3 @@ def _counts_tokens(loss: Loss, per_token: bool | None) -> bool:
     if per_token not in (None, loss.unit == "tokens"):
         raise ValueError(f"per_token: {loss.name} is a loss of {loss.unit}, got {per_token}")
     return loss.unit == "tokens"
-
-
-# ---- metrics -------------------------------------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """Describe the rows of the dataset in the last batch of all ranks.
-
-    Each rank has `each` rows. Of the rows of all ranks, the first `left` are not repeated.
-    """
-
-    rank: int
-    ranks: int
-    each: int
-    left: int
-
-    def kept(self, rank: int) -> int:
-        """Return the number of rows of this rank that are not repeated."""
-        return min(max(self.left - rank * self.each, 0), self.each)
-
-
-class Sums:
-    """Store running sums of the parts of metrics, two numbers for each term, for any number of batches."""
-
-    def __init__(self) -> None:
-        self.terms: dict[str, list[Tensor]] = {}
-        self.kinds: dict[str, str] = {}
-
-    def clear(self) -> None:
-        self.terms.clear()
-
-    def add(self, name: str, parts: list[Part] | tuple[Part, ...]) -> None:
-        device = parts[0].amounts.device.type
-        new = [x.sums(torch.float64 if device in ("cpu", "cuda") else torch.float32) for x in parts]
-        seen = self.terms.setdefault(name, new)
-        if seen is not new:
-            for total, x in zip(seen, new, strict=True):
-                total += x
-        self.kinds[name] = parts[0].kind
-
-    def values(self, accelerator: Any, ranks: int) -> dict[str, float]:
-        """Return the metrics over all ranks and clear the sums, with one collective and one synchronisation.
-
-        Means over zero units are left out.
-        """
-        every = [x for terms in self.terms.values() for x in terms]
-        if not every:
-            return {}
-        gathered = accelerator.gather(torch.stack(every)[None])
-        rows = iter(
-            (gathered.sum(0) * ranks / len(gathered)).tolist()
-        )  # ranks of tensor parallelism have the same numbers
-        found: dict[str, float] = {}
-        for name, terms in self.terms.items():
-            pairs = [next(rows) for _ in terms]
-            if self.kinds[name] == "sum":
-                found[name] = sum(x for x, _ in pairs)
-            elif all(n for _, n in pairs):
-                found[name] = sum(x / n for x, n in pairs)
-        self.clear()
-        return found
-
-
-def weighted(x: Tensor, count: Tensor | int, share: float) -> Part:
-    """Return the Part of a number that is a mean over `count` units, of which a share counts."""
-    counts = torch.as_tensor(count, device=x.device).to(x.dtype) * share
-    return Part((x.detach() * counts).reshape(1), counts.reshape(1))

@@ -251,26 +251,26 @@ def _mean_logits(source: Hidden, rows: Tensor | None) -> Tensor:
     weight, bias = source.weight[:v], None if source.bias is None else source.bias[:v]
     a, b, scaling = source.lora or (None, None, 1.0)
     b = None if b is None else b[:v]
-    found = states.new_zeros(n, dtype=wide)
+    per_row = states.new_zeros(n, dtype=wide)
     if source.softcap is None:
         mean = torch.stack([piece.sum(0, dtype=wide) for piece in weight.split(COLUMNS)]).sum(0) / v
         if a is not None and b is not None:
             mean = mean + scaling * b.mean(0, dtype=wide) @ a.to(wide)
-        for piece, out in zip(pieces, found.split(ROWS), strict=True):
+        for piece, out in zip(pieces, per_row.split(ROWS), strict=True):
             torch.mv(piece.to(wide), mean, out=out)
-        return (found + (0.0 if bias is None else bias.mean(dtype=wide))) * source.multiplier
+        return (per_row + (0.0 if bias is None else bias.mean(dtype=wide))) * source.multiplier
     height = min(max(n, 1), ROWS)
-    width = min(v, COLUMNS, max(1, workspace_bytes(None) // (height * found.element_size())))
-    room = found.new_empty(height * width)
+    width = min(v, COLUMNS, max(1, workspace_bytes(None) // (height * per_row.element_size())))
+    room = per_row.new_empty(height * width)
     low_rank = None if a is None or b is None else LowRank(a, b, scaling)
-    for piece, out in zip(pieces, found.split(ROWS), strict=True):
+    for piece, out in zip(pieces, per_row.split(ROWS), strict=True):
         side = HiddenSide(HiddenOperand(piece, weight, bias, low_rank), None)
         for c in range(0, v, width):
             columns = min(width, v - c)
             tile = room[: len(piece) * columns].view(len(piece), columns)
             side.tile(slice(0, len(piece)), slice(c, c + columns), tile)
             out += tile.div_(source.softcap).tanh_().sum(1)
-    return found * (source.softcap * source.multiplier / v)
+    return per_row * (source.softcap * source.multiplier / v)
 
 
 # ---- from logits ---------------------------------------------------------------------------------------------------------
@@ -289,8 +289,10 @@ def _selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    found = trl_functions.selective_log_softmax_and_entropy(logits, index, entropy_requires_grad, temperature, row_mask)
-    logps, entropy = (_as_trl(x, logits, index, row_mask) for x in found)
+    outputs = trl_functions.selective_log_softmax_and_entropy(
+        logits, index, entropy_requires_grad, temperature, row_mask
+    )
+    logps, entropy = (_as_trl(x, logits, index, row_mask) for x in outputs)
     return logps, entropy
 
 
@@ -306,8 +308,8 @@ def _kernel_log_softmax_and_entropy(
     return logps.float(), entropy.float()
 
 
-def _as_trl(found: Tensor, logits: Tensor, *others: Tensor | None) -> Tensor:
+def _as_trl(stats: Tensor, logits: Tensor, *others: Tensor | None) -> Tensor:
     """Cast to float32 where TRL would run its kernel, and to the dtype of the logits where it would run eager code."""
     utils = sys.modules["trl.trainer.utils"]
     fused = utils.is_triton_available() and utils._supports_trl_loss_kernel(logits, *others)
-    return found.to(torch.float32 if fused else logits.dtype)
+    return stats.to(torch.float32 if fused else logits.dtype)

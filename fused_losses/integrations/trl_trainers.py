@@ -2,10 +2,11 @@
 
     from fused_losses.integrations.trl_trainers import DPOTrainer    # was: from trl import DPOTrainer
 
-The classes are DPOTrainer, KTOTrainer, DistillationTrainer and GKDTrainer. They replace _compute_loss. Loss and gradient
-come from the hidden states in one pass, inside the model's forward (fl.at_head). The reference's log-probs are computed
-in the same way, from its own model or with the adapter off, or come from TRL's precomputed columns. sync_ref_model uses
-fl.TrustRegion. The metrics of a step are gathered in one collective and read once.
+The classes are DPOTrainer, KTOTrainer, DistillationTrainer and GKDTrainer. They replace _compute_loss; GKDTrainer
+replaces compute_loss. Loss and gradient come from the hidden states in one pass, inside the model's forward (fl.at_head).
+The reference's log-probs are computed in the same way, from its own model or with the adapter off, or come from TRL's
+precomputed columns. sync_ref_model uses fl.TrustRegion. The metrics of a step are gathered in one collective and read
+once.
 
 Everything that TRL refuses is refused by TRL. These are refused too: prompt learning (virtual tokens have no labels),
 ZeRO-3, a model that is compiled as a whole, a label_smoothing that no loss reads (TRL's 'sigmoid' does not), and for
@@ -77,15 +78,15 @@ class _Trainer:
             options = {"alpha": self.args.ref_model_mixup_alpha, "every": self.args.ref_model_sync_steps}
             self.add_callback(TrustRegionCallback(self.ref_model, **options))
 
-    def _own(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs of the model in a batch."""
         return {k: x for k, x in inputs.items() if k not in self.NOT_THE_MODELS} | {"use_cache": False}
 
     def _logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """Return the log-probs [S, T - 1] of the labels, without a graph."""
-        own = self._own(inputs)
+        to_model = self._model_inputs(inputs)
         with torch.no_grad():
-            return at_head(model, lambda q: token_stats(q, labels, shift=True).logps, **own).out
+            return at_head(model, lambda q: token_stats(q, labels, shift=True).logps, **to_model).out
 
     def _reference_logps(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """Return the log-probs [S, T - 1] of the reference.
@@ -111,10 +112,10 @@ class _Trainer:
 
     def _policy(self, model: nn.Module, inputs: dict[str, Any], loss: Callable[[Hidden], dict[str, Any]]) -> AtHead:
         """Return the result of the loss inside the policy's forward, and the auxiliary loss."""
-        own = self._own(inputs)
+        to_model = self._model_inputs(inputs)
         if self.aux_loss_enabled:
-            own["output_router_logits"] = True
-        return at_head(model, loss, **own)
+            to_model["output_router_logits"] = True
+        return at_head(model, loss, **to_model)
 
     def _add_aux(self, loss: Tensor, aux: Tensor | None, sums: Sums) -> Tensor:
         """Add the weighted auxiliary loss to the loss, if it is enabled."""
@@ -134,15 +135,15 @@ class _Trainer:
         tokens = inputs["attention_mask"].sum()
         both = [torch.stack([x.detach().float(), n.float()]) for x, n in sums.values()]
         both.append(torch.stack([tokens.float(), tokens.float()]))
-        *means, (tokens_seen, _) = self.accelerator.gather(torch.stack(both)[None]).sum(0).tolist()
-        found = {name: x / n if n else absent for name, (x, n) in zip(sums, means, strict=True)}
-        found = {name: x for name, x in found.items() if x is not None}
-        for name, x in found.items():
+        *totals, (tokens_seen, _) = self.accelerator.gather(torch.stack(both)[None]).sum(0).tolist()
+        metrics = {name: x / n if n else absent for name, (x, n) in zip(sums, totals, strict=True)}
+        metrics = {name: x for name, x in metrics.items() if x is not None}
+        for name, x in metrics.items():
             self._metrics[mode][name].append(x)
         if mode == "train":
             self._total_train_tokens += int(tokens_seen) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        return found  # type: ignore[return-value]
+        return metrics  # type: ignore[return-value]
 
     def _with_outputs(self, loss: Tensor, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """Return the loss, and with return_outputs=True also the model's outputs from one more forward."""
@@ -154,9 +155,9 @@ class _Trainer:
             FutureWarning,
             stacklevel=3,
         )
-        own = self._own(inputs)
+        to_model = self._model_inputs(inputs)
         with torch.no_grad():
-            return loss, model(**own)
+            return loss, model(**to_model)
 
 
 def _labels(inputs: dict[str, Any], prefix: str = "") -> Tensor:
@@ -166,8 +167,8 @@ def _labels(inputs: dict[str, Any], prefix: str = "") -> Tensor:
 
 def _mean_logits(source: Hidden, mask: Tensor) -> Tensor:
     """Return the mean logits [S, T - 1], which are zero where the mask is zero."""
-    found = mean_logits(source, torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero().flatten())
-    return found.new_zeros(mask.shape).masked_scatter(mask, found)
+    means = mean_logits(source, torch.nn.functional.pad(mask, (0, 1)).flatten().nonzero().flatten())
+    return means.new_zeros(mask.shape).masked_scatter(mask, means)
 
 
 class DPOTrainer(_Trainer, trl.DPOTrainer):
@@ -294,9 +295,9 @@ class KTOTrainer(_Trainer, trl.KTOTrainer):
     def _compute_kl_logps(self, model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
         if not self.calculate_KL:
             return None
-        other = {k: x for k, x in batch.items() if k not in ("input_ids", "attention_mask", "completion_mask")}
-        other |= {k.removeprefix("KL_"): x for k, x in batch.items() if k.startswith("KL_")}
-        return self._logps(model, other, _labels(batch, "KL_")).sum(1)
+        kl_batch = {k: x for k, x in batch.items() if k not in ("input_ids", "attention_mask", "completion_mask")}
+        kl_batch |= {k.removeprefix("KL_"): x for k, x in batch.items() if k.startswith("KL_")}
+        return self._logps(model, kl_batch, _labels(batch, "KL_")).sum(1)
 
     def _reference(self, batch: dict[str, Any], labels: Tensor) -> tuple[LogProbs, Tensor | None]:
         if self.precompute_ref_logps:
@@ -332,18 +333,18 @@ class KTOTrainer(_Trainer, trl.KTOTrainer):
             )
             count, logits = mask.sum(), _mean_logits(source, mask).sum(1)
             sums = {"kl": (out.metrics["kl"], count.new_ones(())), "entropy": (out.metrics["entropy"] * count, count)}
-            for name, which in (("chosen", good), ("rejected", ~good)):
-                sums["logits/" + name] = logits[which].sum(), mask[which].sum()
+            for name, selected in (("chosen", good), ("rejected", ~good)):
+                sums["logits/" + name] = logits[selected].sum(), mask[selected].sum()
                 for metric in ("rewards/", "logps/"):
-                    sums[metric + name] = (out.metrics[metric + name] * which.sum()).nan_to_num(), which.sum()
+                    sums[metric + name] = (out.metrics[metric + name] * selected.sum()).nan_to_num(), selected.sum()
             return {"loss": out.loss, "sums": sums}
 
         out, aux = self._policy(model, batch, loss)
         total = self._add_aux(out["loss"], aux, out["sums"])
-        found = self._record(batch, out["sums"], absent=None)
-        if "rewards/chosen" in found and "rewards/rejected" in found:
+        metrics = self._record(batch, out["sums"], absent=None)
+        if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
             mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["rewards/margins"].append(found["rewards/chosen"] - found["rewards/rejected"])
+            self._metrics[mode]["rewards/margins"].append(metrics["rewards/chosen"] - metrics["rewards/rejected"])
         return self._with_outputs(total, model, batch, return_outputs)
 
 
@@ -394,7 +395,7 @@ class DistillationTrainer(trl.DistillationTrainer):
         labels = ids.clone()
         labels[:, : inputs["prompt_ids"].shape[1]] = IGNORED
         labels[:, inputs["prompt_ids"].shape[1] :].masked_fill_(kept == 0, IGNORED)
-        own = {
+        to_model = {
             "input_ids": ids, "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
             "use_cache": False, **{k: inputs[k] for k in IMAGES if k in inputs},
         }  # fmt: skip
@@ -407,7 +408,7 @@ class DistillationTrainer(trl.DistillationTrainer):
             count = out.stats.mask.sum()
             return out.loss, out.metrics["entropy"] * count, count
 
-        return _jsd(unwrapped_student, self.teacher_model, own, loss)
+        return _jsd(unwrapped_student, self.teacher_model, to_model, loss)
 
 
 IMAGES = (
@@ -426,12 +427,12 @@ class GKDTrainer(_GKDTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        own = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        to_model = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
         options = {"beta": self.beta, "num_items": num_items_in_batch, "shift": True}
-        found = _jsd(
-            model, self.teacher_model, own, lambda p, q: distillation_loss(p, inputs["labels"], q, **options).loss
+        loss = _jsd(
+            model, self.teacher_model, to_model, lambda p, q: distillation_loss(p, inputs["labels"], q, **options).loss
         )
         if not return_outputs:
-            return found
+            return loss
         with torch.no_grad():
-            return found, model(**own)
+            return loss, model(**to_model)

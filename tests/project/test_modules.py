@@ -33,6 +33,7 @@ BEHIND = {
     "fused_losses/nn/head_layers": ("test_head_layers", "fl.find_head("),
     "fused_losses/integrations/adapters": ("test_ref_logps", "adapter="),
     "fused_losses/integrations/batches": ("test_trainer", "FusedTrainer("),
+    "fused_losses/integrations/trainer_metrics": ("test_trainer", "fused_metrics"),
     "fused_losses/losses/matrix": ("test_family_rules", "table.row"),
     "fused_losses/losses/pair_losses": ("test_preference_types", "loss_type=name"),
     "fused_losses/reference/common": ("test_twins", "fl.reference"),
