@@ -334,7 +334,7 @@ def main(args: argparse.Namespace) -> int:
     alone = {"loss": args.loss != "stats", "device": args.device != "cuda"}
     alone |= {name: bool(getattr(args, name)) for name in ("frozen", "workspace", "ref_hidden")}
     if refused := [f"--{name.replace('_', '-')}" for name, flag in alone.items() if flag]:
-        raise ValueError(f"{', '.join(refused)}: expected --hidden H beside it, for logits are given whole")
+        raise ValueError(f"{', '.join(refused)}: need --hidden H beside it, for logits are given whole")
     step = Step(**fields)
     sizes = report(step)
     if args.json:

@@ -205,8 +205,9 @@ class Hidden:
         """Make the tensors constants, as what is computed from them under torch.no_grad() would be."""
         for name in ("hidden", "weight", "bias"):
             x = getattr(self, name)
-            object.__setattr__(self, name, x if x is None else x.detach())
-        if self.lora is not None:
+            if x is not None and x.requires_grad:
+                object.__setattr__(self, name, x.detach())
+        if self.lora is not None and (self.lora.a.requires_grad or self.lora.b.requires_grad):
             lora = self.lora._replace(a=self.lora.a.detach(), b=self.lora.b.detach())
             object.__setattr__(self, "lora", lora)
 

@@ -340,7 +340,6 @@ class GRPOConfig:
 
 
 def grpo_config(
-    ref: bool,
     loss_type: str,
     importance: str,
     epsilon: float,
@@ -374,8 +373,6 @@ def grpo_config(
         )
     if max_completion_length is not None:
         check_positive(max_completion_length=max_completion_length)
-    if kl != "k3" and not ref:
-        raise ValueError(f"kl: is of the KL to a reference, got {kl!r} and ref=None")
     name, divergences = _estimator(kl)
     sequence, corrected = importance == "sequence", bool(use_bias_correction_kl)
     return GRPOConfig(

@@ -184,10 +184,11 @@ def _texts(row: Mapping[str, Any], answers: tuple[str, ...]) -> dict[str, Any]:
             shared = max(most, 0)
         elif shared and pair[0][shared - 1] == " ":
             shared -= 1
-        if not shared:
+        others = [name for name, x in row.items() if name not in answers and isinstance(x, str | list) and x]
+        if not shared and others:
             raise ValueError(
-                "dataset: expected a column prompt, or chosen and rejected that begin with it; a row has the columns "
-                f"{', '.join(row)}, and its chosen and rejected begin differently"
+                "dataset: expected a column prompt, or chosen and rejected that begin with it; these begin differently, and "
+                f"the other columns are {', '.join(others)}: rename the one that is the prompt"
             )
         texts = {"prompt": pair[0][:shared], **{name: text[shared:] for name, text in texts.items()}}
     if missing := [name for name in ("prompt", *answers) if name not in texts]:
@@ -219,8 +220,10 @@ class _Collator:
 
     def __post_init__(self) -> None:
         if isinstance(self.pad_token_id, bool) or not isinstance(self.pad_token_id, int):
+            simple = self.pad_token_id is None or isinstance(self.pad_token_id, bool | float | str)
+            got = repr(self.pad_token_id) if simple else type(self.pad_token_id).__name__
             raise TypeError(
-                f"pad_token_id: expected an int, got {type(self.pad_token_id).__name__}; pass "
+                f"pad_token_id: expected an int, got {got}; pass "
                 "tokenizer.pad_token_id; where a tokenizer has none its eos_token_id will "
                 "do, for padding is masked"
             )

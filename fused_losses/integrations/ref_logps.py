@@ -364,7 +364,7 @@ def _check(folder: Path, manifest: dict[str, Any], **now: Any) -> None:
             names = [k for k in value if k in saved[part] and value[k] != saved[part][k]]
             words += [f"{part}: {k} was {saved[part][k]!r}, is {value[k]!r}" for k in names]
     if words:
-        raise RuntimeError(f"{folder}: the log-probs are stale. {'; '.join(words)}; delete the folder, or give another")
+        raise RuntimeError(f"{folder}: the log-probs are stale; delete the folder, or give another. {'; '.join(words)}")
 
 
 def _other_rows(saved: dict[str, Any], now: dict[str, Any]) -> str:

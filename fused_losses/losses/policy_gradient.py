@@ -109,16 +109,7 @@ def grpo_loss(
     """
     batch, call = read_batch(labels, "sequences", options), read_options(options)
     o = grpo_config(
-        ref is not None,
-        loss_type,
-        importance,
-        epsilon,
-        epsilon_high,
-        delta,
-        beta,
-        kl,
-        max_completion_length,
-        use_bias_correction_kl,
+        loss_type, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
     )
     per_sequence, per_token = inputs(batch, advantages, old_logps, ref, o)
 
@@ -130,11 +121,7 @@ def grpo_loss(
             weight = -torch.where(a > 0, x.clamp(max=o.highest), x.clamp(o.lowest, o.largest)).exp() * a
         losses = tokens.spread(weight) if _by_sequence(tokens, o) else weight
         losses = losses * tokens.logps if o.loss_type == "cispo" else losses
-        if o.beta:
-            ratio = x.clamp(max=LARGEST).exp()
-            corrected = (tokens.spread(ratio) if _by_sequence(tokens, o) else ratio) if o.corrected else 1.0
-            losses = losses + o.beta * corrected * _kl(tokens, o)
-        total = tokens.sums(losses)
+        total = tokens.sums(losses + o.beta * _weighted_kl(tokens, x, o) if o.beta else losses)
         return total if o.loss_type in BY_TOKENS else total / (o.length or tokens.lengths.clamp(min=1))
 
     divergences = () if ref is None else o.divergences
@@ -143,6 +130,14 @@ def grpo_loss(
     result = fused(formula, policy, batch, ref, FormulaInputs("sequence", divergences, per_token, per_sequence), summed)
     parts = _parts(result.tokens, o, ref is not None)
     return _mean_of_tokens(result, parts, call.num_items) if mean_of_tokens else output(result, parts)
+
+
+def _weighted_kl(tokens: Tokens, x: Tensor, o: GRPOConfig) -> Tensor:
+    """Return the KL term of each token, multiplied by its ratio e^x where use_bias_correction_kl asks for it."""
+    if not o.corrected:
+        return _kl(tokens, o)
+    ratio = x.clamp(max=LARGEST).exp()
+    return (tokens.spread(ratio) if _by_sequence(tokens, o) else ratio) * _kl(tokens, o)
 
 
 def _mean_of_tokens(result: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:

@@ -39,7 +39,6 @@ def grpo_loss(
 ) -> LossOutput:
     """Compute fl.grpo_loss, one sequence after another."""
     o = grpo_config(
-        ref is not None,
         loss_type,
         importance,
         epsilon,

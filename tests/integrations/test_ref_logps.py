@@ -21,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
 
+STALE = "the log-probs are stale; delete the folder, or give another. "
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB = 300
@@ -266,7 +267,7 @@ def changed(model, name):
 
 def test_another_model_is_refused(saved):
     def refused(model, words):
-        with pytest.raises(RuntimeError, match=re.escape("the log-probs are stale. ") + words):
+        with pytest.raises(RuntimeError, match=STALE + words):
             ref_logps.load(saved, model=model)
 
     refused(make(2), "model: 9 weights are others, such as lm_head.weight, model.embed_tokens.weight, model.layers")
@@ -341,7 +342,7 @@ def test_other_rows_are_refused(saved, rows):
             lambda: ref_logps.load(saved).attach(dataset),
             lambda: ref_logps.precompute(make(), dataset, COLLATOR, saved, **QUIET),
         ):
-            with pytest.raises(RuntimeError, match=re.escape("the log-probs are stale. ") + words):
+            with pytest.raises(RuntimeError, match=STALE + words):
                 act()
 
     refused(rows.select(range(6)), "data: had 7 rows, has 6$")
@@ -374,7 +375,10 @@ def test_another_tokenizer_is_refused(saved, text, rows, tmp_path):
     def refused(words, **change):
         options = {"eos_token": "<eos>", "pad_token": "<pad>", "chat_template": "{{ messages }}"} | change
         made = transformers.PreTrainedTokenizerFast(tokenizer_object=text[1].backend_tokenizer, **options)
-        with pytest.raises(RuntimeError, match=re.escape("the log-probs are stale. tokenizer: ") + words + "$"):
+        with pytest.raises(
+            RuntimeError,
+            match=STALE + "tokenizer: " + words + "$",
+        ):
             ref_logps.load(saved, tokenizer=made)
 
     refused("another chat template", chat_template="{{ tools }}")
@@ -382,7 +386,7 @@ def test_another_tokenizer_is_refused(saved, text, rows, tmp_path):
     refused("another vocabulary and special tokens", eos_token="<end>")
     ref_logps.precompute(make(), rows, COLLATOR, tmp_path, **QUIET)
     with pytest.raises(
-        RuntimeError, match="stale. tokenizer: no fingerprint was saved, for precompute was not given one"
+        RuntimeError, match="another. tokenizer: no fingerprint was saved, for precompute was not given one"
     ):
         ref_logps.load(tmp_path, tokenizer=text[1])
 
@@ -393,14 +397,14 @@ def test_another_truncation_is_refused(saved, rows):
             lambda: ref_logps.load(saved, collator=collator),
             lambda: ref_logps.precompute(make(), rows, collator, saved, **QUIET),
         ):
-            with pytest.raises(RuntimeError, match=re.escape("the log-probs are stale. ") + words):
+            with pytest.raises(RuntimeError, match=STALE + words):
                 act()
 
     refused(PreferenceCollator(0, 39, "keep_end"), "collator: max_length was 40, is 39$")
     refused(PreferenceCollator(0, 40, "keep_start"), "collator: truncation was 'keep_end', is 'keep_start'$")
-    with pytest.raises(RuntimeError, match="stale. collator: columns was"):
+    with pytest.raises(RuntimeError, match="another. collator: columns was"):
         ref_logps.load(saved, collator=UnpairedCollator(0, 40, "keep_end"))
-    with pytest.raises(RuntimeError, match=r"stale. model: 9 weights .*; collator: .*; data: .* another order"):
+    with pytest.raises(RuntimeError, match=r"stale.*model: 9 weights .*; collator: .*; data: .* another order"):
         ref_logps.load(
             saved, model=make(2), dataset=rows.shuffle(seed=0), collator=PreferenceCollator(0, 7, "keep_end")
         )

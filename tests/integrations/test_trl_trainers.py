@@ -505,7 +505,7 @@ def test_two_ranks(tmp_path):
 
 
 REFUSED = [  # when the trainer is made, where TRL finds out in the first step or never
-    (dict(loss_type=["sigmoid", "dpo"]), "loss_type: unknown name 'dpo'; known: sigmoid"),
+    (dict(loss_type=["sigmoid", "dpo"]), "loss_type: unknown name 'dpo'; the loss of DPO is 'sigmoid'"),
     (dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0]), "`loss_weights` must have the same length as `loss_type`"),
     (dict(loss_type=["hinge"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss_type hinge"),
     (dict(loss_type=["ipo"], label_smoothing=0.1), "label_smoothing: read by aot, .*; got loss_type ipo"),

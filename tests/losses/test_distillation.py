@@ -158,7 +158,7 @@ BAD = [
     (lambda: fl.distillation_loss(Z, Y, Z, divergence="kl", shift=False), ValueError, "unknown name 'kl'"),
     (lambda: fl.distillation_loss(Z, Y, Z, divergence="alpha_beta(a=1, b=0)", shift=False), ValueError, "is forward_kl"),
     (lambda: fl.distillation_loss(Z, Y, fl.LogProbs(Z[..., 0]), shift=False), ValueError,
-     "divergence.* needs ref .*got fl.LogProbs"),
+     "teacher: expected fl.Hidden or logits.*got fl.LogProbs"),
     (lambda: fl.distillation_loss(Z, Y, Z[..., :4], shift=False), ValueError,
      "ref: expected the policy's vocabulary of 5, got 4"),
     (lambda: fl.distillation_loss(Z, Y, Z, temperature=2.0, shift=False), TypeError, "temperature"),

@@ -261,7 +261,7 @@ BAD = [
     (lambda: fl.dpo_loss(Z[:3], Y[:3], None, shift=False), ValueError, r"labels: expected \[2B, T\].*got \[3, 3\]"),
     (lambda: fl.dpo_loss(Z[0], Y[0], None, shift=False), ValueError, r"labels: expected \[2B, T\]"),
     (lambda: fl.preference_loss(Z, Y, None, loss_type="dpo", shift=False), ValueError,
-     "loss_type: unknown name 'dpo'; known: sigmoid"),
+     "loss_type: unknown name 'dpo'; the loss of DPO is 'sigmoid'"),
     (lambda: fl.dpo_loss(Z, Y, None, loss_type="sigmoid", shift=False), TypeError, "dpo_loss: `loss_type` is fixed"),
     (lambda: fl.dpo_loss(Z, Y, Z, divergence="kl", shift=False), ValueError,
      "unknown name 'kl'; .*mean 'reverse_kl' or 'forward_kl'"),
