@@ -22,7 +22,7 @@ CLAIMS = {
     "grpo": r"step 3: loss -0\.\d+ \(written out -0\.\d+\), KL 0\.\d+, clipped",
     "distillation": r"forward and backward: \d MiB \(written out \d\d\)",
     "lora": r"the adapter has learnt, the reference has stayed",
-    "saved_reference": r"refused: .* the log-probs are stale\. model: 21 weights are others",
+    "saved_reference": r"refused: .* the log-probs are stale; .* model: 21 weights are others",
 }
 PACKAGES = {"trl_dpo": "trl", "lora": "peft"}
 WRONG = {"plain_loop": "dpo", "tdpo": "tdpo", "kto": "kto", "grpo": "grpo", "distillation": "distillation"}
