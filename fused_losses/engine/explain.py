@@ -53,7 +53,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.steps:
-            return "no pass over a vocabulary: log-probs are given, or this call is none of fused_losses"
+            return "no pass over a vocabulary seen: log-probs are given, or the call is compiled, or it is none of fused_losses"
         return "\n\n".join(map(str, self.steps))
 
 

@@ -43,7 +43,9 @@ def takes(options: type, *allowed: str) -> Callable[[Callable[P, R]], Callable[P
                     what = f"fl.{function.__name__}: unknown option {name!r}{nearest(name, (*known, *allowed))}"
                     raise TypeError(f"{what}; its options: {', '.join(listed)}")
             for i, name in needed:
-                if len(args) <= i and name not in keywords:
+                # an argument missing before this one is named by Python's own message
+                earlier_given = all(earlier in keywords for earlier in parameter_names[len(args) : i])
+                if len(args) <= i and name not in keywords and earlier_given:
                     raise TypeError(f"fl.{function.__name__}: {name}: expected {REQUIRED[name]}, got none")
             return function(*args, **keywords)
 

@@ -43,6 +43,8 @@ def test_a_reference_that_is_left_out_is_an_error(loss):
     name = "teacher" if loss is fl.distillation_loss else "ref"
     with pytest.raises(TypeError, match=rf"fl.{loss.__name__}: {name}: expected .*got none"):
         loss(torch.zeros(4, 3, 12), Y, shift=False)
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'labels' and"):
+        loss(torch.zeros(4, 3, 12), shift=False)
 
 
 def test_no_reference_is_said_by_none():
