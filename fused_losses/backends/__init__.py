@@ -14,10 +14,10 @@ import torch
 from ..core.inputs import PACKAGE
 from ..core.layout import stats_dtype
 from ..core.names import not_one_of
-from . import torch_backend
+from . import compiled, torch_backend
 from .interface import Backend
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "torch", "compiled")
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda by torch
 INSTALLED = importlib.util.find_spec("triton") is not None  # without importing it
 
@@ -35,24 +35,41 @@ def explain(device: torch.device, dtype: torch.dtype | None = None) -> tuple[str
     asked = os.environ.get("FUSED_LOSSES_BACKEND", "")
     if asked and asked not in BACKENDS:
         raise not_one_of("FUSED_LOSSES_BACKEND", asked, BACKENDS)
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true")
-    able = device.type in TRITON_DEVICES or (device.type == "cpu" and interpreted)
-    if asked == "torch":
-        return "torch", "FUSED_LOSSES_BACKEND=torch"
-    if asked == "triton":
+    if asked:
+        why_not = _why_not(asked, device)
+        if why_not:
+            raise RuntimeError(f"FUSED_LOSSES_BACKEND={asked}, but {why_not}")
+        name, reason = asked, f"FUSED_LOSSES_BACKEND={asked}"
+    elif device.type in TRITON_DEVICES:
         if not INSTALLED:
-            raise RuntimeError("FUSED_LOSSES_BACKEND=triton, but the package triton is not installed")
-        if not able:
-            raise RuntimeError(f"FUSED_LOSSES_BACKEND=triton, but Triton cannot run on {device.type} tensors")
-    elif device.type not in TRITON_DEVICES:
-        return "torch", f"{device.type} tensors (the interpreter runs only with FUSED_LOSSES_BACKEND=triton)"
-    elif not INSTALLED:
-        raise RuntimeError(
-            f"{device.type} tensors need the package triton; install it, or set FUSED_LOSSES_BACKEND=torch to run without"
-        )
-    if dtype == torch.float64:
+            raise RuntimeError(
+                f"{device.type} tensors need the package triton; install it, or set FUSED_LOSSES_BACKEND=torch to run "
+                "without"
+            )
+        name, reason = "triton", f"{device.type} tensors"
+    elif why_not := _why_not("compiled", device):
+        name, reason = "torch", f"{device.type} tensors; {why_not}"
+    else:
+        name, reason = "compiled", f"{device.type} tensors, with the C++ compiler {compiled.compiler()}"
+    if name == "triton" and dtype == torch.float64:
         raise ValueError("float64 logits: the Triton backend accumulates in float32; set FUSED_LOSSES_BACKEND=torch")
-    return "triton", "FUSED_LOSSES_BACKEND=triton" if asked else f"{device.type} tensors"
+    return name, reason
+
+
+def _why_not(name: str, device: torch.device) -> str:
+    """Return why a backend cannot run on a device, or an empty string."""
+    if name == "triton":
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true")
+        if not INSTALLED:
+            return "the package triton is not installed"
+        if device.type not in TRITON_DEVICES and not (device.type == "cpu" and interpreted):
+            return f"Triton cannot run on {device.type} tensors"
+    if name == "compiled":
+        if device.type != "cpu":
+            return f"it computes on cpu tensors, and these are {device.type} tensors"
+        if compiled.compiler() is None:
+            return "no C++ compiler was found (g++, or the one that CXX names) to compile loops with"
+    return ""
 
 
 @cache
@@ -60,6 +77,8 @@ def backend_module(name: str) -> Backend:
     """Return the module of a backend; the first call for Triton imports its module."""
     if name == "torch":
         return torch_backend
+    if name == "compiled":
+        return compiled
     from ..kernels import launch
 
     if launch.row_layout.__globals__ is not stats_dtype.__globals__:

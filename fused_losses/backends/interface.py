@@ -1,4 +1,4 @@
-"""The functions that a backend consists of. torch_backend.py and kernels/launch.py are the backends.
+"""The functions that a backend consists of. torch_backend.py, compiled.py and kernels/launch.py are the backends.
 
 Nothing here checks arguments: the public functions do. A backend computes on the tensors that it is given; the caller allocates
 all results and gradients, and a function writes every element of them unless stated otherwise. No function returns a tensor

@@ -16,11 +16,14 @@ import torch
 
 from .. import __version__
 from ..backends import explain
+from ..backends.compiled import COMPILE_FROM, folder
 
 VARIABLES = ("FUSED_LOSSES_BACKEND", "TRITON_INTERPRET")
 MEANING = {
     "triton": "the Triton kernels",
     "torch": "plain torch, a few rows at a time, with the kernels' formulas; Triton does not run",
+    "compiled": f"loops that torch.compile makes of the kernels' formulas, for calls of at least {COMPILE_FROM:,} logits; "
+    "plain torch for smaller ones",
 }
 
 
@@ -89,7 +92,8 @@ def backend_of(device: torch.device) -> tuple[str | None, str]:
     except (RuntimeError, ValueError) as error:
         return None, f"nothing runs: {error}"
     where = " in Triton's interpreter: slow, for tests" if (name, device.type) == ("triton", "cpu") else ""
-    return name, f"{name} backend: {MEANING[name]}{where}\nwhy: {reason}"
+    kept = f"\nkept in {folder()}: what it compiles, some seconds for each kind of call" if name == "compiled" else ""
+    return name, f"{name} backend: {MEANING[name]}{where}\nwhy: {reason}{kept}"
 
 
 def _print(rows: list[tuple[str, str]]) -> None:

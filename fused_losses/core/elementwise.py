@@ -92,17 +92,19 @@ def frame(c: Tensor, mp: Tensor, mq: Tensor) -> Tensor:
     return (c - apart) - lost
 
 
-def transform_logits(x: Tensor, softcap: float, multiplier: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+def transform_logits(
+    x: Tensor, softcap: float | Tensor, multiplier: float | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | float]:
     """Compute softcap tanh(x / softcap) * multiplier in a dtype, raised to at least FLOOR, and its derivative.
 
-    softcap 0.0 means no softcap.
+    softcap 0.0 means no softcap. Both may be tensors of one element.
     """
     x = x.to(dtype)
     slope: Tensor | float = multiplier
-    if softcap:
+    if isinstance(softcap, Tensor) or softcap:
         y = (x / softcap).tanh_()
         slope = (1 - y * y).mul_(multiplier)
         x = y.mul_(softcap)
-    if multiplier != 1.0:
+    if isinstance(multiplier, Tensor) or multiplier != 1.0:
         x = x * multiplier
     return x.clamp(min=FLOOR), slope

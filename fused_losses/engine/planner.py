@@ -147,7 +147,7 @@ def _bytes(call: PlanInputs, rows: int, columns: int) -> int:
     if call.backward and low and call.device == "cuda":  # dz beside z; elsewhere in its place
         logit += call.itemsize * (call.grad_hidden or call.grad_head) + call.itemsize * call.grad_ref
     size = rows * columns * logit
-    if call.backend == "torch":
+    if call.backend != "triton":  # "compiled" may leave a call to "torch"
         size += BLOCKS[int(call.pair)] * min(BLOCK_BYTES, rows * columns * call.sums)
     size += rows * call.row_cast + columns * call.column_cast
     if low and (rows < call.rows or call.device != "cuda"):  # a slice of dW before it is rounded
@@ -256,7 +256,7 @@ def _refusal(call: PlanInputs, kind: str, budget: int, asked: bool) -> str:
 
 def _refuse_on_chip(call: PlanInputs, budget: int, asked: bool) -> str:
     if call.backend != "triton":
-        return "it is a Triton kernel, and this runs on the torch backend"
+        return f"it is a Triton kernel, and this runs on the {call.backend} backend"
     if not call.hidden or (call.ref and not call.ref_hidden):
         return "both sides have to be hidden states"
     if not call.dense:

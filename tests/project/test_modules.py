@@ -28,6 +28,8 @@ BEHIND = {
     "fused_losses/engine/stats_outputs": ("test_hidden", '"vocab_chunks"'),
     "fused_losses/engine/operators": ("test_operators", "fl.token_stats("),
     "fused_losses/backends/torch_backend": ("test_token_stats", "fl.token_stats("),
+    "fused_losses/backends/block": ("test_token_stats", "fl.token_stats("),
+    "fused_losses/backends/compiled_elementwise": ("test_compiled", "SOME"),
     "fused_losses/engine/token_stats": ("test_token_stats", "fl.token_stats("),
     "fused_losses/core/elementwise": ("test_divergences", "divergences.get("),
     "fused_losses/nn/head_layers": ("test_head_layers", "fl.find_head("),

@@ -1,0 +1,356 @@
+"""Compute token_stats on a CPU with loops that torch.compile makes: one over the rows, the formulas of block.py inside.
+
+The torch backend calls a dozen operations for each block of rows, and all threads wait for each other after every one. Here
+Inductor makes C++ code of whole passes. A tile has all rows that count; no temporary has its size. What is not worth a
+compilation is left to torch_backend.py: calls of fewer than COMPILE_FROM logits, numbers of one row, preference pairs. Both
+have the same units and layouts, so that each can take over from the other within a call.
+
+Inductor keeps what it compiles on disk, in folder().
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import sys
+import threading
+import types
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.fx.experimental import _config as shapes_config
+
+from ..core.elementwise import transform_logits
+from ..core.layout import (
+    Grads,
+    Outputs,
+    StatsSpec,
+    rows_view,
+    shifted_labels,
+    stats_dtype,
+    term_rows,
+    write_divergence,
+)
+from . import block, torch_backend
+from .block import Block, Side, Sums
+from .compiled_elementwise import bind
+from .torch_backend import (  # noqa: F401 (functions of the interface that are the same here)
+    check_labels,
+    close,
+    frame,
+    in_nats,
+    merge_states,
+    pair_backward,
+    pair_forward,
+    saved_log,
+    tile_states,
+    tile_terms,
+)
+
+# A first compilation takes some seconds for each function, one from the disk less than one. At this size a call is about
+# 10 ms faster than torch_backend's, so that training gets the seconds back within some hundred steps.
+COMPILE_FROM = 1 << 20
+
+log = logging.getLogger("fused_losses")
+
+
+@functools.cache
+def compiler() -> str | None:
+    """Return the path of the C++ compiler that Inductor would call, or None."""
+    return shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")))
+
+
+def folder() -> str:
+    """Return the folder in which Inductor keeps what it compiles; TORCHINDUCTOR_CACHE_DIR names another."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # not above: importing it takes a while
+
+    return cache_dir()
+
+
+class _LeftToTorchError(Exception):
+    """This call is for the torch backend: nothing to compute, or it cannot be compiled."""
+
+
+class _Scale(NamedTuple):
+    """Softcap and multiplier of the logits of one side; None: without.
+
+    They are tensors, so that another temperature is not another compilation.
+    """
+
+    softcap: Tensor | None
+    multiplier: Tensor | None
+
+    @classmethod
+    def of(cls, softcap: float, multiplier: float, dtype: torch.dtype) -> _Scale:
+        cap = torch.tensor(softcap, dtype=dtype) if softcap else None
+        return cls(cap, None if multiplier == 1.0 else torch.tensor(multiplier, dtype=dtype))
+
+    def side(self, logits: Tensor, dtype: torch.dtype) -> Side:
+        softcap = 0.0 if self.softcap is None else self.softcap
+        return Side(*transform_logits(logits, softcap, 1.0 if self.multiplier is None else self.multiplier, dtype))
+
+
+class _Place(NamedTuple):
+    """The rows that count in a tensor of logits or of their gradients."""
+
+    memory: Tensor  # all rows [outer, inner, V]
+    outer: Tensor
+    inner: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor | None, vocab: int, numbers: Tensor) -> _Place | None:
+        """Take the rows of these numbers. `memory` is no view: code for a view would depend on the tensor it is a part of."""
+        if x is None:
+            return None
+        view = rows_view(x.detach(), 1)[..., :vocab]
+        own = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+        return cls(own, numbers // own.shape[1], numbers % own.shape[1])
+
+    def load(self) -> Tensor:
+        """Return [rows, V]."""
+        return torch.ops.aten._unsafe_index(self.memory, [self.outer, self.inner])  # the places are in range
+
+    def load_column(self, column: Tensor) -> Tensor:
+        """Return [rows, 1], one column of each row."""
+        return torch.ops.aten._unsafe_index(self.memory, [self.outer, self.inner, column])[:, None]
+
+    def store(self, x: Tensor, columns: Tensor, at_columns: Tensor) -> None:
+        """Write x [rows, V], and at_columns [rows, 1] to one column of each row."""
+        dtype = self.memory.dtype
+        self.memory[self.outer, self.inner] = x.to(dtype)
+        self.memory[self.outer, self.inner, columns] = at_columns.squeeze(1).to(dtype)
+
+
+class _Rows(NamedTuple):
+    """The logits of the rows of a call that count, and the columns of their labels."""
+
+    label: Tensor
+    policy: _Place
+    ref: _Place | None
+    scale: _Scale
+    ref_scale: _Scale
+
+    def block(self, label: Tensor | None = None) -> Block:
+        """Return all columns of the rows."""
+        dtype = stats_dtype(self.policy.memory)
+        ref = None if self.ref is None else self.ref_scale.side(self.ref.load(), dtype)
+        return Block(self.scale.side(self.policy.load(), dtype), ref, label)
+
+    def label_columns(self) -> tuple[Tensor, Block]:
+        """Return a column of each row, that of its label if it has one here, and a block of these columns alone."""
+        here = (self.label >= 0) & (self.label < self.policy.memory.shape[-1])
+        column, dtype = self.label.where(here, 0), stats_dtype(self.policy.memory)
+        ref = None if self.ref is None else self.ref_scale.side(self.ref.load_column(column), dtype)
+        return column, Block(self.scale.side(self.policy.load_column(column), dtype), ref, here.long() - 1)
+
+
+def _sums(spec: StatsSpec, rows: _Rows) -> Tensor:
+    return block.sums(spec, rows.block(rows.label)).state()
+
+
+def _terms(spec: StatsSpec, rows: _Rows, saved: Tensor) -> list[tuple[Tensor, Tensor]]:
+    tile = rows.block()
+    if tile.ref is None:
+        raise AssertionError("terms need a reference")
+    return [(c, h) for _, c, h in block.terms(spec, tile.policy.logits, tile.ref.logits, saved)]
+
+
+class _Asked(NamedTuple):
+    """Which gradients are wanted, and of which divergences the incoming ones are not 0."""
+
+    active: tuple[int, ...]
+    policy: bool
+    ref: bool
+
+
+def _gradients(
+    spec: StatsSpec,
+    asked: _Asked,
+    rows: _Rows,
+    saved: Tensor,
+    grads: Grads,
+    d_policy: _Place | None,
+    d_ref: _Place | None,
+) -> None:
+    """Write the gradients to their places; None: to where the logits are."""
+    # The labels' columns are computed once more for themselves; in the loop, each column would be compared with a label.
+    column, labels = rows.label_columns()
+    at_labels = block.gradients(spec, labels, saved, grads, *asked)
+    each = block.gradients(spec, rows.block(), saved, grads, *asked)
+    places = (d_policy or rows.policy, d_ref or rows.ref)
+    for place, gradient, at_label in zip(places, each, at_labels, strict=True):
+        if place is not None and gradient is not None and at_label is not None:
+            place.store(gradient, column, at_label)
+
+
+_failures: list[Exception] = []  # after the first one, the torch backend computes everything
+_programs: dict[tuple, Callable] = {}
+_said: set[str] = set()
+_lock = threading.Lock()
+
+
+def _say(what: str, *details: object) -> None:
+    """Log a line, each once in a process."""
+    with _lock:
+        new = what not in _said
+        _said.add(what)
+    if new:
+        log.warning(what, *details)
+
+
+def _bound(spec: StatsSpec, double: bool) -> StatsSpec:
+    """Return a spec without what does not change the code, with formulas for compiled loops."""
+    divergences = [
+        replace(
+            d,
+            term=d.term and bind(d.term, double),
+            grad_p=bind(d.grad_p, double),
+            grad_q=bind(d.grad_q, double),
+        )
+        for d in spec.divergences
+    ]
+    return StatsSpec(tuple(divergences), spec.entropy, spec.collision, False, 0, 0)
+
+
+# Nothing is written to memory because many operations or several readers follow: all of them are in the same loop.
+OPTIONS = {
+    "compile_threads": 1,
+    "realize_opcount_threshold": 1 << 20,
+    "realize_reads_threshold": 1 << 20,
+    "realize_acc_reads_threshold": 1 << 20,
+}
+
+
+def _new_program(function: Callable, fixed: tuple) -> Callable:
+    def program(*args: object) -> object:
+        if not is_compiling():  # torch runs the function as it is written, with temporaries of the size of a tile
+            raise _LeftToTorchError
+        return function(*fixed, *args)
+
+    # Dynamo keeps what it compiled, and counts recompilations, by code object
+    own = types.FunctionType(program.__code__.replace(), globals(), closure=program.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=True, options=dict(OPTIONS))
+
+
+def _run(function: Callable, spec: StatsSpec, rows: _Rows, *args: object, asked: _Asked | None = None) -> Any:
+    """Run the compiled function; the first call for a spec compiles it."""
+    if rows.label.numel() < 2:  # torch.compile makes other code for a size of 0 or 1
+        raise _LeftToTorchError
+    double = stats_dtype(rows.policy.memory) == torch.float64
+    formulas = tuple((d.key, d.power, d.params, d.term, d.grad_p, d.grad_q) for d in spec.divergences)
+    key = function, formulas, spec.entropy, spec.collision, double, asked
+    with _lock:
+        if key not in _programs:
+            fixed = (_bound(spec, double),) if asked is None else (_bound(spec, double), asked)
+            _programs[key] = _new_program(function, fixed)
+        program = _programs[key]
+    _say(
+        "fused_losses compiles loops for this CPU: some seconds for each new kind of call, less where %s has them already. "
+        "FUSED_LOSSES_BACKEND=torch runs without.",
+        folder(),
+    )
+    try:
+        # sizes that are equal by chance, of rows that count and of all rows, are not to be equal in the code
+        with torch.no_grad(), shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return program(rows, *args)
+    except _LeftToTorchError:
+        raise
+    except Exception as error:  # whatever the compiler raises: the torch backend computes the same
+        _failures.append(error)
+        message = str(error).strip().split("\n")[0]
+        _say("fused_losses: a compilation failed, torch goes on: %s: %s", type(error).__name__, message)
+        raise _LeftToTorchError from error
+
+
+def _or_torch(function: Callable) -> Callable:
+    """Leave a function of the interface to the torch backend where compiling does not pay, or fails."""
+
+    @functools.wraps(function)
+    def run(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, *args: object) -> None:
+        large = labels.numel() * spec.vocab >= COMPILE_FROM or os.environ.get("FUSED_LOSSES_BACKEND") == "compiled"
+        if large and not _failures and policy.is_cpu:
+            with suppress(_LeftToTorchError):
+                return function(spec, policy, labels, ref, *args)
+        return getattr(torch_backend, function.__name__)(spec, policy, labels, ref, *args)
+
+    return run
+
+
+def _rows(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Tensor, _Rows]:
+    """Return the numbers of the rows that count, and what a compiled function takes of them."""
+    dtype = stats_dtype(policy)
+    y = labels.reshape(-1).long()
+    numbers = (y != spec.ignore_index).nonzero().squeeze(1)
+    place = _Place.of(policy, spec.vocab, numbers)
+    if place is None:
+        raise AssertionError("a call without logits")
+    return numbers, _Rows(
+        y[numbers] - spec.first,
+        place,
+        _Place.of(ref, spec.vocab, numbers),
+        _Scale.of(spec.softcap, spec.multiplier, dtype),
+        _Scale.of(spec.ref_softcap, spec.ref_multiplier, dtype),
+    )
+
+
+@_or_torch
+def forward(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, out: Outputs) -> None:
+    labels = shifted_labels(labels, spec.shift, spec.ignore_index)
+    check_labels(spec, labels)
+    numbers, rows = _rows(spec, policy, labels, ref if out.ref_logps is not None else None)
+    state = _run(_sums, spec, rows)
+    torch_backend.clear(out)
+    torch_backend.write(spec, numbers, Sums.of(state), out)
+    second = [i for i, d in enumerate(spec.divergences) if d.term is not None]
+    if second and rows.ref is not None:
+        for i, (value, slope) in zip(second, _run(_terms, spec, rows, out.saved[:, numbers]), strict=True):
+            write_divergence(spec, i, value, slope, numbers, out)
+
+
+@_or_torch
+def fold(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, state: Tensor, fresh: bool) -> None:
+    numbers, rows = _rows(spec, policy, labels, ref)
+    new = _run(_sums, spec, rows)
+    state[:, numbers] = new if fresh else torch_backend.merged(spec, state[:, numbers], new)
+
+
+@_or_torch
+def terms(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor, saved: Tensor, sums: Tensor) -> None:
+    numbers, rows = _rows(spec, policy, labels, ref)
+    second = [i for i, d in enumerate(spec.divergences) if d.term is not None]
+    for i, totals in zip(second, _run(_terms, spec, rows, saved[:, numbers]), strict=True):
+        for at, total in zip(term_rows(i), totals, strict=True):
+            sums[at, numbers] += total
+
+
+@_or_torch
+def backward(  # noqa: PLR0913 (the interface)
+    spec: StatsSpec,
+    policy: Tensor,
+    labels: Tensor,
+    ref: Tensor | None,
+    saved: Tensor,
+    grads: Grads,
+    d_policy: Tensor | None,
+    d_ref: Tensor | None,
+) -> None:
+    labels = shifted_labels(labels, spec.shift, spec.ignore_index)
+    active = torch_backend.active_divergences(grads)
+    numbers, rows = _rows(spec, policy, labels, ref if active or d_ref is not None else None)
+    of_rows = Grads(*(None if g is None else g[..., numbers] for g in grads))
+    asked = _Asked(tuple(active), d_policy is not None, d_ref is not None)
+    places = [
+        None if x is None or logits is None or x.data_ptr() == logits.data_ptr() else _Place.of(x, spec.vocab, numbers)
+        for x, logits in ((d_policy, policy), (d_ref, ref))
+    ]
+    _run(_gradients, spec, rows, saved[:, numbers], of_rows, *places, asked=asked)
+    for x in (d_policy, d_ref):
+        if x is not None:
+            torch_backend.zero_outside(rows_view(x, 1), labels, spec)

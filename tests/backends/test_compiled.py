@@ -1,0 +1,274 @@
+"""The compiled backend: its numbers against the float64 twin and the torch backend, what it compiles, and when it does not.
+
+Every function that is compiled takes seconds, so that these tests share a few kinds of calls.
+"""
+
+import logging
+import os
+import threading
+
+import pytest
+import torch
+from helpers import generator_of, python, seeded
+
+import fused_losses as fl
+from fused_losses import backends, divergences
+from fused_losses.backends import compiled
+from fused_losses.cli.memory_probe import peak_bytes
+
+pytestmark = [
+    pytest.mark.skipif(compiled.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+SOME = ("forward_kl", "js", "alpha")
+CASES = {  # the same code computes all of them
+    "some rows ignored": {"shape": (37, 1003)},
+    "nearly equal": {"shape": (5, 4, 777), "apart": 1e-3},
+    "a constant apart": {"shape": (2, 9, 515), "apart": 0.3, "offset": 0.7},
+    "one step": {"shape": (40, 16)},
+}
+
+
+@pytest.fixture
+def on_compiled(monkeypatch):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "compiled")
+
+
+def inputs(shape, apart=1.0, offset=0.0, dtype=torch.float32, ignored=0.2, k=0):
+    generator = generator_of(k)
+    z = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    w = z + apart * torch.randn(shape, generator=generator, dtype=torch.float64) + offset
+    y = torch.randint(shape[-1], shape[:-1], generator=generator)
+    y[torch.rand(shape[:-1], generator=generator) < ignored] = -100
+    return z.to(dtype), w.to(dtype), y
+
+
+def results(source, monkeypatch, z, w, y, names=SOME, wrap=lambda x: x, **options):
+    """Return all statistics, and the gradients of both sides of a random sum of them."""
+    if source == "twin":
+        z, w = z.double(), w.double()
+    else:
+        monkeypatch.setenv("FUSED_LOSSES_BACKEND", source)
+    function = fl.reference.token_stats if source == "twin" else fl.token_stats
+    z, w = z.detach().requires_grad_(), w.detach().requires_grad_()
+    out = function(wrap(z), y, wrap(w), divergence=names, entropy=True, collision=True, shift=False, **options)
+    named = {"logps": out.logps, "ref_logps": out.ref_logps, "entropy": out.entropy, **out.divergence}
+    generator = generator_of(9)
+    total = sum((x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum() for x in named.values())
+    gradients = torch.autograd.grad(total, [z, w])
+    named |= {"collision": out.collision, "policy": gradients[0], "ref": gradients[1]}
+    return {name: x.detach().double() for name, x in named.items()}
+
+
+def check(monkeypatch, z, w, y, rounding, **options):
+    """The compiled backend is as close to the twin as the torch backend, up to a few roundings of a sum of terms."""
+    mine, other, exact = (results(b, monkeypatch, z, w, y, **options) for b in ("compiled", "torch", "twin"))
+    for name, x in exact.items():
+        finite = x.isfinite()
+        assert torch.equal(mine[name].isfinite(), other[name].isfinite()), name
+        error, theirs = ((b[name] - x)[finite].norm().item() for b in (mine, other))
+        size = x[finite].norm().item()
+        assert error <= 3 * theirs + rounding * size, f"{name}: {error:.1e} of {size:.1e}, torch {theirs:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_twin(case, monkeypatch):
+    """Near p = q the noise of sums decides: 1e-4 of the divergence is what the documents promise there."""
+    z, w, y = inputs(**CASES[case])
+    check(monkeypatch, z, w, y, 1e-4 if case == "nearly equal" else 1e-6)
+
+
+def test_suppressed_tokens(monkeypatch):
+    """Tokens that one side or both suppress; also as labels."""
+    z, w, y = inputs((64, 1003))
+    z[:, 5:9] = w[:, 7:12] = -torch.inf
+    y[:4] = torch.tensor([6, 8, 10, 3])
+    mine, other = (results(b, monkeypatch, z, w, y) for b in ("compiled", "torch"))
+    for name, x in other.items():
+        torch.testing.assert_close(mine[name], x, rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtypes(dtype, monkeypatch):
+    z, w, y = inputs((24, 515), dtype=dtype)
+    one = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-14}[dtype]
+    check(monkeypatch, z, w, y, one, names=("forward_kl", "js"))
+
+
+@pytest.mark.slow
+def test_every_divergence(monkeypatch):
+    z, w, y = inputs((24, 515))
+    check(monkeypatch, z, w, y, 2e-6, names=divergences.names())
+
+
+def test_head_options_and_layouts(monkeypatch):
+    """Another softcap or temperature is no other code; each tensor has strides of its own."""
+    z, w, y = inputs((6, 9, 300))
+    for temperature in (0.7, 0.9):
+        options = {"softcap": 20.0, "scale": 0.5, "temperature": temperature}
+        check(monkeypatch, z[:, :8], w[:, :8].contiguous(), y[:, :8], 1e-6, wrap=lambda x, o=options: fl.Logits(x, **o))
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiles_once_for_all_shapes(on_compiled):
+    """A forward and a backward: for other numbers of rows, of rows that count and of tokens, and where these are equal."""
+
+    def call(shape, ignored):
+        z, w, y = inputs(shape, ignored=ignored)
+        out = fl.token_stats(z.requires_grad_(), y, w, divergence="reverse_kl", shift=False)
+        (out.logps.sum() + out.divergence["reverse_kl"].sum()).backward()
+
+    call((20, 20), 0.0)
+    before = graphs()
+    for shape, ignored in [((37, 100), 0.3), ((50, 50), 0.0), ((4, 5, 60), 0.2), ((9, 30), 0.7), ((6, 1000), 0.1)]:
+        call(shape, ignored)
+    assert graphs() == before
+
+
+def test_no_temporary_of_vocabulary_size(on_compiled):
+    """Beyond the gradient that is asked for: numbers of rows."""
+    z, w, y = inputs((64, 16384))
+    z.requires_grad_()
+
+    def step():
+        out = fl.token_stats(z, y, w, divergence=SOME, entropy=True, collision=True, shift=False)
+        total = out.logps.sum() + sum(x.sum() for x in out.divergence.values()) + out.entropy.sum()
+        return torch.autograd.grad(total, [z])
+
+    step()
+    assert peak_bytes(step) <= z.nbytes + 64 * 1024
+
+
+def test_equal_from_run_to_run(monkeypatch):
+    z, w, y = inputs(**CASES["some rows ignored"])
+    first, second = (results("compiled", monkeypatch, z, w, y) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("plan", ["vocab_chunks", "keep_logits", "row_blocks", "frozen_head"])
+def test_plans(plan, monkeypatch):
+    """From hidden states: tiles of a vocabulary in parts, gradients in place of logits, a loss that is known."""
+    generator = seeded()
+    x, head, ref_x, ref_head = (torch.randn(n, 32, generator=generator) for n in (24, 2000, 24, 2000))
+    labels = torch.randint(2000, (24,), generator=generator)
+    found = []
+    for backend in ("compiled", "torch"):
+        monkeypatch.setenv("FUSED_LOSSES_BACKEND", backend)
+        leaves = [x.clone().requires_grad_(), head.clone().requires_grad_(plan != "frozen_head")]
+        policy, ref = fl.Hidden(*leaves), fl.Hidden(ref_x, ref_head)
+        how = {"plan": plan, "workspace": 1 << 17 if plan == "vocab_chunks" else None}
+        if plan == "row_blocks":
+            total = fl.distillation_loss(policy, labels, ref, divergence="js", shift=False, **how).loss
+        else:
+            out = fl.token_stats(policy, labels, ref, divergence=["forward_kl"], shift=False, **how)
+            total = out.logps.sum() + out.divergence["forward_kl"].sum()
+        found.append([total, *torch.autograd.grad(total, [t for t in leaves if t.requires_grad])])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_under_torch_compile(monkeypatch):
+    z, w, y = inputs((16, 4, 300))
+
+    def step(z):
+        return fl.distillation_loss(z, y, w, divergence="js", shift=False).loss
+
+    found = []
+    for backend, run in (("torch", step), ("compiled", torch.compile(step, fullgraph=True))):
+        monkeypatch.setenv("FUSED_LOSSES_BACKEND", backend)
+        leaf = z.clone().requires_grad_()
+        loss = run(leaf)
+        found.append([loss.detach(), *torch.autograd.grad(loss, [leaf])])
+    for other, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    assert not compiled._failures
+
+
+def test_threads(monkeypatch):
+    """Calls at the same time, of which the first compiles."""
+    z, w, y = inputs((30, 400))
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "compiled")
+    found = {}
+
+    def call(k):
+        out = fl.token_stats(z, y, w, divergence="jeffreys", shift=False)
+        found[k] = out.divergence["jeffreys"]
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.equal(x, found[0]) for x in found.values())
+    assert not compiled._failures
+
+
+def test_small_calls_are_left_to_torch(monkeypatch):
+    monkeypatch.delenv("FUSED_LOSSES_BACKEND", raising=False)
+    monkeypatch.setattr(compiled, "_run", lambda *args, **options: pytest.fail("a small call was compiled"))
+    z, w, y = inputs((8, 100))
+    fl.token_stats(z, y, w, divergence="js", shift=False)
+    assert backends.explain(torch.device("cpu"))[0] == "compiled"
+
+
+def test_a_failure_is_said_once(monkeypatch, caplog):
+    """torch goes on, with the same numbers."""
+    z, w, y = inputs((8, 100))
+    exact = results("torch", monkeypatch, z, w, y)
+    monkeypatch.setattr(compiled, "_failures", [])
+    monkeypatch.setattr(compiled, "_said", set())
+    monkeypatch.setattr(compiled, "_programs", {})
+
+    def broken(*args, **options):
+        def fail(*args):
+            raise RuntimeError("no such compiler\nand more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with caplog.at_level(logging.INFO, logger="fused_losses"):
+        found = [results("compiled", monkeypatch, z, w, y) for _ in range(2)]
+    assert all(torch.equal(x[name], exact[name]) for x in found for name in exact)
+    assert [r.getMessage() for r in caplog.records if "failed" in r.getMessage()] == [
+        "fused_losses: a compilation failed, torch goes on: RuntimeError: no such compiler"
+    ]
+
+
+def test_without_a_compiler(monkeypatch):
+    """The torch backend runs; asking for the compiled one is an error that names what is missing."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiled.compiler.cache_clear()
+    monkeypatch.delenv("FUSED_LOSSES_BACKEND", raising=False)
+    try:
+        assert backends.explain(torch.device("cpu"))[0] == "torch"
+        monkeypatch.setenv("FUSED_LOSSES_BACKEND", "compiled")
+        with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
+            backends.choose(torch.device("cpu"))
+    finally:
+        monkeypatch.undo()
+        compiled.compiler.cache_clear()
+
+
+def test_other_devices(on_compiled):
+    with pytest.raises(RuntimeError, match="cpu tensors"):
+        backends.choose(torch.device("meta"))
+
+
+@pytest.mark.parametrize("disable", ["TORCHDYNAMO_DISABLE", None])
+def test_where_torch_does_not_compile(disable, tmp_path):
+    """Whole tiles would take a dozen temporaries of their size: the torch backend computes them in blocks."""
+    script = tmp_path / "call.py"
+    stance = "" if disable else "torch.compiler.set_stance('force_eager')\n"
+    script.write_text(
+        f"import torch\n{stance}import fused_losses as fl\nfrom fused_losses.cli.memory_probe import peak_bytes\n"
+        "z, w = torch.randn(64, 16384), torch.randn(64, 16384)\ny = torch.zeros(64, dtype=torch.long)\n"
+        "step = lambda: fl.token_stats(z, y, w, divergence='js', shift=False)\n"
+        "step()\nprint('peak', peak_bytes(step) / z.nbytes)\n"
+    )
+    env = os.environ | {"FUSED_LOSSES_BACKEND": "compiled"} | ({disable: "1"} if disable else {})
+    done = python(str(script), env=env, check=True)
+    assert float(done.stdout.split("peak")[1]) < 4.5  # 15 blocks of 1 MiB
