@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import seeded
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, hvp
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,6 +124,20 @@ def test_tiles_are_no_business_of_the_compiler(fresh):
         with torch.compiler.set_stance("fail_on_recompile" if i > 1 else "default"):
             loss = compiled(*given)
         same(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(step(*given), (x, weight)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["orpo_loss", "preference_matching_loss"])
+def test_dynamo_traces_a_loss_once(fresh, name):
+    """A float that the library reads from an object would become an input, and tracing would start again without it."""
+    x, weight = torch.randn(4, 5, 8, requires_grad=True), torch.randn(29, 8, requires_grad=True)
+
+    def step(x, weight, y):
+        return getattr(fl, name)(fl.Hidden(x, weight), y, shift=True).loss
+
+    graphs = CompileCounterWithBackend("aot_eager")  # it counts the graphs that are thrown away too
+    torch.compile(step, fullgraph=True, dynamic=True, backend=graphs)(x, weight, torch.randint(0, 29, (4, 5)))
+    assert graphs.frame_count == 1
 
 
 def test_compiles_without_a_warning(fresh, recwarn):
