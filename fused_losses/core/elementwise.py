@@ -22,10 +22,12 @@ from torch import log as log
 FLOOR = -1e37
 HUGE = 1e20
 INF = float("inf")
+LARGEST = 80.0  # bound of a log-ratio or an exponent: its exponential is finite in float32
+FAR = 1e30  # stands for infinity where a product of it and 0, or a difference, has to be finite
 
 __all__ = [
-    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "exp", "expm1", "finite_exp", "frame", "log",
-    "log1p", "logmix", "maximum", "nats", "rescale", "sigmoid", "sign", "softplus", "where",
+    "FAR", "FLOOR", "HUGE", "INF", "LARGEST", "absolute", "bounded", "cap", "difference", "exp", "expm1", "finite_exp",
+    "frame", "log", "log1p", "logmix", "maximum", "nats", "rescale", "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip
 
 sigmoid, sign, where = torch.sigmoid, torch.sign, torch.where
@@ -40,8 +42,8 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def cap(x: Tensor) -> Tensor:
-    """Compute min(x, 80), so that links that grow exponentially stay finite in fp32; TRL uses the same bound."""
-    return x.clamp(max=80.0)
+    """Compute min(x, LARGEST), so that links that grow exponentially stay finite in fp32; TRL uses the same bound."""
+    return x.clamp(max=LARGEST)
 
 
 def finite_exp(x: Tensor) -> Tensor:
