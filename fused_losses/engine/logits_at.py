@@ -19,7 +19,7 @@ from ..core.elementwise import transform_logits
 from ..core.inputs import Hidden, Logits, TokenStats
 from ..core.layout import Grads, Outputs, StatsSpec, collapse
 from . import logits_ops
-from .explain import Explained, explaining
+from .explain import end_call, explaining
 from .operator_args import Layout
 from .operators import check_plain, once
 from .prepare import Asks, ExecutionOptions, inputs_of, spec_of
@@ -46,7 +46,7 @@ def stats_at(
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
     if explaining():
         compute_stats(policy, batch, None, (), False, options)
-        raise Explained
+        end_call()
     keep = keep & batch.mask.unsqueeze(-1)
     wrong = keep & ((ids < 0) | (ids >= policy.vocab))
     if ids.is_cpu and not torch.compiler.is_compiling() and wrong.any():
