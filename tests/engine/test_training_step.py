@@ -1,5 +1,5 @@
 """A whole training step inside torch's machinery: torch.compile, autocast, checkpoints, accumulation, CUDA graphs, transforms
-and export. The operators by themselves: test_operators.py, test_hidden.py."""
+and export. The operators by themselves: test_operators.py, test_hidden_operators.py."""
 
 import gc
 import weakref
