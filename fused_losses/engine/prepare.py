@@ -15,8 +15,8 @@ from ..core.layout import StatsSpec
 from .hidden_ops import HiddenStatsArgs, Options, plan_inputs
 from .operators import check_plain
 from .planner import Plan, PlanInputs, choose_plan_kind, make_plan, workspace_bytes
-from .shards import shard_of
 from .sides import InputFlags, Inputs, Wanted
+from .vocab_parallel import shard_of
 
 
 class ExecutionOptions(NamedTuple):
