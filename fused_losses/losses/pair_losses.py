@@ -99,7 +99,8 @@ class _Curve(torch.autograd.Function):
     @staticmethod
     @once("preference_loss")
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return g * ctx.saved_tensors[1], None, None
+        _, slope = ctx.saved_tensors
+        return g * slope, None, None
 
 
 def _curve(x: Tensor, f: Callable, params: tuple[float, ...]) -> Tensor:
