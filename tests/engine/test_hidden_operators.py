@@ -5,6 +5,7 @@ import torch
 from helpers import (
     asking,
     gradients_of,
+    hidden_leaves,
     labels_for,
 )
 from hidden_calls import PAIR_PLANS, PLANS, both_sides, cases, frozen_head, two_sources
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.core.layout import Grads, StatsSpec
-from fused_losses.engine import hidden_ops
+from fused_losses.engine import hidden_ops, logits_at
 from fused_losses.engine.sides import InputFlags, Inputs, Wanted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +60,47 @@ def test_opcheck_hidden_stats(backend, device, what):
     back = hidden_ops.HiddenStatsBackwardArgs(grads, found.stats.logps, found.stats.saved, found.keep, call)
     back = tuple(hidden_ops.BACKWARD_ARGS.pack(back))
     opcheck(OPS.hidden_stats_backward.default, back, test_utils=("test_schema", "test_faketensor"))
+
+
+def hidden_at_arguments(leaves, softcap=3.0):
+    """Of fused_losses::hidden_at: three tokens of each row, of which some do not count."""
+    ids, keep = torch.randint(0, 41, (2, 3, 3)), torch.rand(2, 3, 3) > 0.3
+    return logits_at.HiddenAtArgs(ids, keep, softcap, 0.5, Inputs(*leaves, 0.7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_opcheck_hidden_at(softcap):
+    leaves = hidden_leaves((2, 3), 6, 41, "cpu", rank=2)
+    opcheck(OPS.hidden_at.default, tuple(logits_at.HIDDEN_AT.pack(hidden_at_arguments(leaves, softcap))))
+    call = hidden_at_arguments([x.detach() for x in leaves], softcap)
+    found = logits_at.HIDDEN_AT_RESULT.unpack(OPS.hidden_at(*logits_at.HIDDEN_AT.pack(call)))
+    wanted = Wanted(InputFlags(x=True, weight=False, bias=True, a=True, b=True))
+    back = logits_at.HiddenAtBackwardArgs(torch.randn(2, 3, 3), found.slope, call, wanted)
+    back = tuple(logits_at.HIDDEN_AT_BACKWARD.pack(back))
+    opcheck(OPS.hidden_at_backward.default, back, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.slow
+def test_top_k_compiles_once_for_all_sizes():
+    """The loop over blocks of rows is no business of the compiler, which would unroll it for each number of rows."""
+    leaves = hidden_leaves((2, 3), 6, 41, "cpu", rank=2)
+
+    def step(x, weight, bias, a, b, y, logps, ids):
+        policy = fl.Hidden(x, weight, bias, lora=(a, b, 0.5), softcap=3.0)
+        return fl.topk_distillation_loss(policy, y, logps, ids, hard=0.3, shift=True).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for i, length in enumerate((4, 6, 9, 5)):
+        x, y = torch.randn(2, length, 6, requires_grad=True), labels_for((2, length), 41, "cpu")
+        ids = torch.rand(2, length - 1, 41).argsort(-1)[..., :4]
+        given = x, *leaves[1:], y, torch.randn(2, length - 1, 6).log_softmax(-1)[..., :4], ids
+        with torch.compiler.set_stance("fail_on_recompile" if i > 1 else "default"):
+            loss = compiled(*given)
+        eager, at = step(*given), given[:5]
+        torch.testing.assert_close(loss, eager)
+        torch.testing.assert_close(torch.autograd.grad(loss, at), torch.autograd.grad(eager, at))
+    torch._dynamo.reset()
 
 
 def training_step(x, weight, a, b, ref_x, ref_weight, y, plan):
