@@ -36,7 +36,6 @@ from torch import Tensor, log, logaddexp
 from torch.compiler import is_compiling
 
 from .elementwise import (
-    LARGEST,
     absolute,
     bounded,
     cap,
@@ -136,7 +135,7 @@ def _forward_scaling(x, y):
 
 def _forward_link(h):
     e = exp(cap(-h))
-    return -e, where(h > -LARGEST, e, 0.0)
+    return -e, where(h > -80.0, e, 0.0)
 
 
 def _jeffreys_grad_p(p, q, t, lp, lq):
@@ -153,7 +152,7 @@ def _jeffreys_row(reverse, forward, power):
 
 def _jeffreys_link(h):
     e = exp(cap(-h))
-    return h + 1.0 - e, 1.0 + where(h > -LARGEST, e, 0.0)
+    return h + 1.0 - e, 1.0 + where(h > -80.0, e, 0.0)
 
 
 # The power family: weight * sum (q u^s - p s + (s - 1) q) / (s (s - 1)) = weight * (sum p^s q^(1-s) - 1) / (s (s - 1)).
@@ -180,7 +179,7 @@ def _power_scaling(x, y, s, weight):
 
 def _power_link(h, s, weight):
     x = cap((s - 1.0) * h)
-    return expm1(x) * (weight / (s - 1.0)), where(x < LARGEST, weight * exp(x), 0.0)
+    return expm1(x) * (weight / (s - 1.0)), where(x < 80.0, weight * exp(x), 0.0)
 
 
 def _js_term(p, q, t, lp, lq, beta):

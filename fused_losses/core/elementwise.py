@@ -22,6 +22,8 @@ from torch import log as log
 FLOOR = -1e37
 HUGE = 1e20
 INF = float("inf")
+# Formulas have the next two numbers as literals: torch.compile(dynamic=True) makes an input of a float that it reads from a
+# module, and traces once more where a comparison needs its value.
 LARGEST = 80.0  # bound of a log-ratio or an exponent: its exponential is finite in float32
 FAR = 1e30  # stands for infinity where a product of it and 0, or a difference, has to be finite
 
@@ -42,8 +44,8 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def cap(x: Tensor) -> Tensor:
-    """Compute min(x, LARGEST), so that links that grow exponentially stay finite in fp32; TRL uses the same bound."""
-    return x.clamp(max=LARGEST)
+    """Compute min(x, 80), so that links that grow exponentially stay finite in fp32; TRL uses the same bound."""
+    return x.clamp(max=80.0)
 
 
 def finite_exp(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .elementwise import FAR, LARGEST, cap, exp, sigmoid, softplus, where
+from .elementwise import cap, exp, sigmoid, softplus, where
 
 
 def sigmoid_term(m, smoothing):
@@ -17,7 +17,7 @@ def sigmoid_term(m, smoothing):
 
     This is DPO (Rafailov et al. 2023, eq. 7); with label smoothing it is cDPO.
     """
-    loss = (1.0 - smoothing) * softplus(-m) + smoothing * where(m < FAR, softplus(m), FAR)  # no 0 * inf
+    loss = (1.0 - smoothing) * softplus(-m) + smoothing * where(m < 1e30, softplus(m), 1e30)  # no 0 * inf
     return loss, smoothing * sigmoid(m) - (1.0 - smoothing) * sigmoid(-m)
 
 
@@ -27,7 +27,7 @@ def robust_term(m, smoothing):
     This loss is unbiased if a share eps of the labels is flipped.
     """
     gain = 1.0 / (1.0 - 2.0 * smoothing)
-    loss = (1.0 - smoothing) * softplus(-m) - smoothing * where(m < FAR, softplus(m), FAR)
+    loss = (1.0 - smoothing) * softplus(-m) - smoothing * where(m < 1e30, softplus(m), 1e30)
     return gain * loss, -gain * ((1.0 - smoothing) * sigmoid(-m) + smoothing * sigmoid(m))
 
 
@@ -52,11 +52,11 @@ def discopop_term(m, tau):
     w e^-m is computed as the exponential of one number: for tau < 1 it tends to 0 as m -> -inf, where e^-m alone overflows.
     """
     w, complement = sigmoid(m / tau), sigmoid(-m / tau)
-    far = m < -FAR  # where a product with the infinite loss would be NaN
-    x = where(far, -FAR, -m - softplus(-m / tau))
+    far = m < -1e30  # where a product with the infinite loss would be NaN
+    x = where(far, -1e30, -m - softplus(-m / tau))
     e = exp(cap(x))
-    slope = where(x < LARGEST, e * (complement / tau - 1.0), 0.0)
-    plain = where(far, FAR, softplus(-m))
+    slope = where(x < 80.0, e * (complement / tau - 1.0), 0.0)
+    plain = where(far, 1e30, softplus(-m))
     return complement * plain + e, slope - complement * (w / tau * plain + sigmoid(-m))
 
 

@@ -127,13 +127,14 @@ def test_tiles_are_no_business_of_the_compiler(fresh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["orpo_loss", "preference_matching_loss"])
+@pytest.mark.parametrize("name", ["orpo_loss", "preference_matching_loss", "preference_loss"])
 def test_dynamo_traces_a_loss_once(fresh, name):
     """A float that the library reads from an object would become an input, and tracing would start again without it."""
     x, weight = torch.randn(4, 5, 8, requires_grad=True), torch.randn(29, 8, requires_grad=True)
+    several = {"ref": None, "loss_type": ("sigmoid", "discopop", "sft")} if name == "preference_loss" else {}
 
     def step(x, weight, y):
-        return getattr(fl, name)(fl.Hidden(x, weight), y, shift=True).loss
+        return getattr(fl, name)(fl.Hidden(x, weight), y, shift=True, **several).loss
 
     graphs = CompileCounterWithBackend("aot_eager")  # it counts the graphs that are thrown away too
     torch.compile(step, fullgraph=True, dynamic=True, backend=graphs)(x, weight, torch.randint(0, 29, (4, 5)))
