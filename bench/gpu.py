@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Against packages that need not be here, or of processes and files: on a CPU.
 ON_A_CPU = (
-    "against_", "trl_k", "trl_t", "trainer", "engines", "shards", "sequence_group", "ranks", "examples", "docs",
+    "against_", "trl_k", "trl_t", "trainer", "engines", "vocab_parallel", "sequence_group", "ranks", "examples", "docs",
     "preference_data", "ref_logps", "bench", "programs", "packaging",
 )  # fmt: skip
 LEFT_OUT = [f"--ignore-glob=*/test_{name}*" for name in ON_A_CPU]

@@ -125,10 +125,14 @@ def header(device: torch.device, dtypes: set[str], typed: Sequence[str]) -> tupl
         "import_s": import_seconds(),
     }
     report = {
-        "machine_info": info, "commit_info": clock.commit_info(), "benchmarks": [], "left_out": [],
-        "datetime": datetime.now(UTC).isoformat(timespec="seconds"), "version": "1",
+        "machine_info": info,
+        "commit_info": clock.commit_info(),
+        "benchmarks": [],
+        "left_out": [],
+        "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": "1",
         "command": " ".join(["python -m bench", *without_paths(typed)]),
-    }  # fmt: skip
+    }
     return report, limits
 
 

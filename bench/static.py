@@ -84,9 +84,17 @@ def _problem(case: tuple, vocab: int, softcap: float = 0.0):
 
     names, sums, _ = case
     return StatsSpec(
-        divergences=divergences.parse(names), entropy="entropy" in sums, collision="collision" in sums, shift=False,
-        ignore_index=-100, vocab=vocab, softcap=softcap, multiplier=1.0, ref_softcap=softcap, ref_multiplier=1.0,
-    )  # fmt: skip
+        divergences=divergences.parse(names),
+        entropy="entropy" in sums,
+        collision="collision" in sums,
+        shift=False,
+        ignore_index=-100,
+        vocab=vocab,
+        softcap=softcap,
+        multiplier=1.0,
+        ref_softcap=softcap,
+        ref_multiplier=1.0,
+    )
 
 
 def _fields(problem, rows: int):
@@ -126,10 +134,15 @@ def slices(case: tuple, rows: int = 16, vocab: int = 8192) -> Iterator[Launch]:
     yield Launch("merge_states", "", lambda: launch.merge_states(problem, state, state.clone()))
     new = lambda wanted=True: torch.zeros(rows) if wanted else None  # noqa: E731
     outputs = Outputs(
-        logps=new(), ref_logps=new(ref), lse=new(), entropy=new(problem.entropy),
+        logps=new(),
+        ref_logps=new(ref),
+        lse=new(),
+        entropy=new(problem.entropy),
         divergence=torch.zeros(n, rows) if n else None,
-        hit=torch.zeros(rows, dtype=torch.bool), collision=new(problem.collision), saved=saved,
-    )  # fmt: skip
+        hit=torch.zeros(rows, dtype=torch.bool),
+        collision=new(problem.collision),
+        saved=saved,
+    )
     yield Launch("close_states", "", lambda: launch.close(problem, state, labels, outputs))
 
 
@@ -478,12 +491,23 @@ def print_table(rows: list[Row], file=None) -> None:
         )
         print(
             line.format(
-                r["kernel"], r["target"], r["direction"], number(r["instructions"]), number(r.get("limit")),
-                number(r["mufu"], 2), number(r.get("mufu_limit"), 2), r["spills"], r["registers"], r["shared"],
-                number(r["requested"], 3), r["binds"] or "", number(r["fraction"], 2), what + (narrow and f"; {narrow}"),
+                r["kernel"],
+                r["target"],
+                r["direction"],
+                number(r["instructions"]),
+                number(r.get("limit")),
+                number(r["mufu"], 2),
+                number(r.get("mufu_limit"), 2),
+                r["spills"],
+                r["registers"],
+                r["shared"],
+                number(r["requested"], 3),
+                r["binds"] or "",
+                number(r["fraction"], 2),
+                what + (narrow and f"; {narrow}"),
             ).rstrip(),
             file=file,
-        )  # fmt: skip
+        )
     print(
         "\nA prediction for an H200, of sm_90's code: binds, and frac., of the copy bandwidth (tile_sums: of the matrix units'"
         f"\npeak at {HIDDEN} hidden dimensions), at best. bytes: requested / compulsory, of the rows' logits (tile_sums: of"

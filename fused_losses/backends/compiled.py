@@ -61,10 +61,8 @@ COMPILE_FROM = 1 << 20
 log = logging.getLogger("fused_losses")
 
 
-@functools.cache
-def compiler() -> str | None:
-    """Return the path of the C++ compiler that Inductor would call, or None."""
-    return shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")))
+# The path of the C++ compiler that Inductor would call, or None; found once, since torch.compile reads it while it traces
+COMPILER = shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")))
 
 
 def folder() -> str:

@@ -77,7 +77,6 @@ class Slot(NamedTuple):
     name: str
     form: Form
     optional: bool
-    absent: Any  # its value where its group is None
 
     @property
     def tensor(self) -> bool:
@@ -100,8 +99,7 @@ class Layout(Generic[T]):
             elif hasattr(hint, "_fields"):
                 self.fields.append((name, Layout(hint, optional or can_be_none)))
             else:
-                absent = kind._field_defaults.get(name)  # type: ignore[attr-defined]
-                self.fields.append((name, Slot(name, FORMS.get(hint, OBJECT), can_be_none, absent)))
+                self.fields.append((name, Slot(name, FORMS.get(hint, OBJECT), can_be_none)))
         self.optional = optional
         self.slots = self._slots("")
         self._packers = [slot.form.pack for slot in self.slots]
@@ -114,8 +112,7 @@ class Layout(Generic[T]):
             if isinstance(field, Layout):
                 slots += field._slots(f"{path}{name}_")
             else:
-                optional = field.optional or (self.optional and field.tensor)
-                slots.append(field._replace(name=path + name, optional=optional))
+                slots.append(field._replace(name=path + name, optional=field.optional or self.optional))
         return slots
 
     def schema(self, *mutated: str) -> str:
@@ -133,23 +130,27 @@ class Layout(Generic[T]):
 
     def pack(self, args: T) -> list[Any]:
         """Return the arguments of an operator."""
-        return [x if convert is None else convert(x) for convert, x in zip(self._packers, self.flat(args), strict=True)]
+        pairs = zip(self._packers, self.flat(args), strict=True)
+        return [x if convert is None or x is None else convert(x) for convert, x in pairs]
 
     def unpack(self, values: Iterable[Any]) -> T:
         """Return the arguments of an operator under their names."""
         pairs = zip(self._unpackers, values, strict=True)
-        return self.named([x if convert is None else convert(x) for convert, x in pairs])
+        return self.named([x if convert is None or x is None else convert(x) for convert, x in pairs])
 
     # ---- as they are: for autograd.Function, and for flags and gradients of each argument ----
 
     def flat(self, args: T | None) -> list[Any]:
-        """Return the values in their order; for a group that is None, those of its fields' defaults."""
+        """Return the values in their order; for a group that is None, None for each of its fields.
+
+        Defaults of the fields would do too, but torch.compile makes an input of a float that it reads from an object.
+        """
         values: list[Any] = []
         for name, field in self.fields:
             if isinstance(field, Layout):
                 values += field.flat(None if args is None else getattr(args, name))
             else:
-                values.append(field.absent if args is None else getattr(args, name))
+                values.append(None if args is None else getattr(args, name))
         if self.variadic:
             values += getattr(args, self.variadic)
         return values

@@ -224,7 +224,8 @@ def test_memory_of_the_torch_backend(names, both, monkeypatch):
     """Gradients and blocks, with blocks small enough for gradients to count, as they do at real sizes; then blocks alone,
     of which the model is a bound: a little over what is used, never under."""
     with monkeypatch.context() as patch:
-        patch.setattr(torch_backend, "BLOCK_BYTES", 1 << 15)
+        for module in (torch_backend, planner):
+            patch.setattr(module, "BLOCK_BYTES", 1 << 15)
         model, *tensors = step(names, 256, 2048, torch.float32, both=both)
         assert model.fused("torch") == pytest.approx(ours(model, *tensors), rel=0.1)
     model, *tensors = step(names, 256, 8192, torch.bfloat16)

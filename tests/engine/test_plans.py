@@ -25,8 +25,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Step:
     """A loss step from hidden states, four rows a sequence, and its plan."""
 
-    def __init__(self, device, rows, vocab, plan, workspace=None, ref=None, divergence=None, entropy=False, grads=("x", "w"),
-                 width=16, dtype=torch.float32, static=False, masked=False, rank=0):  # fmt: skip
+    def __init__(
+        self,
+        device,
+        rows,
+        vocab,
+        plan,
+        workspace=None,
+        ref=None,
+        divergence=None,
+        entropy=False,
+        grads=("x", "w"),
+        width=16,
+        dtype=torch.float32,
+        static=False,
+        masked=False,
+        rank=0,
+    ):
         lead = (rows // 4, 4)
         self.policy = hidden_leaves(lead, width, vocab, device, rank=rank, bias="bias" in grads, dtype=dtype)
         self.given = hidden_leaves(lead, width, vocab, device, bias=False, dtype=dtype)
@@ -372,9 +387,14 @@ def by_name(out, here):
 
 def truth_of(z, w, y):
     found = fl.reference.token_stats(
-        fl.Logits(z.double()), y, fl.Logits(w.double(), softcap=5.0, scale=0.7), divergence=NAMES, entropy=True,
-        collision=True, shift=False,
-    )  # fmt: skip
+        fl.Logits(z.double()),
+        y,
+        fl.Logits(w.double(), softcap=5.0, scale=0.7),
+        divergence=NAMES,
+        entropy=True,
+        collision=True,
+        shift=False,
+    )
     named = {k: getattr(found, k) for k in ("logps", "ref_logps", "lse", "entropy", "collision")} | found.divergence
     return {"hit": found.correct[y != -100]} | {k: v[y != -100] for k, v in named.items()}
 
