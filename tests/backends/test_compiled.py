@@ -89,6 +89,15 @@ def test_suppressed_tokens(monkeypatch):
         torch.testing.assert_close(mine[name], x, rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
 
 
+def test_parameters_are_those_of_the_call(monkeypatch):
+    """Not those of code that was compiled for other values; torch's cache on disk knows all of them in the second round."""
+    z, w, y = inputs((24, 515))
+    for _ in range(2):
+        for name in ("js", "js(beta=0.3)", "js(beta=0.8)"):
+            check(monkeypatch, z, w, y, 1e-6, names=(name,))
+        monkeypatch.setattr(compiled, "_programs", {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes(dtype, monkeypatch):
