@@ -23,7 +23,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, compute_cache_key
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +50,16 @@ class _StubDriver:
 
 
 @contextlib.contextmanager
+def _compiling_for(target: str) -> Iterator[None]:
+    previous = driver._active
+    driver.set_active(_StubDriver(TARGETS[target]))
+    try:
+        yield
+    finally:
+        driver._active = previous
+
+
+@contextlib.contextmanager
 def compiled(target: str) -> Iterator[list]:
     """Kernels launched inside are compiled for the target and collected, not run."""
     kernels: list = []
@@ -61,13 +71,22 @@ def compiled(target: str) -> Iterator[list]:
         kernels.append(kernel)
         return kernel
 
-    previous = driver._active
-    driver.set_active(_StubDriver(TARGETS[target]))
-    try:
-        with mock.patch.object(JITFunction, "run", warm):
-            yield kernels
-    finally:
-        driver._active = previous
+    with _compiling_for(target), mock.patch.object(JITFunction, "run", warm):
+        yield kernels
+
+
+@contextlib.contextmanager
+def keys(target: str) -> Iterator[list[tuple[str, str]]]:
+    """Of kernels launched inside, name and the key under which Triton keeps what it compiled; nothing is compiled or run."""
+    launched: list[tuple[str, str]] = []
+
+    def note(self, *args, grid, warmup, **kwargs):
+        _, key_cache, _, _, binder = self.device_caches[0]
+        _, specialization, options = binder(*args, **kwargs)
+        launched.append((self.__name__, compute_cache_key(key_cache, specialization, options)))
+
+    with _compiling_for(target), mock.patch.object(JITFunction, "run", note):
+        yield launched
 
 
 def _tool(cubin: bytes, name: str, *options: str) -> str:

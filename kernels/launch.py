@@ -5,6 +5,7 @@ caller passes the tensors for the gradients.
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -22,6 +23,7 @@ from ..core.layout import (
     row_layout,
 )
 from . import arguments, configs, fused_linear, pair_loss, token_stats, vocab_chunks
+from .arguments import UNIT, odd
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
 
 
@@ -30,12 +32,20 @@ def on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
+def _row_layout(x) -> arguments.RowLayout:
+    size, stride, inner = row_layout(x, 1)
+    aligned = x.stride(-1) == 1 and stride % UNIT == 0 and inner % UNIT == 0
+    if aligned:
+        stride, inner = stride // UNIT, inner // UNIT
+    return arguments.RowLayout(odd(stride), odd(inner), None if size == 1 else odd(size), 1 if aligned else None)
+
+
 def _logits(x, softcap=0.0, multiplier=1.0):
     """Return logits, or the place for their gradients, as kernels take them."""
     if x is None:
-        return arguments.Logits(None, (1, 0, 0), None, None, None)
-    stride = None if x.stride(-1) == 1 else x.stride(-1)
-    return arguments.Logits(x, row_layout(x, 1), stride, softcap or None, None if multiplier == 1.0 else multiplier)
+        return arguments.Logits(None, None, None, None, None)
+    stride = None if x.stride(-1) == 1 else odd(x.stride(-1))
+    return arguments.Logits(x, _row_layout(x), stride, softcap or None, None if multiplier == 1.0 else multiplier)
 
 
 def _policy(spec: StatsSpec, x):
@@ -47,16 +57,13 @@ def _ref(spec: StatsSpec, x):
 
 
 def _token_labels(spec: StatsSpec, labels):
-    length = labels.shape[-1] if spec.shift else 1
-    return arguments.Labels(labels, row_layout(labels, 0), spec.ignore_index, length)
-
-
-def _row_labels(spec: StatsSpec, labels):
-    return arguments.Labels(labels, None, spec.ignore_index, 1)
+    """Return the labels of rows, the length of their sequences, and ignore_index."""
+    return labels.contiguous(), labels.shape[-1] if spec.shift else 1, spec.ignore_index
 
 
 def _fields(x):
-    return None if x is None else arguments.Fields(x, x.stride(0))
+    """Return a tensor [fields, rows] of numbers of rows, such as a state, and its stride."""
+    return (None, 0) if x is None else (x, x.stride(0))
 
 
 def _powers(divergences: tuple[Divergence, ...]) -> tuple[float, ...]:
@@ -118,7 +125,7 @@ def forward(spec: StatsSpec, policy, labels, ref, out: Outputs) -> None:
         token_stats.token_stats_forward[(out.logps.numel(),)](
             _policy(spec, policy),
             _ref(spec, ref),
-            _token_labels(spec, labels),
+            *_token_labels(spec, labels),
             out,
             spec.vocab,
             _numbers(spec.divergences),
@@ -141,8 +148,8 @@ def backward(spec: StatsSpec, policy, labels, ref, saved, grads: Grads, d_policy
             _ref(spec, ref),
             _logits(d_policy),
             _logits(d_ref),
-            _token_labels(spec, labels),
-            grads,
+            *_token_labels(spec, labels),
+            *grads,
             saved,
             spec.vocab,
             spec.first,
@@ -163,8 +170,9 @@ def fold(spec: StatsSpec, policy, labels, ref, state, fresh: bool) -> None:
         vocab_chunks.fold_slice[(policy.shape[0],)](
             _policy(spec, policy),
             _ref(spec, ref),
-            _row_labels(spec, labels),
-            _fields(state),
+            labels,
+            spec.ignore_index,
+            *_fields(state),
             spec.vocab,
             spec.first,
             _powers(spec.divergences),
@@ -181,9 +189,10 @@ def terms(spec: StatsSpec, policy, labels, ref, saved, sums) -> None:
         vocab_chunks.add_terms[(policy.shape[0],)](
             _policy(spec, policy),
             _ref(spec, ref),
-            _row_labels(spec, labels),
-            _fields(saved),
-            _fields(sums),
+            labels,
+            spec.ignore_index,
+            *_fields(saved),
+            *_fields(sums),
             spec.vocab,
             _numbers(spec.divergences),
             FORMULAS=_formulas(spec.divergences),
@@ -195,15 +204,16 @@ def terms(spec: StatsSpec, policy, labels, ref, saved, sums) -> None:
 def merge_states(spec: StatsSpec, state, other) -> None:
     with on(state.device):
         vocab_chunks.merge_states[(state.shape[1],)](
-            _fields(state), _fields(other), _powers(spec.divergences), num_warps=1
+            *_fields(state), *_fields(other), _powers(spec.divergences), num_warps=1
         )
 
 
 def close(spec: StatsSpec, state, labels, out: Outputs) -> None:
     with on(state.device):
         vocab_chunks.close_states[(state.shape[1],)](
-            _fields(state),
-            _row_labels(spec, labels),
+            *_fields(state),
+            labels,
+            spec.ignore_index,
             out,
             spec.vocab,
             _numbers(spec.divergences),
@@ -229,8 +239,20 @@ def frame(c: torch.Tensor, mp: torch.Tensor, mq: torch.Tensor) -> torch.Tensor:
     return (c - apart * LN2_HI.value) - apart * LN2_LO.value
 
 
+@functools.cache
+def _no_offsets(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
 def _sequences(spec: PairLossSpec, mask, cu_seqlens):
-    return arguments.Sequences(mask, cu_seqlens, mask.numel(), mask.numel() // spec.sequences)
+    """Return which tokens count, where sequences start, the number of tokens, and the length of each sequence.
+
+    Plan "row_blocks" takes blocks of packed sequences, and then the whole batch. So both are one kernel: the length is -1 where
+    sequences are packed.
+    """
+    if cu_seqlens is None:
+        return mask, _no_offsets(mask.device), mask.numel(), mask.numel() // spec.sequences
+    return mask, cu_seqlens, mask.numel(), -1
 
 
 def pair_forward(spec: PairLossSpec, logps, ref, mask, cu_seqlens, out: PairOutputs) -> None:
@@ -238,7 +260,7 @@ def pair_forward(spec: PairLossSpec, logps, ref, mask, cu_seqlens, out: PairOutp
         pair_loss.pair_forward[(out.losses.numel(),)](
             logps,
             ref,
-            _sequences(spec, mask, cu_seqlens),
+            *_sequences(spec, mask, cu_seqlens),
             out,
             spec.beta,
             spec.divergence.params,
@@ -254,9 +276,9 @@ def pair_forward(spec: PairLossSpec, logps, ref, mask, cu_seqlens, out: PairOutp
 def pair_backward(spec: PairLossSpec, grads: PairGrads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
     with on(coef.device):
         pair_loss.pair_backward[(coef.numel(),)](
-            grads,
+            *grads,
             coef,
-            _sequences(spec, mask, cu_seqlens),
+            *_sequences(spec, mask, cu_seqlens),
             d_logps,
             d_ref,
             coef.numel() // 2,
@@ -338,8 +360,9 @@ def _tiles(spec: StatsSpec, policy: HiddenRows, labels, ref: HiddenRows | None, 
         fused_linear.tile_sums[(blocks * splits,)](
             _hidden(policy, spec.softcap, spec.multiplier),
             _hidden(ref, spec.ref_softcap, spec.ref_multiplier),
-            _row_labels(spec, labels),
-            _fields(saved),
+            labels,
+            spec.ignore_index,
+            *_fields(saved),
             parts,
             parts.stride(0),
             parts.stride(1),

@@ -12,6 +12,7 @@ import triton.language as tl
 from ..core import elementwise
 from ..core.layout import SAVED_FIELDS as _SAVED_FIELDS
 from ..core.layout import SavedRow
+from .arguments import UNIT as _UNIT
 from .elementwise import LN2, LOG2E, in_bits, tanh
 
 FLOOR = tl.constexpr(elementwise.FLOOR)  # suppressed logits are raised to this
@@ -19,6 +20,7 @@ FLOOR = tl.constexpr(elementwise.FLOOR)  # suppressed logits are raised to this
 LOW = tl.constexpr(-elementwise.HUGE)
 INF = tl.constexpr(elementwise.INF)
 TIED = tl.constexpr(40.0)  # bits: shifts() ties both sides if each shift is less than this above its maximum
+UNIT = tl.constexpr(_UNIT)
 SAVED_FIELDS = tl.constexpr(_SAVED_FIELDS)
 SAVED_AT = tl.constexpr(SavedRow(*range(_SAVED_FIELDS)))  # the row of each field
 
@@ -96,8 +98,13 @@ def transform_logits(x, softcap, multiplier):
 
 @triton.jit
 def row_offset(row, layout):
-    """Return the int64 offset of a row in a tensor with the given layout (layout.row_layout)."""
-    return (row // layout[0]) * layout[1] + (row % layout[0]) * layout[2]
+    """Return the int64 offset of a row in a tensor with the given RowLayout."""
+    if layout.size is None:
+        offset = row * (layout.stride >> 1)
+    else:
+        size = layout.size >> 1
+        offset = (row // size) * (layout.stride >> 1) + (row % size) * (layout.inner_stride >> 1)
+    return offset if layout.aligned is None else offset * UNIT
 
 
 @triton.jit
@@ -122,7 +129,7 @@ def pointers(start, logits, v):
     if logits.stride is None:
         return start + v
     else:
-        return start + v.to(tl.int64) * logits.stride
+        return start + v.to(tl.int64) * (logits.stride >> 1)
 
 
 @triton.jit
@@ -255,19 +262,17 @@ def add_step_terms(z, r, row, sums, params, FORMULAS: tl.constexpr, AXIS: tl.con
 
 
 @triton.jit
-def token_label(labels, row, SHIFT: tl.constexpr):
+def token_label(labels, row, length, ignore_index, SHIFT: tl.constexpr):
     """Return the label of a row.
 
-    With SHIFT it is the label of the next position, and ignore_index at the last position.
+    With SHIFT it is the label of the next position of its sequence, and ignore_index at the last position.
     """
     if SHIFT:
-        last = row % labels.length == labels.length - 1
-        at = row_offset(tl.where(last, row, row + 1), labels.layout)
-        return tl.where(last, labels.ignore_index, tl.load(labels.pointer + at).to(tl.int64))
-    elif labels.layout is None:
-        return tl.load(labels.pointer + row).to(tl.int64)
+        last = row % length == length - 1
+        label = tl.load(labels + tl.where(last, row, row + 1)).to(tl.int64)
+        return tl.where(last, ignore_index, label)
     else:
-        return tl.load(labels.pointer + row_offset(row, labels.layout)).to(tl.int64)
+        return tl.load(labels + row).to(tl.int64)
 
 
 @triton.jit

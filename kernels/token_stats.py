@@ -246,11 +246,13 @@ def store_divergence(out, i: tl.constexpr, row, rows, value, slope, degree, aliv
     tl.store(to_q, tl.where(alive, other, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["labels"])
 def token_stats_forward(
     policy,
     ref,
     labels,
+    length,
+    ignore_index,
     out,
     V,
     numbers,
@@ -262,12 +264,13 @@ def token_stats_forward(
 ):
     """Compute log p(y), log q(y), lse, entropy, divergences, whether y is the argmax, and log sum p^2.
 
-    policy, ref: Logits, ref absent without a reference. labels: Labels. out: Outputs. numbers: Numbers.
+    policy, ref: Logits, ref absent without a reference. labels: [rows]. length: of a sequence, where labels are shifted.
+    out: Outputs. numbers: Numbers.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
-    label = token_label(labels, row, SHIFT)
-    if label == labels.ignore_index:
+    label = token_label(labels, row, length, ignore_index, SHIFT)
+    if label == ignore_index:
         store_ignored(row, rows, out, len(FORMULAS.row))
         return
     valid = (label >= 0) & (label < V)
@@ -330,14 +333,31 @@ def backward_step(
             tl.store(pointers(start_q, d_ref, v), to_ref)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["length", "first"],
+    do_not_specialize_on_alignment=[
+        "labels",
+        "grad_logps",
+        "grad_ref_logps",
+        "grad_lse",
+        "grad_entropy",
+        "grad_divergence",
+        "saved",
+    ],
+)
 def token_stats_backward(
     policy,
     ref,
     d_policy,
     d_ref,
     labels,
-    grads,
+    length,
+    ignore_index,
+    grad_logps,
+    grad_ref_logps,
+    grad_lse,
+    grad_entropy,
+    grad_divergence,
     saved,
     V,
     first,
@@ -352,18 +372,19 @@ def token_stats_backward(
     """Compute dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], times the slope of softcap and multiplier.
 
     policy, ref: Logits, ref absent where nothing asks for q. d_policy, d_ref: Logits, absent where not wanted.
-    grads: Grads. Column 0 is the token `first`; columns from V to the width of a side get 0.
+    labels, length: as in token_stats_forward. grad_...: those of Grads. Column 0 is the token `first`; columns from V to the
+    width of a side get 0.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     n: tl.constexpr = len(FORMULAS.grad_p)
     REF: tl.constexpr = ref.pointer is not None
-    ENTROPY: tl.constexpr = grads.entropy is not None
-    label = token_label(labels, row, SHIFT)
+    ENTROPY: tl.constexpr = grad_entropy is not None
+    label = token_label(labels, row, length, ignore_index, SHIFT)
     v = tl.arange(0, BLOCK)
     start_p = row_start(d_policy, row) if d_policy.pointer is not None else 0
     start_q = row_start(d_ref, row) if d_ref.pointer is not None else 0
-    done = label == labels.ignore_index
+    done = label == ignore_index
     label -= first
     if d_policy.pointer is not None:
         for start in range(0 if done else V, width_p, BLOCK):
@@ -376,17 +397,17 @@ def token_stats_backward(
 
     starts = row_starts(policy, ref, row)
     of_row = load_saved(saved, rows, row)
-    label_p = tl.load(grads.logps + row).to(tl.float32) if grads.logps is not None else 0.0
-    label_q = tl.load(grads.ref_logps + row).to(tl.float32) if grads.ref_logps is not None else 0.0
-    to_lse = tl.load(grads.lse + row).to(tl.float32) if grads.lse is not None else 0.0
-    to_entropy = tl.load(grads.entropy + row).to(tl.float32) if ENTROPY else 0.0
+    label_p = tl.load(grad_logps + row).to(tl.float32) if grad_logps is not None else 0.0
+    label_q = tl.load(grad_ref_logps + row).to(tl.float32) if grad_ref_logps is not None else 0.0
+    to_lse = tl.load(grad_lse + row).to(tl.float32) if grad_lse is not None else 0.0
+    to_entropy = tl.load(grad_entropy + row).to(tl.float32) if ENTROPY else 0.0
     coef_p = to_lse - label_p
     if ENTROPY:
         coef_p -= to_entropy * of_row.entropy
     coef_q = -label_q
     to_divergences = ()
     for i in tl.static_range(n):
-        g = tl.load(grads.divergence + i * rows + row).to(tl.float32)
+        g = tl.load(grad_divergence + i * rows + row).to(tl.float32)
         at_p, at_q = slope_pointers(saved, rows, row, i)
         coef_p -= g * tl.load(at_p)
         coef_q -= g * tl.load(at_q)
