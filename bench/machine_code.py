@@ -146,6 +146,11 @@ def loops(sass: str) -> list[list[str]]:
     return [_hot(code, labels, *s) for s in inner]
 
 
+def beside(sass: str) -> int:
+    """Instructions that a row needs beside the steps of its loops, at most: every other one, and once what loops skip."""
+    return len(_parse(sass)[0]) - sum(map(len, loops(sass)))
+
+
 def _hot(code: list[tuple[str, str]], labels: dict[str, int], start: int, end: int) -> list[str]:
     """The loop's opcodes without what a conditional forward branch inside it skips: the rare rescaling."""
     kept, i = [], start

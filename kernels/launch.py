@@ -104,15 +104,19 @@ def _steps(config: configs.Config) -> arguments.Steps:
 
 
 def forward_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
-    two_pass = any(d.term is not None for d in spec.divergences)
-    return configs.FORWARD_TWO_PASS if two_pass else fold_config(spec, dtype)
+    if any(d.term is not None for d in spec.divergences):
+        return configs.FORWARD_TWO_PASS
+    return configs.FORWARD_MORE if _many_sums(spec, dtype) else configs.FORWARD
 
 
 def fold_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
-    """Return the launch configuration of one sweep over logits."""
+    return configs.CHUNK_MORE if _many_sums(spec, dtype) else configs.CHUNK
+
+
+def _many_sums(spec: StatsSpec, dtype: torch.dtype) -> bool:
+    """Return whether one sweep over logits keeps more in registers than the longer steps leave room for."""
     wide = spec.entropy or spec.collision or dtype == torch.float32
-    more = any(d.power is not None for d in spec.divergences) or (wide and spec.divergences)
-    return configs.FORWARD_MORE if more else configs.FORWARD
+    return any(d.power is not None for d in spec.divergences) or bool(wide and spec.divergences)
 
 
 def check_labels(spec: StatsSpec, labels) -> None:
@@ -184,7 +188,7 @@ def fold(spec: StatsSpec, policy, labels, ref, state, fresh: bool) -> None:
 
 
 def terms(spec: StatsSpec, policy, labels, ref, saved, sums) -> None:
-    config = configs.FORWARD_TWO_PASS
+    config = configs.CHUNK_TWO_PASS
     with on(policy.device):
         vocab_chunks.add_terms[(policy.shape[0],)](
             _policy(spec, policy),

@@ -72,7 +72,8 @@ def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
 
     LANES: tl.constexpr = STEPS.lanes
     BLOCK: tl.constexpr = STEPS.unroll * LANES
-    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes = tl.arange(0, LANES)[None, :]
+    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + lanes
     zero = tl.zeros([LANES], tl.float32)
     low = tl.sum(zero) + LOW
     lane_powers = ()
@@ -82,8 +83,8 @@ def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
     main = V // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
         sums = sweep(load_step(starts, policy, ref, start + v, V, False), sums, center, powers, REF, wanted)
-    if main < V:
-        sums = sweep(load_step(starts, policy, ref, main + v, V, True), sums, center, powers, REF, wanted)
+    for start in tl.range(main, V, LANES, num_stages=1):
+        sums = sweep(load_step(starts, policy, ref, start + lanes, V, True), sums, center, powers, REF, wanted)
 
     found = RowMoments(
         shift_p=sums.shift_p,
@@ -114,7 +115,8 @@ def term_sums(starts, policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS
     """Compute the TermSums of each term divergence in a second sweep; other divergences get zeros."""
     LANES: tl.constexpr = STEPS.lanes
     BLOCK: tl.constexpr = STEPS.unroll * LANES
-    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes = tl.arange(0, LANES)[None, :]
+    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + lanes
     zero = tl.zeros([LANES], tl.float32)
     sums = ()
     for i in tl.static_range(len(FORMULAS.term)):
@@ -126,8 +128,8 @@ def term_sums(starts, policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
         step = load_step(starts, policy, ref, start + v, V, False)
         sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
-    if main < V:
-        step = load_step(starts, policy, ref, main + v, V, True)
+    for start in tl.range(main, V, LANES, num_stages=1):
+        step = load_step(starts, policy, ref, start + lanes, V, True)
         sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
     found = ()
     for i in tl.static_range(len(FORMULAS.term)):
