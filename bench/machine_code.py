@@ -191,6 +191,7 @@ def spills(kernel) -> int:
 # ---- the launches whose code is worth knowing ------------------------------------------------------------------------
 
 STRIDED = ("logps", "both KLs + entropy", "js")
+UNALIGNED = ("logps", "both KLs")
 INSTRUCTIONS_PER_BYTE, MUFU_PER_BYTE = 7.78, 0.97  # H200, see above
 
 
@@ -212,8 +213,8 @@ def launches(names: list[str]) -> dict[str, tuple[tuple[str, ...], str, bool]]:
 def compile_workload(
     divergences, sums: str, ref, target: str, vocab: int = 128256, dtype: str = "bfloat16", to_ref=False, strided=False
 ):
-    """(forward kernel, entries per thread), (backward kernel, entries per thread) of token_stats on 2-D logits, stored
-    vocabulary first where strided."""
+    """(forward kernel, its configuration), (backward kernel, its own) of token_stats on 2-D logits, stored vocabulary first
+    where strided."""
     import torch
 
     from fused_losses import divergences as registry
@@ -239,7 +240,7 @@ def compile_workload(
         launch.forward(spec, z, y, w, out)
         launch.backward(spec, z, y, w, out.saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
     config = launch.forward_config(spec, z.dtype)
-    return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
+    return (kernels[0], config), (kernels[1], configs.BACKWARD)
 
 
 def compile_pairs(target: str) -> list[tuple]:

@@ -9,12 +9,10 @@ argument of its own, or is passed as odd(n).
 
 from typing import Any, NamedTuple
 
-UNIT = 16  # elements; rows of logits that begin at multiples of it are aligned
-
 
 def odd(n: int) -> int:
-    """Return 2 n + 1, which Triton does not compile again for; kernels take n back with >> 1."""
-    return 2 * n + 1
+    """Return 2 n + 3, which Triton does not compile again for; row_stats.number takes n >= 0 back."""
+    return 2 * n + 3
 
 
 class RowLayout(NamedTuple):
@@ -23,7 +21,8 @@ class RowLayout(NamedTuple):
     stride: Any
     inner_stride: Any
     size: Any  # None: row i is at i * stride
-    aligned: Any  # 1: the strides are given in units of UNIT elements; None: in elements
+    aligned: Any  # 1: strides are given in units of 16 bytes; None: in elements
+    peeled: Any  # 1: the policy's rows are not aligned, and these are as far from the next aligned address as they are
 
 
 class Logits(NamedTuple):

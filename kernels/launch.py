@@ -7,6 +7,7 @@ caller passes the tensors for the gradients.
 import contextlib
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from triton.runtime import driver
@@ -22,8 +23,8 @@ from ..core.layout import (
     StatsSpec,
     row_layout,
 )
-from . import arguments, configs, fused_linear, pair_loss, token_stats, vocab_chunks
-from .arguments import UNIT, odd
+from . import arguments, configs, fused_linear, pair_loss, row_stats, token_stats, vocab_chunks
+from .arguments import odd
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
 
 
@@ -32,28 +33,56 @@ def on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _row_layout(x) -> arguments.RowLayout:
+class _Rows(NamedTuple):
+    """How the rows of logits lie, as in layout.row_layout; unit: how many elements 16 bytes hold, 1: rows are not aligned."""
+
+    size: int
+    stride: int
+    inner: int
+    unit: int
+
+
+def _rows(x) -> _Rows:
     size, stride, inner = row_layout(x, 1)
-    aligned = x.stride(-1) == 1 and stride % UNIT == 0 and inner % UNIT == 0
-    if aligned:
-        stride, inner = stride // UNIT, inner // UNIT
-    return arguments.RowLayout(odd(stride), odd(inner), None if size == 1 else odd(size), 1 if aligned else None)
+    unit = 16 // x.element_size()
+    aligned = x.stride(-1) == 1 and stride % unit == 0 and inner % unit == 0
+    return _Rows(size, stride, inner, unit if aligned else 1)
 
 
-def _logits(x, softcap=0.0, multiplier=1.0):
-    """Return logits, or the place for their gradients, as kernels take them."""
-    if x is None:
-        return arguments.Logits(None, None, None, None, None)
-    stride = None if x.stride(-1) == 1 else odd(x.stride(-1))
-    return arguments.Logits(x, _row_layout(x), stride, softcap or None, None if multiplier == 1.0 else multiplier)
+def _phase(x, rows: _Rows) -> tuple[int, ...] | None:
+    """Return what the distance of each row from the next aligned address follows from; None: rows are not contiguous."""
+    if x.stride(-1) != 1:
+        return None
+    n = row_stats.PEELED.value
+    return rows.size, rows.stride % n, rows.inner % n, x.data_ptr() // x.element_size() % n
 
 
-def _policy(spec: StatsSpec, x):
-    return _logits(x, spec.softcap, spec.multiplier)
+def _logits(x, rows: _Rows, peeled, softcap=0.0, multiplier=1.0):
+    """Return logits, or the place for their gradients, as kernels take them; peeled: the phase where a sweep begins aligned."""
+    layout = arguments.RowLayout(
+        stride=odd(rows.stride // rows.unit),
+        inner_stride=odd(rows.inner // rows.unit),
+        size=None if rows.size == 1 else odd(rows.size),
+        aligned=1 if rows.unit > 1 else None,
+        peeled=1 if peeled is not None and _phase(x, rows) == peeled else None,
+    )
+    between = None if x.stride(-1) == 1 else odd(x.stride(-1))
+    return arguments.Logits(x, layout, between, softcap or None, None if multiplier == 1.0 else multiplier)
 
 
-def _ref(spec: StatsSpec, x):
-    return _logits(x, spec.ref_softcap, spec.ref_multiplier)
+ABSENT = arguments.Logits(None, None, None, None, None)
+
+
+def _sides(spec: StatsSpec, policy, ref, *gradients):
+    """Return the logits of both sides, and the places for their gradients."""
+    rows = _rows(policy)
+    # where the policy's rows are not aligned, sweeps begin at the first aligned column of each
+    peeled = None if rows.unit > 1 or spec.vocab < row_stats.PEELED.value else _phase(policy, rows)
+    return (
+        _logits(policy, rows, peeled, spec.softcap, spec.multiplier),
+        ABSENT if ref is None else _logits(ref, _rows(ref), peeled, spec.ref_softcap, spec.ref_multiplier),
+        *(ABSENT if place is None else _logits(place, _rows(place), peeled) for place in gradients),
+    )
 
 
 def _token_labels(spec: StatsSpec, labels):
@@ -127,8 +156,7 @@ def forward(spec: StatsSpec, policy, labels, ref, out: Outputs) -> None:
     config = forward_config(spec, policy.dtype)
     with on(policy.device):
         token_stats.token_stats_forward[(out.logps.numel(),)](
-            _policy(spec, policy),
-            _ref(spec, ref),
+            *_sides(spec, policy, ref),
             *_token_labels(spec, labels),
             out,
             spec.vocab,
@@ -148,10 +176,7 @@ def backward(spec: StatsSpec, policy, labels, ref, saved, grads: Grads, d_policy
     config = configs.BACKWARD
     with on(policy.device):
         token_stats.token_stats_backward[(saved.shape[1],)](
-            _policy(spec, policy),
-            _ref(spec, ref),
-            _logits(d_policy),
-            _logits(d_ref),
+            *_sides(spec, policy, ref, d_policy, d_ref),
             *_token_labels(spec, labels),
             *grads,
             saved,
@@ -172,8 +197,7 @@ def fold(spec: StatsSpec, policy, labels, ref, state, fresh: bool) -> None:
     config = fold_config(spec, policy.dtype)
     with on(policy.device):
         vocab_chunks.fold_slice[(policy.shape[0],)](
-            _policy(spec, policy),
-            _ref(spec, ref),
+            *_sides(spec, policy, ref),
             labels,
             spec.ignore_index,
             *_fields(state),
@@ -191,8 +215,7 @@ def terms(spec: StatsSpec, policy, labels, ref, saved, sums) -> None:
     config = configs.CHUNK_TWO_PASS
     with on(policy.device):
         vocab_chunks.add_terms[(policy.shape[0],)](
-            _policy(spec, policy),
-            _ref(spec, ref),
+            *_sides(spec, policy, ref),
             labels,
             spec.ignore_index,
             *_fields(saved),

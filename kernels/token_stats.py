@@ -32,12 +32,13 @@ from .row_stats import (
     load_saved,
     load_step,
     pointers,
-    row_start,
     row_starts,
     slope_pointers,
     slopes,
     sweep,
+    sweep_start,
     token_label,
+    wrapped,
 )
 
 close_moments, close_power, log_totals = jit(moments.close_moments), jit(moments.close_power), jit(moments.log_totals)
@@ -54,6 +55,8 @@ def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
     The logits are centred on those of column y, which are among the sums.
     """
     REF: tl.constexpr = ref.pointer is not None
+    first = y * 0 - starts.head
+    y -= starts.head
     label_p = entry(starts.policy, policy, y)
     label_q = label_p
     if REF:
@@ -62,7 +65,7 @@ def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
     # A constant close to z - r: that of column y, or that of column 0 if column y is an outlier.
     center = tl.where(known, label_p - label_q, 0.0)
     if REF:
-        first_p, first_q = entry(starts.policy, policy, y * 0), entry(starts.ref, ref, y * 0)
+        first_p, first_q = entry(starts.policy, policy, first), entry(starts.ref, ref, first)
         other = (first_p > LOW) & (first_q > LOW) & (tl.abs(center) > 64.0)
         center = tl.where(other, first_p - first_q, center)
     shift_q = tl.where(label_q > LOW, tl.floor(label_q * LOG2E), LOW)
@@ -80,7 +83,7 @@ def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
     for i in tl.static_range(len(powers)):  # noqa: B007
         lane_powers = lane_powers + (LanePower(zero, low),)
     sums = LaneSums(shift_p, shift_q, label_p, label_q, zero, zero, zero, zero, zero, zero, zero, lane_powers)
-    main = V // BLOCK * BLOCK
+    main = (V - starts.head) // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
         sums = sweep(load_step(starts, policy, ref, start + v, V, False), sums, center, powers, REF, wanted)
     for start in tl.range(main, V, LANES, num_stages=1):
@@ -124,7 +127,7 @@ def term_sums(starts, policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS
             sums = sums + (TermSums(zero, zero),)
         else:
             sums = sums + (TermSums(0.0, 0.0),)
-    main = V // BLOCK * BLOCK
+    main = (V - starts.head) // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
         step = load_step(starts, policy, ref, start + v, V, False)
         sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
@@ -308,7 +311,7 @@ def backward_step(
     ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Write the gradients at vocabulary entries v [BLOCK] of a row."""
+    """Write the gradients at positions v [BLOCK] of the sweep over a row; label: the position of the label."""
     step = load_step(starts, policy, ref, v, V, MASKED)
     to_policy, to_ref = slopes(
         step,
@@ -323,16 +326,32 @@ def backward_step(
         d_policy.pointer is not None,
         d_ref.pointer is not None,
     )
+    inside = v < V
+    if MASKED:
+        v = wrapped(v, V, starts.head, policy)
     if d_policy.pointer is not None:
         if MASKED:
-            tl.store(pointers(start_p, d_policy, v), to_policy, mask=v < V)
+            tl.store(pointers(start_p, d_policy, v), to_policy, mask=inside)
         else:
             tl.store(pointers(start_p, d_policy, v), to_policy)
     if d_ref.pointer is not None:
         if MASKED:
-            tl.store(pointers(start_q, d_ref, v), to_ref, mask=v < V)
+            tl.store(pointers(start_q, d_ref, v), to_ref, mask=inside)
         else:
             tl.store(pointers(start_q, d_ref, v), to_ref)
+
+
+@triton.jit
+def store_zeros(start, logits, policy, begin, head, width, v):
+    """Write zeros to columns begin to width of a row; begin: 0, or behind all that the sweep over the row writes."""
+    BLOCK: tl.constexpr = v.shape[0]
+    main = tl.where(begin == 0, (width - head) // BLOCK * BLOCK, begin - head)
+    for at in range(0 if begin == 0 else main, main, BLOCK):
+        tl.store(pointers(start, logits, at + v), 0.0)
+    end = tl.where(begin == 0, width, width - head)
+    for at in range(main, end, BLOCK):
+        to = wrapped(at + v, width, head, policy)
+        tl.store(pointers(start, logits, to), 0.0, mask=at + v < end)
 
 
 @triton.jit(
@@ -384,20 +403,21 @@ def token_stats_backward(
     ENTROPY: tl.constexpr = grad_entropy is not None
     label = token_label(labels, row, length, ignore_index, SHIFT)
     v = tl.arange(0, BLOCK)
-    start_p = row_start(d_policy, row) if d_policy.pointer is not None else 0
-    start_q = row_start(d_ref, row) if d_ref.pointer is not None else 0
+    starts = row_starts(policy, ref, row)
+    head = starts.head
+    start_p = sweep_start(d_policy, row, head) if d_policy.pointer is not None else 0
+    start_q = sweep_start(d_ref, row, head) if d_ref.pointer is not None else 0
     done = label == ignore_index
-    label -= first
     if d_policy.pointer is not None:
-        for start in range(0 if done else V, width_p, BLOCK):
-            tl.store(pointers(start_p, d_policy, start + v), 0.0, mask=start + v < width_p)
+        store_zeros(start_p, d_policy, policy, 0 if done else V, head, width_p, v)
     if d_ref.pointer is not None:
-        for start in range(0 if done else V, width_q, BLOCK):
-            tl.store(pointers(start_q, d_ref, start + v), 0.0, mask=start + v < width_q)
+        store_zeros(start_q, d_ref, policy, 0 if done else V, head, width_q, v)
     if done:
         return
 
-    starts = row_starts(policy, ref, row)
+    label -= first
+    if policy.layout.peeled is not None:
+        label = tl.where((label < 0) | (label >= V), -1, tl.where(label < head, label + V, label) - head)
     of_row = load_saved(saved, rows, row)
     label_p = tl.load(grad_logps + row).to(tl.float32) if grad_logps is not None else 0.0
     label_q = tl.load(grad_ref_logps + row).to(tl.float32) if grad_ref_logps is not None else 0.0
@@ -416,7 +436,7 @@ def token_stats_backward(
         to_divergences = to_divergences + (g,)
     coefs = Coefs(label_p, label_q, to_entropy, coef_p, coef_q, to_divergences)
 
-    main = V // BLOCK * BLOCK
+    main = (V - head) // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STAGES):
         backward_step(
             starts,
@@ -437,7 +457,7 @@ def token_stats_backward(
             ENTROPY,
             False,
         )
-    if main < V:
+    for start in tl.range(main, V, BLOCK, num_stages=1):
         backward_step(
             starts,
             policy,
@@ -446,7 +466,7 @@ def token_stats_backward(
             d_policy,
             start_q,
             d_ref,
-            main + v,
+            start + v,
             V,
             label,
             of_row,

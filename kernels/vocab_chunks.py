@@ -64,7 +64,7 @@ def merged(sums, power_sums, other, other_powers, powers):
     return both, found
 
 
-@triton.jit(do_not_specialize=["stride", "first"], do_not_specialize_on_alignment=["labels", "state"])
+@triton.jit(do_not_specialize=["stride", "V", "first"], do_not_specialize_on_alignment=["labels", "state"])
 def fold_slice(
     policy,
     ref,
@@ -109,7 +109,9 @@ def fold_slice(
     store_state(state, stride, row, sums, power_sums)
 
 
-@triton.jit(do_not_specialize=["saved_stride", "stride"], do_not_specialize_on_alignment=["labels", "saved", "sums"])
+@triton.jit(
+    do_not_specialize=["saved_stride", "stride", "V"], do_not_specialize_on_alignment=["labels", "saved", "sums"]
+)
 def add_terms(
     policy,
     ref,

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 MOST = 6  # kernels of a loop
 LOOPS = (
     "dpo from logits, padded",
+    "dpo from logits, odd vocabulary",
     "dpo from logits, shifted by hand",
     "dpo from logits, packed",
     "dpo, vocab_chunks",
