@@ -13,8 +13,12 @@ class Config(NamedTuple):
     stages: int  # steps in flight in the asynchronous loads
 
     @property
+    def step(self) -> int:
+        return self.lanes * self.unroll
+
+    @property
     def per_thread(self) -> int:
-        return self.lanes * self.unroll // (32 * self.warps)
+        return self.step // (32 * self.warps)
 
 
 # Chosen from the machine code for sm_90 (no spills; 8 lanes a thread make 128-bit loads of 2-byte logits); not yet timed.
@@ -22,6 +26,11 @@ FORWARD = Config(1024, 8, 4, 2)
 FORWARD_MORE = Config(1024, 4, 4, 2)  # half the step: a third exponential, or divergences with entropy or float32
 FORWARD_TWO_PASS = Config(1024, 2, 4, 2)
 BACKWARD = Config(1024, 1, 4, 1)
+# The same for chunks of a vocabulary, with one warp a row. What a row costs beside its logits (reductions, merging of states:
+# 350 to 570 instructions a thread) is done by a quarter of the threads, and what is left of a row after whole steps is less.
+CHUNK = Config(256, 8, 1, 2)
+CHUNK_MORE = Config(256, 4, 1, 2)
+CHUNK_TWO_PASS = Config(256, 2, 1, 2)
 PAIRS = Config(1024, 1, 4, 1)
 
 

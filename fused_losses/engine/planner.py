@@ -33,6 +33,11 @@ DEFAULT_WORKSPACE = 256 << 20
 VARIABLE = "FUSED_LOSSES_WORKSPACE"
 KINDS = ("on_chip", "frozen_head", "row_blocks", "keep_logits", "vocab_chunks")
 ROWS = 8192  # of a tile at most: beyond this, more columns are better
+# Columns of a tile on a GPU: a multiple of the lanes of the kernels (kernels/configs.py), and at least their longest step, as
+# in less a row costs about as much beside its logits as in them. Beyond it more rows are better than more columns: each block
+# of rows reads and writes a chunk of the head's gradient again, 8 H / rows bytes a logit. So no tile is made to fit L2 (50 MB).
+LANES = 256
+STEP = 2048
 CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where larger products are not faster
 CPU_BLOCK = 96 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
 
@@ -184,19 +189,22 @@ def tile_shape(call: PlanInputs, budget: int) -> Tile:
     It has as many rows as there are (at most ROWS), and fewer where the tile would become narrow.
     """
     rows, vocab = max(1, min(call.rows, ROWS)), call.vocab
-    step = 16
+    step, narrow = 16, STEP if call.device == "cuda" else 512
     while True:
         widest = vocab
         if call.device == "cpu":
             widest = min(vocab, max(512, CPU_TILE // (call.sums * rows)))
         columns = _widest(call, rows, widest, step, budget)
-        if rows == 1 or columns >= min(512, widest):
+        if rows == 1 or columns >= min(narrow, widest):
             break
         if columns and columns >= rows:
             break
         rows = (rows + 1) // 2
     if not columns:
         _too_small(_bytes(call, 1, min(vocab, step)), budget, min(vocab, step))
+    if call.device == "cuda" and LANES <= columns < vocab:
+        chunks = -(-vocab // (columns // LANES * LANES))
+        columns = -(-vocab // (chunks * LANES)) * LANES  # so that the last chunk is about as wide as the others
     return Tile(rows, columns)
 
 
