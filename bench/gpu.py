@@ -10,8 +10,8 @@ With --tune, instead of 2 and 3, other launch configurations, for a person to co
 Everything is written under $OUT if that is set, and under bench/results/<device>/ otherwise, the results as they come.
 Exit code: 0, 1 if a test or a comparison failed, 2 without a GPU.
 
---dry-run goes through every step on a CPU, tiny, with our kernels in Triton's interpreter: what would stop a step on a GPU in
-its first minute, and is not about the GPU, stops it there.
+--dry-run goes through every step on a CPU, tiny, with our kernels in Triton's interpreter (but for the training steps): what
+would stop a step on a GPU in its first minute, and is not about the GPU, stops it there.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Steps:
             return ""
         passed = time.monotonic() - self.start
         print(f"[{passed:4.0f} s] {name}, at most {limit:.0f} s: {shlex.join(command.arguments)}", flush=True)
-        env = {k: v for k, v in os.environ.items() if k != "OUT"} | {"PYTHONUNBUFFERED": "1"}
+        env = {k: v for k, v in os.environ.items() if k != "OUT"} | {"PYTHONUNBUFFERED": "1"} | command.settings
         path = self.folder / f"{name}.txt"
         with path.open("w") as file:
             words = [*command.before, sys.executable, *command.arguments]
@@ -100,6 +100,7 @@ class Command(NamedTuple):
     arguments: list[str]
     limit: float
     before: list[str] = []  # what runs it
+    settings: dict[str, str] = {}  # of the environment
     show: bool = True
     fatal: bool = True
 
@@ -141,8 +142,10 @@ def counters(args: argparse.Namespace, out: Path) -> Command:
 
 
 def training(args: argparse.Namespace, out: Path, left: float) -> Command:
+    """Of a dry run without our kernels: the interpreter would take minutes for the trainers' batches."""
     tiny = ["--tiny", *QUICKLY] if args.dry_run else []
-    return Command("training", ["-m", "bench", "training", "--out", str(out), *tiny], left)
+    settings = {"FUSED_LOSSES_BACKEND": "torch"} if args.dry_run else {}
+    return Command("training", ["-m", "bench", "training", "--out", str(out), *tiny], left, settings=settings)
 
 
 def tune(args: argparse.Namespace, left: float) -> Command:

@@ -86,7 +86,7 @@ GRIDS: dict[str, list[Job]] = {
 
 def shrunk(shape: Shape) -> Shape:
     """The same kind of shape, small enough for Triton's interpreter; the vocabulary ends in the middle of every block."""
-    return shape._replace(rows=16, length=4, hidden=min(shape.hidden, 32), vocab=517)
+    return shape._replace(rows=8, length=4, hidden=min(shape.hidden, 32), vocab=517)
 
 
 def matches(name: str, patterns: str | Sequence[str]) -> bool:

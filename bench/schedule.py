@@ -81,7 +81,9 @@ def announcement(cases: Sequence[Case], plan: Schedule, device: torch.device, ma
     """In three lines what is going to be done, and how long it takes."""
     able = [p.name for w, _, who in cases for p in who if not p.why_not(w, device)]
     lines = [f"{len(cases)} workloads and shapes, {len(able)} measurements of {len(set(able))} providers; {machine}"]
-    if plan.first_calls:
+    if not plan.first_calls and not plan.known:
+        lines.append("first calls: none before the measurements")
+    elif plan.first_calls:
         new = (
             f"{len(plan.first_calls)} that may compile, about {plan.compiling:.0f} s, {processes(device)} side by side"
         )

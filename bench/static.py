@@ -60,7 +60,6 @@ STREAMS = ("token_stats", "fold_slice", "add_terms")  # their rows are aligned: 
 # Spills that are known: kernel, end of the workload's name, most accesses to local memory, why.
 KNOWN_SPILLS = [
     ("token_stats", "both KLs + entropy, strided", 86, "a 64-bit address for every entry of either side"),
-    ("tile_sums", "softcap", 54, "its tanh: the tile is the largest that does without"),
     ("tile_sums", "", 8, "powers: the tile is the largest that does without"),
 ]  # fmt: skip
 

@@ -20,6 +20,9 @@ CPU = Path(__file__).resolve().parent / "results" / "cpu"
 OURS = "fused_losses"
 RIVAL = "torch.compile"
 NOT_MEASURED = "not measured"
+COMPILATIONS = CPU.parent / "compilations.json"  # {training loop: [[batch, kernel] of each compilation]}
+ONE_SIDE = ("logps", "logps + entropy", "logps + collision", "logps + entropy + collision")
+ALIGNED, UNALIGNED = "V = 50256", "V = 50257"
 MIXTURES = ("js", "skew_forward_kl", "skew_reverse_kl", "alpha_beta")
 NARROW, WIDE = 31.1, 62.2  # instructions that an H200 has time for while the pairs of one sweep, and of two, arrive
 
@@ -103,6 +106,44 @@ def _larger(case: Case) -> bool:
 # ---- counts ------------------------------------------------------------------------------------------------------------
 
 
+def _compilations() -> str:
+    """At most in any loop, and the last batch, from 0, in which something is compiled."""
+    if not COMPILATIONS.exists():
+        return ""
+    loops = json.loads(COMPILATIONS.read_text("utf-8")).values()
+    last = max(batch for compilations in loops for batch, _ in compilations)
+    when = "all in the first step" if last == 0 else f"the last in step {last + 1}"
+    return f"{max(map(len, loops))}, {when}"
+
+
+def _kernels() -> dict[str, dict]:
+    """Of sm_90, by the rest of the name."""
+    kernels = json.loads(static.BASELINE.read_text())["kernels"]
+    return {name.removesuffix(f"|{static.H200}"): row for name, row in kernels.items() if name.endswith(static.H200)}
+
+
+def _chunks() -> str:
+    """The worst of one side, and of two without powers or an entropy beside a divergence."""
+    whole = {name.split("|")[1]: row.get("whole") for name, row in _kernels().items() if name.startswith("fold_slice|")}
+    bound = getattr(static, "CHUNK_BOUND", {})
+
+    def worst(wanted: Callable[[str], bool]) -> float | None:
+        return max((x for name, x in whole.items() if x and name in bound and wanted(name)), default=None)
+
+    both = worst(lambda name: name in ONE_SIDE), worst(lambda name: name not in ONE_SIDE)
+    return " and ".join(f"{x:.1f}" for x in both if x)
+
+
+def _unaligned() -> str:
+    rows = _kernels()
+    ratios = [
+        row["whole"] / rows[name.replace(UNALIGNED, ALIGNED)]["whole"]
+        for name, row in rows.items()
+        if UNALIGNED in name
+    ]
+    return f"{max(ratios):.2f} x at worst" if ratios else ""
+
+
 def _mixtures() -> str:
     kernels = json.loads(static.BASELINE.read_text())["kernels"]
     counts = {
@@ -131,9 +172,13 @@ ROWS = [
         "over naive eager code's", "python -m bench --grid cpu --save cpu", "<= 1.00 x, <= 1/15", _against_naive),
     Row("CPU, every case of a grid: time over the best exact peer's", "python -m bench --grid quick --save quick; "
         "python -m bench --grid full --save full", "none slower beyond the spread, nor a tile more memory", _behind),
-    Row("kernels compiled in a training loop whose batches change their shape", "", "<= 6, all in the first step"),
-    Row("instructions a logit at the widths that the planner picks, one side and two", "", "<= 16 and <= 32"),
-    Row("rows that are not aligned (V = 50257, 151937), bf16: instructions over an aligned row's", "", "<= 1.15 x"),
+    Row("kernels compiled in a training loop whose batches change their shape",
+        "python tests/support/compilations.py > bench/results/compilations.json", "<= 6, all in the first step",
+        _compilations),
+    Row("instructions a logit at the widths that the planner picks, one side and two", "python -m bench static --update",
+        "<= 16 and <= 32", _chunks),
+    Row("rows that are not aligned (V = 50257), bf16: instructions over an aligned row's",
+        "python -m bench static --update", "<= 1.15 x", _unaligned),
     Row("mixtures, forward, both sweeps: instructions a pair", "python -m bench static --update", "<= 62", _mixtures),
     Row("host time of dpo_loss from logits, forward + backward, in plain launches", "", "<= 15"),
     Row("tile kernel on sm_90, by version of Triton: accesses to spilled registers", "python -m bench static --update",

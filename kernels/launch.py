@@ -8,6 +8,7 @@ import contextlib
 import math
 
 import torch
+import triton
 from triton.runtime import driver
 
 from ..core.divergences import Divergence
@@ -23,6 +24,8 @@ from ..core.layout import (
 )
 from . import arguments, configs, fused_linear, pair_loss, token_stats, vocab_chunks
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def on(device: torch.device):
@@ -299,9 +302,15 @@ def tile_config(spec: StatsSpec, dtype: torch.dtype, ref: bool, second: bool) ->
             family = {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, family)
         elif target.backend == "hip":
             family = "hip"
+    tiles = configs.TILES[family]
+    if TRITON_VERSION >= (3, 8):
+        tiles = configs.SINCE_TRITON_3_8.get(family, tiles)
+    if not ref:
+        return tiles.one_more if spec.entropy else tiles.one
     own = spec.entropy or spec.collision
-    more = second or (own and spec.divergences) or any(d.power is not None for d in spec.divergences)
-    return configs.TILES[family][ref + bool(ref and more)]
+    softcap = spec.softcap or spec.ref_softcap
+    more = second or softcap or (own and spec.divergences) or any(d.power is not None for d in spec.divergences)
+    return tiles.two_more if more else tiles.two
 
 
 def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:
