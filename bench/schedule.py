@@ -17,7 +17,7 @@ from bench.providers import COMPILING_S, Provider
 from bench.warm_up import Kept, Task, processes
 from bench.workloads import Shape, Workload
 
-STEP = 3.0
+STEP = 2.0
 CALLS = 4  # of each provider beside the rounds: the check, one to be warm, two under the profiler's eyes
 EACH = 0.4  # seconds of each provider for errors and memory
 FOUND = 0.1  # of the time of a compilation, to find again what it made

@@ -306,11 +306,11 @@ def tile_config(spec: StatsSpec, dtype: torch.dtype, ref: bool, second: bool) ->
     if TRITON_VERSION >= (3, 8):
         tiles = configs.SINCE_TRITON_3_8.get(family, tiles)
     if not ref:
-        return tiles.one_more if spec.entropy else tiles.one
+        return tiles.one_entropy if spec.entropy else tiles.one
     own = spec.entropy or spec.collision
-    softcap = spec.softcap or spec.ref_softcap
-    more = second or softcap or (own and spec.divergences) or any(d.power is not None for d in spec.divergences)
-    return tiles.two_more if more else tiles.two
+    if second or (own and spec.divergences) or any(d.power is not None for d in spec.divergences):
+        return tiles.two_more
+    return tiles.two_softcap if spec.softcap or spec.ref_softcap else tiles.two
 
 
 def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:
