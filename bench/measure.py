@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import time
@@ -111,6 +112,7 @@ def measure(
     *,
     seconds: float = 5.0,
     rounds: int = 5,
+    most: float = math.inf,
     process: bool = False,
     first_calls: Mapping[str, float] | None = None,
     not_now: Mapping[str, str] | None = None,
@@ -120,7 +122,8 @@ def measure(
     """A result or a reason for each provider, in the order of `chosen`.
 
     Args:
-        rounds: the fewest; more while there is time.
+        rounds: the fewest; more for so many `seconds`.
+        most: seconds after which no further round begins, however few there were.
         process: also by how much the process grows.
         first_calls: seconds of the first calls that another process has made, by provider: what they compiled is found here.
         not_now: reasons not to run a provider, by name.
@@ -155,7 +158,7 @@ def measure(
             reasons[provider.name] = reason(e)
     del truth, small
     with busy(others):
-        _time(runs, p, device, seconds, rounds, say)
+        _time(runs, p, device, seconds, rounds, most, say)
     gradients = sum(x.nbytes for x in p.leaves)
     inputs = sum(x.nbytes for x in (*p.policy_tensors, *(p.ref_tensors if w.ref else ())))
     eager = next((r.result["error"] for r in runs if r.provider.name == "eager"), None)
@@ -187,11 +190,18 @@ def measure(
         )
 
 
-def _time(runs: Sequence[Run], p: Problem, device: torch.device, seconds: float, rounds: int, say: Callable) -> None:
+def _time(
+    runs: Sequence[Run], p: Problem, device: torch.device, seconds: float, rounds: int, most: float, say: Callable
+) -> None:
     clocks = [Clock(device) for _ in runs]
     start, done = time.perf_counter(), 0
+
+    def again() -> bool:
+        passed = time.perf_counter() - start
+        return done == 0 or (passed < most and (done < rounds or (passed < seconds and done < 100)))
+
     with quiet_collector():
-        while runs and (done < rounds or (time.perf_counter() - start < seconds and done < 100)):
+        while runs and again():
             for run, clock in zip(runs, clocks, strict=True):
                 say(f"round {done + 1}, {run.provider.name}")
                 clock.flush()

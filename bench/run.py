@@ -27,6 +27,7 @@ from bench.warm_up import Kept, Outcome, Task, tasks_of, use_caches, warm_up
 from bench.workloads import WORKLOADS, Shape, Workload
 
 RESULTS = clock.ROOT / "bench" / "results"
+AT_LEAST = 0.4  # of a limit of time, for first calls: a slow machine is slow in both parts
 
 
 def header(
@@ -195,7 +196,7 @@ def compile_first(plan: Schedule, kept: Kept, device: torch.device, watch: Watch
             watch.line(text)
 
     progress(f"first calls: {total}")
-    most = max(watch.left - sum(plan.cases), watch.limit / 4)
+    most = max(watch.left - sum(plan.cases), AT_LEAST * watch.limit)
     left = warm_up(plan.first_calls, kept, device, min(most, watch.left), say) if total else []
     progress("")
     return set(left)
@@ -244,6 +245,7 @@ def main(argv: Sequence[str]) -> int:
                 limits,
                 seconds=min(args.seconds, share),
                 rounds=args.rounds if share >= whole.cases[i] else min(args.rounds, FEWEST),
+                most=share,
                 process=args.process_memory,
                 first_calls=seconds if args.warm_up else {},
                 not_now=too_late,

@@ -77,6 +77,21 @@ def test_every_provider_passes_the_gate_or_says_why(w):
     assert sum(not isinstance(o, str) for o in found.values()) >= 2, "ours and eager at least"
 
 
+def test_no_round_begins_after_its_time():
+    """One is made in any case; its figures are those of the only round."""
+    w, eager = workloads.BY_NAME["ce"], providers()[0]
+    [(_, found)] = measure.measure(w, HIDDEN, CPU, [eager], LIMITS, seconds=0, rounds=50, most=0.0)
+    assert (
+        len(found["seconds"]) == 1 and found["forward"]["p20"] == found["forward"]["p80"] == found["forward"]["median"]
+    )
+
+
+def test_who_must_not_run_now_is_left_out_with_the_reason():
+    w, eager = workloads.BY_NAME["ce"], providers()[0]
+    [(_, found)] = measure.measure(w, HIDDEN, CPU, [eager], LIMITS, not_now={"eager": "no time left to compile"})
+    assert found == "no time left to compile"
+
+
 def _broken(what):
     """The eager provider with a mistake."""
 
