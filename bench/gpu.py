@@ -40,7 +40,7 @@ COUNTERS = (
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active,"
     "launch__registers_per_thread,launch__occupancy_limit_registers"
 )
-COUNTING_S = 45.0
+COUNTING_S, COUNTING_DRY_S = 45.0, 240.0
 QUICKLY = ["--rounds", "2", "--seconds", "0"]
 KERNELS = "regex:token_stats|tile_sums|fold_slice|add_terms|close_states"
 
@@ -138,7 +138,8 @@ def counters(args: argparse.Namespace, out: Path) -> Command:
         str(out / "ncu"),
     ]
     command += ["--workloads", "logits: logp + entropy", "logits: forward_kl", "logits: alpha", "logits: js"]
-    return Command("ncu", command, COUNTING_S, ncu, fatal=args.dry_run)
+    limit = COUNTING_DRY_S if args.dry_run else COUNTING_S
+    return Command("ncu", command, limit, ncu, fatal=args.dry_run)
 
 
 def training(args: argparse.Namespace, out: Path, left: float) -> Command:
@@ -161,12 +162,12 @@ def carry_out(args: argparse.Namespace, steps: Steps, out: Path) -> None:
         steps.run(tests(args))
     if args.tune is None and not args.training:
         counted = COUNTING_S if shutil.which("ncu") or args.dry_run else 0.0
-        after = counted + (0.4 * steps.left() if everything else 0)
+        after = counted + (0.5 * steps.left() if everything else 0)
         steps.run(bench(args, out, steps.left() - after))
         if counted:
             steps.run(counters(args, out))
         report = steps.folder / f"{args.grid}.json"
-        steps.run(Command("targets", ["-m", "bench", "targets", str(report)], 30))
+        steps.run(Command("targets", ["-m", "bench", "targets", str(report)], 60))
     if args.training or everything:
         steps.run(training(args, out, 0.6 * steps.left() if everything else steps.left()))
     if args.tune is not None or everything:

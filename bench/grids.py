@@ -33,7 +33,7 @@ PLAIN = "eager*,torch linear*,Liger chunked,Liger T*,TRL*,cut-cross-entropy,*fil
 SMALL = Shape(512, 128, 256, 16384)
 SWEEP = "eager,Liger chunked,TRL*,fused_losses"
 # One variant of each peer: python -m bench --grid wide has the others, on the same shapes.
-QUICK = "eager,torch linear_cross_entropy,Liger chunked,Liger Triton,TRL*,cut-cross-entropy,*filtered,QuACK*,fused_losses,*16 MiB"
+QUICK = "eager,*linear_cross_entropy,Liger chunked,Liger Triton,TRL*,cut-cross-entropy,*filtered,QuACK*,fused_losses,*16 MiB"
 FULL = Shape(4096, 512, 512, 50304)
 GRIDS: dict[str, list[Job]] = {
     "tiny": [Job("ce,dpo,logits: dpo", (Shape(64, 16, 32, 512),)), Job("logits: forward_kl", (Shape(64, 16, 0, 512),))],

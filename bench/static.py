@@ -34,7 +34,7 @@ from bench import machine_code as mc
 from bench.lifetime import end_with_parent
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
-BASELINE = Path(__file__).with_suffix(".json")  # of the version of Triton that everything is tested with
+BASELINE = Path(__file__).with_suffix(".json")
 KEPT = ("instructions", "mufu", "spills", "registers", "shared", "fraction")  # in the baseline
 TOLERANCE = 1.05
 
