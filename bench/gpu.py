@@ -117,6 +117,7 @@ def tests(args: argparse.Namespace) -> Command:
 
 def bench(args: argparse.Namespace, out: Path, left: float) -> Command:
     command = ["-m", "bench", "--grid", args.grid, "--out", str(out), "--limit", str(max(5, left - 30))]
+    command += ["--providers", *args.providers] if args.providers else []
     return Command("bench", command + (["--shrink", *QUICKLY] if args.dry_run else []), left)
 
 
@@ -200,6 +201,7 @@ def main() -> int:
     add("--tests-seconds", type=float, default=240, metavar="S", help="limit of the tests (%(default)s)")
     add("--seconds", type=float, default=570, metavar="S", help="limit of everything (%(default)s)")
     add("--grid", default="gpu", help="of python -m bench (%(default)s)")
+    add("--providers", nargs="+", help="of python -m bench, such as eager 'fused*' (default: all)")
     add("--training", action="store_true", help="whole training steps, in place of the grid")
     add("--tune", nargs="*", metavar="ENTRY", help="try other configurations, of these or all entries of configs.py")
     args = parser.parse_args()

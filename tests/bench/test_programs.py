@@ -46,7 +46,8 @@ def test_gpu_script_without_a_gpu(tmp_path):
     wrong = tmp_path / "test_wrong.py"
     wrong.write_text("def test_right():\n    pass\n\n\ndef test_wrong():\n    assert 1 + 1 == 3\n")
     env = os.environ | {"OUT": str(tmp_path)}
-    done = python("bench/gpu.py", "--dry-run", "--seconds", "1800", "--grid", "tiny", "--tests", str(wrong), env=env)
+    options = ["--seconds", "1800", "--grid", "tiny", "--providers", "eager", "fused*", "--tests", str(wrong)]
+    done = python("bench/gpu.py", "--dry-run", *options, env=env)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "cpu" / "tiny.json").read_text())
     assert report["benchmarks"] and report["commit_info"]["id"]
