@@ -5,8 +5,11 @@ interpreter the bytes that it asks for. From both follows what binds it on an H2
 bandwidth (of the matrix units' peak, for kernels with products) that it can reach at best: a prediction, not a measurement.
 
     python -m bench static [--targets sm_80 sm_90 sm_100] [--json FILE]    the table, and what exceeds its limit
-    python -m bench static --check      compare with bench/static.json: exit 1 on spills, on 5 % more instructions an entry
-    python -m bench static --update     write bench/static.json: after every change of a kernel that is meant
+    python -m bench static --check      compare with the baseline: exit 1 on spills, on 5 % more instructions an entry
+    python -m bench static --update     write the baseline: after every change of a kernel that is meant
+
+A baseline belongs to a version of Triton: bench/static.json to the one that constraints.txt names, bench/static-VERSION.json to
+another. For a version that has none, spills alone are compared, with static.json.
 
 Counts are per vocabulary entry (logit, pair of logits or tile element; a token for `pair`) in the loops over them, both
 sweeps of the two-pass divergences together. "whole" counts besides what a row costs beside these loops: for chunks of a
@@ -71,7 +74,6 @@ STREAMS = ("token_stats", "fold_slice", "add_terms")  # their rows are aligned: 
 # Spills that are known: kernel, end of the workload's name, most accesses to local memory, why.
 KNOWN_SPILLS = [
     ("token_stats", "both KLs + entropy, strided", 86, "a 64-bit address for every entry of either side"),
-    ("tile_sums", "softcap", 54, "its tanh: the tile is the largest that does without"),
     ("tile_sums", "", 8, "powers: the tile is the largest that does without"),
 ]  # fmt: skip
 
@@ -501,6 +503,20 @@ def flags(rows: list[Row]) -> list[str]:
     return exceeded
 
 
+def baselines() -> list[Path]:
+    """All that there are, by version."""
+    paths = [BASELINE, *BASELINE.parent.glob(f"{BASELINE.stem}-*.json")]
+    return sorted(paths, key=lambda path: json.loads(path.read_text())["triton"])
+
+
+def baseline_path(triton: str, to_write: bool) -> Path:
+    """Where the baseline of a version of Triton is, or is to be written; to compare with, the one that is nearest."""
+    if not BASELINE.exists() or json.loads(BASELINE.read_text())["triton"] == triton:
+        return BASELINE
+    own = BASELINE.with_name(f"{BASELINE.stem}-{triton}.json")
+    return own if to_write or own.exists() else BASELINE
+
+
 def baseline(rows: list[Row]) -> dict:
     kernels = {key(row): {name: row.get(name) for name in KEPT} for row in rows}
     for kept in kernels.values():
@@ -627,8 +643,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the baseline; count no bytes")
     parser.add_argument("--update", action="store_true", help="write the baseline")
     parser.add_argument("--short", action="store_true", help="most for sm_90, some for the others: as the tests do")
-    parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="default: that of this version of Triton")
     args = parser.parse_args(argv)
+    args.baseline = args.baseline or baseline_path(version("triton"), args.update)
     quiet = args.check or args.update
     args.targets = args.targets or list(mc.TARGETS if quiet else TARGETS)
     todo = list(parts(args.targets, args.short))

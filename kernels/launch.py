@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
 from triton.runtime import driver
 
 from ..core.divergences import Divergence
@@ -26,6 +27,8 @@ from ..core.layout import (
 from . import arguments, configs, fused_linear, pair_loss, row_stats, token_stats, vocab_chunks
 from .arguments import odd
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def on(device: torch.device):
@@ -348,9 +351,15 @@ def tile_config(spec: StatsSpec, dtype: torch.dtype, ref: bool, second: bool) ->
             family = {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, family)
         elif target.backend == "hip":
             family = "hip"
+    tiles = configs.TILES[family]
+    if TRITON_VERSION >= (3, 8):
+        tiles = configs.SINCE_TRITON_3_8.get(family, tiles)
+    if not ref:
+        return tiles.one_entropy if spec.entropy else tiles.one
     own = spec.entropy or spec.collision
-    more = second or (own and spec.divergences) or any(d.power is not None for d in spec.divergences)
-    return configs.TILES[family][ref + bool(ref and more)]
+    if second or (own and spec.divergences) or any(d.power is not None for d in spec.divergences):
+        return tiles.two_more
+    return tiles.two_softcap if spec.softcap or spec.ref_softcap else tiles.two
 
 
 def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:

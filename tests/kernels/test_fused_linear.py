@@ -316,6 +316,28 @@ def compile_all():
     return facts
 
 
+def test_tiles_by_what_they_keep_in_registers(monkeypatch):
+    """The interpreter takes those of sm_80, whatever the version of Triton; newer versions have their own for some devices."""
+    tiles = configs.TILES["sm_80"]
+    plain = StatsSpec((), False, False, False, -100, 64, 0.0, 1.0, 0.0, 1.0)
+    monkeypatch.setattr(launch, "INTERPRET", launch.INTERPRET.__class__(True))
+
+    def chosen(ref, second=False, **changes):
+        return launch.tile_config(plain._replace(**changes), torch.bfloat16, ref, second)
+
+    assert chosen(False) == tiles.one and chosen(False, entropy=True) == tiles.one_entropy and chosen(True) == tiles.two
+    assert all(chosen(True, **{name: 30.0}) == tiles.two_softcap for name in ("softcap", "ref_softcap"))
+    more = [{"divergences": divergences.parse("alpha"), "softcap": 30.0}, {"second": True}]
+    more.append({"divergences": divergences.parse("reverse_kl"), "entropy": True})
+    assert all(chosen(True, **changes) == tiles.two_more for changes in more)
+    assert launch.tile_config(plain, torch.float32, True, False) == configs.TILE_FLOAT32
+    for version in ((3, 7), (3, 8)):
+        monkeypatch.setattr(launch, "TRITON_VERSION", version)
+        new = configs.SINCE_TRITON_3_8 if version >= (3, 8) else {}
+        assert chosen(True) == new.get("sm_80", tiles).two
+    assert set(configs.SINCE_TRITON_3_8) <= set(configs.TILES)
+
+
 @pytest.mark.slow
 def test_machine_code():
     """Matrix units are used on every target, no register spills where it counts, everything fits into shared memory."""
