@@ -183,6 +183,11 @@ def _gradients(
     at_labels = block.gradients(spec, labels, saved, grads, *asked)
     each = block.gradients(spec, rows.block(), saved, grads, *asked)
     places = (d_policy or rows.policy, d_ref or rows.ref)
+    for (
+        place
+    ) in places:  # in equal sizes, what is computed and where it is written are one loop, without a buffer between
+        if place is not None:
+            torch._check(place.memory.shape[-1] == rows.policy.memory.shape[-1])
     for place, gradient, at_label in zip(places, each, at_labels, strict=True):
         if place is not None and gradient is not None and at_label is not None:
             place.store(gradient, column, at_label)
@@ -217,13 +222,8 @@ def _bound(spec: StatsSpec, double: bool) -> StatsSpec:
     return StatsSpec(tuple(divergences), spec.entropy, spec.collision, False, 0, 0)
 
 
-# Nothing is written to memory because many operations or several readers follow: all of them are in the same loop.
-OPTIONS = {
-    "compile_threads": 1,
-    "realize_opcount_threshold": 1 << 20,
-    "realize_reads_threshold": 1 << 20,
-    "realize_acc_reads_threshold": 1 << 20,
-}
+# All sums of a row are in one loop, however many there are: in several, what they share would be written to memory.
+OPTIONS = {"compile_threads": 1, "cpp.max_horizontal_fusion_size": 1024}
 
 
 def _new_program(function: Callable, fixed: tuple) -> Callable:
