@@ -177,9 +177,8 @@ def _from_logits(
         backend=choose(policy.logits.device, policy.logits.dtype),
         inplace_backward=inplace,
     )
-    stats = logits_ops.STATS.unpack(logits_ops.token_stats(*logits_ops.ARGS.pack(args)))
     asks = Asks(policy.logits.requires_grad, ref_logits is not None and ref_logits.requires_grad)
-    return pack_stats(stats.asked(args.spec, ref_logits is not None), asks, batch, ref, asked)
+    return pack_stats(logits_ops.stats(args), asks, batch, ref, asked)
 
 
 def _from_hidden(
