@@ -267,10 +267,12 @@ def _alpha_beta_grad_q(p, q, t, lp, lq, a, b):
 # ---- registry ------------------------------------------------------------------------------------------------------
 
 _FACTORIES: dict[str, Callable[..., Divergence]] = {}
+_DEFAULTS: dict[str, dict[str, float]] = {}  # of the parameters of those that have some
 
 
 def _divergence(factory: Callable[..., Divergence]) -> Callable[..., Divergence]:
     _FACTORIES[factory.__name__] = factory
+    _DEFAULTS[factory.__name__] = {k: v.default for k, v in inspect.signature(factory).parameters.items()}
     return factory
 
 
@@ -491,7 +493,7 @@ def get(name: str, **params: float) -> Divergence:
     """
     if name not in _FACTORIES:
         raise unknown("divergence", name, _FACTORIES)
-    defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[name]).parameters.items()}
+    defaults = _DEFAULTS.get(name, {})
     if others := params.keys() - defaults.keys():
         raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(others)}; it takes: {list(defaults)}")
     values = defaults | {k: float(v) for k, v in params.items()}
@@ -508,6 +510,8 @@ def from_key(key: str | Divergence) -> Divergence:
         return key
     if not isinstance(key, str):
         raise TypeError(f"divergence: expected a name or a Divergence, got {kind_of(key, Divergence)}")
+    if key in _FACTORIES:
+        return get(key)
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", key)
     if match is None:
         raise ValueError(f"divergence: expected a name such as 'js' or 'js(beta=0.3)', got {key!r}")

@@ -195,8 +195,7 @@ def _from_hidden(
     if explaining():
         add_step(policy, ref, call.plan)
         return _zeros(batch, asked, entropy, collision)
-    stats = hidden_ops.RESULT.unpack(hidden_ops.hidden_stats(*hidden_ops.ARGS.pack(call.args))).stats
-    out = stats.asked(call.args.options.spec, distribution is not None)
+    out = hidden_ops.stats(call.args).asked(call.args.options.spec, distribution is not None)
     return pack_stats(out, call.asks, batch, ref, asked)
 
 

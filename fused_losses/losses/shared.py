@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.batch import Batch, CallOptions
 from ..core.inputs import Source, TokenStats
-from ..core.outputs import LossOutput, Part, Parts
+from ..core.outputs import LossOutput, Part, Parts, values
 from ..core.validation import Count, check_reduction, divided
 from ..engine.evaluate import FormulaInputs, evaluate
 from ..engine.tokens import Formula, Tokens
@@ -63,12 +63,8 @@ def loss_and_nll(result: Fused, nll: Part, weight: float, times: Count, by: Coun
 
 def with_parts(loss: Tensor, stats: TokenStats, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
     terms_by_name: Parts = {name: (x,) if isinstance(x, Part) else x for name, x in parts.items()}
-    metrics = {name: sum_of([x.value() for x in terms]) for name, terms in terms_by_name.items() if name != "loss"}
+    metrics = values({name: terms for name, terms in terms_by_name.items() if name != "loss"})
     return LossOutput(loss, metrics, stats, terms_by_name)
-
-
-def sum_of(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
 
 
 def token_part(result: Fused, x: Tensor) -> Part:
