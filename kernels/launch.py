@@ -123,7 +123,7 @@ def forward(spec: StatsSpec, policy, labels, ref, out: Outputs) -> None:
             spec.vocab,
             _numbers(spec.divergences),
             FORMULAS=_formulas(spec.divergences),
-            MOMENTS=_moments(spec),
+            WANTED=arguments.Wanted(spec.entropy, spec.collision, _moments(spec)),
             SECOND=any(d.term is not None for d in spec.divergences),
             SHIFT=spec.shift,
             STEPS=_steps(config),

@@ -40,11 +40,15 @@ from .elementwise import (  # fmt: skip
     bounded,
     cap,
     difference,
+    drop,
+    even_logmix,
     exp,
     expm1,
     finite_exp,
     logmix,
     maximum,
+    mixed_difference,
+    mixed_excess,
     sigmoid,
     sign,
     where,
@@ -189,12 +193,27 @@ def _js_term(p, q, t, lp, lq, beta):
 
 def _js_grad_p(p, q, t, lp, lq, beta):
     to_q, to_p = logmix(t, 1.0 - beta)
-    return (beta - 1.0) * p * to_p
+    return -((1.0 - beta) * p * to_p)
 
 
 def _js_grad_q(p, q, t, lp, lq, beta):
     to_q, to_p = logmix(t, 1.0 - beta)
     return -beta * q * to_q
+
+
+def _js_even_term(p, q, t, lp, lq, beta):  # beta = 1/2
+    to_q, to_p = even_logmix(t)
+    return -0.5 * (q * to_q + p * to_p)
+
+
+def _js_even_grad_p(p, q, t, lp, lq, beta):
+    to_q, to_p = even_logmix(t)
+    return -0.5 * (p * to_p)
+
+
+def _js_even_grad_q(p, q, t, lp, lq, beta):
+    to_q, to_p = even_logmix(t)
+    return -0.5 * (q * to_q)
 
 
 def _js_link(h, beta):
@@ -216,32 +235,30 @@ def _tv_grad_q(p, q, t, lp, lq):
 
 def _skew_forward_term(p, q, t, lp, lq, lam):
     to_q, to_p = logmix(t, 1.0 - lam)  # m = lam q + (1 - lam) p
-    return (1.0 - lam) * difference(p, q, t) - q * to_q
+    return (1.0 - lam) * mixed_difference(p, q, t) - q * to_q
 
 
 def _skew_forward_grad_p(p, q, t, lp, lq, lam):
-    to_q, to_p = logmix(t, 1.0 - lam)
-    return (lam - 1.0) * p * expm1(-to_q)
+    return (1.0 - lam) * (1.0 - lam) * p * mixed_excess(t, 1.0 - lam)
 
 
 def _skew_forward_grad_q(p, q, t, lp, lq, lam):
     to_q, to_p = logmix(t, 1.0 - lam)
-    return -q * (to_q + lam * expm1(-to_q))
+    return -q * (to_q - lam * (1.0 - lam) * mixed_excess(t, 1.0 - lam))
 
 
 def _skew_reverse_term(p, q, t, lp, lq, lam):
     to_q, to_p = logmix(t, lam)  # m = (1 - lam) q + lam p
-    return (lam - 1.0) * difference(p, q, t) - p * to_p
+    return (lam - 1.0) * mixed_difference(p, q, t) - p * to_p
 
 
 def _skew_reverse_grad_p(p, q, t, lp, lq, lam):
     to_q, to_p = logmix(t, lam)
-    return -p * (to_p + lam * expm1(-to_p))
+    return -p * (to_p + lam * (1.0 - lam) * mixed_excess(t, lam))
 
 
 def _skew_reverse_grad_q(p, q, t, lp, lq, lam):
-    to_q, to_p = logmix(t, lam)
-    return (lam - 1.0) * q * expm1(-to_p)
+    return -(1.0 - lam) * (1.0 - lam) * q * mixed_excess(t, lam)
 
 
 def _skew_reverse_link(h, lam):
@@ -250,18 +267,25 @@ def _skew_reverse_link(h, lam):
     return -to_p - lam * expm1(-to_p), g * g
 
 
-def _alpha_beta_term(p, q, t, lp, lq, a, b):  # relative to the larger of p, q: no overflow, first order cancels exactly
-    x = -absolute(t)
-    w = 0.5 * (a + b) + 0.5 * (a - b) * sign(t)
-    return exp((a + b) * maximum(lp, lq)) * (w / (a + b) * expm1((a + b) * x) - expm1(w * x)) / (a * b)
+# With x_c = e^(-c |t|) - 1, all is relative to e = max(p, q)^(a + b): nothing overflows, the first order cancels exactly, and
+# value and slope share their exponentials. x_(a + b) = x_a + x_b + x_a x_b.
+
+
+def _alpha_beta_term(p, q, t, lp, lq, a, b):
+    xa, xb = drop(a * t), drop(b * t)
+    both = xa + (xb + xa * xb)
+    c = where(t > 0.0, (a / (a + b)) * both - xa, (b / (a + b)) * both - xb)
+    return exp((a + b) * maximum(lp, lq)) * c * (1.0 / (a * b))
 
 
 def _alpha_beta_grad_p(p, q, t, lp, lq, a, b):
-    return exp(b * lp) * difference(exp(a * lp), exp(a * lq), a * t) / a
+    xa = drop(a * t)
+    return exp((a + b) * maximum(lp, lq)) * where(t > 0.0, -xa, xa * exp(-absolute(b * t))) * (1.0 / a)
 
 
 def _alpha_beta_grad_q(p, q, t, lp, lq, a, b):
-    return -exp(a * lq) * difference(exp(b * lp), exp(b * lq), b * t) / b
+    xb = drop(b * t)
+    return exp((a + b) * maximum(lp, lq)) * where(t > 0.0, xb * exp(-absolute(a * t)), -xb) * (1.0 / b)
 
 
 # ---- registry ------------------------------------------------------------------------------------------------------
@@ -345,8 +369,10 @@ def js(beta: float = 0.5) -> Divergence:
         m = _mix(lq, lp, beta)
         return beta * _kl(lq, m) + (1 - beta) * _kl(lp, m)
 
+    even = _js_even_grad_p, _js_even_grad_q, _js_even_term
+    grad_p, grad_q, term = even if beta == 0.5 else (_js_grad_p, _js_grad_q, _js_term)
     return Divergence(
-        define, _js_grad_p, _js_grad_q, term=_js_term, params=(beta,), link=_js_link,
+        define, grad_p, grad_q, term=term, params=(beta,), link=_js_link,
         f=lambda u: (1 - beta) * u * log(u) - (beta + (1 - beta) * u) * log(beta + (1 - beta) * u),
         f_prime=lambda u: (1 - beta) * log(u / (beta + (1 - beta) * u)),
         score=lambda h: -logaddexp(torch.full_like(h, math.log1p(-beta)), math.log(beta) - h),

@@ -24,8 +24,8 @@ HUGE = 1e20
 INF = float("inf")
 
 __all__ = [
-    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "exp", "expm1", "finite_exp", "frame", "log",
-    "log1p", "logmix", "maximum", "nats", "rescale", "sigmoid", "sign", "softplus", "where",
+    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "drop", "even_logmix", "exp", "expm1", "finite_exp", "frame",
+    "log", "log1p", "logmix", "maximum", "mixed_difference", "mixed_excess", "nats", "rescale", "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip
 
 sigmoid, sign, where = torch.sigmoid, torch.sign, torch.where
@@ -58,15 +58,38 @@ def difference(p: Tensor, q: Tensor, t: Tensor) -> Tensor:
     return expm1(absolute(t).neg_()).mul_(maximum(p, q)).mul_(sign(t)).neg_()
 
 
+def drop(t: Tensor) -> Tensor:
+    """Compute e^(-|t|) - 1, exact to rounding for every t."""
+    return expm1(absolute(t).neg_())
+
+
 def logmix(t: Tensor, w: float) -> tuple[Tensor, Tensor]:
     """Compute log(m/q) and log(m/p) of the mixture m = w p + (1 - w) q, for 0 < w < 1.
 
     It does not overflow, and near t = 0 it loses no accuracy.
     """
-    inner = expm1(absolute(t).neg_())
-    weight = sign(t).mul_(0.5 - w).add_(0.5)  # 1 - w where t > 0, w where t < 0; irrelevant at 0
-    common = inner.mul_(weight).log1p_()
+    common = drop(t).mul_(_of_smaller(t, w)).log1p_()
     return common + t.clamp(min=0), common.sub_(t.clamp(max=0))
+
+
+def even_logmix(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute logmix(t, 1/2), with fewer instructions in Triton."""
+    return logmix(t, 0.5)
+
+
+def _of_smaller(t: Tensor, w: float) -> Tensor:
+    """Return the weight in m = w p + (1 - w) q of the smaller of p and q; it is irrelevant at t = 0."""
+    return sign(t).mul_(0.5 - w).add_(0.5)
+
+
+def mixed_excess(t: Tensor, w: float) -> Tensor:
+    """Compute (p - q) / m of the mixture of logmix(), exact to rounding also near t = 0."""
+    x = drop(t)
+    return x.div_((x * _of_smaller(t, w)).add_(1.0)).mul_(sign(t)).neg_()
+
+
+# The same as difference(), for formulas that also take logmix() of the same t: in Triton they share an exponential.
+mixed_difference = difference
 
 
 def bounded(t: Tensor) -> Tensor:
