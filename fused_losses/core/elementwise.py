@@ -24,8 +24,9 @@ HUGE = 1e20
 INF = float("inf")
 
 __all__ = [
-    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "drop", "even_logmix", "exp", "expm1", "finite_exp", "frame",
-    "log", "log1p", "logmix", "maximum", "mixed_difference", "mixed_excess", "nats", "rescale", "sigmoid", "sign", "softplus", "where",
+    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "drop", "even_logmix", "exp", "expm1",
+    "finite_exp", "frame", "log", "log1p", "logmix", "maximum", "mixed_difference", "mixed_excess", "nats", "rescale",
+    "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip
 
 sigmoid, sign, where = torch.sigmoid, torch.sign, torch.where
