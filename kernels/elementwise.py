@@ -139,7 +139,7 @@ def logmix(t, w):
 
 
 @triton.jit
-def even_logmix(t):
+def even_mix(t):
     # log1p() for arguments between -1/2 and 0, which need no scaling; the fit has a relative error of 3e-8
     x = 0.5 * drop(t)
     u = 1.40263514 + x * 1.29991726
@@ -148,9 +148,7 @@ def even_logmix(t):
     u = 0.241783473 + x * u
     u = -0.24665039 + x * u
     u = 0.333434102 + x * u
-    common = x + x * x * (x * u - 0.5)
-    far = common + tl.abs(t)
-    return tl.where(t > 0, far, common), tl.where(t > 0, common, far)
+    return x + x * x * (x * u - 0.5)
 
 
 @triton.jit
@@ -159,12 +157,6 @@ def mixed_excess(t, w):
     root = tl.rsqrt(1.0 + x * _of_smaller(t, w))  # a quotient takes more instructions
     y = x * (root * root)
     return tl.where(t > 0, -y, y)
-
-
-@triton.jit
-def mixed_difference(p, q, t):
-    x = drop(t) * tl.maximum(p, q)
-    return tl.where(t > 0, -x, x)
 
 
 @triton.jit

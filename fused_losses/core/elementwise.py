@@ -24,8 +24,8 @@ HUGE = 1e20
 INF = float("inf")
 
 __all__ = [
-    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "drop", "even_logmix", "exp", "expm1",
-    "finite_exp", "frame", "log", "log1p", "logmix", "maximum", "mixed_difference", "mixed_excess", "nats", "rescale",
+    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "drop", "even_mix", "exp", "expm1",
+    "finite_exp", "frame", "log", "log1p", "logmix", "maximum", "mixed_excess", "nats", "rescale",
     "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip
 
@@ -73,9 +73,9 @@ def logmix(t: Tensor, w: float) -> tuple[Tensor, Tensor]:
     return common + t.clamp(min=0), common.sub_(t.clamp(max=0))
 
 
-def even_logmix(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute logmix(t, 1/2), with fewer instructions in Triton."""
-    return logmix(t, 0.5)
+def even_mix(t: Tensor) -> Tensor:
+    """Compute log(m / max(p, q)) of m = (p + q) / 2: the smaller result of logmix(t, 1/2)."""
+    return drop(t).mul_(0.5).log1p_()
 
 
 def _of_smaller(t: Tensor, w: float) -> Tensor:
@@ -87,10 +87,6 @@ def mixed_excess(t: Tensor, w: float) -> Tensor:
     """Compute (p - q) / m of the mixture of logmix(), exact to rounding also near t = 0."""
     x = drop(t)
     return x.div_((x * _of_smaller(t, w)).add_(1.0)).mul_(sign(t)).neg_()
-
-
-# The same as difference(), for formulas that also take logmix() of the same t: in Triton they share an exponential.
-mixed_difference = difference
 
 
 def bounded(t: Tensor) -> Tensor:
