@@ -18,6 +18,8 @@ The kernels call a formula on every column, also on those of suppressed tokens a
     - It is 0 at p = q = 0, where log p and log q are about -1e37 and t can have any size up to 1e37.
     - It does not divide by a number that can be 0: p, q, p + q. Write such ratios as functions of t: p / (p + q) is sigmoid(t).
     - It is finite for every finite t: compute exponentials with finite_exp, or cap their argument.
+And near p = q the first order of a term cancels. p and q are rounded on their own, so it cancels best inside one factor: a
+function of t, times max(p, q).
 """
 
 from __future__ import annotations
@@ -198,10 +200,6 @@ def _js_grad_p(p, q, t, lp, lq, beta):
 def _js_grad_q(p, q, t, lp, lq, beta):
     to_q, to_p = logmix(t, 1.0 - beta)
     return -beta * q * to_q
-
-
-# beta = 1/2 takes fewer instructions. As below, a term whose first order cancels has the larger of p and q as its only factor:
-# p and q are rounded on their own, so terms of both do not cancel exactly.
 
 
 def _js_even_term(p, q, t, lp, lq, beta):
