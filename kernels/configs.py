@@ -20,7 +20,8 @@ class Config(NamedTuple):
 # Chosen from the machine code for sm_90 (no spills; 8 lanes a thread make 128-bit loads of 2-byte logits); not yet timed.
 FORWARD = Config(1024, 8, 4, 2)
 FORWARD_MORE = Config(1024, 4, 4, 2)  # half the step: a third exponential, or divergences with entropy or float32
-FORWARD_TWO_PASS = Config(1024, 4, 4, 2)
+FORWARD_TERM = Config(1024, 4, 4, 2)  # two sweeps for one divergence alone
+FORWARD_TWO_PASS = Config(1024, 2, 4, 2)  # and for more: in longer steps they would spill
 BACKWARD = Config(1024, 1, 4, 1)
 PAIRS = Config(1024, 1, 4, 1)
 

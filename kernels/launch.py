@@ -97,8 +97,10 @@ def _steps(config: configs.Config) -> arguments.Steps:
 
 
 def forward_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
-    two_pass = any(d.term is not None for d in spec.divergences)
-    return configs.FORWARD_TWO_PASS if two_pass else fold_config(spec, dtype)
+    if any(d.term is not None for d in spec.divergences):
+        alone = len(spec.divergences) == 1 and not (spec.entropy or spec.collision)
+        return configs.FORWARD_TERM if alone else configs.FORWARD_TWO_PASS
+    return fold_config(spec, dtype)
 
 
 def fold_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
