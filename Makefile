@@ -38,7 +38,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m fused_losses demo $(ARGS)
 
 bench: $(VENV)/.bench
-	env -u PYTHONPATH $(BIN)/python -m bench --grid quick --limit 360 $(ARGS)
+	env -u PYTHONPATH $(BIN)/python -m bench --grid quick --limit 540 $(ARGS)
 
 gpu:
 	env -u PYTHONPATH $(GPU_PYTHON) bench/gpu.py $(ARGS)
@@ -62,5 +62,5 @@ $(VENV)/.bench: setup.py pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) bench/out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .bench_cache bench/out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

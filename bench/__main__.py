@@ -1,12 +1,13 @@
 """python -m bench: our losses beside what people would use instead, on this machine.
 
 python -m bench [--grid quick] [--workloads dpo ...] [--providers eager ...] [--save NAME]     measure, print, plot
+                                         first calls side by side, then the rounds; --busy, --fresh, --limit S
 python -m bench list                     workloads, providers, grids, and who cannot run here
 python -m bench training                 a whole training step, by TRL's and transformers' trainers and by ours
 python -m bench static                   bytes, instructions, spills of every kernel, compiled without a GPU
 python -m bench compare A.json B.json    what got slower, larger or less exact
 python -m bench plot FILE.json           the pictures again
-python -m bench tables                   README's tables from bench/results/
+python -m bench tables                   the tables of README.md and docs/ from bench/results/
 python -m bench targets [FILE.json]      what we want to reach, what was measured, what the models predict
 python -m bench tune                     on a GPU: other launch configurations
 """

@@ -105,11 +105,17 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def capability() -> str:
+    """The vector instructions that torch's own loops and Inductor's use."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def machine_info(device: torch.device) -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "device": gpu.name if gpu else device.type,
         "processor": processor(),
+        "capability": capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "driver": told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,

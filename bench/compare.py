@@ -3,8 +3,8 @@
     python -m bench compare OLD.json NEW.json [--threshold 10%] [--metric time|memory|error|all] [--relative]
 
 Benchmarks are matched by name, workload, shape and dtype. Exit code: 0, 1 on any regression, 2 if a file cannot be read. A
-benchmark that was measured and now is wrong or fails is a regression; one that is merely missing is named. On a noisy or
-another machine compare memory and error, or times --relative to each file's own eager code.
+benchmark that was measured and now is wrong or fails is a regression; one that is merely missing is named. Times of other
+machines are not compared, unless --relative to each file's own eager code or --anyway; on a noisy one compare memory and error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from bench.results import Report
 from bench.tables import number
 
 METRICS = ("time", "memory", "error")
+# Of machine_info: what makes a machine another one. A result file may be older than some of these.
+MACHINE = ("device", "processor", "capability", "cores", "threads", "busy", "memory_bytes")
 # Below these nothing counts: an allocator's blocks in bytes, and float32's rounding.
 FLOOR = {"time": 0.0, "memory": 64 * 2**10, "error": 2.0**-23}
 _WORSE = {"time": "slower", "memory": "more memory", "error": "a larger error"}
@@ -61,17 +63,25 @@ def _left_out(report: Report) -> dict[str, str]:
     }
 
 
+def other_machine(old: Report, new: Report) -> list[str]:
+    """In what the machines differ, as far as both files say it."""
+    before, now = old["machine_info"], new["machine_info"]
+    return [
+        f"{name} {before[name]} before, {now[name]} now"
+        for name in MACHINE
+        if None not in (before.get(name), now.get(name)) and before[name] != now[name]
+    ]
+
+
 def _warnings(old: Report, new: Report) -> list[str]:
     infos = [report["machine_info"] for report in (old, new)]
-    flat = [
-        {name: info.get(name) for name in ("device", "processor", "threads", "driver")} | info.get("versions", {})
-        for info in infos
+    before, now = ({"driver": info.get("driver")} | info.get("versions", {}) for info in infos)
+    versions = [
+        f"{name} {before.get(name)} before, {now.get(name)} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
     ]
-    return [
-        f"warning: {name} {flat[0].get(name)} before, {flat[1].get(name)} now: times do not compare"
-        for name in dict.fromkeys([*flat[0], *flat[1]])
-        if flat[0].get(name) != flat[1].get(name)
-    ]
+    return [f"warning: {text}: times do not compare" for text in other_machine(old, new) + versions]
 
 
 def compare(
@@ -132,12 +142,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", type=fraction, default=0.10, metavar="10%%")
     parser.add_argument("--metric", default="all", choices=(*METRICS, "all"))
     parser.add_argument("--relative", action="store_true", help="times as multiples of each file's own eager code")
+    parser.add_argument("--anyway", action="store_true", help="times of another machine too")
     args = parser.parse_args(argv)
     try:
         old, new = results.load(args.old), results.load(args.new)
     except (OSError, ValueError) as e:
         parser.error(str(e))
     metrics = METRICS if args.metric == "all" else (args.metric,)
+    others = other_machine(old, new)
+    if others and "time" in metrics and not (args.relative or args.anyway):
+        parser.error(
+            f"expected files of one machine, got {'; '.join(others)}: their times do not compare. "
+            "--relative compares multiples of eager code, --metric memory or error the rest, --anyway the times all the same"
+        )
     lines, regressions = compare(old, new, args.threshold, metrics, args.relative)
     print("\n".join(lines))
     print(f"\n{len(regressions)} worse by more than {args.threshold:.0%}")

@@ -23,7 +23,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, compute_cache_key
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +50,16 @@ class _StubDriver:
 
 
 @contextlib.contextmanager
+def _compiling_for(target: str) -> Iterator[None]:
+    previous = driver._active
+    driver.set_active(_StubDriver(TARGETS[target]))
+    try:
+        yield
+    finally:
+        driver._active = previous
+
+
+@contextlib.contextmanager
 def compiled(target: str) -> Iterator[list]:
     """Kernels launched inside are compiled for the target and collected, not run."""
     kernels: list = []
@@ -61,13 +71,22 @@ def compiled(target: str) -> Iterator[list]:
         kernels.append(kernel)
         return kernel
 
-    previous = driver._active
-    driver.set_active(_StubDriver(TARGETS[target]))
-    try:
-        with mock.patch.object(JITFunction, "run", warm):
-            yield kernels
-    finally:
-        driver._active = previous
+    with _compiling_for(target), mock.patch.object(JITFunction, "run", warm):
+        yield kernels
+
+
+@contextlib.contextmanager
+def keys(target: str) -> Iterator[list[tuple[str, str]]]:
+    """Of kernels launched inside, name and the key under which Triton keeps what it compiled; nothing is compiled or run."""
+    launched: list[tuple[str, str]] = []
+
+    def note(self, *args, grid, warmup, **kwargs):
+        _, key_cache, _, _, binder = self.device_caches[0]
+        _, specialization, options = binder(*args, **kwargs)
+        launched.append((self.__name__, compute_cache_key(key_cache, specialization, options)))
+
+    with _compiling_for(target), mock.patch.object(JITFunction, "run", note):
+        yield launched
 
 
 def _tool(cubin: bytes, name: str, *options: str) -> str:
@@ -127,6 +146,11 @@ def loops(sass: str) -> list[list[str]]:
     return [_hot(code, labels, *s) for s in inner]
 
 
+def beside(sass: str) -> int:
+    """Instructions that a row needs beside the steps of its loops, at most: every other one, and once what loops skip."""
+    return len(_parse(sass)[0]) - sum(map(len, loops(sass)))
+
+
 def _hot(code: list[tuple[str, str]], labels: dict[str, int], start: int, end: int) -> list[str]:
     """The loop's opcodes without what a conditional forward branch inside it skips: the rare rescaling."""
     kept, i = [], start
@@ -167,6 +191,7 @@ def spills(kernel) -> int:
 # ---- the launches whose code is worth knowing ------------------------------------------------------------------------
 
 STRIDED = ("logps", "both KLs + entropy", "js")
+UNALIGNED = ("logps", "both KLs")
 INSTRUCTIONS_PER_BYTE, MUFU_PER_BYTE = 7.78, 0.97  # H200, see above
 
 
@@ -188,8 +213,8 @@ def launches(names: list[str]) -> dict[str, tuple[tuple[str, ...], str, bool]]:
 def compile_workload(
     divergences, sums: str, ref, target: str, vocab: int = 128256, dtype: str = "bfloat16", to_ref=False, strided=False
 ):
-    """(forward kernel, entries per thread), (backward kernel, entries per thread) of token_stats on 2-D logits, stored
-    vocabulary first where strided."""
+    """(forward kernel, its configuration), (backward kernel, its own) of token_stats on 2-D logits, stored vocabulary first
+    where strided."""
     import torch
 
     from fused_losses import divergences as registry
@@ -215,7 +240,7 @@ def compile_workload(
         launch.forward(spec, z, y, w, out)
         launch.backward(spec, z, y, w, out.saved, grads, torch.empty_like(z), torch.empty_like(z) if to_ref else None)
     config = launch.forward_config(spec, z.dtype)
-    return (kernels[0], config.per_thread), (kernels[1], configs.BACKWARD.per_thread)
+    return (kernels[0], config), (kernels[1], configs.BACKWARD)
 
 
 def compile_pairs(target: str) -> list[tuple]:

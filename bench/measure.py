@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import fused_losses as fl
+from bench.busy import busy
 from bench.clock import Clock, synchronize
 from bench.providers import Provider
 from bench.workloads import Problem, Shape, Workload, compulsory
@@ -43,6 +45,11 @@ class Limits:
         forward, backward, flops = compulsory(w, shape)
         slow = max((forward + backward) / self.copy_gb_s, flops / self.matrix_gflop_s[shape.dtype]) / 1e9
         return {"bytes": forward + backward, "bytes_forward": forward, "flops": flops, "limit_s": slow}
+
+
+def gate_sequences(shape: Shape) -> int:
+    """As many sequences as float64 has room for."""
+    return min(shape.rows // shape.length, max(2, int(GATE_BYTES / (8 * shape.vocab * shape.length)) // 2 * 2))
 
 
 def truth_of(w: Workload, p: Problem) -> list[Tensor]:
@@ -105,35 +112,53 @@ def measure(
     *,
     seconds: float = 5.0,
     rounds: int = 5,
+    most: float = math.inf,
     process: bool = False,
+    first_calls: Mapping[str, float] | None = None,
+    not_now: Mapping[str, str] | None = None,
+    others: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[Provider, dict[str, Any] | str]]:
-    """A result or a reason for each provider, in the order of `chosen`. rounds: the fewest; more while there is time."""
+    """A result or a reason for each provider, in the order of `chosen`.
+
+    Args:
+        rounds: the fewest; more for so many `seconds`.
+        most: seconds after which no further round begins, however few there were.
+        process: also by how much the process grows.
+        first_calls: seconds of the first calls that another process has made, by provider: what they compiled is found here.
+        not_now: reasons not to run a provider, by name.
+        others: processors that other processes keep busy while this is timed.
+    """
+    first_calls, not_now = first_calls or {}, not_now or {}
     torch.compiler.reset()  # or it gives up on functions that it has compiled for eight workloads
     p = Problem.random(shape, device, w.frozen)
-    few = max(2, int(GATE_BYTES / (8 * shape.vocab * shape.length)) // 2 * 2)
-    small = p if few >= len(p.labels) else p.part(few)
+    few = gate_sequences(shape)
+    small = p if few == len(p.labels) else p.part(few)
     reasons: dict[str, str] = {}
     runs: list[Run] = []
     say("float64")
     truth = truth_of(w, small)
     for provider in chosen:
-        if why := provider.why_not(w, device):
+        if why := provider.why_not(w, device) or not_now.get(provider.name, ""):
             reasons[provider.name] = why
             continue
         say(f"checks {provider.name}")
+        provider.prepare()
         try:
             run = Run(provider, w)
             start = time.perf_counter()
             run.result["error"] = gate(w, run, small, truth)
             synchronize(device)
-            run.result["first_call_s"] = time.perf_counter() - start
+            here, elsewhere = time.perf_counter() - start, first_calls.get(provider.name)
+            run.result["first_call_s"] = here if elsewhere is None else elsewhere
+            run.result["first_call_compiled_s"] = None if elsewhere is None else here
             run.step(p)  # warm
             runs.append(run)
         except Exception as e:  # whatever a peer may raise belongs in the table
             reasons[provider.name] = reason(e)
     del truth, small
-    _time(runs, p, device, seconds, rounds, say)
+    with busy(others):
+        _time(runs, p, device, seconds, rounds, most, say)
     gradients = sum(x.nbytes for x in p.leaves)
     inputs = sum(x.nbytes for x in (*p.policy_tensors, *(p.ref_tensors if w.ref else ())))
     eager = next((r.result["error"] for r in runs if r.provider.name == "eager"), None)
@@ -165,11 +190,18 @@ def measure(
         )
 
 
-def _time(runs: Sequence[Run], p: Problem, device: torch.device, seconds: float, rounds: int, say: Callable) -> None:
+def _time(
+    runs: Sequence[Run], p: Problem, device: torch.device, seconds: float, rounds: int, most: float, say: Callable
+) -> None:
     clocks = [Clock(device) for _ in runs]
     start, done = time.perf_counter(), 0
+
+    def again() -> bool:
+        passed = time.perf_counter() - start
+        return done == 0 or (passed < most and (done < rounds or (passed < seconds and done < 100)))
+
     with quiet_collector():
-        while runs and (done < rounds or (time.perf_counter() - start < seconds and done < 100)):
+        while runs and again():
             for run, clock in zip(runs, clocks, strict=True):
                 say(f"round {done + 1}, {run.provider.name}")
                 clock.flush()
@@ -206,7 +238,7 @@ def _status(name: str) -> int:
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else list(times) * 4
     return {"median": statistics.median(times), "p20": fifths[0], "p80": fifths[3]}
 
 

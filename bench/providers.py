@@ -7,6 +7,7 @@ is not installed, cannot run here or does not do a work says why: why_not(). Whe
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import math
 import os
@@ -23,6 +24,14 @@ from bench.workloads import BETA, JSD, KTO_BASELINE, Problem, Workload
 from fused_losses import divergences
 
 Loss = Callable[[Problem], Tensor]
+# What each package is asked for, by name: importing it is no part of a first call.
+MODULES = {
+    "torch": ("torch._dynamo", "torch._inductor.compile_fx"),
+    "liger-kernel": ("liger_kernel.chunked_loss", "liger_kernel.transformers"),
+    "trl": ("trl.kernels.chunked_divergence", "trl.kernels.chunked_logprob", "trl.trainer.utils"),
+    "cut-cross-entropy": ("cut_cross_entropy",),
+    "quack-kernels": ("quack.linear_cross_entropy",),
+}
 
 
 class Provider(NamedTuple):
@@ -36,6 +45,7 @@ class Provider(NamedTuple):
     source: str = "hidden logits"
     device: str = ""  # the only one it runs on
     compiled: bool = False  # torch.compile around all of it
+    compiling_s: float = 1.0  # what its first call takes on two cores, about; 0: it compiles nothing, on any device
     exact: bool = True
     ours: bool = False
     remarks: Mapping[str, str] = {}
@@ -61,6 +71,12 @@ class Provider(NamedTuple):
             return None
         numbers = self.numbers
         return lambda p: w.formula(numbers(p, w.needs), p)
+
+    def prepare(self) -> None:
+        """Import what its calls would import; whatever goes wrong there will go wrong again, where it is reported."""
+        for name in MODULES[self.package]:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
     def loss(self, w: Workload) -> Loss:
         """As a step runs it."""
@@ -271,6 +287,9 @@ def _quack(p: Problem) -> Tensor:
     return chunked_linear_cross_entropy(x.flatten(0, 1), weight, p.labels.flatten(), reduction="mean")
 
 
+COMPILING_S = 15.0  # forward and backward by Inductor, and a C++ compiler where there is no GPU
+
+
 # ---- ours --------------------------------------------------------------------------------------------------------------
 
 
@@ -313,20 +332,23 @@ def providers() -> list[Provider]:
     all_numbers = careful_offers | set(divergences.names())
     kl = {"remarks": {"sft + kl": "no reference log-prob", "tdpo": "three calls", "grpo kl": "two calls"}}
     cce = {"package": "cut-cross-entropy", "offers": both, "source": "hidden"}
+    liger = {"package": "liger-kernel", "source": "hidden", **kl}
+    plain, slow = {"compiling_s": 0.0}, {"compiling_s": COMPILING_S}
+    native = {"source": "hidden", **plain}
     return [
-        Provider("eager", numbers=naive, offers=all_numbers),
-        Provider("eager, logsumexp", numbers=careful, offers=careful_offers),
-        Provider("torch.compile", numbers=naive, offers=all_numbers, compiled=True),
-        Provider("torch linear_cross_entropy", losses=_native("auto"), source="hidden"),
-        Provider("torch linear_cross_entropy, compact", losses=_native("compact"), source="hidden"),
-        Provider("Liger chunked", "liger-kernel", losses=_liger_chunked(False), source="hidden", **kl),
-        Provider("Liger chunked, compiled", "liger-kernel", losses=_liger_chunked(True), source="hidden", **kl),
+        Provider("eager", numbers=naive, offers=all_numbers, **plain),
+        Provider("eager, logsumexp", numbers=careful, offers=careful_offers, **plain),
+        Provider("torch.compile", numbers=naive, offers=all_numbers, compiled=True, **slow),
+        Provider("torch linear_cross_entropy", losses=_native("auto"), **native),
+        Provider("torch linear_cross_entropy, compact", losses=_native("compact"), **native),
+        Provider("Liger chunked", losses=_liger_chunked(False), **liger, **plain),
+        Provider("Liger chunked, compiled", losses=_liger_chunked(True), **liger, **slow),
         Provider("Liger Triton", "liger-kernel", losses=_liger_triton(), device="cuda"),
         Provider("TRL kernels", "trl", trl_hidden, both | {"forward_kl", "reverse_kl", "js"}, source="hidden", **kl),
         Provider("TRL helpers", "trl", trl_logits, both | {"entropy"}, source="logits"),
         Provider("cut-cross-entropy", numbers=partial(_cce, impl="cce", filter_eps=None), device="cuda", **cce),
         Provider("cut-cross-entropy, filtered", numbers=partial(_cce, impl="cce"), device="cuda", exact=False, **cce),
-        Provider("cut-cross-entropy, torch.compile", numbers=partial(_cce, impl="torch_compile"), **cce),
+        Provider("cut-cross-entropy, torch.compile", numbers=partial(_cce, impl="torch_compile"), **cce, **slow),
         Provider("QuACK chunked", "quack-kernels", losses={"ce": _quack}, source="hidden", device="cuda"),
         ours("fused_losses"),
         ours("fused_losses, 16 MiB", workspace=16 << 20),

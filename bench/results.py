@@ -210,7 +210,7 @@ def write_csv(path: str | Path, report: Report) -> None:
         for out in c.left_out
     ]
     machine = report["machine_info"]
-    of_all = {name: machine.get(name) for name in ("device", "processor", "threads")}
+    of_all = {name: machine.get(name) for name in ("device", "processor", "capability", "cores", "threads", "busy")}
     of_all |= {"torch": machine.get("versions", {}).get("torch"), "commit": report["commit_info"].get("id")}
     of_all |= {"datetime": report["datetime"]}
     columns = list(dict.fromkeys([name for row in rows for name in row] + list(of_all)))
@@ -244,7 +244,7 @@ def _row(case: Case, b: dict[str, Any]) -> dict[str, Any]:
         "mib_total": mib(x.get("peak_total")),
         "process_mib": mib(x.get("process_peak")),
         **{f"{part}_{who}": e.get(part) for who, e in errors.items() for part in ("value", "gradient")},
-        **{name: x.get(name) for name in ("first_call_s", "bytes", "flops")},
+        **{name: x.get(name) for name in ("first_call_s", "first_call_compiled_s", "bytes", "flops")},
         "limit_ms": ms(x.get("limit_s")),
         "fraction": x.get("fraction"),
         "left_out": None,

@@ -1,134 +1,55 @@
-"""The command that measures: python -m bench. Grids, progress, files."""
+"""The command that measures: python -m bench. First calls, then one case after another; progress, files."""
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import importlib
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from bench import clock, results, tables
+from bench.grids import GRIDS, label, params_of, plan
 from bench.measure import Limits, measure, progress, spread
 from bench.providers import Provider, providers
+from bench.schedule import FEWEST, Schedule, announcement, of_case, schedule
+from bench.warm_up import Kept, Outcome, Task, tasks_of, use_caches, warm_up
 from bench.workloads import WORKLOADS, Shape, Workload
 
 RESULTS = clock.ROOT / "bench" / "results"
+AT_LEAST = 0.4  # of a limit of time, for first calls: a slow machine is slow in both parts
 
 
-class Job(NamedTuple):
-    """Workloads by name (with * for any letters) on shapes."""
-
-    workloads: str
-    shapes: tuple[Shape, ...]
-    providers: str = "*"
-
-
-def _pairs(*grid: tuple[int, int], hidden: int, vocab: int, dtype: str) -> tuple[Shape, ...]:
-    """(T, B): B pairs of T tokens, half of them prompt."""
-    return tuple(Shape(2 * b * t, t, hidden, vocab, dtype, prompt=0.5) for t, b in grid)
-
-
-BF16 = "bfloat16"
-COMMON = ((4096, 4096, 128256), (8192, 4096, 128256), (8192, 4096, 151936), (8192, 2304, 256000), (16384, 2048, 131072))
-SMALL_H = ((8192, 896, 151936), (8192, 1024, 151936), (8192, 2048, 248320))
-# Who compiles nothing that takes half a minute.
-PLAIN = "eager*,torch linear*,Liger chunked,Liger T*,TRL*,cut-cross-entropy,*filtered,QuACK*,fused*"
-SMALL = Shape(512, 128, 256, 16384)
-SWEEP = "eager,Liger chunked,TRL*,fused*"
-GRIDS: dict[str, list[Job]] = {
-    "tiny": [Job("ce,dpo,logits: dpo", (Shape(64, 16, 32, 512),)), Job("logits: forward_kl", (Shape(64, 16, 0, 512),))],
-    "quick": [
-        Job("ce,dpo,dpo saved,dpo frozen,tdpo,kto,grpo*,jsd,sft + kl", (SMALL,)),
-        Job("logits: logp,logits: logp + entropy,logits: forward_kl,logits: js,logits: tdpo", (SMALL._replace(hidden=0),)),
-        Job("logits: *", (SMALL._replace(hidden=0),), "eager,fused*"),
-        Job("dpo", (SMALL._replace(prompt=0.5), SMALL._replace(logits="peaked")), PLAIN),
-        Job("dpo", (SMALL._replace(rows=256), SMALL._replace(rows=1024), SMALL._replace(rows=2048)), SWEEP),
-        Job("dpo", (SMALL._replace(vocab=8192), SMALL._replace(vocab=32768)), SWEEP),
-    ],
-    "full": [Job("dpo,sft + kl,ce", (Shape(4096, 512, 512, 50304),))],
-    "common": [
-        Job("ce,dpo,dpo frozen,tdpo,jsd,sft + kl*", tuple(Shape(n, 512, h, v, BF16) for n, h, v in COMMON)),
-        Job("logits: *", tuple(Shape(8192, 512, 0, v, BF16) for v in (128256, 151936, 248320))),
-        Job("dpo,jsd", (Shape(8192, 512, 4096, 128256, BF16, "peaked"),)),
-    ],
-    "gpu": [  # what matters first: time may run out
-        Job("logits: logp + entropy,logits: *_kl,logits: alpha,logits: js,logits: tdpo", (Shape(8192, 512, 0, 151936, BF16),),
-            PLAIN),
-        Job("ce,dpo,dpo frozen,tdpo,jsd", (Shape(8192, 512, 4096, 128256, BF16),)),
-        Job("logits: logp + entropy,logits: forward_kl", tuple(Shape(8192, 512, 0, v, BF16) for v in (128256, 248320)), PLAIN),
-        Job("dpo,sft + kl*", (Shape(8192, 512, 1024, 151936, BF16),), PLAIN),
-        Job("dpo", _pairs((2048, 4), hidden=4096, vocab=128256, dtype=BF16), PLAIN),
-        Job("logits: *", (Shape(8192, 512, 0, 151936, BF16),), "eager,fused_losses"),
-        Job("logits: logp + entropy", (Shape(8192, 512, 0, 151936),), PLAIN),
-    ],
-    "small-h": [Job("dpo,jsd,sft + kl*", tuple(Shape(n, 512, h, v, BF16) for n, h, v in SMALL_H))],
-    "pairs": [
-        Job("dpo,dpo saved,kto", _pairs(*((t, b) for t in (512, 1024, 2048, 4096) for b in (2, 4, 8, 16)), hidden=4096,
-                                        vocab=128256, dtype=BF16)),
-    ],
-}  # fmt: skip
-
-
-def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Patterns, or one text of them with commas between; the case does not matter."""
-    parts = patterns.split(",") if isinstance(patterns, str) else patterns
-    return any(fnmatch.fnmatchcase(name.lower(), part.strip().lower()) for part in parts)
-
-
-def shape_of(text: str, length: int, dtype: str, logits: str, prompt: float) -> Shape:
-    """4096x512x50304 is rows, hidden, vocabulary; 4096x50304 rows and vocabulary, from logits."""
-    sizes = [int(n) for n in text.split("x")] if re.fullmatch(r"\d+(x\d+){1,2}", text) else []
-    if not sizes or sizes[0] % (2 * length):
-        raise argparse.ArgumentTypeError(
-            f"expected ROWSxHIDDENxVOCAB with rows a multiple of 2 x {length}, got {text!r}"
-        )
-    rows, *middle, vocab = sizes
-    return Shape(rows, length, middle[0] if middle else 0, vocab, dtype, logits, prompt)
-
-
-def plan(args: argparse.Namespace) -> list[tuple[Workload, Shape, list[Provider]]]:
-    """What is to be measured, in order."""
-    jobs = GRIDS[args.grid]
-    if args.shapes:
-        shapes = [shape_of(s, args.length, args.dtype, args.logits, args.prompt) for s in args.shapes]
-        jobs = [Job("*", tuple(shapes))]
-    planned: dict[tuple[str, Shape], tuple[Workload, Shape, list[Provider]]] = {}
-    for job in jobs:
-        for w in WORKLOADS:
-            wanted = matches(w.name, job.workloads) and (not args.workloads or matches(w.name, args.workloads))
-            for shape in job.shapes if wanted else ():
-                if bool(shape.hidden) == w.hidden:
-                    who = [p for p in providers() if p.name == "eager" or matches(p.name, job.providers)]
-                    if args.providers:
-                        who = [p for p in who if matches(p.name, args.providers)]
-                    planned.setdefault((w.name, shape), (w, shape, who))  # jobs may overlap: the first counts
-    return list(planned.values())
-
-
-def header(device: torch.device, dtypes: set[str], typed: Sequence[str]) -> tuple[dict[str, Any], Limits]:
+def header(
+    device: torch.device, dtypes: set[str], typed: Sequence[str], busy: int = 0
+) -> tuple[dict[str, Any], Limits]:
     copied = clock.copy_gb_s(device)
     limits = Limits(copied, {d: clock.matrix_gflop_s(device, getattr(torch, d)) for d in sorted(dtypes)})
     info = clock.machine_info(device) | {
         "copy_gb_s": copied,
         "matrix_gflop_s": limits.matrix_gflop_s,
         "import_s": import_seconds(),
+        "busy": busy,
     }
     report = {
-        "machine_info": info, "commit_info": clock.commit_info(), "benchmarks": [], "left_out": [],
-        "datetime": datetime.now(UTC).isoformat(timespec="seconds"), "version": "1",
+        "machine_info": info,
+        "commit_info": clock.commit_info(),
+        "benchmarks": [],
+        "left_out": [],
+        "datetime": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": "1",
         "command": " ".join(["python -m bench", *without_paths(typed)]),
-    }  # fmt: skip
+    }
     return report, limits
 
 
@@ -158,21 +79,13 @@ def entry(w: Workload, shape: Shape, provider: Provider, measured: dict[str, Any
     return results.benchmark(w.name, provider.name, params_of(shape), times, **about, **measured)
 
 
-def params_of(shape: Shape) -> dict[str, Any]:
-    logits = f"{shape.logits}, {shape.prompt:.0%} prompt" if shape.prompt else shape.logits
-    return shape._asdict() | {"hidden": shape.hidden or None, "logits": logits}
-
-
-def label(shape: Shape) -> str:
-    return f"{shape} {shape.dtype} {params_of(shape)['logits']}"
-
-
 def folder_of(args: argparse.Namespace, device: str) -> tuple[Path, str]:
     """Folder and stem of the files."""
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     if args.save:
         return RESULTS / slug, args.save
-    return Path(args.out or os.environ.get("OUT") or clock.ROOT / "bench" / "out") / slug, args.grid
+    stem = args.grid + ("-busy" if getattr(args, "busy", 0) else "")
+    return Path(args.out or os.environ.get("OUT") or clock.ROOT / "bench" / "out") / slug, stem
 
 
 def listing(device: torch.device) -> None:
@@ -206,6 +119,18 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=2.0, help="more rounds of a workload for so long (%(default)s)")
     add("--limit", type=float, metavar="S", help="start no measurement after so many seconds")
     add("--threads", type=int, help="of torch on the CPU (default: as it chooses)")
+    add(
+        "--busy",
+        nargs="?",
+        type=int,
+        const=1,
+        default=0,
+        metavar="N",
+        help="other processes keep N cores busy meanwhile",
+    )
+    add("--shrink", action="store_true", help="every shape of the grid tiny, to see that all of it runs")
+    add("--fresh", action="store_true", help="forget what earlier runs have compiled: first calls of a bare machine")
+    add("--no-warm-up", dest="warm_up", action="store_false", help="compile while measuring, one after another")
     add("--process-memory", action="store_true", help="CPU: also by how much the process grows")
     add_outputs(argument_parser)
     return argument_parser
@@ -235,12 +160,56 @@ def written(report: results.Report, args: argparse.Namespace, folder: Path, stem
     return files + [path for where in (folder / stem, args.plot) if where for path in plot(report, where)]
 
 
+def device_of() -> torch.device:
+    """The accelerator that is in use here, or the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+class Watch:
+    """Seconds since the start, on every line that goes to stderr where that is no terminal."""
+
+    def __init__(self, limit: float | None) -> None:
+        self.start, self.limit = time.monotonic(), limit or math.inf
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def left(self) -> float:
+        return self.limit - self.seconds
+
+    def line(self, text: str) -> None:
+        """A line of a log; a terminal has progress() instead."""
+        if not sys.stderr.isatty():
+            print(f"[{self.seconds:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def compile_first(plan: Schedule, kept: Kept, device: torch.device, watch: Watch) -> set[Task]:
+    """Make the first calls; those for which there was no time."""
+    total = len(plan.first_calls)
+
+    def say(done: int, task: Task, outcome: Outcome) -> None:
+        took = "failed" if outcome.seconds is None else f"{outcome.seconds:.1f} s"
+        text = f"first call {done}/{total}: {task.provider} at {task.workload} {task.shape}: {took}"
+        progress(text)
+        if outcome.compiled or outcome.seconds is None or done == total:
+            watch.line(text)
+
+    progress(f"first calls: {total}")
+    most = max(watch.left - sum(plan.cases), AT_LEAST * watch.limit)
+    left = warm_up(plan.first_calls, kept, device, min(most, watch.left), say) if total else []
+    progress("")
+    return set(left)
+
+
 def main(argv: Sequence[str]) -> int:
-    args = parser().parse_args(argv)
-    device = torch.device("cpu")
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator() or device
-        device = torch.device(device.type, torch.accelerator.current_device_index())
+    argument_parser = parser()
+    args = argument_parser.parse_args(argv)
+    device = device_of()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.what == "list":
@@ -250,13 +219,27 @@ def main(argv: Sequence[str]) -> int:
     if not todo:
         print(f"nothing to measure: no workload of the grid {args.grid!r} matches", file=sys.stderr)
         return 2
-    start = time.monotonic()
-    report, limits = header(device, {s.dtype for _, s, _ in todo}, argv)
+    watch = Watch(args.limit)
+    try:
+        kept = Kept(use_caches(args.fresh))
+    except ValueError as e:
+        argument_parser.error(str(e))
+    report, limits = header(device, {s.dtype for _, s, _ in todo}, argv, args.busy)
     folder, stem = folder_of(args, report["machine_info"]["device"])
-    for i, (w, shape, who) in enumerate(todo, 1):
-        say = lambda text, i=i, w=w, shape=shape: progress(f"{i}/{len(todo)} {w.name} {shape}: {text}")  # noqa: E731
-        if args.limit and time.monotonic() - start > args.limit:
-            outcomes = [(p, "no time left") for p in who]
+    tasks = tasks_of(todo, device) if args.warm_up else []
+    whole = schedule(todo, tasks, kept, limits, device, args.seconds)
+    print(announcement(todo, whole, device, tables.hardware(report), args.limit), file=sys.stderr, flush=True)
+    late = {task for task in compile_first(whole, kept, device, watch) if task.slow}
+    report["first_calls_s"] = watch.seconds
+    for i, (w, shape, who) in enumerate(todo):
+        text = f"{i + 1}/{len(todo)} {w.name} {shape}"
+        say = lambda what, text=text: progress(f"{text}: {what}")  # noqa: E731
+        tasks_here = {p.name: Task(w.name, shape, p.name) for p in who}
+        too_late = {p.name: f"{tables.NO_TIME} to compile" for p in who if tasks_here[p.name] in late}
+        seconds = {name: s for name, task in tasks_here.items() if (s := kept.seconds(task)) is not None}
+        begun, share = watch.seconds, whole.share(i, watch.left)
+        if watch.left < 0:
+            outcomes: Iterable[tuple[Provider, dict[str, Any] | str]] = [(p, tables.NO_TIME) for p in who]
         else:
             outcomes = measure(
                 w,
@@ -264,27 +247,31 @@ def main(argv: Sequence[str]) -> int:
                 device,
                 who,
                 limits,
-                seconds=args.seconds,
-                rounds=args.rounds,
+                seconds=min(args.seconds, share),
+                rounds=args.rounds if share >= whole.cases[i] else min(args.rounds, FEWEST),
+                most=share,
                 process=args.process_memory,
+                first_calls=seconds if args.warm_up else {},
+                not_now=too_late,
+                others=args.busy,
                 say=say,
             )
+        measured = 0
         for provider, outcome in outcomes:
             if isinstance(outcome, str):
                 place = {"group": w.name, "provider": provider.name, "shape": str(shape), "dtype": shape.dtype}
                 report["left_out"].append(place | {"logits": params_of(shape)["logits"], "reason": outcome})
             else:
                 report["benchmarks"].append(entry(w, shape, provider, outcome))
+                measured += 1
         results.save(folder / f"{stem}.json", report)
-        if not sys.stderr.isatty():
-            print(
-                f"[{time.monotonic() - start:5.0f} s] {i}/{len(todo)} {w.name} {label(shape)}",
-                file=sys.stderr,
-                flush=True,
-            )
+        if measured:
+            kept.cases[of_case(todo[i])] = (watch.seconds - begun) / measured
+        watch.line(f"{i + 1}/{len(todo)} {w.name} {label(shape)}")
     progress("")
+    kept.save()
     report["machine_info"]["copy_gb_s_at_the_end"] = clock.copy_gb_s(device)
-    report["seconds"] = time.monotonic() - start
+    report["seconds"] = watch.seconds
     tables.print_tables(report)
     for path in written(report, args, folder, stem):
         print(os.path.relpath(path))

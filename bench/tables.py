@@ -1,12 +1,12 @@
-"""Tables of a result file: for a terminal, and for README.md, where each stands between two markers.
+"""Tables of a result file: for a terminal, and for the pages PAGES, where each stands between two markers.
 
-    python -m bench tables                  writes every table of README.md anew, from the files that its markers name
+    python -m bench tables                  writes every table of the pages anew, from the files that their markers name
     python -m bench tables --check          exit code 1 if that would change anything
     python -m bench tables FILE.json ...    prints the tables of these files
 
-`<!-- bench:NAME FILE -->` begins a table, on a line of its own, and `<!-- /bench -->` ends it. FILE is relative to the
-README. NAME is `all`, `losses` (where we lose), `targets` (targets.py), or workloads joined by `;`; each may be a pattern of
-what a case is called, as in `dpo-*-bfloat16-random`. Columns may follow: `ce;dpo/ms,MiB,error`.
+`<!-- bench:NAME FILE -->` begins a table, on a line of its own, and `<!-- /bench -->` ends it. FILE is relative to the page.
+NAME is `all`, `losses` (where we lose), `targets` (targets.py), `targets-here` (targets_here.py), or workloads joined by `;`;
+each may be a pattern of what a case is called, as in `dpo-*-bfloat16-random`. Columns may follow: `ce;dpo/ms,MiB,error`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from bench import results
 from bench.results import Case, Report, best, bytes_of, mib, ms, seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+NO_TIME = "no time left"
+EXPECTED = ("does not do it", "not installed", "needs", f"{NO_TIME} to compile", NO_TIME)  # what reasons begin with
 LEGEND = "> ours   * the least, of exact providers   ~ an approximation"
 _BLOCK = re.compile(r"^(<!-- bench:([^\n]+) (\S+) -->\n)(.*?)^<!-- /bench -->", re.M | re.S)
 
@@ -40,11 +43,23 @@ def _error(x: float | None) -> str:
     return "-" if x is None else f"{x:.0e}"
 
 
+def hardware(report: Report) -> str:
+    """Where, and what else was done there."""
+    m = report["machine_info"]
+    names = [
+        m.get("device"),
+        None if m.get("device") == m.get("processor") else m.get("processor"),
+        m.get("capability"),
+    ]
+    names += [f"{m[name]} {name}" if m.get(name) else None for name in ("cores", "threads")]
+    names += [f"{m['busy']} of them kept busy by others" if m.get("busy") else None]
+    return ", ".join(name for name in names if name)
+
+
 def machine(report: Report) -> str:
     """Where, with what, when."""
     m, commit = report["machine_info"], report["commit_info"]
-    names = [m.get("device"), None if m.get("device") == m.get("processor") else m.get("processor")]
-    names += [f"{m['threads']} threads" if m.get("threads") else None]
+    names = [hardware(report)]
     names += [f"{name} {version}" for name, version in m.get("versions", {}).items() if version and name != "python"]
     names += [
         f"commit {str(commit.get('id'))[:9]}{' with changes' if commit.get('dirty') else ''}",
@@ -85,6 +100,7 @@ def _cells(case: Case, b: dict[str, Any]) -> list[str]:
         number(mib(x.get("peak_total"))),
         f"{_error(error.get('value'))}/{_error(error.get('gradient'))}",
         number(x.get("first_call_s")),
+        number(x.get("first_call_compiled_s")),
         f"{100 * x['fraction']:.0f}%" if x.get("fraction") is not None else "-",
         number(ms(x.get("limit_s"))),
         x.get("remark") or "",
@@ -92,7 +108,7 @@ def _cells(case: Case, b: dict[str, Any]) -> list[str]:
 
 
 HEAD = ["  provider", "ms ", "p20-p80", "forward", "backward", "eager=1", "MiB beyond ", "MiB in all", "error v/g",
-        "1st call s", "of limit", "limit ms", ""]  # fmt: skip
+        "1st call s", "found s", "of limit", "limit ms", ""]  # fmt: skip
 
 
 def _lines(case: Case, bold: bool) -> list[str]:
@@ -115,16 +131,41 @@ def print_tables(report: Report, file: TextIO | None = None) -> None:
     bold = out.isatty() and not os.environ.get("NO_COLOR")
     print(f"{report['command']}\n{machine(report)}".strip(), file=out)
     print("Times are medians of forward + backward; MiB beyond: the peak beyond inputs and gradients.", file=out)
+    print("1st call: with all that it compiles; found: in a process that finds it compiled.", file=out)
     print(LEGEND, file=out)
     for case in results.cases(report):
-        print(f"\n{title(case)}", file=out)
+        told = [absent for absent in case.left_out if _expected(absent["reason"]) is None]
+        if case.runs or told:
+            print(f"\n{title(case)}", file=out)
         for line in _lines(case, bold) if case.runs else []:
             print(line, file=out)
-        for absent in case.left_out:
+        for absent in told:
             print(f"  left out: {absent['provider']}: {absent['reason']}", file=out)
+    if summary := left_out(report):
+        print(f"\n{summary}", file=out)
     print("\nWhere we lose:", file=out)
     for line in losses(report) or ["nowhere"]:
         print(f"  {line}", file=out)
+
+
+def _expected(reason: str) -> str | None:
+    """The kind of a reason that says nothing about a provider at this case alone."""
+    return next((kind for kind in EXPECTED if reason.startswith(kind)), None)
+
+
+def left_out(report: Report) -> str:
+    """In a line, who was not measured for a reason of a common kind: how often, and which workloads had no time."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for absent in report["left_out"]:
+        if kind := _expected(absent["reason"]):
+            kinds.setdefault(absent["reason"] if kind == "needs" else kind, []).append(absent)
+    parts = []
+    for kind, absents in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        of = "group" if kind == NO_TIME else "provider"
+        names = list(dict.fromkeys(absent[of] for absent in absents))
+        shown = " / ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        parts.append(f"{kind} {len(absents)}" + (f" ({shown})" if kind != "does not do it" else ""))
+    return f"Left out: {'; '.join(parts)}." if parts else ""
 
 
 def losses(report: Report) -> list[str]:
@@ -242,6 +283,10 @@ def table_of(name: str, report: Report) -> str:
         from bench import targets  # which reads tables of its own here
 
         return targets.table(targets.saved())
+    if workloads == "targets-here":
+        from bench import targets_here
+
+        return targets_here.table()
     if workloads == "losses":
         return _short(losses(report)) or "Nowhere."
     chosen = None if workloads == "all" else workloads.split(";")
@@ -257,25 +302,32 @@ def regenerated(path: Path) -> str:
     return _BLOCK.sub(lambda m: update(m[0], m[2], table_of(m[2], results.load(path.parent / m[3]))), text)
 
 
-def current(path: Path = ROOT / "README.md") -> bool:
-    return regenerated(path) == path.read_text("utf-8")
+def stale(pages: Iterable[Path] = PAGES) -> list[Path]:
+    """Those whose tables are not what the files say."""
+    return [path for path in pages if regenerated(path) != path.read_text("utf-8")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench tables", description=__doc__, formatter_class=raw)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument(
+        "--pages", type=Path, nargs="+", default=PAGES, help="default: README.md and docs/performance.md"
+    )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     try:
         for path in args.files:
             print_tables(results.load(path))
-        if not args.files and args.check and not current(args.readme):
-            print(f"{args.readme}: not current: python -m bench tables", file=sys.stderr)
-            return 1
-        if not args.files and not args.check:
-            args.readme.write_text(regenerated(args.readme), "utf-8")
+        if args.files:
+            return 0
+        if args.check:
+            old = stale(args.pages)
+            for path in old:
+                print(f"{path}: not current: python -m bench tables", file=sys.stderr)
+            return int(bool(old))
+        for path in args.pages:
+            path.write_text(regenerated(path), "utf-8")
     except (OSError, ValueError) as e:
         parser.error(str(e))
     return 0

@@ -1,6 +1,7 @@
 """What we want to reach on an H200, what was measured there, and until then what the models predict.
 
-    python -m bench targets [FILE.json]     the table; FILE: results to look at (default: the newest of a GPU, and cpu/full)
+    python -m bench targets [FILE.json]     the table; FILE: results to look at (default: the newest of a GPU, and cpu/full,
+                                            with the table of what needs no GPU, targets_here.py)
 
 A prediction is an upper bound: what static.py reads in the machine code, or bytes over bandwidth and flops over rate. It takes
 4.3 TB/s and 700 TFLOP/s (bf16, of a large product) for an H200; nothing in it was timed.
@@ -175,8 +176,12 @@ def saved() -> list[results.Report]:
 
 
 def main(argv: Sequence[str]) -> int:
+    from bench import targets_here
+
     parser = argparse.ArgumentParser("python -m bench targets", description=__doc__)
     parser.add_argument("file", nargs="?", metavar="FILE.json")
     args = parser.parse_args(argv)
     print(table([results.load(args.file)] if args.file else saved()))
+    if not args.file:
+        print("\n" + targets_here.table())
     return 0

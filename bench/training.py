@@ -331,9 +331,13 @@ def measure(
             models = sum(p.nbytes for p in run.model.parameters())
             both = spread(run.times)
             outcomes[step] |= {
-                "seconds": run.times, "p20": both["p20"], "p80": both["p80"], "peak_bytes": peak - gradients,
-                "peak_total": peak + models, "process_peak": process,
-            }  # fmt: skip
+                "seconds": run.times,
+                "p20": both["p20"],
+                "p80": both["p80"],
+                "peak_bytes": peak - gradients,
+                "peak_total": peak + models,
+                "process_peak": process,
+            }
     for step in chosen:
         yield step, outcomes[step]
 

@@ -239,6 +239,11 @@ def _stats(lib: Any, p: Problem, options: dict[str, Any], entropy: bool = False,
     return formula(numbers, p)
 
 
+def _stats_and_kl(lib: Any, p: Problem, options: dict[str, Any]) -> Tensor:
+    stats = lib.token_stats(p.policy, p.labels, p.ref, divergence="forward_kl", shift=False, **options)
+    return _sft_kl({"logps": stats.logps} | stats.divergence, p)
+
+
 def _ref(p: Problem) -> fl.Hidden | fl.Logits:
     return p.ref
 
@@ -252,6 +257,7 @@ _dpo_call, _both = _ours("dpo_loss", _ref, beta=BETA), ("logps", "ref_logps")
 _tdpo_call = _ours("tdpo_loss", _ref, beta=BETA, alpha=0.5)
 _f_dpo_call = _ours("dpo_loss", _ref, beta=BETA, divergence="js(beta=0.5)")
 _jsd_call = _ours("distillation_loss", _ref, beta=JSD)
+_PER_TOKEN, _FOR_KL = "log-prob and forward KL of every token, for a loss of the caller's", ("logps", "forward_kl")
 
 WORKLOADS = [
     Workload("ce", "cross entropy, one model", _ours("cross_entropy_loss"), ("logps",), _nll),
@@ -275,6 +281,8 @@ WORKLOADS = [
         "distillation_loss", _ref, divergence="forward_kl", hard=1.0), ("logps", "forward_kl"), _sft_kl),
     Workload("sft + kl frozen", "the same, no gradient to the head", _ours(
         "distillation_loss", _ref, divergence="forward_kl", hard=1.0), ("logps", "forward_kl"), _sft_kl, frozen=True),
+    Workload("token_stats", _PER_TOKEN, _stats_and_kl, _FOR_KL, _sft_kl),
+    Workload("logits: token_stats", _PER_TOKEN, _stats_and_kl, _FOR_KL, _sft_kl, hidden=False),
     Workload("logits: logp", "log-prob", _stats, ("logps",), _nll, hidden=False),
     Workload("logits: logp + entropy", "log-prob and entropy", partial(_stats, entropy=True), ("logps", "entropy"),
              _nll_entropy, hidden=False),

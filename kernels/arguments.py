@@ -1,9 +1,28 @@
 """The arguments of kernels, by name: what launch.py builds, and kernels read.
 
-Tensors are pointers inside a kernel. core/layout.py has those that are the same on every backend: Outputs, Grads, PairGrads.
+Tensors are pointers inside a kernel. core/layout.py has those that are the same on every backend, as Outputs.
+
+Triton compiles a kernel again for an integer that is 1, for one that is a multiple of 16, and for a pointer to an address that
+is one. A kernel can decline that for its arguments, but not for the fields of a structure. So what changes with the batch is an
+argument of its own, or is passed as odd(n).
 """
 
 from typing import Any, NamedTuple
+
+
+def odd(n: int) -> int:
+    """Return 2 n + 3, which Triton does not compile again for; row_stats.number takes n >= 0 back."""
+    return 2 * n + 3
+
+
+class RowLayout(NamedTuple):
+    """Where the rows of logits begin: row i at (i // size) * stride + (i % size) * inner_stride. Each number is odd()."""
+
+    stride: Any
+    inner_stride: Any
+    size: Any  # None: row i is at i * stride
+    aligned: Any  # 1: strides are given in units of 16 bytes; None: in elements
+    peeled: Any  # 1: the policy's rows are not aligned, and these are as far from the next aligned address as they are
 
 
 class Logits(NamedTuple):
@@ -13,24 +32,10 @@ class Logits(NamedTuple):
     """
 
     pointer: Any  # None: absent
-    layout: Any  # of the rows, see layout.row_layout
-    stride: Any  # between vocabulary entries; None: 1
+    layout: Any  # RowLayout
+    stride: Any  # between vocabulary entries, odd(); None: 1
     softcap: Any  # None: no softcap
     multiplier: Any  # None: 1
-
-
-class Labels(NamedTuple):
-    pointer: Any
-    layout: Any  # see layout.row_layout; None: one after another
-    ignore_index: Any
-    length: Any  # of a sequence, where labels are shifted
-
-
-class Fields(NamedTuple):
-    """A tensor [fields, rows] of numbers of rows, such as a state."""
-
-    pointer: Any
-    stride: Any  # between fields
 
 
 class LowRankRows(NamedTuple):
@@ -64,15 +69,6 @@ class Numbers(NamedTuple):
     params: tuple
     powers: tuple
     degrees: tuple
-
-
-class Sequences(NamedTuple):
-    """Which tokens the sequences of a batch consist of."""
-
-    mask: Any  # [tokens]: whether a token counts
-    cu_seqlens: Any  # [2 B + 1], where each starts, and the end; None: all have the same length
-    tokens: Any  # number of all tokens
-    length: Any  # of a sequence, without cu_seqlens
 
 
 class Formulas(NamedTuple):

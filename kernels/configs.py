@@ -13,8 +13,12 @@ class Config(NamedTuple):
     stages: int  # steps in flight in the asynchronous loads
 
     @property
+    def step(self) -> int:
+        return self.lanes * self.unroll
+
+    @property
     def per_thread(self) -> int:
-        return self.lanes * self.unroll // (32 * self.warps)
+        return self.step // (32 * self.warps)
 
 
 # Chosen from the machine code for sm_90 (no spills; 8 lanes a thread make 128-bit loads of 2-byte logits); not yet timed.
@@ -23,6 +27,11 @@ FORWARD_MORE = Config(1024, 4, 4, 2)  # half the step: a third exponential, or d
 FORWARD_TERM = Config(1024, 4, 4, 2)  # two sweeps for one divergence alone
 FORWARD_TWO_PASS = Config(1024, 2, 4, 2)  # and for more: in longer steps they would spill
 BACKWARD = Config(1024, 1, 4, 1)
+# The same for chunks of a vocabulary, with one warp a row. What a row costs beside its logits (reductions, merging of states:
+# 350 to 570 instructions a thread) is done by a quarter of the threads, and what is left of a row after whole steps is less.
+CHUNK = Config(256, 8, 1, 2)
+CHUNK_MORE = Config(256, 4, 1, 2)
+CHUNK_TWO_PASS = Config(256, 2, 1, 2)
 PAIRS = Config(1024, 1, 4, 1)
 
 
@@ -34,15 +43,53 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Tiles of fused_linear.py for one side | two sides | two sides and more sums in registers (a power, an entropy in addition to
-# divergences, terms). They are the largest of those tried that do not spill registers (except with softcap and powers, see
-# bench/static.py) in 96 KiB of shared memory (AMD: 64 KiB). A tile reads (1 / rows + 1 / columns) of a byte from L2 for each
-# multiplication. Devices that are not listed use the tiles of sm_80.
+class Tiles(NamedTuple):
+    """Tiles of fused_linear.py, by what a program keeps in registers."""
+
+    one: Tile  # one side
+    one_entropy: Tile
+    two: Tile  # two sides
+    two_softcap: Tile
+    two_more: Tile  # two sides and a power, an entropy in addition to divergences, or terms
+
+
+# They are the largest of those tried that do not spill registers (except with powers, see bench/static.py) in 96 KiB of shared
+# memory (AMD: 64 KiB). A tile reads (1 / rows + 1 / columns) of a byte from L2 for each multiplication. Devices that are not
+# listed use the tiles of sm_80.
 TILES = {
-    "sm_80": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 8, 4), Tile(64, 64, 32, 8, 4)),
-    "sm_90": (Tile(128, 256, 32, 8, 4), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
-    "sm_100": (Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 64, 64, 8, 3)),
-    "hip": (Tile(128, 256, 64, 8, 2), Tile(128, 128, 64, 8, 2), Tile(128, 64, 64, 8, 2)),
+    "sm_80": Tiles(
+        one=Tile(128, 128, 32, 8, 4),
+        one_entropy=Tile(128, 128, 32, 8, 4),
+        two=Tile(64, 128, 32, 8, 4),
+        two_softcap=Tile(64, 128, 32, 8, 4),
+        two_more=Tile(64, 64, 32, 8, 4),
+    ),
+    "sm_90": Tiles(
+        one=Tile(128, 256, 32, 8, 4),
+        one_entropy=Tile(128, 256, 32, 8, 4),
+        two=Tile(128, 128, 64, 8, 3),
+        two_softcap=Tile(128, 64, 64, 8, 3),
+        two_more=Tile(128, 64, 64, 8, 3),
+    ),
+    "sm_100": Tiles(
+        one=Tile(128, 128, 64, 8, 3),
+        one_entropy=Tile(128, 128, 64, 8, 3),
+        two=Tile(128, 128, 32, 8, 3),
+        two_softcap=Tile(128, 128, 32, 8, 3),
+        two_more=Tile(128, 64, 64, 8, 3),
+    ),
+    "hip": Tiles(
+        one=Tile(128, 256, 64, 8, 2),
+        one_entropy=Tile(128, 256, 64, 8, 2),
+        two=Tile(128, 128, 64, 8, 2),
+        two_softcap=Tile(128, 128, 64, 8, 2),
+        two_more=Tile(128, 64, 64, 8, 2),
+    ),
+}
+# Since its version 3.8 Triton keeps more in registers there: with the tiles above it spills 167 times with an entropy, and 36
+# times with two sides.
+SINCE_TRITON_3_8 = {
+    "sm_90": TILES["sm_90"]._replace(one_entropy=Tile(128, 128, 64, 8, 3), two=Tile(128, 64, 64, 8, 3)),
 }
 TILE_FLOAT32 = Tile(64, 64, 32, 8, 2)  # no matrix unit multiplies these exactly
 GROUP_BYTES = 16 << 20  # size of the hidden states that programs running at the same time share through L2

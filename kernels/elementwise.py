@@ -11,6 +11,7 @@ from ..core import elementwise
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 HUGE = tl.constexpr(elementwise.HUGE)
+LARGEST = tl.constexpr(elementwise.LARGEST)
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -66,7 +67,7 @@ def softplus(x):
 
 @triton.jit
 def cap(x):
-    return tl.minimum(x, 80.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

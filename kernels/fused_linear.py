@@ -189,12 +189,17 @@ def kept(sums, zero, REF: tl.constexpr, WANTED: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["N", "per", "stride", "split_stride"])
+@triton.jit(
+    do_not_specialize=["N", "first", "per", "stride", "split_stride", "saved_stride"],
+    do_not_specialize_on_alignment=["labels", "saved", "out"],
+)
 def tile_sums(
     policy,
     ref,
     labels,
+    ignore_index,
     saved,
+    saved_stride,
     out,
     stride,
     split_stride,
@@ -210,8 +215,8 @@ def tile_sums(
 ):
     """Write to out [fields, splits, N] the states of rows over each range, or with saved the TermSums [2 n, splits, N].
 
-    policy, ref: Hidden, ref absent without a reference. saved: Fields, or None. Column 0 is the token `first`. per: the number
-    of tiles in a range.
+    policy, ref: Hidden, ref absent without a reference. saved: [fields, N], or None. Column 0 is the token `first`. per: the
+    number of tiles in a range.
     """
     REF: tl.constexpr = ref.x is not None
     BLOCK_T: tl.constexpr = SHAPE.rows
@@ -223,8 +228,8 @@ def tile_sums(
     size = tl.minimum(blocks - group, GROUP)
     split = inside // size
     t = (group + inside % size) * BLOCK_T + tl.arange(0, BLOCK_T)
-    label = tl.load(labels.pointer + t, mask=t < N, other=labels.ignore_index).to(tl.int64)
-    live = label != labels.ignore_index
+    label = tl.load(labels + t, mask=t < N, other=ignore_index).to(tl.int64)
+    live = label != ignore_index
     if tl.max(live.to(tl.int32), 0) == 0:
         return
     y = tl.where((label >= first) & (label < first + V), label - first, -1).to(tl.int32)
@@ -233,7 +238,7 @@ def tile_sums(
     row, terms = (), ()
     if saved is not None:
         for i in tl.static_range(SAVED_FIELDS):
-            row = row + (tl.load(saved.pointer + i * saved.stride + t, mask=live, other=0.0)[:, None],)
+            row = row + (tl.load(saved + i * saved_stride + t, mask=live, other=0.0)[:, None],)
         row = SavedRow(*row)
         for i in tl.static_range(len(FORMULAS.term)):  # noqa: B007
             terms = terms + (TermSums(tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_T], tl.float32)),)

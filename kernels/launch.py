@@ -5,9 +5,12 @@ caller passes the tensors for the gradients.
 """
 
 import contextlib
+import functools
 import math
+from typing import NamedTuple
 
 import torch
+import triton
 from triton.runtime import driver
 
 from ..core.divergences import Divergence
@@ -21,8 +24,11 @@ from ..core.layout import (
     StatsSpec,
     row_layout,
 )
-from . import arguments, configs, fused_linear, pair_loss, token_stats, vocab_chunks
+from . import arguments, configs, fused_linear, pair_loss, row_stats, token_stats, vocab_chunks
+from .arguments import odd
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
+
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def on(device: torch.device):
@@ -30,33 +36,66 @@ def on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _logits(x, softcap=0.0, multiplier=1.0):
-    """Return logits, or the place for their gradients, as kernels take them."""
-    if x is None:
-        return arguments.Logits(None, (1, 0, 0), None, None, None)
-    stride = None if x.stride(-1) == 1 else x.stride(-1)
-    return arguments.Logits(x, row_layout(x, 1), stride, softcap or None, None if multiplier == 1.0 else multiplier)
+class _Rows(NamedTuple):
+    """How the rows of logits lie, as in layout.row_layout; unit: how many elements 16 bytes hold, 1: rows are not aligned."""
+
+    size: int
+    stride: int
+    inner: int
+    unit: int
 
 
-def _policy(spec: StatsSpec, x):
-    return _logits(x, spec.softcap, spec.multiplier)
+def _rows(x) -> _Rows:
+    size, stride, inner = row_layout(x, 1)
+    unit = 16 // x.element_size()
+    aligned = x.stride(-1) == 1 and stride % unit == 0 and inner % unit == 0
+    return _Rows(size, stride, inner, unit if aligned else 1)
 
 
-def _ref(spec: StatsSpec, x):
-    return _logits(x, spec.ref_softcap, spec.ref_multiplier)
+def _phase(x, rows: _Rows) -> tuple[int, ...] | None:
+    """Return what the distance of each row from the next aligned address follows from; None: rows are not contiguous."""
+    if x.stride(-1) != 1:
+        return None
+    n = row_stats.PEELED.value
+    return rows.size, rows.stride % n, rows.inner % n, x.data_ptr() // x.element_size() % n
+
+
+def _logits(x, rows: _Rows, peeled, softcap=0.0, multiplier=1.0):
+    """Return logits, or the place for their gradients, as kernels take them; peeled: the phase where a sweep begins aligned."""
+    layout = arguments.RowLayout(
+        stride=odd(rows.stride // rows.unit),
+        inner_stride=odd(rows.inner // rows.unit),
+        size=None if rows.size == 1 else odd(rows.size),
+        aligned=1 if rows.unit > 1 else None,
+        peeled=1 if peeled is not None and _phase(x, rows) == peeled else None,
+    )
+    between = None if x.stride(-1) == 1 else odd(x.stride(-1))
+    return arguments.Logits(x, layout, between, softcap or None, None if multiplier == 1.0 else multiplier)
+
+
+ABSENT = arguments.Logits(None, None, None, None, None)
+
+
+def _sides(spec: StatsSpec, policy, ref, *gradients):
+    """Return the logits of both sides, and the places for their gradients."""
+    rows = _rows(policy)
+    # where the policy's rows are not aligned, sweeps begin at the first aligned column of each
+    peeled = None if rows.unit > 1 or spec.vocab < row_stats.PEELED.value else _phase(policy, rows)
+    return (
+        _logits(policy, rows, peeled, spec.softcap, spec.multiplier),
+        ABSENT if ref is None else _logits(ref, _rows(ref), peeled, spec.ref_softcap, spec.ref_multiplier),
+        *(ABSENT if place is None else _logits(place, _rows(place), peeled) for place in gradients),
+    )
 
 
 def _token_labels(spec: StatsSpec, labels):
-    length = labels.shape[-1] if spec.shift else 1
-    return arguments.Labels(labels, row_layout(labels, 0), spec.ignore_index, length)
-
-
-def _row_labels(spec: StatsSpec, labels):
-    return arguments.Labels(labels, None, spec.ignore_index, 1)
+    """Return the labels of rows, the length of their sequences, and ignore_index."""
+    return labels.contiguous(), labels.shape[-1] if spec.shift else 1, spec.ignore_index
 
 
 def _fields(x):
-    return None if x is None else arguments.Fields(x, x.stride(0))
+    """Return a tensor [fields, rows] of numbers of rows, such as a state, and its stride."""
+    return (None, 0) if x is None else (x, x.stride(0))
 
 
 def _powers(divergences: tuple[Divergence, ...]) -> tuple[float, ...]:
@@ -100,14 +139,17 @@ def forward_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
     if any(d.term is not None for d in spec.divergences):
         alone = len(spec.divergences) == 1 and not (spec.entropy or spec.collision)
         return configs.FORWARD_TERM if alone else configs.FORWARD_TWO_PASS
-    return fold_config(spec, dtype)
+    return configs.FORWARD_MORE if _many_sums(spec, dtype) else configs.FORWARD
 
 
 def fold_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
-    """Return the launch configuration of one sweep over logits."""
+    return configs.CHUNK_MORE if _many_sums(spec, dtype) else configs.CHUNK
+
+
+def _many_sums(spec: StatsSpec, dtype: torch.dtype) -> bool:
+    """Return whether one sweep over logits keeps more in registers than the longer steps leave room for."""
     wide = spec.entropy or spec.collision or dtype == torch.float32
-    more = any(d.power is not None for d in spec.divergences) or (wide and spec.divergences)
-    return configs.FORWARD_MORE if more else configs.FORWARD
+    return any(d.power is not None for d in spec.divergences) or bool(wide and spec.divergences)
 
 
 def check_labels(spec: StatsSpec, labels) -> None:
@@ -118,9 +160,8 @@ def forward(spec: StatsSpec, policy, labels, ref, out: Outputs) -> None:
     config = forward_config(spec, policy.dtype)
     with on(policy.device):
         token_stats.token_stats_forward[(out.logps.numel(),)](
-            _policy(spec, policy),
-            _ref(spec, ref),
-            _token_labels(spec, labels),
+            *_sides(spec, policy, ref),
+            *_token_labels(spec, labels),
             out,
             spec.vocab,
             _numbers(spec.divergences),
@@ -139,12 +180,9 @@ def backward(spec: StatsSpec, policy, labels, ref, saved, grads: Grads, d_policy
     config = configs.BACKWARD
     with on(policy.device):
         token_stats.token_stats_backward[(saved.shape[1],)](
-            _policy(spec, policy),
-            _ref(spec, ref),
-            _logits(d_policy),
-            _logits(d_ref),
-            _token_labels(spec, labels),
-            grads,
+            *_sides(spec, policy, ref, d_policy, d_ref),
+            *_token_labels(spec, labels),
+            *grads,
             saved,
             spec.vocab,
             spec.first,
@@ -163,10 +201,10 @@ def fold(spec: StatsSpec, policy, labels, ref, state, fresh: bool) -> None:
     config = fold_config(spec, policy.dtype)
     with on(policy.device):
         vocab_chunks.fold_slice[(policy.shape[0],)](
-            _policy(spec, policy),
-            _ref(spec, ref),
-            _row_labels(spec, labels),
-            _fields(state),
+            *_sides(spec, policy, ref),
+            labels,
+            spec.ignore_index,
+            *_fields(state),
             spec.vocab,
             spec.first,
             _powers(spec.divergences),
@@ -178,14 +216,14 @@ def fold(spec: StatsSpec, policy, labels, ref, state, fresh: bool) -> None:
 
 
 def terms(spec: StatsSpec, policy, labels, ref, saved, sums) -> None:
-    config = configs.FORWARD_TWO_PASS
+    config = configs.CHUNK_TWO_PASS
     with on(policy.device):
         vocab_chunks.add_terms[(policy.shape[0],)](
-            _policy(spec, policy),
-            _ref(spec, ref),
-            _row_labels(spec, labels),
-            _fields(saved),
-            _fields(sums),
+            *_sides(spec, policy, ref),
+            labels,
+            spec.ignore_index,
+            *_fields(saved),
+            *_fields(sums),
             spec.vocab,
             _numbers(spec.divergences),
             FORMULAS=_formulas(spec.divergences),
@@ -197,15 +235,16 @@ def terms(spec: StatsSpec, policy, labels, ref, saved, sums) -> None:
 def merge_states(spec: StatsSpec, state, other) -> None:
     with on(state.device):
         vocab_chunks.merge_states[(state.shape[1],)](
-            _fields(state), _fields(other), _powers(spec.divergences), num_warps=1
+            *_fields(state), *_fields(other), _powers(spec.divergences), num_warps=1
         )
 
 
 def close(spec: StatsSpec, state, labels, out: Outputs) -> None:
     with on(state.device):
         vocab_chunks.close_states[(state.shape[1],)](
-            _fields(state),
-            _row_labels(spec, labels),
+            *_fields(state),
+            labels,
+            spec.ignore_index,
             out,
             spec.vocab,
             _numbers(spec.divergences),
@@ -231,8 +270,20 @@ def frame(c: torch.Tensor, mp: torch.Tensor, mq: torch.Tensor) -> torch.Tensor:
     return (c - apart * LN2_HI.value) - apart * LN2_LO.value
 
 
+@functools.cache
+def _no_offsets(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
 def _sequences(spec: PairLossSpec, mask, cu_seqlens):
-    return arguments.Sequences(mask, cu_seqlens, mask.numel(), mask.numel() // spec.sequences)
+    """Return which tokens count, where sequences start, the number of tokens, and the length of each sequence.
+
+    Plan "row_blocks" takes blocks of packed sequences, and then the whole batch. So both are one kernel: the length is -1 where
+    sequences are packed.
+    """
+    if cu_seqlens is None:
+        return mask, _no_offsets(mask.device), mask.numel(), mask.numel() // spec.sequences
+    return mask, cu_seqlens, mask.numel(), -1
 
 
 def pair_forward(spec: PairLossSpec, logps, ref, mask, cu_seqlens, out: PairOutputs) -> None:
@@ -240,7 +291,7 @@ def pair_forward(spec: PairLossSpec, logps, ref, mask, cu_seqlens, out: PairOutp
         pair_loss.pair_forward[(out.losses.numel(),)](
             logps,
             ref,
-            _sequences(spec, mask, cu_seqlens),
+            *_sequences(spec, mask, cu_seqlens),
             out,
             spec.beta,
             spec.divergence.params,
@@ -256,9 +307,9 @@ def pair_forward(spec: PairLossSpec, logps, ref, mask, cu_seqlens, out: PairOutp
 def pair_backward(spec: PairLossSpec, grads: PairGrads, coef, mask, cu_seqlens, d_logps, d_ref) -> None:
     with on(coef.device):
         pair_loss.pair_backward[(coef.numel(),)](
-            grads,
+            *grads,
             coef,
-            _sequences(spec, mask, cu_seqlens),
+            *_sequences(spec, mask, cu_seqlens),
             d_logps,
             d_ref,
             coef.numel() // 2,
@@ -301,9 +352,15 @@ def tile_config(spec: StatsSpec, dtype: torch.dtype, ref: bool, second: bool) ->
             family = {9: "sm_90", 10: "sm_100"}.get(target.arch // 10, family)
         elif target.backend == "hip":
             family = "hip"
+    tiles = configs.TILES[family]
+    if TRITON_VERSION >= (3, 8):
+        tiles = configs.SINCE_TRITON_3_8.get(family, tiles)
+    if not ref:
+        return tiles.one_entropy if spec.entropy else tiles.one
     own = spec.entropy or spec.collision
-    more = second or (own and spec.divergences) or any(d.power is not None for d in spec.divergences)
-    return configs.TILES[family][ref + bool(ref and more)]
+    if second or (own and spec.divergences) or any(d.power is not None for d in spec.divergences):
+        return tiles.two_more
+    return tiles.two_softcap if spec.softcap or spec.ref_softcap else tiles.two
 
 
 def tile_splits(blocks: int, columns: int, group: int, processors: int) -> int:
@@ -340,8 +397,9 @@ def _tiles(spec: StatsSpec, policy: HiddenRows, labels, ref: HiddenRows | None, 
         fused_linear.tile_sums[(blocks * splits,)](
             _hidden(policy, spec.softcap, spec.multiplier),
             _hidden(ref, spec.ref_softcap, spec.ref_multiplier),
-            _row_labels(spec, labels),
-            _fields(saved),
+            labels,
+            spec.ignore_index,
+            *_fields(saved),
             parts,
             parts.stride(0),
             parts.stride(1),

@@ -19,15 +19,21 @@ FLOOR = tl.constexpr(elementwise.FLOOR)  # suppressed logits are raised to this
 LOW = tl.constexpr(-elementwise.HUGE)
 INF = tl.constexpr(elementwise.INF)
 TIED = tl.constexpr(40.0)  # bits: shifts() ties both sides if each shift is less than this above its maximum
+PEELED = tl.constexpr(16)  # elements: where rows are not aligned, a sweep begins at a multiple of it
 SAVED_FIELDS = tl.constexpr(_SAVED_FIELDS)
 SAVED_AT = tl.constexpr(SavedRow(*range(_SAVED_FIELDS)))  # the row of each field
 
 
 class Starts(NamedTuple):
-    """Where a row of both sides begins; a field of Logits cannot be replaced, for on Triton 3.6 no tuple with None is built."""
+    """Where the sweep over a row of both sides begins: at column `head`, from which on addresses are aligned.
+
+    Position v of the sweep is column v + head, and column v + head - V where that is beyond the row. (A field of Logits cannot
+    be replaced, for on Triton 3.6 no tuple with None is built.)
+    """
 
     policy: Any
     ref: Any
+    head: Any
 
 
 class Step(NamedTuple):
@@ -97,25 +103,60 @@ def transform_logits(x, softcap, multiplier, RAISED: tl.constexpr = True):
 
 
 @triton.jit
-def row_offset(row, layout):
-    """Return the int64 offset of a row in a tensor with the given layout (layout.row_layout)."""
-    return (row // layout[0]) * layout[1] + (row % layout[0]) * layout[2]
+def number(x):
+    """Return n of arguments.odd(n)."""
+    return (x >> 1) - 1
 
 
 @triton.jit
 def row_start(logits, row):
     """Return the address of a row of Logits."""
-    return logits.pointer + row_offset(row, logits.layout)
+    layout = logits.layout
+    if layout.size is None:
+        offset = row * number(layout.stride)
+    else:
+        size = number(layout.size)
+        offset = (row // size) * number(layout.stride) + (row % size) * number(layout.inner_stride)
+    if layout.aligned is not None:
+        offset = offset * (128 // logits.pointer.dtype.element_ty.primitive_bitwidth)
+    return logits.pointer + offset
+
+
+@triton.jit
+def row_head(policy, row):
+    """Return the number of columns before the first aligned one of a row; 0 where rows are aligned, or never are together."""
+    if policy.layout.peeled is not None:
+        elements = row_start(policy, row).to(tl.int64) // (policy.pointer.dtype.element_ty.primitive_bitwidth // 8)
+        return (-elements & (PEELED - 1)).to(tl.int32)
+    else:
+        return 0
+
+
+@triton.jit
+def sweep_start(logits, row, head):
+    """Return the address of column `head` of a row."""
+    if logits.stride is None:
+        start = row_start(logits, row) + head
+    else:
+        start = row_start(logits, row) + tl.cast(head, tl.int64) * number(logits.stride)
+    return start if logits.layout.peeled is None else tl.multiple_of(start, 16)
 
 
 @triton.jit
 def row_starts(policy, ref, row):
-    """Return the addresses of a row of both sides; without a reference, the policy takes its place."""
-    start = row_start(policy, row)
+    """Return where the sweep over a row begins; without a reference, the policy takes its place."""
+    head = row_head(policy, row)
+    start = sweep_start(policy, row, head)
     if ref.pointer is not None:
-        return Starts(start, row_start(ref, row))
+        return Starts(start, sweep_start(ref, row, head), head)
     else:
-        return Starts(start, start)
+        return Starts(start, start, head)
+
+
+@triton.jit
+def wrapped(v, V, head, policy):
+    """Return positions v < V of a sweep as columns, counted from column `head`."""
+    return v if policy.layout.peeled is None else tl.where(v < V - head, v, v - V)
 
 
 @triton.jit
@@ -124,38 +165,41 @@ def pointers(start, logits, v):
     if logits.stride is None:
         return start + v
     else:
-        return start + v.to(tl.int64) * logits.stride
+        return start + v.to(tl.int64) * number(logits.stride)
 
 
 @triton.jit
 def entry(start, logits, v):
-    """Load one entry of a row, after softcap and multiplier."""
+    """Load one entry of a row, after softcap and multiplier; v: its column, counted from column `head`."""
     return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier)[0]
 
 
 @triton.jit
-def load_side(start, logits, v, V, MASKED: tl.constexpr, RAISED: tl.constexpr):
+def load_side(start, logits, v, inside, MASKED: tl.constexpr, RAISED: tl.constexpr):
     """Load one step of a row.
 
-    Return the logits after softcap and multiplier, FLOOR for columns beyond V, and the slope.
+    Return the logits after softcap and multiplier, FLOOR for entries that are not inside the row, and the slope.
     """
     if MASKED:
-        x = tl.load(pointers(start, logits, v), mask=v < V, other=0.0)
+        x = tl.load(pointers(start, logits, v), mask=inside, other=0.0)
         x, slope = transform_logits(x, logits.softcap, logits.multiplier, RAISED)
-        return tl.where(v < V, x, FLOOR), slope
+        return tl.where(inside, x, FLOOR), slope
     else:
         return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier, RAISED)
 
 
 @triton.jit
 def load_step(starts, policy, ref, v, V, MASKED: tl.constexpr, RAISED: tl.constexpr = True):
-    """Load one step of both sides; without a reference, the policy takes its place.
+    """Load positions v [UNROLL, LANES] or [BLOCK] of both sides; without a reference, the policy takes its place.
 
     RAISED: whether suppressed logits are raised to FLOOR, as all but their exponentials needs it.
     """
-    z, slope_p = load_side(starts.policy, policy, v, V, MASKED, RAISED)
+    inside = v < V
+    if MASKED:
+        v = wrapped(v, V, starts.head, policy)
+    z, slope_p = load_side(starts.policy, policy, v, inside, MASKED, RAISED)
     if ref.pointer is not None:
-        r, slope_q = load_side(starts.ref, ref, v, V, MASKED, RAISED)
+        r, slope_q = load_side(starts.ref, ref, v, inside, MASKED, RAISED)
         return Step(z, r, slope_p, slope_q)
     else:
         return Step(z, z, slope_p, slope_p)
@@ -260,19 +304,17 @@ def add_step_terms(z, r, row, sums, params, FORMULAS: tl.constexpr, AXIS: tl.con
 
 
 @triton.jit
-def token_label(labels, row, SHIFT: tl.constexpr):
+def token_label(labels, row, length, ignore_index, SHIFT: tl.constexpr):
     """Return the label of a row.
 
-    With SHIFT it is the label of the next position, and ignore_index at the last position.
+    With SHIFT it is the label of the next position of its sequence, and ignore_index at the last position.
     """
     if SHIFT:
-        last = row % labels.length == labels.length - 1
-        at = row_offset(tl.where(last, row, row + 1), labels.layout)
-        return tl.where(last, labels.ignore_index, tl.load(labels.pointer + at).to(tl.int64))
-    elif labels.layout is None:
-        return tl.load(labels.pointer + row).to(tl.int64)
+        last = row % length == length - 1
+        label = tl.load(labels + tl.where(last, row, row + 1)).to(tl.int64)
+        return tl.where(last, ignore_index, label)
     else:
-        return tl.load(labels.pointer + row_offset(row, labels.layout)).to(tl.int64)
+        return tl.load(labels + row).to(tl.int64)
 
 
 @triton.jit

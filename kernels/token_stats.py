@@ -31,12 +31,13 @@ from .row_stats import (
     load_saved,
     load_step,
     pointers,
-    row_start,
     row_starts,
     slope_pointers,
     slopes,
     sweep,
+    sweep_start,
     token_label,
+    wrapped,
 )
 
 close_moments, close_power, log_totals = jit(moments.close_moments), jit(moments.close_power), jit(moments.log_totals)
@@ -54,6 +55,8 @@ def row_sums(starts, policy, ref, y, V, powers, WANTED: tl.constexpr, STEPS: tl.
     """
     REF: tl.constexpr = ref.pointer is not None
     RAISED: tl.constexpr = WANTED.entropy or WANTED.moments or len(powers) > 0
+    first = y * 0 - starts.head
+    y -= starts.head
     label_p = entry(starts.policy, policy, y)
     label_q = label_p
     if REF:
@@ -62,7 +65,7 @@ def row_sums(starts, policy, ref, y, V, powers, WANTED: tl.constexpr, STEPS: tl.
     # A constant close to z - r: that of column y, or that of column 0 if column y is an outlier.
     center = tl.where(known, label_p - label_q, 0.0)
     if REF:
-        first_p, first_q = entry(starts.policy, policy, y * 0), entry(starts.ref, ref, y * 0)
+        first_p, first_q = entry(starts.policy, policy, first), entry(starts.ref, ref, first)
         other = (first_p > LOW) & (first_q > LOW) & (tl.abs(center) > 64.0)
         center = tl.where(other, first_p - first_q, center)
     shift_q = tl.where(label_q > LOW, tl.floor(label_q * LOG2E), LOW)
@@ -72,19 +75,20 @@ def row_sums(starts, policy, ref, y, V, powers, WANTED: tl.constexpr, STEPS: tl.
 
     LANES: tl.constexpr = STEPS.lanes
     BLOCK: tl.constexpr = STEPS.unroll * LANES
-    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes = tl.arange(0, LANES)[None, :]
+    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + lanes
     zero = tl.zeros([LANES], tl.float32)
     low = tl.sum(zero) + LOW
     lane_powers = ()
     for i in tl.static_range(len(powers)):  # noqa: B007
         lane_powers = lane_powers + (LanePower(zero, low),)
     sums = LaneSums(shift_p, shift_q, label_p, label_q, zero, zero, zero, zero, zero, zero, zero, lane_powers)
-    main = V // BLOCK * BLOCK
+    main = (V - starts.head) // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
         step = load_step(starts, policy, ref, start + v, V, False, RAISED)
         sums = sweep(step, sums, center, powers, REF, WANTED)
-    if main < V:
-        step = load_step(starts, policy, ref, main + v, V, True, RAISED)
+    for start in tl.range(main, V, LANES, num_stages=1):
+        step = load_step(starts, policy, ref, start + lanes, V, True, RAISED)
         sums = sweep(step, sums, center, powers, REF, WANTED)
 
     found = RowMoments(
@@ -116,7 +120,8 @@ def term_sums(starts, policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS
     """Compute the TermSums of each term divergence in a second sweep; other divergences get zeros."""
     LANES: tl.constexpr = STEPS.lanes
     BLOCK: tl.constexpr = STEPS.unroll * LANES
-    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    lanes = tl.arange(0, LANES)[None, :]
+    v = tl.arange(0, STEPS.unroll)[:, None] * LANES + lanes
     zero = tl.zeros([LANES], tl.float32)
     sums = ()
     for i in tl.static_range(len(FORMULAS.term)):
@@ -124,12 +129,12 @@ def term_sums(starts, policy, ref, V, row, params, FORMULAS: tl.constexpr, STEPS
             sums = sums + (TermSums(zero, zero),)
         else:
             sums = sums + (TermSums(0.0, 0.0),)
-    main = V // BLOCK * BLOCK
+    main = (V - starts.head) // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
         step = load_step(starts, policy, ref, start + v, V, False)
         sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
-    if main < V:
-        step = load_step(starts, policy, ref, main + v, V, True)
+    for start in tl.range(main, V, LANES, num_stages=1):
+        step = load_step(starts, policy, ref, start + lanes, V, True)
         sums = add_step_terms(step.policy, step.ref, row, sums, params, FORMULAS, 0)
     found = ()
     for i in tl.static_range(len(FORMULAS.term)):
@@ -248,11 +253,13 @@ def store_divergence(out, i: tl.constexpr, row, rows, value, slope, degree, aliv
     tl.store(to_q, tl.where(alive, other, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["labels"])
 def token_stats_forward(
     policy,
     ref,
     labels,
+    length,
+    ignore_index,
     out,
     V,
     numbers,
@@ -264,12 +271,13 @@ def token_stats_forward(
 ):
     """Compute log p(y), log q(y), lse, entropy, divergences, whether y is the argmax, and log sum p^2.
 
-    policy, ref: Logits, ref absent without a reference. labels: Labels. out: Outputs. numbers: Numbers.
+    policy, ref: Logits, ref absent without a reference. labels: [rows]. length: of a sequence, where labels are shifted.
+    out: Outputs. numbers: Numbers.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
-    label = token_label(labels, row, SHIFT)
-    if label == labels.ignore_index:
+    label = token_label(labels, row, length, ignore_index, SHIFT)
+    if label == ignore_index:
         store_ignored(row, rows, out, len(FORMULAS.row))
         return
     valid = (label >= 0) & (label < V)
@@ -304,7 +312,7 @@ def backward_step(
     ENTROPY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Write the gradients at vocabulary entries v [BLOCK] of a row."""
+    """Write the gradients at positions v [BLOCK] of the sweep over a row; label: the position of the label."""
     step = load_step(starts, policy, ref, v, V, MASKED)
     to_policy, to_ref = slopes(
         step,
@@ -319,26 +327,59 @@ def backward_step(
         d_policy.pointer is not None,
         d_ref.pointer is not None,
     )
+    inside = v < V
+    if MASKED:
+        v = wrapped(v, V, starts.head, policy)
     if d_policy.pointer is not None:
         if MASKED:
-            tl.store(pointers(start_p, d_policy, v), to_policy, mask=v < V)
+            tl.store(pointers(start_p, d_policy, v), to_policy, mask=inside)
         else:
             tl.store(pointers(start_p, d_policy, v), to_policy)
     if d_ref.pointer is not None:
         if MASKED:
-            tl.store(pointers(start_q, d_ref, v), to_ref, mask=v < V)
+            tl.store(pointers(start_q, d_ref, v), to_ref, mask=inside)
         else:
             tl.store(pointers(start_q, d_ref, v), to_ref)
 
 
 @triton.jit
+def store_zeros(start, logits, policy, begin, head, width, v):
+    """Write zeros to columns begin to width of a row; begin: 0, or behind all that the sweep over the row writes."""
+    BLOCK: tl.constexpr = v.shape[0]
+    main = tl.where(begin == 0, (width - head) // BLOCK * BLOCK, begin - head)
+    for at in range(0 if begin == 0 else main, main, BLOCK):
+        tl.store(pointers(start, logits, at + v), 0.0)
+    end = tl.where(begin == 0, width, width - head)
+    for at in range(main, end, BLOCK):
+        to = wrapped(at + v, width, head, policy)
+        tl.store(pointers(start, logits, to), 0.0, mask=at + v < end)
+
+
+@triton.jit(
+    do_not_specialize=["length", "first"],
+    do_not_specialize_on_alignment=[
+        "labels",
+        "grad_logps",
+        "grad_ref_logps",
+        "grad_lse",
+        "grad_entropy",
+        "grad_divergence",
+        "saved",
+    ],
+)
 def token_stats_backward(
     policy,
     ref,
     d_policy,
     d_ref,
     labels,
-    grads,
+    length,
+    ignore_index,
+    grad_logps,
+    grad_ref_logps,
+    grad_lse,
+    grad_entropy,
+    grad_divergence,
     saved,
     V,
     first,
@@ -353,48 +394,50 @@ def token_stats_backward(
     """Compute dz = p (coef - g_ent log p) + sum_i g_i h_i + g_logp 1[v = y], times the slope of softcap and multiplier.
 
     policy, ref: Logits, ref absent where nothing asks for q. d_policy, d_ref: Logits, absent where not wanted.
-    grads: Grads. Column 0 is the token `first`; columns from V to the width of a side get 0.
+    labels, length: as in token_stats_forward. grad_...: those of Grads. Column 0 is the token `first`; columns from V to the
+    width of a side get 0.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     n: tl.constexpr = len(FORMULAS.grad_p)
     REF: tl.constexpr = ref.pointer is not None
-    ENTROPY: tl.constexpr = grads.entropy is not None
-    label = token_label(labels, row, SHIFT)
+    ENTROPY: tl.constexpr = grad_entropy is not None
+    label = token_label(labels, row, length, ignore_index, SHIFT)
     v = tl.arange(0, BLOCK)
-    start_p = row_start(d_policy, row) if d_policy.pointer is not None else 0
-    start_q = row_start(d_ref, row) if d_ref.pointer is not None else 0
-    done = label == labels.ignore_index
-    label -= first
+    starts = row_starts(policy, ref, row)
+    head = starts.head
+    start_p = sweep_start(d_policy, row, head) if d_policy.pointer is not None else 0
+    start_q = sweep_start(d_ref, row, head) if d_ref.pointer is not None else 0
+    done = label == ignore_index
     if d_policy.pointer is not None:
-        for start in range(0 if done else V, width_p, BLOCK):
-            tl.store(pointers(start_p, d_policy, start + v), 0.0, mask=start + v < width_p)
+        store_zeros(start_p, d_policy, policy, 0 if done else V, head, width_p, v)
     if d_ref.pointer is not None:
-        for start in range(0 if done else V, width_q, BLOCK):
-            tl.store(pointers(start_q, d_ref, start + v), 0.0, mask=start + v < width_q)
+        store_zeros(start_q, d_ref, policy, 0 if done else V, head, width_q, v)
     if done:
         return
 
-    starts = row_starts(policy, ref, row)
+    label -= first
+    if policy.layout.peeled is not None:
+        label = tl.where((label < 0) | (label >= V), -1, tl.where(label < head, label + V, label) - head)
     of_row = load_saved(saved, rows, row)
-    label_p = tl.load(grads.logps + row).to(tl.float32) if grads.logps is not None else 0.0
-    label_q = tl.load(grads.ref_logps + row).to(tl.float32) if grads.ref_logps is not None else 0.0
-    to_lse = tl.load(grads.lse + row).to(tl.float32) if grads.lse is not None else 0.0
-    to_entropy = tl.load(grads.entropy + row).to(tl.float32) if ENTROPY else 0.0
+    label_p = tl.load(grad_logps + row).to(tl.float32) if grad_logps is not None else 0.0
+    label_q = tl.load(grad_ref_logps + row).to(tl.float32) if grad_ref_logps is not None else 0.0
+    to_lse = tl.load(grad_lse + row).to(tl.float32) if grad_lse is not None else 0.0
+    to_entropy = tl.load(grad_entropy + row).to(tl.float32) if ENTROPY else 0.0
     coef_p = to_lse - label_p
     if ENTROPY:
         coef_p -= to_entropy * of_row.entropy
     coef_q = -label_q
     to_divergences = ()
     for i in tl.static_range(n):
-        g = tl.load(grads.divergence + i * rows + row).to(tl.float32)
+        g = tl.load(grad_divergence + i * rows + row).to(tl.float32)
         at_p, at_q = slope_pointers(saved, rows, row, i)
         coef_p -= g * tl.load(at_p)
         coef_q -= g * tl.load(at_q)
         to_divergences = to_divergences + (g,)
     coefs = Coefs(label_p, label_q, to_entropy, coef_p, coef_q, to_divergences)
 
-    main = V // BLOCK * BLOCK
+    main = (V - head) // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STAGES):
         backward_step(
             starts,
@@ -415,7 +458,7 @@ def token_stats_backward(
             ENTROPY,
             False,
         )
-    if main < V:
+    for start in tl.range(main, V, BLOCK, num_stages=1):
         backward_step(
             starts,
             policy,
@@ -424,7 +467,7 @@ def token_stats_backward(
             d_policy,
             start_q,
             d_ref,
-            main + v,
+            start + v,
             V,
             label,
             of_row,

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..core import moments
 from ..core.moments import PowerMoments, RowMoments
 from .elementwise import jit
-from .row_stats import INF, load_saved, row_starts, token_label
+from .row_stats import INF, load_saved, row_starts
 from .token_stats import close_row, row_sums, store_ignored, term_sums
 
 merge, merge_power = jit(moments.merge), jit(moments.merge_power)
@@ -24,32 +24,32 @@ ROW_FIELDS, POWER_FIELDS = tl.constexpr(RowMoments._fields), tl.constexpr(PowerM
 
 
 @triton.jit
-def load_state(state, row, n: tl.constexpr):
+def load_state(state, stride, row, n: tl.constexpr):
     """Return the RowMoments of a row, and a PowerMoments of each of n powers."""
-    start = state.pointer + row
+    start = state + row
     sums = ()
     for i in tl.static_range(len(ROW_FIELDS.value)):
-        sums = sums + (tl.load(start + i * state.stride),)
+        sums = sums + (tl.load(start + i * stride),)
     powers = ()
     for k in tl.static_range(n):
         power = ()
         for i in tl.static_range(len(POWER_FIELDS.value)):
             at = len(ROW_FIELDS.value) + len(POWER_FIELDS.value) * k + i
-            power = power + (tl.load(start + at * state.stride),)
+            power = power + (tl.load(start + at * stride),)
         powers = powers + (PowerMoments(*power),)
     return RowMoments(*sums), powers
 
 
 @triton.jit
-def store_state(state, row, sums, powers):
+def store_state(state, stride, row, sums, powers):
     """Store what load_state returns."""
-    start = state.pointer + row
+    start = state + row
     for i in tl.static_range(len(ROW_FIELDS.value)):
-        tl.store(start + i * state.stride, sums[i])
+        tl.store(start + i * stride, sums[i])
     for k in tl.static_range(len(powers)):
         for i in tl.static_range(len(POWER_FIELDS.value)):
             at = len(ROW_FIELDS.value) + len(POWER_FIELDS.value) * k + i
-            tl.store(start + at * state.stride, powers[k][i])
+            tl.store(start + at * stride, powers[k][i])
 
 
 @triton.jit
@@ -64,14 +64,25 @@ def merged(sums, power_sums, other, other_powers, powers):
     return both, found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "V", "first"], do_not_specialize_on_alignment=["labels", "state"])
 def fold_slice(
-    policy, ref, labels, state, V, first, powers, FRESH: tl.constexpr, WANTED: tl.constexpr, STEPS: tl.constexpr
+    policy,
+    ref,
+    labels,
+    ignore_index,
+    state,
+    stride,
+    V,
+    first,
+    powers,
+    FRESH: tl.constexpr,
+    WANTED: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """Add the sums of a slice of logits [rows, V] to a state; FRESH: the state holds none yet."""
     row = tl.program_id(0).to(tl.int64)
-    label = token_label(labels, row, False)
-    if label == labels.ignore_index:
+    label = tl.load(labels + row).to(tl.int64)
+    if label == ignore_index:
         return
     here = (label >= first) & (label < first + V)
     starts = row_starts(policy, ref, row)
@@ -93,46 +104,61 @@ def fold_slice(
         sum_pp=sums.sum_pp,
     )
     if not FRESH:
-        old, old_powers = load_state(state, row, len(powers))
+        old, old_powers = load_state(state, stride, row, len(powers))
         sums, power_sums = merged(old, old_powers, sums, power_sums, powers)
-    store_state(state, row, sums, power_sums)
+    store_state(state, stride, row, sums, power_sums)
 
 
-@triton.jit
-def add_terms(policy, ref, labels, saved, sums, V, numbers, FORMULAS: tl.constexpr, STEPS: tl.constexpr):
-    """Add the term divergences of a slice of logits to their sums, Fields [2 n, rows]."""
+@triton.jit(
+    do_not_specialize=["saved_stride", "stride", "V"], do_not_specialize_on_alignment=["labels", "saved", "sums"]
+)
+def add_terms(
+    policy,
+    ref,
+    labels,
+    ignore_index,
+    saved,
+    saved_stride,
+    sums,
+    stride,
+    V,
+    numbers,
+    FORMULAS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Add the term divergences of a slice of logits to their sums [2 n, rows]."""
     row = tl.program_id(0).to(tl.int64)
-    if token_label(labels, row, False) == labels.ignore_index:
+    if tl.load(labels + row) == ignore_index:
         return
-    of_row = load_saved(saved.pointer, saved.stride, row)
+    of_row = load_saved(saved, saved_stride, row)
     found = term_sums(row_starts(policy, ref, row), policy, ref, V, of_row, numbers.params, FORMULAS, STEPS)
     for i in tl.static_range(len(FORMULAS.term)):
         if FORMULAS.term[i] is not None:
             value, slope = found[i]
-            at_value = sums.pointer + 2 * i * sums.stride + row
-            at_slope = sums.pointer + (2 * i + 1) * sums.stride + row
+            at_value = sums + 2 * i * stride + row
+            at_slope = sums + (2 * i + 1) * stride + row
             tl.store(at_value, tl.load(at_value) + value)
             tl.store(at_slope, tl.load(at_slope) + slope)
 
 
-@triton.jit
-def merge_states(state, other, powers):
-    """Merge a state into another."""
+@triton.jit(do_not_specialize=["stride", "other_stride"], do_not_specialize_on_alignment=["state", "other"])
+def merge_states(state, stride, other, other_stride, powers):
+    """Merge the other state into a state."""
     row = tl.program_id(0).to(tl.int64)
-    sums, power_sums = load_state(state, row, len(powers))
-    more, more_powers = load_state(other, row, len(powers))
+    sums, power_sums = load_state(state, stride, row, len(powers))
+    more, more_powers = load_state(other, other_stride, row, len(powers))
     sums, power_sums = merged(sums, power_sums, more, more_powers, powers)
-    store_state(state, row, sums, power_sums)
+    store_state(state, stride, row, sums, power_sums)
 
 
-@triton.jit
-def close_states(state, labels, out, V, numbers, FORMULAS: tl.constexpr, MOMENTS: tl.constexpr):
+@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["state", "labels"])
+def close_states(state, stride, labels, ignore_index, out, V, numbers, FORMULAS: tl.constexpr, MOMENTS: tl.constexpr):
     """Write the outputs of a row from its state."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
-    label = token_label(labels, row, False)
-    if label == labels.ignore_index:
+    label = tl.load(labels + row).to(tl.int64)
+    if label == ignore_index:
         store_ignored(row, rows, out, len(FORMULAS.row))
         return
-    sums, power_sums = load_state(state, row, len(numbers.powers))
+    sums, power_sums = load_state(state, stride, row, len(numbers.powers))
     close_row(row, rows, (label >= 0) & (label < V), sums, power_sums, numbers, out, FORMULAS, MOMENTS)

@@ -113,7 +113,7 @@ def poison(monkeypatch):
 # Files whose tests share what is made once in a process: the compile report, ranks, what the examples say, a wheel. Where
 # there are several processes, one of them runs all tests of a group.
 GROUPS = {"test_static": "static", "test_costs": "static", "test_examples": "examples", "test_packaging": "packaging"}
-GROUPS |= dict.fromkeys(("test_shards", "test_sequence_group", "test_engines"), "ranks")
+GROUPS |= dict.fromkeys(("test_vocab_parallel", "test_sequence_group", "test_engines"), "ranks")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -50,7 +50,7 @@ def explain(device: torch.device, dtype: torch.dtype | None = None) -> tuple[str
     elif why_not := _why_not("compiled", device):
         name, reason = "torch", f"{device.type} tensors; {why_not}"
     else:
-        name, reason = "compiled", f"{device.type} tensors, with the C++ compiler {compiled.compiler()}"
+        name, reason = "compiled", f"{device.type} tensors, with the C++ compiler {compiled.COMPILER}"
     if name == "triton" and dtype == torch.float64:
         raise ValueError("float64 logits: the Triton backend accumulates in float32; set FUSED_LOSSES_BACKEND=torch")
     return name, reason
@@ -67,7 +67,7 @@ def _why_not(name: str, device: torch.device) -> str:
     if name == "compiled":
         if device.type != "cpu":
             return f"it computes on cpu tensors, and these are {device.type} tensors"
-        if compiled.compiler() is None:
+        if compiled.COMPILER is None:
             return "no C++ compiler was found (g++, or the one that CXX names) to compile loops with"
     return ""
 

@@ -17,8 +17,8 @@ import shutil
 import sys
 import threading
 import types
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -61,10 +61,8 @@ COMPILE_FROM = 1 << 20
 log = logging.getLogger("fused_losses")
 
 
-@functools.cache
-def compiler() -> str | None:
-    """Return the path of the C++ compiler that Inductor would call, or None."""
-    return shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")))
+# The path of the C++ compiler that Inductor would call, or None; found once, since torch.compile reads it while it traces
+COMPILER = shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")))
 
 
 def folder() -> str:
@@ -239,6 +237,19 @@ def _new_program(function: Callable, fixed: tuple) -> Callable:
     return torch.compile(own, fullgraph=True, dynamic=True, options=dict(OPTIONS))
 
 
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Set what torch.compile reads while it traces.
+
+    Sizes that are equal by chance, of rows that count and of all rows, are not to be equal in the code. The parameters of
+    divergences are constants: as variables, torch 2.13 may take the code for other values from its cache.
+    """
+    from torch._dynamo import config
+
+    with shapes_config.patch(use_duck_shape=False), config.patch(specialize_float=True):  # type: ignore[attr-defined]
+        yield
+
+
 def _run(function: Callable, spec: StatsSpec, rows: _Rows, *args: object, asked: _Asked | None = None) -> Any:
     """Run the compiled function; the first call for a spec compiles it."""
     if rows.label.numel() < 2:  # torch.compile makes other code for a size of 0 or 1
@@ -257,8 +268,7 @@ def _run(function: Callable, spec: StatsSpec, rows: _Rows, *args: object, asked:
         folder(),
     )
     try:
-        # sizes that are equal by chance, of rows that count and of all rows, are not to be equal in the code
-        with torch.no_grad(), shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        with torch.no_grad(), _tracing():
             return program(rows, *args)
     except _LeftToTorchError:
         raise

@@ -27,7 +27,9 @@ from ..core.layout import (
     finite,
     rows_view,
     saved_row,
+    sequence_sums,
     shifted_labels,
+    spread_sequences,
     stats_dtype,
     term_rows,
     write_divergence,
@@ -276,34 +278,21 @@ def zero_outside(out: Tensor, labels: Tensor, spec: StatsSpec) -> None:
     out[..., spec.vocab :] = 0
 
 
-def _sequence_sums(
-    x: Tensor, mask: Tensor, spec: PairLossSpec, cu_seqlens: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    x = x.to(dtype).masked_fill(~mask, 0)
-    if cu_seqlens is None:
-        return x.view(spec.sequences, -1).sum(1)
-    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), initial=0.0)
-
-
-def _spread(x: Tensor, mask: Tensor, spec: PairLossSpec, cu_seqlens: Tensor | None) -> Tensor:
+def _spread(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Copy the number of each sequence to its tokens where the mask is True, and 0 to the other tokens."""
-    if cu_seqlens is None:
-        tokens = x[:, None].expand(-1, mask.numel() // spec.sequences).reshape(-1)
-    else:
-        tokens = x.repeat_interleave(cu_seqlens.diff().long(), output_size=mask.numel())
-    return tokens.masked_fill(~mask, 0)
+    return spread_sequences(x, mask.numel(), cu_seqlens).masked_fill(~mask, 0)
 
 
 def pair_forward(
     spec: PairLossSpec, logps: Tensor, ref: Tensor | None, mask: Tensor, cu_seqlens: Tensor | None, out: PairOutputs
 ) -> None:
     dtype = out.coef.dtype
-    out.seq_logps.copy_(_sequence_sums(logps, mask, spec, cu_seqlens, dtype))
+    out.seq_logps.copy_(sequence_sums(logps.to(dtype), mask, spec.sequences, cu_seqlens))
     h = out.seq_logps.clone()
     if ref is not None and spec.ref_summed:
         h -= ref
     elif ref is not None:  # subtract token by token, where the ratio is small
-        h = _sequence_sums(logps.to(dtype) - ref.to(dtype), mask, spec, cu_seqlens, dtype)
+        h = sequence_sums(logps.to(dtype) - ref.to(dtype), mask, spec.sequences, cu_seqlens)
     torch.sub(out.seq_logps, h, out=out.seq_ref)
     pairs = out.losses.numel()
     score, slope = spec.divergence.f_dpo_link()(h, *spec.divergence.params)
@@ -323,10 +312,10 @@ def pair_backward(
 ) -> None:
     g = torch.zeros_like(coef) if grads.losses is None else coef * grads.losses.repeat(2)
     if d_logps is not None:
-        d_logps.copy_(_spread(g if grads.seq_logps is None else g + grads.seq_logps, mask, spec, cu_seqlens))
+        d_logps.copy_(_spread(g if grads.seq_logps is None else g + grads.seq_logps, mask, cu_seqlens))
     if d_ref is not None:
         g = -g if grads.seq_ref is None else grads.seq_ref - g
-        d_ref.copy_(g if spec.ref_summed else _spread(g, mask, spec, cu_seqlens))
+        d_ref.copy_(g if spec.ref_summed else _spread(g, mask, cu_seqlens))
 
 
 def tile_states(spec: StatsSpec, policy: HiddenRows, labels: Tensor, ref: HiddenRows | None, state: Tensor) -> None:

@@ -188,14 +188,24 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def forward_and_backward(loss_function: LossFunction, policy: fl.Hidden, ref: fl.Hidden, labels: Tensor) -> list[Any]:
-    """Return the loss, its gradients at the policy's hidden states and head, and the metrics.
+class LossAndGradients(NamedTuple):
+    """A loss, and its gradients at the policy's hidden states and head."""
+
+    loss: Tensor
+    hidden: Tensor
+    head: Tensor
+
+
+def forward_and_backward(
+    loss_function: LossFunction, policy: fl.Hidden, ref: fl.Hidden, labels: Tensor
+) -> tuple[LossAndGradients, dict[str, Tensor]]:
+    """Return the loss with its gradients, and the metrics.
 
     The graph is cut at the hidden states, so that head and loss can be measured alone.
     """
     leaf = policy.hidden.detach().requires_grad_()
     loss, metrics = loss_function(replace(policy, hidden=leaf), ref, labels)
-    return [loss.detach(), *torch.autograd.grad(loss, [leaf, policy.weight]), metrics]
+    return LossAndGradients(loss.detach(), *torch.autograd.grad(loss, [leaf, policy.weight])), metrics
 
 
 def train_step(policy: Model, optimizer: Any, reference: Model, batch: Batch, loss_function: LossFunction) -> Step:
@@ -203,15 +213,15 @@ def train_step(policy: Model, optimizer: Any, reference: Model, batch: Batch, lo
     start = clock(device)
     ref, source = reference.source(batch), policy.source(batch)
     loss_start = clock(device)
-    loss, to_hidden, to_head, metrics = forward_and_backward(loss_function, source, ref, batch.labels)
+    found, metrics = forward_and_backward(loss_function, source, ref, batch.labels)
     loss_seconds = clock(device) - loss_start
-    source.weight.grad = to_head
-    source.hidden.backward(to_hidden)
+    source.weight.grad = found.head
+    source.hidden.backward(found.hidden)
     optimizer.step()
     optimizer.zero_grad()
     seconds = clock(device) - start
     margin, accuracy = metrics["rewards/margins"].item(), metrics["rewards/accuracies"].item()
-    return Step(loss.item(), margin, accuracy, loss_seconds, seconds)
+    return Step(found.loss.item(), margin, accuracy, loss_seconds, seconds)
 
 
 def error_of_loss(loss_function: partial[Loss], policy: fl.Hidden, ref: fl.Hidden, labels: Tensor) -> float:
@@ -225,8 +235,8 @@ def error_of_loss(loss_function: partial[Loss], policy: fl.Hidden, ref: fl.Hidde
     for source in (z, z64):
         source.weight.requires_grad_()
     twin = partial(from_hidden, library=fl.reference, **loss_function.keywords)
-    ours = forward_and_backward(loss_function, z, w, labels[few])[:3]
-    truth = forward_and_backward(twin, z64, w64, labels[few])[:3]
+    ours, _ = forward_and_backward(loss_function, z, w, labels[few])
+    truth, _ = forward_and_backward(twin, z64, w64, labels[few])
     errors = [(a - b).norm() / b.norm() for a, b in zip(ours, truth, strict=True)]
     return torch.stack(errors).max().item()  # NaN stays NaN
 

@@ -22,8 +22,7 @@ VARIABLES = ("FUSED_LOSSES_BACKEND", "TRITON_INTERPRET")
 MEANING = {
     "triton": "the Triton kernels",
     "torch": "plain torch, a few rows at a time, with the kernels' formulas; Triton does not run",
-    "compiled": f"loops that torch.compile makes of the kernels' formulas, for calls of at least {COMPILE_FROM:,} logits; "
-    "plain torch for smaller ones",
+    "compiled": f"loops that torch.compile makes of the formulas, from {COMPILE_FROM:,} logits; else plain torch",
 }
 
 

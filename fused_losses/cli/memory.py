@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..backends import torch_backend
-from ..core.divergences import Divergence, from_key, parse
-from ..core.layout import saved_rows
+from ..core.divergences import Divergence, parse
+from ..core.layout import StatsSpec, saved_rows
 from ..engine import planner
+from ..engine.hidden_ops import plan_inputs
+from ..engine.sides import InputFlags, Inputs, Wanted
 from .memory_probe import peak_bytes
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,10 +50,6 @@ def naive_bytes(rows: int, step: Step) -> int:
 
 
 SMALL = 2048
-
-# Temporaries of the torch backend at its peak, in blocks of torch_backend.BLOCK_BYTES, measured by peak_bytes: without
-# divergence (gradient to policy, to both), and with one (read once, twice).
-BLOCKS, BLOCKS_DIVERGENCE = (5, 6), (13, 15)
 
 
 @dataclass(frozen=True)
@@ -94,14 +92,8 @@ class Step:
         gradients = (not inplace) + self.both
         n = len(self.divergences)
         per_row = 4 * (3 + n) + 4 * saved_rows(n) + 4 * (2 + n) + 2  # outputs, saved, incoming gradients, two bools
-        return gradients * self.logits + self.rows * per_row + (self._blocks() if backend == "torch" else 0)
-
-    def _blocks(self) -> int:
-        row = 4 * self.vocab
-        block = row * min(self.rows, max(1, torch_backend.BLOCK_BYTES // row))
-        if not self.divergences:
-            return BLOCKS[self.both] * block
-        return BLOCKS_DIVERGENCE[any(d.term is not None for d in self.divergences)] * block
+        blocks = planner.logits_blocks(self.rows, self.vocab, self.divergences, self.both)
+        return gradients * self.logits + self.rows * per_row + (blocks if backend == "torch" else 0)
 
 
 @dataclass(frozen=True)
@@ -117,12 +109,6 @@ class HeadStep(Step):
         """Return the bytes of states and heads."""
         return (self.rows + self.vocab) * (self.hidden + self.ref * self.ref_hidden) * self.itemsize
 
-    def gradients(self) -> dict[str, int]:
-        """Return the bytes of the gradients that either code has to return."""
-        states, head = self.rows * self.itemsize, self.vocab * self.itemsize
-        policy = {"states": states * self.hidden, "head": head * self.hidden * (not self.frozen)}
-        return policy | {"reference": (states + head) * self.ref_hidden * self.both}
-
     def naive_per_logit(self) -> float:
         """Return the bytes per logit that grow with rows times vocabulary.
 
@@ -137,61 +123,32 @@ class HeadStep(Step):
 
         The peak is in the backward of the log-softmaxes or, with large states, in the products after it.
         """
-        return max(super().naive(), self.logits * (1 + self.both) + sum(self.gradients().values()))
-
-    def plan_inputs(self, device: str) -> planner.PlanInputs:
-        bases = [from_key(k) for k in {key for d in self.divergences for key in (d.parts or (d.key,))}]
-        ref_hidden = self.ref * self.ref_hidden
-        cast = 4 * max(self.hidden, ref_hidden) * (device == "cpu" and self.itemsize < 4)  # a CPU multiplies in float32
-        return planner.PlanInputs(
-            rows=self.rows,
-            vocab=self.vocab,
-            hidden=self.hidden,
-            ref_hidden=ref_hidden,
-            itemsize=self.itemsize,
-            sums=4,
-            ref=self.ref,
-            device=device,
-            backend="torch" if device == "cpu" else "triton",
-            bases=len(bases),
-            pair=bool(self.divergences),
-            second=any(d.term is not None for d in self.divergences),
-            frozen_second=any(d.scaling is None for d in bases),
-            grad_hidden=True,
-            grad_head=not self.frozen,
-            grad_weight=not self.frozen,
-            grad_ref=self.both,
-            unit=self.unit,
-            row_cast=cast,
-            column_cast=cast,
-            weight=self.vocab * self.hidden,
+        return max(
+            super().naive(), self.logits * (1 + self.both) + sum(planner.gradient_bytes(self.plan_inputs()).values())
         )
 
-    def ours(self, device: str, plan: planner.Plan) -> dict[str, int]:
-        """Return the bytes at the peak of this library's code, by purpose.
+    def plan_inputs(self, device: str = "cpu") -> planner.PlanInputs:
+        """Return what the planner needs to know: from tensors of these sizes on the device, which take no memory."""
+        dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
 
-        The purposes are gradients(), what is stored in addition to the tiles, and the tiles.
-        """
-        gradients = {f"gradient of {name}": count for name, count in self.gradients().items() if count}
-        states, ref_states = (self.rows * h * self.itemsize for h in (self.hidden, self.ref_hidden))
-        call = self.plan_inputs(device)
-        beside = {
-            "sums, and what is kept for backward": plan.kept,
-            "states of the rows that count": states
-            + ref_states * self.ref * (plan.kind != "vocab_chunks" or call.pair or call.grad_ref),
-            "their gradient, before it is put back": states * (self.itemsize == 4),
-            "numbers per row": self.rows * (140 + 36 * len(self.divergences)),
-        }
-        tiles, held = plan.tiles, sum(beside.values()) + sum(gradients.values())
-        # no reference in backward, no gradients in forward
-        if plan.kind == "vocab_chunks" and not (call.pair or call.grad_ref):
-            before = plan.tiles - plan.kept - states - sum(gradients.values())
-            alone = call._replace(ref=False, ref_hidden=0)
-            tiles = max(before, planner._bytes(alone, *planner.tile_shape(alone, plan.workspace)))
-        if plan.kind == "row_blocks":  # backward scales the gradients, kept in float32, into new ones
-            wide = [4 * self.hidden * n for n in (self.rows, self.vocab * (not self.frozen))]
-            tiles = max(tiles, sum(wide) + max(wide) * (self.itemsize < 4) + sum(gradients.values()) - held)
-        return gradients | beside | {"tiles of logits": tiles}
+        def side(width: int) -> Inputs:
+            x, weight = (torch.empty(n, width, dtype=dtype, device=device) for n in (self.rows, self.vocab))
+            return Inputs(x, weight)
+
+        with FakeTensorMode():
+            return plan_inputs(
+                StatsSpec(self.divergences, False, False, shift=False, ignore_index=-100, vocab=self.vocab),
+                side(self.hidden),
+                side(self.ref_hidden) if self.ref else None,
+                self.rows,
+                "torch" if device == "cpu" else "triton",
+                Wanted(InputFlags(x=True, weight=not self.frozen), InputFlags(x=self.both, weight=self.both)),
+                self.unit,
+            )
+
+    def ours(self, device: str, plan: planner.Plan) -> dict[str, int]:
+        """Return the bytes at the peak of this library's code, by purpose."""
+        return planner.peak(self.plan_inputs(device), plan, len(self.divergences)).parts
 
 
 def naive_head_bytes(rows: int, vocab: int, step: HeadStep) -> int:

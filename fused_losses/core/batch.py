@@ -114,7 +114,8 @@ def read_batch(labels: object, kind: str, options: Mapping[str, Any]) -> Batch:
     if shift is None and (kind != "tokens" or labels.dim() > 1 or cu_seqlens is not None or group is not None):
         raise TypeError(MISSING_SHIFT.format(shape=list(labels.shape)))
     if shift is not None and not isinstance(shift, bool):
-        raise TypeError(f"shift: expected True or False, got {shift!r}")
+        hint = "" if isinstance(shift, str) else "; pass bool(shift)"
+        raise TypeError(f"shift: expected True or False, got {shift!r} of type {type(shift).__name__}{hint}")
     if shift and labels.dim() == 0:
         raise ValueError("shift: expected labels with a time dimension, got a 0-d tensor")
     cu_seqlens = ordinary(cu_seqlens) if isinstance(cu_seqlens, Tensor) else cu_seqlens

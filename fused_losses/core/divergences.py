@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, log, logaddexp
 from torch.compiler import is_compiling
 
-from .elementwise import (  # fmt: skip
+from .elementwise import (
     absolute,
     bounded,
     cap,
@@ -329,9 +329,15 @@ def reverse_kl() -> Divergence:
     f = u log u. DPO and KL-regularised RL use this divergence.
     """
     return Divergence(
-        _kl, _reverse_grad_p, _reverse_grad_q, _reverse_row,
-        f=lambda u: u * log(u), f_prime=lambda u: log(u) + 1, link=_reverse_link, score=lambda h: h,
-    )  # fmt: skip
+        _kl,
+        _reverse_grad_p,
+        _reverse_grad_q,
+        _reverse_row,
+        f=lambda u: u * log(u),
+        f_prime=lambda u: log(u) + 1,
+        link=_reverse_link,
+        score=lambda h: h,
+    )
 
 
 @_divergence
@@ -341,19 +347,32 @@ def forward_kl() -> Divergence:
     f = -log u. It is the sequential KL of TDPO and the usual distillation loss.
     """
     return Divergence(
-        lambda lp, lq: _kl(lq, lp), _forward_grad_p, _forward_grad_q, _forward_row, scaling=_forward_scaling,
-        f=lambda u: -log(u), f_prime=lambda u: -1 / u, link=_forward_link, score=lambda h: -cap(-h).exp(),
-    )  # fmt: skip
+        lambda lp, lq: _kl(lq, lp),
+        _forward_grad_p,
+        _forward_grad_q,
+        _forward_row,
+        scaling=_forward_scaling,
+        f=lambda u: -log(u),
+        f_prime=lambda u: -1 / u,
+        link=_forward_link,
+        score=lambda h: -cap(-h).exp(),
+    )
 
 
 @_divergence
 def jeffreys() -> Divergence:
     """Return the Jeffreys divergence, KL(policy || ref) + KL(ref || policy), with f = (u - 1) log u."""
     return Divergence(
-        lambda lp, lq: _kl(lp, lq) + _kl(lq, lp), _jeffreys_grad_p, _jeffreys_grad_q, _jeffreys_row,
-        f=lambda u: (u - 1) * log(u), f_prime=lambda u: log(u) + 1 - 1 / u, link=_jeffreys_link,
-        score=lambda h: h - cap(-h).exp(), parts=("reverse_kl", "forward_kl"),
-    )  # fmt: skip
+        lambda lp, lq: _kl(lp, lq) + _kl(lq, lp),
+        _jeffreys_grad_p,
+        _jeffreys_grad_q,
+        _jeffreys_row,
+        f=lambda u: (u - 1) * log(u),
+        f_prime=lambda u: log(u) + 1 - 1 / u,
+        link=_jeffreys_link,
+        score=lambda h: h - cap(-h).exp(),
+        parts=("reverse_kl", "forward_kl"),
+    )
 
 
 @_divergence
@@ -374,11 +393,16 @@ def js(beta: float = 0.5) -> Divergence:
     even = _js_even_grad_p, _js_even_grad_q, _js_even_term
     grad_p, grad_q, term = even if beta == 0.5 else (_js_grad_p, _js_grad_q, _js_term)
     return Divergence(
-        define, grad_p, grad_q, term=term, params=(beta,), link=_js_link,
+        define,
+        grad_p,
+        grad_q,
+        term=term,
+        params=(beta,),
+        link=_js_link,
         f=lambda u: (1 - beta) * u * log(u) - (beta + (1 - beta) * u) * log(beta + (1 - beta) * u),
         f_prime=lambda u: (1 - beta) * log(u / (beta + (1 - beta) * u)),
         score=lambda h: -logaddexp(torch.full_like(h, math.log1p(-beta)), math.log(beta) - h),
-    )  # fmt: skip
+    )
 
 
 def _power(s: float, weight: float) -> Divergence:
@@ -390,14 +414,19 @@ def _power(s: float, weight: float) -> Divergence:
         return weight * expm1(terms.logsumexp(-1)) / (s * (s - 1))
 
     return Divergence(
-        define, _power_grad_p, _power_grad_q, _power_row, power=s, params=(s, weight),
+        define,
+        _power_grad_p,
+        _power_grad_q,
+        _power_row,
+        power=s,
+        params=(s, weight),
         scaling=_power_scaling if 0 < s < 1 else None,
         f=lambda u: weight * (u**s - s * u + s - 1) / (s * (s - 1)),
         f_prime=lambda u: weight * (u ** (s - 1) - 1) / (s - 1),
         link=_power_link if s < 1 else None,
         score=lambda h: weight * cap((s - 1) * h).exp() / (s - 1),
         no_link=f"f'(0) = {weight / (1 - s):g} is finite" if s > 1 else "",
-    )  # fmt: skip
+    )
 
 
 @_divergence
@@ -437,10 +466,14 @@ def squared_hellinger() -> Divergence:
 def total_variation() -> Divergence:
     """Return the total variation distance, 1/2 sum |p - q|, with f = |u - 1| / 2."""
     return Divergence(
-        lambda lp, lq: 0.5 * (exp(lp) - exp(lq)).abs().sum(-1), _tv_grad_p, _tv_grad_q, term=_tv_term,
-        f=lambda u: 0.5 * (u - 1).abs(), f_prime=lambda u: 0.5 * (u - 1).sign(),
+        lambda lp, lq: 0.5 * (exp(lp) - exp(lq)).abs().sum(-1),
+        _tv_grad_p,
+        _tv_grad_q,
+        term=_tv_term,
+        f=lambda u: 0.5 * (u - 1).abs(),
+        f_prime=lambda u: 0.5 * (u - 1).sign(),
         no_link="f' takes only two values, so it is not invertible",
-    )  # fmt: skip
+    )
 
 
 @_divergence
@@ -451,11 +484,15 @@ def skew_forward_kl(lam: float = 0.1) -> Divergence:
     """
     _between("skew_forward_kl lam", lam, 0, 1)
     return Divergence(
-        lambda lp, lq: _kl(lq, _mix(lq, lp, lam)), _skew_forward_grad_p, _skew_forward_grad_q,
-        term=_skew_forward_term, params=(lam,),
-        f=lambda u: -log(lam + (1 - lam) * u), f_prime=lambda u: -(1 - lam) / (lam + (1 - lam) * u),
+        lambda lp, lq: _kl(lq, _mix(lq, lp, lam)),
+        _skew_forward_grad_p,
+        _skew_forward_grad_q,
+        term=_skew_forward_term,
+        params=(lam,),
+        f=lambda u: -log(lam + (1 - lam) * u),
+        f_prime=lambda u: -(1 - lam) / (lam + (1 - lam) * u),
         no_link=f"f'(0) = {-(1 - lam) / lam:g} is finite",
-    )  # fmt: skip
+    )
 
 
 @_divergence
@@ -467,12 +504,16 @@ def skew_reverse_kl(lam: float = 0.1) -> Divergence:
     _between("skew_reverse_kl lam", lam, 0, 1)
     odds = math.log(lam) - math.log1p(-lam)
     return Divergence(
-        lambda lp, lq: _kl(lp, _mix(lp, lq, lam)), _skew_reverse_grad_p, _skew_reverse_grad_q,
-        term=_skew_reverse_term, params=(lam,), link=_skew_reverse_link,
+        lambda lp, lq: _kl(lp, _mix(lp, lq, lam)),
+        _skew_reverse_grad_p,
+        _skew_reverse_grad_q,
+        term=_skew_reverse_term,
+        params=(lam,),
+        link=_skew_reverse_link,
         f=lambda u: u * log(u / (1 - lam + lam * u)),
         f_prime=lambda u: log(u / (1 - lam + lam * u)) + (1 - lam) / (1 - lam + lam * u),
         score=lambda h: sigmoid(-h - odds) - logaddexp(torch.full_like(h, math.log(lam)), math.log1p(-lam) - h),
-    )  # fmt: skip
+    )
 
 
 @_divergence
@@ -488,9 +529,13 @@ def alpha_beta(a: float = 0.2, b: float = 0.7) -> Divergence:
     s = a + b
     return Divergence(
         lambda lp, lq: (a / s * exp(s * lq) + b / s * exp(s * lp) - exp(a * lq + b * lp)).sum(-1) / (a * b),
-        _alpha_beta_grad_p, _alpha_beta_grad_q, term=_alpha_beta_term, params=(a, b), degree=s,
+        _alpha_beta_grad_p,
+        _alpha_beta_grad_q,
+        term=_alpha_beta_term,
+        params=(a, b),
+        degree=s,
         no_link="it is not an f-divergence (unless a + b = 1, which is alpha)",
-    )  # fmt: skip
+    )
 
 
 def names() -> tuple[str, ...]:

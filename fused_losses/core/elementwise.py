@@ -22,9 +22,13 @@ from torch import log as log
 FLOOR = -1e37
 HUGE = 1e20
 INF = float("inf")
+# Formulas have the next two numbers as literals: torch.compile(dynamic=True) makes an input of a float that it reads from a
+# module, and traces once more where a comparison needs its value.
+LARGEST = 80.0  # bound of a log-ratio or an exponent: its exponential is finite in float32
+FAR = 1e30  # stands for infinity where a product of it and 0, or a difference, has to be finite
 
 __all__ = [
-    "FLOOR", "HUGE", "INF", "absolute", "bounded", "cap", "difference", "drop", "even_mix", "exp", "expm1",
+    "FAR", "FLOOR", "HUGE", "INF", "LARGEST", "absolute", "bounded", "cap", "difference", "drop", "even_mix", "exp", "expm1",
     "finite_exp", "frame", "log", "log1p", "logmix", "maximum", "mixed_excess", "nats", "rescale",
     "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .names import shape_of
+from .names import shape_of, short_fields
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -85,7 +85,7 @@ def _own_rows(name: str, x: Tensor, group: object) -> Tensor:
     return x.to_local()  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Logits:
     """Logits [..., V] with the options of the head.
 
@@ -112,6 +112,9 @@ class Logits:
     valid_vocab: int | None = field(default=None, kw_only=True)
     process_group: ProcessGroup | None = field(default=None, kw_only=True)
     shard: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        return short_fields(self)
 
     def __post_init__(self) -> None:
         _check_group(self)
@@ -143,7 +146,7 @@ class Lora(NamedTuple):
     scaling: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Hidden:
     """Hidden states [..., H] and the head that computes logits [..., V] from them.
 
@@ -181,6 +184,9 @@ class Hidden:
     lora: Lora | None = field(default=None, kw_only=True)
     process_group: ProcessGroup | None = field(default=None, kw_only=True)
     shard: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        return short_fields(self)
 
     def __post_init__(self) -> None:
         _check_group(self)
@@ -240,7 +246,7 @@ def _check_shard(x: Logits | Hidden) -> None:
             raise ValueError(f"shard: expected (first, total) with first + {x.vocab} <= total, got {x.shard!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogProbs:
     """Precomputed log-probs of the labels.
 
@@ -251,6 +257,9 @@ class LogProbs:
 
     logps: Tensor
 
+    def __repr__(self) -> str:
+        return short_fields(self)
+
     def __post_init__(self) -> None:
         _float_tensor("logps", self.logps)
 
@@ -258,7 +267,7 @@ class LogProbs:
 Source = Tensor | Logits | Hidden | LogProbs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenStats:
     """The numbers that token_stats returns for each token, in nats.
 
@@ -283,6 +292,9 @@ class TokenStats:
     mask: Tensor
     correct: Tensor | None
     collision: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return short_fields(self)
 
 
 def as_source(name: str, x: Source) -> Logits | Hidden | LogProbs:

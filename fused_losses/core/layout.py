@@ -190,6 +190,25 @@ def shift_packed(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tenso
     return labels.roll(-1).index_fill_(0, ends, ignore_index)
 
 
+def sequence_sums(x: Tensor, mask: Tensor, sequences: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the sums [S] of x [n] over the tokens of each sequence that count.
+
+    sequences: their number S. cu_seqlens: the offsets [S + 1] of packed sequences; None: they are of equal length.
+    """
+    x = x.masked_fill(~mask, 0)
+    if cu_seqlens is None:
+        return x.view(sequences, len(x) // max(1, sequences)).sum(1)
+    # unsafe: the offsets were checked when the batch was read
+    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), initial=0.0, unsafe=True)
+
+
+def spread_sequences(x: Tensor, tokens: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Return x [S] repeated [tokens]: each token gets the number of its sequence."""
+    if cu_seqlens is None:
+        return x[:, None].expand(-1, tokens // max(1, len(x))).reshape(-1)
+    return x.repeat_interleave(cu_seqlens.diff().long(), output_size=tokens)
+
+
 def collapse(x: Tensor, trailing: int) -> list[tuple[int, int]]:
     """Return (size, stride) of the leading dimensions, merged as far as the strides allow without a copy."""
     lead = x.dim() - trailing

@@ -1,10 +1,16 @@
-"""Errors for unknown names: each message suggests the nearest known names."""
+"""The words of messages: errors for unknown names, which suggest the nearest known names, and tensors in short."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -34,6 +40,29 @@ def not_one_of(what: str, got: object, known: Iterable[str]) -> ValueError:
 def shape_of(*sizes: object) -> str:
     """Return the words for a shape of numbers and letters: [2, 3, V]."""
     return f"[{', '.join(map(str, sizes))}]"
+
+
+def tensor_words(x: Tensor) -> str:
+    """Return the words for a tensor: [2, 3] (float32, requires grad)."""
+    words = [str(x.dtype).removeprefix("torch."), *([] if x.is_cpu else [str(x.device)])]
+    return f"{list(x.shape)} ({', '.join([*words, 'requires grad'] if x.requires_grad else words)})"
+
+
+def short(x: object) -> str:
+    """Return the repr of an object, in which tensors are replaced by their words."""
+    if isinstance(x, Tensor):
+        return tensor_words(x)
+    if isinstance(x, dict):
+        return f"{{{', '.join(f'{key!r}: {short(value)}' for key, value in x.items())}}}"
+    if isinstance(x, tuple) and hasattr(x, "_asdict"):
+        return f"{type(x).__name__}({', '.join(f'{name}={short(value)}' for name, value in x._asdict().items())})"
+    return repr(x)
+
+
+def short_fields(x: DataclassInstance) -> str:
+    """Return a repr with the fields that differ from their defaults, in which tensors are replaced by their words."""
+    given = [(f.name, getattr(x, f.name)) for f in fields(x) if getattr(x, f.name) is not f.default]
+    return f"{type(x).__name__}({', '.join(f'{name}={short(value)}' for name, value in given)})"
 
 
 def present(name: str, x: T | None) -> T:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .divergences import Divergence, from_key
+from .elementwise import LARGEST
 from .inputs import FLOATS, LogProbs, Source, check_labels
 from .names import not_one_of, shape_of, unknown
 from .running_delta import RunningDelta
@@ -82,9 +83,6 @@ class UPOOptions(PreferenceOptions, total=False):
     delta: RunningDelta | Tensor | float
     weights: Tensor | None
     alpha: float
-
-
-LARGEST = 80.0  # bound of a log-ratio or an exponent: its exponential is finite in float32
 
 
 def check_per_sequence(name: str, x: object, batch: Batch, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -350,6 +348,10 @@ def grpo_config(
     max_completion_length: int | None,
     use_bias_correction_kl: bool,
 ) -> GRPOConfig:
+    if isinstance(loss_type, str) and loss_type.lower() == "gspo":
+        raise ValueError(
+            f"loss_type: GSPO is importance='sequence' beside any of {', '.join(GRPO_LOSSES)}; got {loss_type!r}"
+        )
     if loss_type not in GRPO_LOSSES:
         raise unknown("loss_type", loss_type, GRPO_LOSSES)
     if importance not in ("token", "sequence"):

@@ -19,7 +19,7 @@ from ..core.batch import Batch, CallOptions
 from ..core.divergences import Divergence
 from ..core.inputs import Hidden, Logits, LogProbs, Source, TokenStats, as_source, ordinary
 from ..core.validation import given_logps
-from .explain import Explained, add_step, explaining
+from .explain import add_step, end_call, explaining
 from .fused_backward import FusedLossSpec, fused_loss
 from .plan_rows import Units
 from .prepare import ExecutionOptions, PreparedCall, prepare_call
@@ -87,7 +87,7 @@ def evaluate(
         call = _request(policy, batch, source, inputs, options, how, units)
         if call is not None and explaining():
             add_step(policy, source, call.plan)
-            raise Explained
+            end_call()
         if call is not None:
             return _with_gradient(formula, batch, source, summed, inputs, options, units, call)
     return _from_stats(formula, policy, batch, source, summed, inputs, options._replace(**how._asdict()))
@@ -106,7 +106,7 @@ def _from_stats(
     known = None if summed else ref
     stats = compute_stats(policy, batch, known, inputs.divergences, inputs.collision, options)
     if explaining():
-        raise Explained
+        end_call()
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(-1)

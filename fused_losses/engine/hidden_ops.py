@@ -17,9 +17,9 @@ from .operator_args import Layout
 from .operators import needs_graph, observed, once, once_differentiable, operator
 from .planner import PlanInputs, make_plan
 from .projection import mixed, spread
-from .shards import Shard
 from .sides import BothGradients, InputFlags, InputGradients, Inputs, Wanted
 from .stats_outputs import StatsTensors, spread_out, zero_outputs
+from .vocab_parallel import VocabShard
 
 
 class Options(NamedTuple):
@@ -34,8 +34,8 @@ class Options(NamedTuple):
     total: int = 0  # tokens of the vocabulary of all ranks
 
     @property
-    def shard(self) -> Shard:
-        return Shard(self.group, self.spec.first, self.total)
+    def shard(self) -> VocabShard:
+        return VocabShard(self.group, self.spec.first, self.total)
 
 
 class HiddenStatsArgs(NamedTuple):
@@ -238,7 +238,7 @@ def hidden_stats_backward(*values: Any) -> list[Tensor]:
     return args.call.wanted.chosen(_gradients(args))
 
 
-def _over_ranks(shard: Shard, inputs: Inputs, gradients: InputGradients) -> InputGradients:
+def _over_ranks(shard: VocabShard, inputs: Inputs, gradients: InputGradients) -> InputGradients:
     """Return the gradients of hidden states and of a, which are the same on all ranks, as sums over the ranks."""
 
     def summed(gradient: Tensor | None, x: Tensor | None) -> Tensor | None:

@@ -77,7 +77,6 @@ class Slot(NamedTuple):
     name: str
     form: Form
     optional: bool
-    absent: Any  # its value where its group is None
 
     @property
     def tensor(self) -> bool:
@@ -100,13 +99,12 @@ class Layout(Generic[T]):
             elif hasattr(hint, "_fields"):
                 self.fields.append((name, Layout(hint, optional or can_be_none)))
             else:
-                absent = kind._field_defaults.get(name)  # type: ignore[attr-defined]
-                self.fields.append((name, Slot(name, FORMS.get(hint, OBJECT), can_be_none, absent)))
+                self.fields.append((name, Slot(name, FORMS.get(hint, OBJECT), can_be_none)))
         self.optional = optional
         self.slots = self._slots("")
         scope: dict[str, Any] = {}
-        values = self._flattening("args", scope) + (f", *args.{self.variadic}" if self.variadic else "")
-        self._flatten = eval(f"lambda args: [{values}]", scope)
+        values = self._flattening("args") + (f", *args.{self.variadic}" if self.variadic else "")
+        self._flatten = eval(f"lambda args: [{values}]")
         parameters = [f"v{i}" for i in range(len(self.slots))] + ["*rest"] * bool(self.variadic)
         made = self._naming(count(), scope)
         self._name = eval(f"lambda {', '.join(parameters)}: {made}", scope)
@@ -120,8 +118,7 @@ class Layout(Generic[T]):
             if isinstance(field, Layout):
                 slots += field._slots(f"{path}{name}_")
             else:
-                optional = field.optional or (self.optional and field.tensor)
-                slots.append(field._replace(name=path + name, optional=optional))
+                slots.append(field._replace(name=path + name, optional=field.optional or self.optional))
         return slots
 
     def schema(self, *mutated: str) -> str:
@@ -139,17 +136,21 @@ class Layout(Generic[T]):
 
     def pack(self, args: T) -> list[Any]:
         """Return the arguments of an operator."""
-        return [x if convert is None else convert(x) for convert, x in zip(self._packers, self.flat(args), strict=True)]
+        pairs = zip(self._packers, self.flat(args), strict=True)
+        return [x if convert is None or x is None else convert(x) for convert, x in pairs]
 
     def unpack(self, values: Iterable[Any]) -> T:
         """Return the arguments of an operator under their names."""
         pairs = zip(self._unpackers, values, strict=True)
-        return self.named([x if convert is None else convert(x) for convert, x in pairs])
+        return self.named([x if convert is None or x is None else convert(x) for convert, x in pairs])
 
     # ---- as they are: for autograd.Function, and for flags and gradients of each argument ----
 
     def flat(self, args: T) -> list[Any]:
-        """Return the values in their order; for a group that is None, those of its fields' defaults."""
+        """Return the values in their order; for a group that is None, None for each of its fields.
+
+        Defaults of the fields would do too, but torch.compile makes an input of a float that it reads from an object.
+        """
         return self._flatten(args)
 
     def named(self, values: Iterable[Any]) -> Any:
@@ -159,24 +160,13 @@ class Layout(Generic[T]):
     # Both are compiled once from the expressions below, as a NamedTuple compiles its own constructor: they run several times
     # in each call, and loops over fields would take more time than a launch.
 
-    def _flattening(self, value: str, scope: dict[str, Any]) -> str:
+    def _flattening(self, value: str) -> str:
         """Return an expression, with commas, for the values of the fields of `value`."""
         listed = ", ".join(
-            field._flattening(f"{value}.{name}", scope) if isinstance(field, Layout) else f"{value}.{name}"
+            field._flattening(f"{value}.{name}") if isinstance(field, Layout) else f"{value}.{name}"
             for name, field in self.fields
         )
-        if not self.optional:
-            return listed
-        default = f"absent_{len(scope)}"
-        scope[default] = self._absent()
-        return f"*({default} if {value} is None else ({listed},))"
-
-    def _absent(self) -> tuple[Any, ...]:
-        """Return the values where the group is None."""
-        absent: list[Any] = []
-        for _, field in self.fields:
-            absent += field._absent() if isinstance(field, Layout) else [field.absent]
-        return tuple(absent)
+        return f"*(({'None, ' * len(self.slots)}) if {value} is None else ({listed},))" if self.optional else listed
 
     def _naming(self, numbers: Iterator[int], scope: dict[str, Any]) -> str:
         """Return an expression for the NamedTuple of the next arguments v0, v1, ..."""

@@ -25,9 +25,9 @@ from ..core.layout import (
 from ..core.moments import fields
 from .planner import Plan
 from .projection import Side, hidden_side, side_of
-from .shards import Shard
 from .sides import BothGradients, Inputs, Wanted
 from .stats_outputs import zero_outputs
+from .vocab_parallel import VocabShard
 
 
 class CompactCall(NamedTuple):
@@ -41,7 +41,7 @@ class CompactCall(NamedTuple):
     policy: Side
     ref: Side | None
     dtype: torch.dtype
-    shard: Shard = Shard()  # noqa: RUF009
+    shard: VocabShard = VocabShard()  # noqa: RUF009
 
 
 def dtype_of(policy: Inputs, ref: Inputs | None) -> torch.dtype:
@@ -58,7 +58,7 @@ def drop_ignored_rows(
     policy: Inputs,
     ref: Inputs | None,
     static_shapes: bool,
-    shard: Shard = Shard(),  # noqa: B008
+    shard: VocabShard = VocabShard(),  # noqa: B008
 ) -> CompactCall:
     """Return the call without the rows that do not count, which are dropped before any product.
 

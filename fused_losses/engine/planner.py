@@ -21,9 +21,10 @@ Everything is decided from shapes and flags: nothing is measured, no value is re
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from ..core.divergences import Divergence
 from ..core.layout import BLOCK_BYTES
 from ..core.names import not_one_of
 from .projection import MANY
@@ -32,9 +33,19 @@ DEFAULT_WORKSPACE = 256 << 20
 VARIABLE = "FUSED_LOSSES_WORKSPACE"
 KINDS = ("on_chip", "frozen_head", "row_blocks", "keep_logits", "vocab_chunks")
 ROWS = 8192  # of a tile at most: beyond this, more columns are better
+# Columns of a tile on a GPU: a multiple of the lanes of the kernels (kernels/configs.py), and at least their longest step, as
+# in less a row costs about as much beside its logits as in them. Beyond it more rows are better than more columns: each block
+# of rows reads and writes a chunk of the head's gradient again, 8 H / rows bytes a logit. So no tile is made to fit L2 (50 MB).
+LANES = 256
+STEP = 2048
 CPU_TILE = 16 << 20  # bytes of one tile of logits on a CPU, where larger products are not faster
 CPU_BLOCK = 96 << 20  # bytes of a block of whole rows and its temporaries, for the same reason
-BLOCKS = (6, 16)  # temporaries of BLOCK_BYTES held at the same time, without and with a divergence
+
+# Temporaries of BLOCK_BYTES that the torch backend holds at the same time, without and with a divergence. From logits they
+# are measured: of a gradient to the policy or to both; of divergences that are read once or twice. On tiles of a plan it is
+# a bound of all cases, because what is left of the workspace is given to the tile.
+BLOCKS = (6, 16)
+LOGITS_BLOCKS = ((5, 6), (13, 15))
 
 
 class PlanInputs(NamedTuple):
@@ -126,6 +137,23 @@ class Plan(NamedTuple):
         )
 
 
+class Peak(NamedTuple):
+    """The bytes at the peak of a call from hidden states, beyond its inputs, by purpose.
+
+    For most plans the peak is in backward, where the gradients exist.
+    """
+
+    gradients: dict[str, int]  # that the call has to return
+    beside: dict[str, int]  # held at the same time as the tiles
+    tiles: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Return all of them by purpose."""
+        gradients = {f"gradient of {name}": count for name, count in self.gradients.items() if count}
+        return gradients | self.beside | {"tiles of logits": self.tiles}
+
+
 def workspace_bytes(asked: int | None) -> int:
     """Return the budget in bytes: the argument, else FUSED_LOSSES_WORKSPACE, else 256 MiB."""
     value: object = asked
@@ -161,19 +189,22 @@ def tile_shape(call: PlanInputs, budget: int) -> Tile:
     It has as many rows as there are (at most ROWS), and fewer where the tile would become narrow.
     """
     rows, vocab = max(1, min(call.rows, ROWS)), call.vocab
-    step = 16
+    step, narrow = 16, STEP if call.device == "cuda" else 512
     while True:
         widest = vocab
         if call.device == "cpu":
             widest = min(vocab, max(512, CPU_TILE // (call.sums * rows)))
         columns = _widest(call, rows, widest, step, budget)
-        if rows == 1 or columns >= min(512, widest):
+        if rows == 1 or columns >= min(narrow, widest):
             break
         if columns and columns >= rows:
             break
         rows = (rows + 1) // 2
     if not columns:
         _too_small(_bytes(call, 1, min(vocab, step)), budget, min(vocab, step))
+    if call.device == "cuda" and LANES <= columns < vocab:
+        chunks = -(-vocab // (columns // LANES * LANES))
+        columns = -(-vocab // (chunks * LANES)) * LANES  # so that the last chunk is about as wide as the others
     return Tile(rows, columns)
 
 
@@ -381,6 +412,48 @@ def _products(call: PlanInputs, kind: str) -> Products:
 
 def _kept_frozen(call: PlanInputs) -> int:
     return (1 + call.bases) * call.rows * call.hidden * call.sums
+
+
+def logits_blocks(rows: int, vocab: int, divergences: Sequence[Divergence], both: bool) -> int:
+    """Return the bytes of the torch backend's temporaries for float32 statistics of logits [rows, vocab].
+
+    both: the gradient goes to the reference too.
+    """
+    row = 4 * vocab
+    block = row * min(rows, max(1, BLOCK_BYTES // row))
+    again = both if not divergences else any(d.term is not None for d in divergences)
+    return LOGITS_BLOCKS[bool(divergences)][again] * block
+
+
+def gradient_bytes(call: PlanInputs) -> dict[str, int]:
+    """Return the bytes of the gradients that a call has to return."""
+    states, head = call.rows * call.hidden, call.weight
+    ref = (call.rows + call.vocab) * call.ref_hidden
+    elements = {"states": states * call.grad_hidden, "head": head * call.grad_weight, "reference": ref * call.grad_ref}
+    return {name: count * call.itemsize for name, count in elements.items()}
+
+
+def peak(call: PlanInputs, plan: Plan, divergences: int) -> Peak:
+    """Return the bytes at the peak of a call, forward and backward, with that plan and so many divergences."""
+    gradients = gradient_bytes(call)
+    returned, ref_twice = sum(gradients.values()), call.pair or call.grad_ref
+    states, ref_states = (call.rows * width * call.itemsize for width in (call.hidden, call.ref_hidden))
+    beside = {
+        "sums, and what is kept for backward": plan.kept,
+        "states of the rows that count": states + (ref_states if plan.kind != "vocab_chunks" or ref_twice else 0),
+        "their gradient, before it is put back": states if call.itemsize == 4 else 0,
+        "numbers per row": call.rows * (140 + 36 * divergences),
+    }
+    tiles = plan.tiles
+    if plan.kind == "vocab_chunks" and not ref_twice:  # no gradient in forward, no reference in backward
+        alone = call._replace(ref=False, ref_hidden=0)
+        backward = _bytes(alone, *tile_shape(alone, plan.workspace))
+        tiles = max(plan.tiles - plan.kept - states - returned, backward)
+    if plan.kind == "row_blocks":  # backward scales the gradients, kept in float32, into new ones
+        wide = [4 * call.rows * call.hidden, 4 * call.weight * call.grad_weight]
+        rounded = max(wide) if call.itemsize < 4 else 0
+        tiles = max(tiles, sum(wide) + rounded - sum(beside.values()))
+    return Peak(gradients, beside, tiles)
 
 
 def _plan(call: PlanInputs, chosen: PlanKind, budget: int) -> Plan:

@@ -15,8 +15,8 @@ from ..core.layout import StatsSpec
 from .hidden_ops import HiddenStatsArgs, Options, plan_inputs
 from .operators import check_plain
 from .planner import Plan, PlanInputs, choose_plan_kind, make_plan, workspace_bytes
-from .shards import shard_of
 from .sides import InputFlags, Inputs, Wanted
+from .vocab_parallel import shard_of
 
 
 class ExecutionOptions(NamedTuple):
@@ -57,7 +57,7 @@ def under_autocast(source: Hidden) -> Hidden:
     So the products run in that dtype, as those of a linear layer would. float64 states are not converted.
     """
     device = source.hidden.device.type
-    if not torch.is_autocast_enabled(device) or source.hidden.dtype == torch.float64:
+    if source.hidden.is_meta or not torch.is_autocast_enabled(device) or source.hidden.dtype == torch.float64:
         return source
     return replace(source, hidden=source.hidden.to(torch.get_autocast_dtype(device)))
 

@@ -27,7 +27,7 @@ from ..core.inputs import (
 from ..core.layout import collapse
 from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
-from .explain import add_step, explaining
+from .explain import add_step, end_call, explaining
 from .operators import check_plain
 from .prepare import Asks, ExecutionOptions, is_hidden, prepare_call, spec_of
 from .stats_outputs import Outputs
@@ -94,7 +94,10 @@ def token_stats(
         static_shapes=static_shapes,
     )
     source = None if ref is None else as_source("ref", ref)
-    return compute_stats(as_source("policy", policy), batch, source, parse(divergence), collision, options)
+    stats = compute_stats(as_source("policy", policy), batch, source, parse(divergence), collision, options)
+    if explaining():
+        end_call()
+    return stats
 
 
 def compute_stats(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ..core.divergences import Divergence
-from ..core.layout import PairLossSpec
+from ..core.layout import PairLossSpec, sequence_sums, spread_sequences
 from ..core.margin_losses import TERMS
 from ..core.sequence_parallel import SequenceShard
 from . import pair_ops
@@ -46,17 +46,11 @@ class Tokens:
 
     def sums(self, x: Tensor) -> Tensor:
         """Return the sums [S] of x [n] over the tokens of each sequence that count."""
-        x = x.masked_fill(~self.mask, 0)
-        if self.cu_seqlens is None:
-            return x.view(self.sequences, len(x) // max(1, self.sequences)).sum(1)
-        return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens.long(), initial=0.0, unsafe=True)
+        return sequence_sums(x, self.mask, self.sequences, self.cu_seqlens)
 
     def spread(self, x: Tensor) -> Tensor:
         """Return x [S] repeated [n]: each token gets the number of its sequence."""
-        n = len(self.mask)
-        if self.cu_seqlens is None:
-            return x[:, None].expand(-1, n // max(1, self.sequences)).reshape(-1)
-        return x.repeat_interleave(self.cu_seqlens.diff().long(), output_size=n)
+        return spread_sequences(x, len(self.mask), self.cu_seqlens)
 
     @property
     def lengths(self) -> Tensor:

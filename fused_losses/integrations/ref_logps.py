@@ -126,10 +126,12 @@ def precompute(
             raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
     folder, settings = Path(path), _settings(collator)
     now: dict[str, Any] = {
-        "model": _weights(reference_model, adapter), "config": _config(reference_model, adapter),
-        "data": _data(dataset, settings["columns"]), "collator": settings,
+        "model": _weights(reference_model, adapter),
+        "config": _config(reference_model, adapter),
+        "data": _data(dataset, settings["columns"]),
+        "collator": settings,
         "tokenizer": None if tokenizer is None else _tokenizer(tokenizer),
-    }  # fmt: skip
+    }
     if now["data"]["rows"] == 0:
         raise ValueError("dataset: expected at least one row, got none")
     if (folder / MANIFEST).exists():

@@ -396,9 +396,11 @@ class DistillationTrainer(trl.DistillationTrainer):
         labels[:, : inputs["prompt_ids"].shape[1]] = IGNORED
         labels[:, inputs["prompt_ids"].shape[1] :].masked_fill_(kept == 0, IGNORED)
         to_model = {
-            "input_ids": ids, "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-            "use_cache": False, **{k: inputs[k] for k in IMAGES if k in inputs},
-        }  # fmt: skip
+            "input_ids": ids,
+            "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+            "use_cache": False,
+            **{k: inputs[k] for k in IMAGES if k in inputs},
+        }
 
         def loss(p: Hidden, q: Hidden) -> tuple[Tensor, Tensor, Tensor]:
             p, q = (replace(x, temperature=self.temperature) for x in (p, q))

@@ -15,8 +15,8 @@ from ..core.options import TokenOptions
 from ..core.outputs import LossOutput
 from ..core.validation import check_weights
 from ..engine.evaluate import FormulaInputs
-from ..engine.shards import shard_of
 from ..engine.tokens import Tokens
+from ..engine.vocab_parallel import shard_of
 from .distillation import token_means
 from .registry import register
 from .shared import fused, output

@@ -24,6 +24,7 @@ from ..core.options import (
 from ..core.validation import Count, divided
 from ..engine.operators import check_plain, once
 from ..engine.tokens import Tokens
+from .shared import smoothed
 
 
 def _once(f: Callable[[Pairs], Tensor]) -> Any:
@@ -85,12 +86,6 @@ class Pairs:
             return self.tokens.pair_term(name, o.link, o.beta, *params)
         return _curve(self.margin, TERMS[name], params)
 
-    def smoothed(self, margin: Tensor) -> Tensor:
-        """Compute -(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin)."""
-        eps = self.o.epsilon()
-        losses = -(1 - eps) * logsigmoid(margin)
-        return losses - eps * logsigmoid(-margin) if eps else losses  # without the test, 0 * inf would be NaN
-
 
 class _Curve(torch.autograd.Function):
     """The function f(x), where f returns y and dy/dx: not all functions in links and terms support autograd."""
@@ -104,7 +99,8 @@ class _Curve(torch.autograd.Function):
     @staticmethod
     @once("preference_loss")
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return g * ctx.saved_tensors[1], None, None
+        _, slope = ctx.saved_tensors
+        return g * slope, None, None
 
 
 def _curve(x: Tensor, f: Callable, params: tuple[float, ...]) -> Tensor:
@@ -181,12 +177,12 @@ def _aot(p: Pairs) -> Tensor:
     delta = ordered(t.sums(t.logps))
     if t.ref_logps is not None:
         delta = delta - ordered(t.ref_logps.to(t.logps.dtype) if t.ref_summed else t.sums(t.ref_logps))
-    return p.smoothed(p.o.beta * delta)
+    return smoothed(p.o.beta * delta, p.o.epsilon())
 
 
 def _aot_unpaired(p: Pairs) -> Tensor:
     chosen, rejected = p.h.tensor_split(2)
-    return p.smoothed(p.o.beta * (chosen.sort().values - rejected.sort().values))
+    return smoothed(p.o.beta * (chosen.sort().values - rejected.sort().values), p.o.epsilon())
 
 
 def _apo_zero(p: Pairs) -> Tensor:

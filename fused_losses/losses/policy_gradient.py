@@ -12,7 +12,7 @@ from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import FLOATS, LogProbs, Source
 from ..core.names import not_one_of, present
-from ..core.options import BY_TOKENS, LARGEST, GRPOConfig, SequenceOptions, grpo_config
+from ..core.options import BY_TOKENS, GRPOConfig, SequenceOptions, grpo_config
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, divided, shift_hint
 from ..engine.evaluate import FormulaInputs
@@ -136,7 +136,7 @@ def _weighted_kl(tokens: Tokens, x: Tensor, o: GRPOConfig) -> Tensor:
     """Return the KL term of each token, multiplied by its ratio e^x where use_bias_correction_kl asks for it."""
     if not o.corrected:
         return _kl(tokens, o)
-    ratio = x.clamp(max=LARGEST).exp()
+    ratio = cap(x).exp()
     return (tokens.spread(ratio) if _by_sequence(tokens, o) else ratio) * _kl(tokens, o)
 
 

@@ -24,7 +24,7 @@ from ..core.validation import Count, check_positive, divided, read_count
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
 from .registry import register
-from .shared import Fused, fused, loss_and_nll, output, pair_metrics
+from .shared import Fused, fused, loss_and_nll, output, pair_metrics, smoothed
 
 __all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
 
@@ -85,7 +85,7 @@ def simpo_loss(
         return x if alpha == 0 else torch.expm1(cap(-alpha * x)) / -alpha
 
     def term(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return _smoothed(beta * (reward(chosen) - reward(rejected)) - gamma, label_smoothing)
+        return smoothed(beta * (reward(chosen) - reward(rejected)) - gamma, label_smoothing)
 
     result, x, nll = _pairs(term, policy, labels, True, cpo_alpha, num_nll_tokens, options)
     return output(result, pair_metrics(result.tokens, beta * reward(x), x) | nll)
@@ -146,7 +146,7 @@ def cpo_loss(
     def term(chosen: Tensor, rejected: Tensor) -> Tensor:
         difference = chosen - rejected
         if loss_type == "sigmoid":
-            return _smoothed(beta * difference, label_smoothing)
+            return smoothed(beta * difference, label_smoothing)
         return torch.relu(1 - beta * difference) if loss_type == "hinge" else (difference - 0.5 / beta).square()
 
     result, x, nll = _pairs(term, policy, labels, loss_type == "ipo", cpo_alpha, num_nll_tokens, options)
@@ -205,11 +205,6 @@ def orpo_loss(
     odds = log_odds(*x.tensor_split(2))
     odds_parts = {"log_odds_chosen": Part(odds), "log_odds_ratio": Part(logsigmoid(odds))}
     return output(result, pair_metrics(_scored(result.tokens), beta * x, x) | odds_parts | nll)
-
-
-def _smoothed(margin: Tensor, eps: float) -> Tensor:
-    loss = -logsigmoid(margin)
-    return (1 - eps) * loss - eps * logsigmoid(-margin) if eps else loss
 
 
 def _scored(tokens: Tokens) -> Tokens:

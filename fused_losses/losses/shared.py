@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..core.batch import Batch, CallOptions
 from ..core.inputs import Source, TokenStats
@@ -58,6 +59,15 @@ def loss_and_nll(result: Fused, nll: Part, weight: float, times: Count, by: Coun
         return {}
     remainder = Part(result.losses - weight * divided(nll.amounts * times, by))
     return {"loss": (remainder, Part(weight * nll.amounts, nll.counts))}
+
+
+def smoothed(margin: Tensor, eps: float) -> Tensor:
+    """Compute -(1 - eps) log sigmoid(margin) - eps log sigmoid(-margin).
+
+    It is plain torch, which autograd differentiates. core/margin_losses.py has the same loss for kernels, with its derivative.
+    """
+    losses = -(1 - eps) * logsigmoid(margin)
+    return losses - eps * logsigmoid(-margin) if eps else losses  # without the test, 0 * inf would be NaN
 
 
 def with_parts(loss: Tensor, stats: TokenStats, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence, from_key
+from ..core.elementwise import FAR
 from ..core.inputs import Logits, LogProbs, Source, TokenStats, as_source
 from ..core.options import TokenOptions, check_teacher, check_topk
 from ..core.outputs import LossOutput
@@ -24,7 +25,7 @@ from .shared import Fused, output
 
 __all__ = ["topk_distillation_loss"]
 
-NOTHING = -1e30  # log-prob of an entry that does not exist: finite, so that differences are finite
+NOTHING = -FAR  # log-prob of an entry that does not exist: finite, so that differences are finite
 
 
 @register(

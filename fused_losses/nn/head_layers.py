@@ -78,6 +78,8 @@ def active_adapter(layer: Any, name: str) -> str | None:
         if layer.disable_adapters:
             raise ValueError(f"{name}: is trained in full and disabled now; for the original: adapter=False")
         return layer.active_adapters[0]
+    if not hasattr(layer, "base_layer"):  # none of peft's layers
+        return None
     if layer.merged:
         raise NotImplementedError(f"{name}: LoRA is merged into the weight: unmerge it, or unload the adapter")
     active = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.lora_A]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
+from ..core.elementwise import LARGEST
 from ..core.inputs import Source
 from ..core.names import present
-from ..core.options import LARGEST, grpo_config
+from ..core.options import grpo_config
 from ..core.outputs import LossOutput
 from ..core.validation import Count
 from .common import Sequence, cut, joined, part

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..core.batch import read_batch, read_options
+from ..core.elementwise import LARGEST
 from ..core.inputs import Source
-from ..core.options import LARGEST, check_advantages
+from ..core.options import check_advantages
 from ..core.outputs import LossOutput
 from ..core.validation import Count
 from .common import cut, joined, reduced

@@ -17,11 +17,11 @@ from fused_losses.backends import compiled
 from fused_losses.cli.memory_probe import peak_bytes
 
 pytestmark = [
-    pytest.mark.skipif(compiled.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(compiled.COMPILER is None, reason="needs a C++ compiler"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
-SOME = ("forward_kl", "js", "alpha")
+SOME = ("forward_kl", "js")
 CASES = {  # the same code computes all of them
     "some rows ignored": {"shape": (37, 1003)},
     "nearly equal": {"shape": (5, 4, 777), "apart": 1e-3},
@@ -89,11 +89,21 @@ def test_suppressed_tokens(monkeypatch):
         torch.testing.assert_close(mine[name], x, rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
 
 
+def test_parameters_are_those_of_the_call(monkeypatch):
+    """Not those of code that was compiled for other values; torch's cache on disk knows all of them in the second round."""
+    z, w, y = inputs((24, 515))
+    for _ in range(2):
+        for name in ("js", "js(beta=0.3)", "js(beta=0.8)"):
+            check(monkeypatch, z, w, y, 1e-6, names=(name,))
+        monkeypatch.setattr(compiled, "_programs", {})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes(dtype, monkeypatch):
     z, w, y = inputs((24, 515), dtype=dtype)
     one = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-14}[dtype]
-    check(monkeypatch, z, w, y, one, names=("forward_kl", "js"))
+    check(monkeypatch, z, w, y, one, names=("forward_kl",))
 
 
 @pytest.mark.slow
@@ -102,6 +112,7 @@ def test_every_divergence(monkeypatch):
     check(monkeypatch, z, w, y, 2e-6, names=divergences.names())
 
 
+@pytest.mark.slow
 def test_head_options_and_layouts(monkeypatch):
     """Another softcap or temperature is no other code; each tensor has strides of its own."""
     z, w, y = inputs((6, 9, 300))
@@ -114,21 +125,20 @@ def graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_compiles_once_for_all_shapes(on_compiled):
+def test_compiles_once_for_all_shapes(monkeypatch):
     """A forward and a backward: for other numbers of rows, of rows that count and of tokens, and where these are equal."""
 
     def call(shape, ignored):
-        z, w, y = inputs(shape, ignored=ignored)
-        out = fl.token_stats(z.requires_grad_(), y, w, divergence="reverse_kl", shift=False)
-        (out.logps.sum() + out.divergence["reverse_kl"].sum()).backward()
+        results("compiled", monkeypatch, *inputs(shape, ignored=ignored))
 
     call((20, 20), 0.0)
     before = graphs()
     for shape, ignored in [((37, 100), 0.3), ((50, 50), 0.0), ((4, 5, 60), 0.2), ((9, 30), 0.7), ((6, 1000), 0.1)]:
         call(shape, ignored)
-    assert graphs() == before
+    assert before and graphs() == before
 
 
+@pytest.mark.slow
 def test_no_temporary_of_vocabulary_size(on_compiled):
     """Beyond the gradient that is asked for: numbers of rows."""
     z, w, y = inputs((64, 16384))
@@ -149,6 +159,7 @@ def test_equal_from_run_to_run(monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["vocab_chunks", "keep_logits", "row_blocks", "frozen_head"])
 def test_plans(plan, monkeypatch):
     """From hidden states: tiles of a vocabulary in parts, gradients in place of logits, a loss that is known."""
@@ -240,17 +251,12 @@ def test_a_failure_is_said_once(monkeypatch, caplog):
 
 def test_without_a_compiler(monkeypatch):
     """The torch backend runs; asking for the compiled one is an error that names what is missing."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    compiled.compiler.cache_clear()
+    monkeypatch.setattr(compiled, "COMPILER", None)
     monkeypatch.delenv("FUSED_LOSSES_BACKEND", raising=False)
-    try:
-        assert backends.explain(torch.device("cpu"))[0] == "torch"
-        monkeypatch.setenv("FUSED_LOSSES_BACKEND", "compiled")
-        with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
-            backends.choose(torch.device("cpu"))
-    finally:
-        monkeypatch.undo()
-        compiled.compiler.cache_clear()
+    assert backends.explain(torch.device("cpu"))[0] == "torch"
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "compiled")
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
+        backends.choose(torch.device("cpu"))
 
 
 def test_other_devices(on_compiled):
@@ -258,6 +264,7 @@ def test_other_devices(on_compiled):
         backends.choose(torch.device("meta"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disable", ["TORCHDYNAMO_DISABLE", None])
 def test_where_torch_does_not_compile(disable, tmp_path):
     """Whole tiles would take a dozen temporaries of their size: the torch backend computes them in blocks."""

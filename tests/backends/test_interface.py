@@ -1,10 +1,10 @@
-"""Both backends have the functions of the interface, with its arguments; each function of the interface is described."""
+"""All backends have the functions of the interface, with its arguments; each function of the interface is described."""
 
 import inspect
 
 import pytest
 
-from fused_losses.backends import backend_module
+from fused_losses.backends import BACKENDS, backend_module
 from fused_losses.backends.interface import Backend
 
 FUNCTIONS = {name: f for name, f in vars(Backend).items() if inspect.isfunction(f) and not name.startswith("_")}
@@ -15,7 +15,7 @@ def test_the_interface_is_described():
     assert all(f.__doc__ for f in FUNCTIONS.values())
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_arguments(backend, name):
     """As in the interface, by name and in order; others have defaults."""
@@ -26,8 +26,9 @@ def test_arguments(backend, name):
     assert [n for n, p in found.items() if p.default is inspect.Parameter.empty] == expected
 
 
-def test_annotations_of_the_torch_backend():
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # its launcher has none of tensors
+def test_annotations(backend):
     for name, function in FUNCTIONS.items():
         _, *expected = inspect.signature(function).parameters.values()
-        found = inspect.signature(getattr(backend_module("torch"), name)).parameters.values()
+        found = inspect.signature(getattr(backend_module(backend), name)).parameters.values()
         assert [p.annotation for p in found] == [p.annotation for p in expected], name

@@ -1,7 +1,9 @@
 """The benchmark measures what it says: workloads, the gate, limits, the command."""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,20 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from bench import measure, results, run, targets, workloads  # noqa: E402
+from bench import (  # noqa: E402
+    busy,
+    clock,
+    grids,
+    measure,
+    results,
+    run,
+    schedule,
+    tables,
+    targets,
+    targets_here,
+    warm_up,
+    workloads,
+)
 from bench.providers import Provider, naive, ours, providers  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -60,6 +75,21 @@ def test_every_provider_passes_the_gate_or_says_why(w):
             assert len(outcome["seconds"]) == 2 and outcome["peak_total"] > outcome["peak_bytes"] > 0
             assert 0 < outcome["limit_s"] and outcome["error"]["value"] < 2e-3
     assert sum(not isinstance(o, str) for o in found.values()) >= 2, "ours and eager at least"
+
+
+def test_no_round_begins_after_its_time():
+    """One is made in any case; its figures are those of the only round."""
+    w, eager = workloads.BY_NAME["ce"], providers()[0]
+    [(_, found)] = measure.measure(w, HIDDEN, CPU, [eager], LIMITS, seconds=0, rounds=50, most=0.0)
+    assert (
+        len(found["seconds"]) == 1 and found["forward"]["p20"] == found["forward"]["p80"] == found["forward"]["median"]
+    )
+
+
+def test_who_must_not_run_now_is_left_out_with_the_reason():
+    w, eager = workloads.BY_NAME["ce"], providers()[0]
+    [(_, found)] = measure.measure(w, HIDDEN, CPU, [eager], LIMITS, not_now={"eager": "no time left to compile"})
+    assert found == "no time left to compile"
 
 
 def _broken(what):
@@ -149,20 +179,8 @@ def command(*args):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    code, text = command(
-        "--grid",
-        "tiny",
-        "--providers",
-        "eager",
-        "fused_losses",
-        "QuACK*",
-        "--rounds",
-        "2",
-        "--seconds",
-        "0",
-        "--out",
-        str(tmp_path),
-    )
+    options = "--grid tiny --providers eager fused_losses QuACK* --rounds 2 --seconds 0 --no-warm-up --out"
+    code, text = command(*options.split(), str(tmp_path))
     assert code == 0, text
     (path,) = tmp_path.rglob("tiny.json")
     report = json.loads(path.read_text())
@@ -172,6 +190,11 @@ def test_the_command(tmp_path):
         e = b["extra_info"]
         assert b["stats"]["rounds"] == 2 and 0 < e["forward"]["median"] < b["stats"]["max"] and e["fraction"] > 0
     info = report["machine_info"]
+    assert (info["capability"], info["cores"], info["busy"]) == (
+        torch.backends.cpu.get_cpu_capability(),
+        os.cpu_count(),
+        0,
+    )
     assert info["copy_gb_s"] > 0 and info["matrix_gflop_s"]["float32"] > 0 and info["versions"]["torch"]
     assert (
         "Where we lose" in text and (path.parent / "tiny.csv").exists() and list((path.parent / "tiny").glob("*.png"))
@@ -182,24 +205,203 @@ def test_the_command(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_run_finds_everything_compiled(tmp_path, monkeypatch):
+    """What may compile is called before anything is timed; the seconds of that call stay those of the first run."""
+    for name, folder in warm_up.CACHES.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    options = (
+        "--grid tiny --workloads logits:*kl --providers eager torch.compile fused_losses --rounds 2 --seconds 0 --out"
+    )
+    found = []
+    for i in range(2):
+        code, text = command(*options.split(), str(tmp_path / str(i)))
+        assert code == 0, text
+        report = results.load(next((tmp_path / str(i)).rglob("tiny.json")))
+        found.append({b["extra_info"]["provider"]: b["extra_info"] for b in report["benchmarks"]})
+        assert ("2 that may compile" in text) == (i == 0) and (
+            "known from an earlier run, so this one is faster" in text
+        ) == i
+        assert "3 measurements of 3 providers; cpu, " in text and "minutes in all" in text
+    for name in ("torch.compile", "fused_losses"):
+        assert found[0][name]["first_call_s"] == found[1][name]["first_call_s"] > 0
+        assert found[1][name]["first_call_compiled_s"] > 0
+    assert found[1]["torch.compile"]["first_call_compiled_s"] < found[1]["torch.compile"]["first_call_s"]
+    assert found[0]["eager"]["first_call_compiled_s"] is None  # it compiles nothing: its first call is the one here
+
+
+@pytest.mark.slow
+def test_a_time_limit_is_kept_and_said(tmp_path, monkeypatch):
+    """Without time there are results for nobody; it is one line that says so."""
+    for name, folder in warm_up.CACHES.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    options = "--grid quick --providers eager torch.compile --limit 1 --out"
+    code, text = command(*options.split(), str(tmp_path))
+    assert code == 0, text
+    assert "some has to be left out" in text and "no time left" in text and len(text.splitlines()) < 80
+
+
+@pytest.mark.slow
 def test_listing():
     code, text = command("list")
     assert code == 0
-    for name in (*workloads.BY_NAME, *(p.name for p in providers()), *run.GRIDS):
+    for name in (*workloads.BY_NAME, *(p.name for p in providers()), *grids.GRIDS):
         assert name in text
 
 
-@pytest.mark.parametrize("grid", run.GRIDS)
+SHAPE = workloads.Shape(64, 16, 32, 512)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    return warm_up.Kept(tmp_path)
+
+
+def test_what_is_kept_of_first_calls(kept, tmp_path, monkeypatch):
+    """Until what a call depends on changes; where nothing was compiled then, the seconds of the compilation stay."""
+    task = warm_up.Task("ce", SHAPE, "fused_losses")
+    assert kept.seconds(task) is None
+    kept.keep(task, warm_up.Outcome(9.0, True))
+    kept.save()
+    again = warm_up.Kept(tmp_path)
+    assert again.seconds(task) == 9.0 and again.seconds(task._replace(workload="dpo")) is None
+    monkeypatch.setattr(warm_up, "_identity", lambda provider: "another version")
+    assert again.seconds(task) is None
+    again.keep(task, warm_up.Outcome(0.5, False))
+    assert again.seconds(task) == 9.0
+    again.keep(task, warm_up.Outcome(4.0, True))
+    assert again.seconds(task) == 4.0
+    again.keep(task, warm_up.Outcome(None, False))
+    assert again.seconds(task) is None
+    kept.path.write_text("no JSON")
+    assert warm_up.Kept(tmp_path).first_calls == {}
+
+
+def test_the_identity_of_a_provider(monkeypatch):
+    """Sources of ours count for ours alone, versions and threads for everybody."""
+    identity = warm_up._identity.__wrapped__
+    before = {name: identity(name) for name in ("fused_losses", "torch.compile")}
+    assert before["fused_losses"] != before["torch.compile"]
+    monkeypatch.setattr(warm_up.clock, "versions", lambda: {"torch": "0"})
+    assert all(identity(name) != old for name, old in before.items())
+
+
+def test_caches_of_somebody_else_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm_up, "FOLDER", tmp_path / "compiled")
+    for name in warm_up.CACHES:
+        monkeypatch.delenv(name, raising=False)
+    assert warm_up.use_caches(fresh=False) == tmp_path / "compiled"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "compiled" / "triton")
+    (tmp_path / "compiled").mkdir()
+    assert warm_up.use_caches(fresh=True) and not (tmp_path / "compiled").exists()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert warm_up.use_caches(fresh=False) == tmp_path and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    with pytest.raises(ValueError, match="expected no TORCHINDUCTOR_CACHE_DIR in the environment"):
+        warm_up.use_caches(fresh=True)
+
+
+def test_a_first_call_that_fails_is_no_figure():
+    good = warm_up.first_call(warm_up.Task("ce", SHAPE, "fused_losses"), CPU)
+    assert good.seconds > 0
+    bad = warm_up.first_call(warm_up.Task("ce", SHAPE, "QuACK chunked"), CPU)
+    assert bad == warm_up.Outcome(None, False)
+
+
+def test_what_may_compile_comes_first_and_the_slowest_before_all():
+    cases = [(workloads.BY_NAME[name], SHAPE, providers()) for name in ("ce", "dpo")]
+    tasks = warm_up.tasks_of(cases, CPU)
+    named = {p.name: p for p in providers()}
+    seconds = [named[task.provider].compiling_s for task in tasks]
+    assert seconds == sorted(seconds, reverse=True) and tasks[0].slow and not tasks[-1].slow
+    assert not {"eager", "Liger Triton", "QuACK chunked"} & {task.provider for task in tasks}
+
+
+def test_a_schedule_goes_by_what_earlier_runs_took(kept):
+    cases = [(workloads.BY_NAME[name], SHAPE, providers()[:3]) for name in ("ce", "dpo")]
+    tasks = warm_up.tasks_of(cases, CPU)
+    first = schedule.schedule(cases, tasks, kept, LIMITS, CPU, 2.0)
+    assert first.first_calls == tasks and first.compiling > 0 and min(first.cases) >= 2.0
+    for task in tasks:
+        kept.keep(task, warm_up.Outcome(9.0, True))
+    kept.cases[schedule.of_case(cases[1])] = 7.0
+    second = schedule.schedule(cases, tasks, kept, LIMITS, CPU, 2.0)
+    assert second.first_calls == [] and second.compiling == 0 and second.cases == [first.cases[0], 21.0]
+    assert second.share(0, 100.0) + second.share(1, 100.0 - second.share(0, 100.0)) == pytest.approx(100.0)
+    lines = schedule.announcement(cases, second, CPU, "a machine", 10.0).splitlines()
+    assert lines[0] == "2 workloads and shapes, 6 measurements of 3 providers; a machine"
+    assert lines[1] == "first calls: all 2 are known from an earlier run, so this one is faster"
+    assert lines[2].endswith("at most 0.2: some has to be left out")
+
+
+def test_a_core_is_kept_busy_meanwhile():
+    """By another process, which is gone afterwards."""
+    psutil = pytest.importorskip("psutil")
+    me = psutil.Process()
+    before = {child.pid for child in me.children()}
+    with busy.busy(1):
+        [other] = [child for child in me.children() if child.pid not in before]
+        used, until = other.cpu_times().user, time.monotonic() + 60
+        while other.cpu_times().user < used + 0.05 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert other.cpu_times().user >= used + 0.05
+    assert not psutil.pid_exists(other.pid)
+
+
+def test_token_stats_by_chunks_against_naive_code_is_in_the_grids():
+    for grid in ("quick", "wide", "full", "cpu", "gpu"):
+        found = grids.plan(run.parser().parse_args(["--grid", grid]))
+        [names] = [{p.name for p in who} for w, _, who in found if w.name == "token_stats"]
+        assert {"eager", "fused_losses"} <= names
+    w = workloads.BY_NAME["token_stats"]
+    found = outcomes(w, HIDDEN, [p for p in providers() if p.name in ("eager", "fused_losses")])
+    assert all(outcome["peak_bytes"] > 0 for outcome in found.values())
+
+
+def test_shrunk_grids_keep_what_is_measured():
+    whole, small = (grids.plan(run.parser().parse_args(["--grid", "gpu", *more])) for more in ([], ["--shrink"]))
+    assert {w.name for w, _, _ in small} == {w.name for w, _, _ in whole}
+    assert {s.dtype for _, s, _ in small} == {s.dtype for _, s, _ in whole} and max(s.rows for _, s, _ in small) == 8
+    assert all(s.rows % (2 * s.length) == 0 for _, s, _ in small) and grids.shrunk(HIDDEN).hidden == HIDDEN.hidden
+
+
+@pytest.mark.parametrize("grid", grids.GRIDS)
 def test_grids_name_workloads_that_exist(grid):
     args = run.parser().parse_args(["--grid", grid])
-    found = run.plan(args)
-    for job in run.GRIDS[grid]:
+    found = grids.plan(args)
+    for job in grids.GRIDS[grid]:
         for pattern in job.workloads.split(","):
-            assert any(run.matches(w.name, pattern) for w in workloads.WORKLOADS), pattern
+            assert any(grids.matches(w.name, pattern) for w in workloads.WORKLOADS), pattern
         for s in job.shapes:
             assert s.rows % (2 * s.length) == 0
             assert any(shape == s for _, shape, _ in found), s
     assert all(who[0].name == "eager" for _, _, who in found)
+
+
+def test_targets_that_need_no_gpu(tmp_path, monkeypatch):
+    """Each row says what, by which command, the target and what was measured: a figure where there is a file."""
+    monkeypatch.setattr(targets_here, "CPU", tmp_path)
+    lines = targets_here.table().splitlines()
+    assert lines[0] == "| what | command | target | measured |" and len(lines) == 2 + len(targets_here.ROWS)
+    assert sum("not measured" in line for line in lines) >= 4
+    assert all("| not measured |" in line for line in lines[2:5])
+    assert all(len(line.split(" | ")) == 4 for line in lines[2:])
+
+    def report(name, *benchmarks):
+        of_all = {"machine_info": {}, "commit_info": {}, "datetime": "", "version": results.VERSION, "left_out": []}
+        results.save(tmp_path / f"{name}.json", of_all | {"benchmarks": list(benchmarks)})
+
+    def made(group, shape, provider, seconds, peak):
+        about = {"ours": provider == "fused_losses", "peak_bytes": peak, "p20": seconds, "p80": seconds}
+        return results.benchmark(group, provider, grids.params_of(shape), [seconds], **about)
+
+    small = grids.SMALL._replace(hidden=0)
+    rows = [made("logits: token_stats", small, p, s, 1) for p, s in (("torch.compile", 1.0), ("fused_losses", 0.5))]
+    naive = [made("token_stats", grids.FULL, p, s, m) for p, s, m in (("eager", 1.0, 32), ("fused_losses", 0.9, 2))]
+    report("cpu", *rows, *naive)
+    report("quick", *rows, *[made("ce", grids.SMALL, p, s, 1) for p, s in (("eager", 1.0), ("fused_losses", 1.5))])
+    lines = targets_here.table().splitlines()
+    assert lines[2].endswith("| <= 0.75 x | 0.50 x |") and lines[4].endswith("| 0.90 x, 1/16.0 |")
+    assert "quick: of 2 slower in 1, up to 1.50 x, more memory in 0; full: not measured" in lines[5]
+    assert clock.ROOT / "docs" / "performance.md" in tables.PAGES
 
 
 def test_targets_without_a_gpu():

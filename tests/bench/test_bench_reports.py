@@ -41,7 +41,8 @@ def made(provider, ms, mib, group="dpo", ours=False, exact=True, **params):
         process_peak=None,
         error={"value": 1e-7, "gradient": 2e-6},
         eager_error={"value": 1e-7, "gradient": 2e-6},
-        first_call_s=0.25,
+        first_call_s=12.5,
+        first_call_compiled_s=0.25,
         bytes=10**7,
         flops=10**10,
         limit_s=1e-3 * ms / 4,
@@ -174,6 +175,7 @@ def test_csv(good, tmp_path):
     assert {name: ours[name] for name in wanted} == wanted
     assert float(ours["ms"]) == pytest.approx(60) and float(ours["eager_1"]) == pytest.approx(0.6)
     assert float(ours["gradient_error"]) == 2e-6 and ours["left_out"] == ""
+    assert float(ours["first_call_s"]) == 12.5 and float(ours["first_call_compiled_s"]) == 0.25
     assert trl["left_out"] == "WRONG: gradient 3e-1" and trl["ms"] == "" and trl["hidden"] == "256"
 
 
@@ -193,6 +195,26 @@ def test_tables_mark_the_winner_and_ours(good):
     assert text.endswith("Where we lose:\n  nowhere\n")
     order = [text.index(f"{name}  ") for name in ("filtered ~", "fused_losses", "Liger chunked, compiled", "eager")]
     assert order == sorted(order)
+
+
+def test_tables_have_the_first_call_in_columns_of_its_own(good):
+    lines = printed(good).splitlines()
+    head = next(line for line in lines if "1st call s" in line)
+    row = next(line for line in lines if line.startswith("> fused_losses"))
+    for name, figure in (("1st call s", "12.5"), ("found s", "0.25")):
+        assert row[: head.index(name) + len(name)].endswith(figure)
+    assert "first call s" in tables.COLUMNS and "| 12.5 |" in tables.markdown(good, columns=["first call s"])
+
+
+def test_who_was_left_out_in_a_line(good):
+    good["left_out"] += [absent(f"peer {i}", "does not do it") for i in range(40)]
+    good["left_out"] += [absent(f"peer, {i}", "no time left", group=f"kl {i}") for i in range(5)]
+    good["left_out"] += [absent("QuACK", "not installed"), absent("compiled", "no time left to compile")]
+    text = printed(good)
+    assert len(text.splitlines()) < 25 and "left out: TRL kernels: WRONG" in text
+    [line] = [line for line in text.splitlines() if line.startswith("Left out: ")]
+    assert line.startswith("Left out: does not do it 40; no time left 5 (kl 0 / kl 1 / kl 2 and 2 more); ")
+    assert "not installed 1 (QuACK)" in line and "no time left to compile 1 (compiled)" in line
 
 
 def test_tables_are_bold_on_a_terminal(good, monkeypatch):
@@ -267,9 +289,9 @@ def test_readme_blocks(good, tmp_path, capsys):
     assert updated.endswith(text[text.index("middle") :])
     with pytest.raises(ValueError, match="expected a line"):
         tables.update(text, "none", "")
-    options = ["--readme", str(readme)]
-    assert not tables.current(readme) and tables.main([*options, "--check"]) == 1 and readme.read_text("utf-8") == text
-    assert tables.main(options) == 0 and tables.current(readme) and tables.main([*options, "--check"]) == 0
+    options = ["--pages", str(readme)]
+    assert tables.stale([readme]) and tables.main([*options, "--check"]) == 1 and readme.read_text("utf-8") == text
+    assert tables.main(options) == 0 and not tables.stale([readme]) and tables.main([*options, "--check"]) == 0
     found = readme.read_text("utf-8")
     assert "| provider | dpo, ms | dpo, error |" in found and "\nNowhere.\n" in found and found.startswith("top\n")
     readme.write_text(text.replace(end, "", 1), "utf-8")
@@ -279,8 +301,9 @@ def test_readme_blocks(good, tmp_path, capsys):
     assert tables.main([str(tmp_path / "bench" / "r.json")]) == 0 and "Where we lose" in capsys.readouterr().out
 
 
-def test_the_readme_is_current():
-    assert tables.current(), "python -m bench tables"
+def test_the_pages_are_current():
+    assert tables.stale() == [], "python -m bench tables"
+    assert all(path.exists() for path in tables.PAGES)
 
 
 # ---- comparing ---------------------------------------------------------------------------------------------------------
@@ -340,6 +363,24 @@ def test_compare_names_the_missing_and_other_machines(good):
     assert "new: kto[eager-1024x256x16384-float32-random]" in lines
     assert [line.split(":")[0] for line in lines[:2]] == ["warning", "warning"]
     assert "device cpu before, NVIDIA H200 now" in lines[0] and "torch" in lines[1]
+
+
+def test_compare_refuses_times_of_another_machine(good, tmp_path, capsys):
+    old, new = (str(tmp_path / name) for name in ("old.json", "new.json"))
+    good["machine_info"] |= {"capability": "AVX2", "cores": 2, "busy": 0}
+    results.save(old, good)
+    good["machine_info"] |= {"capability": "AVX512", "busy": 1}
+    results.save(new, good)
+    with pytest.raises(SystemExit) as e:
+        compare.main([old, new])
+    assert e.value.code == 2
+    says = capsys.readouterr().err
+    assert "capability AVX2 before, AVX512 now; busy 0 before, 1 now" in says and "--relative" in says
+    for allowed in (["--relative"], ["--anyway"], ["--metric", "memory"], ["--metric", "error"]):
+        assert compare.main([old, new, *allowed]) == 0
+    del good["machine_info"]["capability"], good["machine_info"]["busy"]  # a file from before they were written
+    results.save(new, good)
+    assert compare.main([old, new]) == 0
 
 
 def test_compare_exit_codes(good, tmp_path, capsys):

@@ -40,20 +40,23 @@ def test_demo(tmp_path):
 
 
 def test_gpu_script_without_a_gpu(tmp_path):
-    """One of its tests fails, which is said at the end; the rest runs."""
+    """One of its tests fails, which is said at the end; every step that there is on a GPU runs."""
     import torch
 
     wrong = tmp_path / "test_wrong.py"
     wrong.write_text("def test_right():\n    pass\n\n\ndef test_wrong():\n    assert 1 + 1 == 3\n")
     env = os.environ | {"OUT": str(tmp_path)}
-    done = python("bench/gpu.py", "--dry-run", "--tests", str(wrong), env=env)
+    options = ["--seconds", "1800", "--grid", "tiny", "--providers", "eager", "fused*", "--tests", str(wrong)]
+    done = python("bench/gpu.py", "--dry-run", *options, env=env)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "cpu" / "tiny.json").read_text())
     assert report["benchmarks"] and report["commit_info"]["id"]
     summary = done.stdout[done.stdout.index("\nsummary") :].splitlines()
-    assert {line.split(":")[0].strip() for line in summary[2:]} == {"tests", "bench", "targets"}
+    steps = {line.split(":")[0].strip(): line for line in summary[2:]}
+    assert set(steps) == {"tests", "bench", "ncu", "targets", "training", "tune"}
     assert "tests: FAILED, exit code 1 (1 failed, 1 passed)" in done.stdout and done.stdout.count(": FAILED") == 1
-    assert "bench: passed" in done.stdout and "targets: passed" in done.stdout
+    assert all(line.endswith(": passed") for name, line in steps.items() if name != "tests"), steps
+    assert {b["params"]["vocab"] for b in report["benchmarks"]} == {517}
     assert "| not measured |" in (tmp_path / "cpu" / "targets.txt").read_text()
     if not torch.cuda.is_available():
         assert python("bench/gpu.py").returncode == 2
@@ -66,9 +69,9 @@ def test_what_the_gpu_script_says_of_a_step(tmp_path, capsys):
     from bench import gpu
 
     steps = gpu.Steps(tmp_path, 60.0)
-    steps.run("good", [sys.executable, "-c", "print('3 passed, 1 skipped')"], 50.0)
+    steps.run(gpu.Command("good", ["-c", "print('3 passed, 1 skipped')"], 50.0))
     assert steps.lines == ["good: passed (3 passed, 1 skipped)"] and not steps.failed
-    steps.run("may fail", [sys.executable, "-c", "raise SystemExit(3)"], 50.0, fatal=False)
+    steps.run(gpu.Command("may fail", ["-c", "raise SystemExit(3)"], 50.0, fatal=False))
     assert steps.lines[1:] == ["may fail: FAILED, exit code 3"] and not steps.failed
-    steps.run("bad", [sys.executable, "-c", "raise SystemExit(3)"], 50.0)
+    steps.run(gpu.Command("bad", ["-c", "raise SystemExit(3)"], 50.0))
     assert steps.failed and "3 passed" in capsys.readouterr().out

@@ -10,7 +10,20 @@ from fused_losses.__main__ import main
 from fused_losses.cli import check
 from fused_losses.engine import fused_backward, plan_chunks, plan_frozen, planner, projection
 
-SMALL = ["check", "--shape", "2,3,41", "--hidden", "7", "--device", "cpu", "--divergence", "reverse_kl", "js"]
+SMALL = [
+    "check",
+    "--shape",
+    "2,3,41",
+    "--hidden",
+    "7",
+    "--device",
+    "cpu",
+    "--divergence",
+    "reverse_kl",
+    "js",
+    "--backend",
+    "torch",
+]
 LEAVES = ("dX", "dW", "db", "dA", "dB")
 
 

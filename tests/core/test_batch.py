@@ -1,5 +1,6 @@
 """The labels of a batch are read once: what is missing or does not fit is an error that says what to pass."""
 
+import numpy as np
 import pytest
 import torch
 from family_batches import family_call
@@ -29,9 +30,10 @@ def test_flat_labels_have_no_time_axis(name):
     family_call(fl, name, flat=True)()
 
 
-@pytest.mark.parametrize("shift", ["yes", 1, 0, torch.tensor(True)])
+@pytest.mark.parametrize("shift", ["yes", 1, 0, torch.tensor(True), np.True_])
 def test_shift_is_a_bool(shift):
-    with pytest.raises(TypeError, match="shift: expected True or False, got"):
+    hint = "" if shift == "yes" else r"; pass bool\(shift\)"
+    with pytest.raises(TypeError, match=f"shift: expected True or False, got .* of type {type(shift).__name__}{hint}$"):
         fl.token_stats(torch.zeros(4, 3, 12), Y, shift=shift)
 
 

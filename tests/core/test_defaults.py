@@ -126,12 +126,16 @@ def test_what_needs_no_model(under):
         ]
         for f in (fl, fl.reference):
             found += [
-                f.expectile_loss(r, v), f.plackett_luce_loss(r, mask=mask), f.preference_matching_gap(r, v, beta=0.3),
+                f.expectile_loss(r, v),
+                f.plackett_luce_loss(r, mask=mask),
+                f.preference_matching_gap(r, v, beta=0.3),
                 f.preference_matching_reward(r, v, threshold=0.3, beta=0.1, scores=r[:, 0], mask=mask),
-                f.semantic_alignment_loss(states, thoughts), f.reasoning_focus_loss(states, thoughts, states * 2),
-                f.entropy_from_logits(r), f.generalized_jsd_loss(r[None], v[None], beta=0.3),
+                f.semantic_alignment_loss(states, thoughts),
+                f.reasoning_focus_loss(states, thoughts, states * 2),
+                f.entropy_from_logits(r),
+                f.generalized_jsd_loss(r[None], v[None], beta=0.3),
                 f.selective_log_softmax(r, mask.long(), 0.7),
-            ]  # fmt: skip
+            ]
         stats = fl.token_stats(thoughts, torch.ones(4, 3, dtype=torch.long, device="cpu"), shift=False)
         return [*found, fl.calibration(stats)]
 

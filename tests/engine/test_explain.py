@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from family_batches import FAMILY, Batch
 
 import fused_losses as fl
@@ -88,6 +89,57 @@ def test_errors_are_those_of_the_call():
     with pytest.raises(ValueError, match="plan: expected one of"):
         fl.explain(fl.dpo_loss, fl.Hidden(X, W), Y, None, shift=False, plan="fast")
     assert fl.dpo_loss(X @ W.T, Y, None, shift=False).loss.isfinite()
+
+
+@pytest.mark.parametrize("error", [Exception, BaseException], ids=lambda e: e.__name__)
+def test_handlers_of_errors_change_nothing(error):
+    """A fallback is no part of the explanation, even where the handler catches everything."""
+
+    def loss():
+        try:
+            return fl.dpo_loss(fl.Hidden(X, W), Y, None, shift=False)
+        except error:
+            return fl.cross_entropy_loss(X @ W.T, Y, shift=False)
+
+    (step,) = fl.explain(loss).steps
+    assert step.plan is not None
+
+
+@pytest.mark.parametrize("name", ["dpo_loss", "token_stats"])
+def test_nothing_runs_after_the_first_call(name):
+    """No backward of what was not computed, no second call, no number that the caller would take for a result."""
+    weight = W.clone().requires_grad_()
+    seen = []
+
+    def step():
+        out = getattr(fl, name)(fl.Hidden(X, weight), Y, None, shift=False)
+        seen.append(out)
+        (out.loss if name == "dpo_loss" else out.logps.sum()).backward()
+        fl.token_stats(X @ W.T, Y, shift=False)
+
+    assert len(fl.explain(step).steps) == 1 and not seen and weight.grad is None
+
+
+def test_inside_a_backward():
+    """Where a checkpoint calls the loss again, in backward, this call is explained."""
+    x = X.clone().requires_grad_()
+
+    def loss(x):
+        return fl.dpo_loss(fl.Hidden(x, W), Y, None, shift=False).loss
+
+    loss_of_x = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
+    (step,) = fl.explain(loss_of_x.backward).steps
+    assert step.plan is not None and x.grad is None
+
+
+def test_meta_tensors_are_refused():
+    """A plan depends on the device."""
+    x, w, y = (t.to("meta") for t in (X, W, Y))
+    for policy in (fl.Hidden(x, w), x @ w.T):
+        with pytest.raises(
+            ValueError, match="explain: expected tensors on the device of the call, .* got meta tensors"
+        ):
+            fl.explain(fl.dpo_loss, policy, y, None, shift=False)
 
 
 def test_other_threads_compute():

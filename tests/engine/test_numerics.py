@@ -14,13 +14,24 @@ NAMES = divergences.names()
 INF = float("inf")
 
 
-# Relative error of the value, worst of 8 rows, at a true KL of about the first number: ten times what centred sums reach.
-NEAR = [(6e-3, 0.11, 4e-5), (4e-7, 9e-4, 6e-3), (5e-9, 1e-4, 1e-2)]
+ULP = 2.0**-23
+
+
+def promised_one_pass(name, value, spread, apart):
+    """What the README promises of the error of a one-pass divergence: 2e-5 of the value, and 5e-7 nats and one rounding of the
+    offset. Where the spread s is small: 1e-6 s, and s roundings."""
+    weight, noise = curvature(name)
+    far = 2e-5 * value + ULP * (4 + apart) * weight * noise
+    near = ULP * (8 + apart) * spread * weight * noise
+    return torch.where(spread <= 0.01, torch.minimum(far, near), far)
+
+
+NEAR = [(6e-3, 0.11), (4e-7, 9e-4), (5e-9, 1e-4)]  # a true KL, and the spread of log p - log q that it belongs to
 
 
 @pytest.mark.parametrize("offset", [0.0, 7.3])
-@pytest.mark.parametrize(("kl", "noise", "allowed"), NEAR)
-def test_near_the_reference(backend, device, kl, noise, allowed, offset):
+@pytest.mark.parametrize(("kl", "noise"), NEAR)
+def test_near_the_reference(backend, device, kl, noise, offset):
     # The interpreter takes seconds a row; what smaller rows show of it is in test_what_the_readme_promises.
     rows = 1 if backend == "triton" and device.type == "cpu" else 8
     z = torch.randn(rows, 50304, device=device)
@@ -30,9 +41,14 @@ def test_near_the_reference(backend, device, kl, noise, allowed, offset):
     truth = fl.reference.token_stats(z.double(), y, w.double(), divergence=NAMES, shift=False).divergence
     assert truth["reverse_kl"].mean().item() == pytest.approx(kl, rel=0.3)
     for name in NAMES:
-        error = ((ours[name] - truth[name]) / truth[name]).abs().max().item()
-        # With an offset the logarithms of the sums are not small, and each rounds once more.
-        assert (ours[name] >= 0).all() and error <= (2 * allowed if offset else allowed), f"{name}: {error:.1e}"
+        value, error = truth[name], (ours[name] - truth[name]).abs()
+        if name in ONE_PASS:
+            bound = promised_one_pass(name, value, torch.full_like(value, noise), offset)
+        else:
+            # A term, of order s^2, is a difference of two parts of order s, together at most 4 / s times the value. Each has
+            # up to four roundings of ULP / 2, and those of constants have one sign in all terms.
+            bound = (2e-5 + ULP * (8 + offset) / noise) * value
+        assert (ours[name] >= 0).all() and (error <= bound).all(), f"{name}: {(error / value).max():.1e}"
 
 
 SPREADS = torch.tensor([0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4])
@@ -41,10 +57,7 @@ OFFSETS = torch.tensor([0.0, 0.7, -7.3, 30.0, -200.0])
 
 @pytest.mark.parametrize(("scale", "parts"), [(0.3, 1), (1.0, 1), (6.0, 1), (3.0, 3)])
 def test_what_the_readme_promises_of_one_pass_divergences(backend, device, scale, parts):
-    """For flat and peaked rows, any spread of the log-ratios, models that lie a constant apart; in one sweep or merged:
-
-    2e-5 of the value, and 5e-7 nats and one rounding of the offset. Where the spread s is small: 1e-6 s, and s roundings.
-    """
+    """For flat and peaked rows, any spread of the log-ratios, models that lie a constant apart; in one sweep or merged."""
     spread, offset = (x.to(device) for x in (SPREADS.repeat_interleave(len(OFFSETS)), OFFSETS.repeat(len(SPREADS))))
     z = torch.randn(len(spread), 1031, device=device) * scale
     w = z + spread[:, None] * torch.randn_like(z) + offset[:, None]
@@ -55,15 +68,11 @@ def test_what_the_readme_promises_of_one_pass_divergences(backend, device, scale
         fl.partial_stats(z[:, a:b], y, w[:, a:b], divergence=ONE_PASS, first=a) for a, b in itertools.pairwise(cuts)
     ]
     whole = fl.token_stats(z, y, w, divergence=ONE_PASS, shift=False) if parts == 1 else fl.merge_stats(pieces).close()
-    ulp, apart = 2.0**-23, offset.abs().double()
     for name in ONE_PASS:
-        error, (weight, noise) = (whole.divergence[name] - truth[name]).abs(), curvature(name)
+        error = (whole.divergence[name] - truth[name]).abs()
         assert (whole.divergence[name] >= 0).all(), name
-        allowed = 2e-5 * truth[name] + ulp * (4 + apart) * weight * noise
+        allowed = promised_one_pass(name, truth[name], spread.double(), offset.abs().double())
         assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.1f} of what is allowed"
-        near = spread <= 0.01
-        allowed = ulp * (8 + apart) * spread * weight * noise
-        assert (error <= allowed)[near].all(), f"{name}, near: {(error / allowed)[near].max():.1f} of what is allowed"
 
 
 @pytest.mark.parametrize("noise", [0.3, 0.03, 1e-3, 1e-4, 1e-6])
@@ -164,13 +173,29 @@ def test_any_level_and_temperature(backend, device, scale, shift):
     found, true = outputs(ours), outputs(truth)
     for name, value in true.items():
         torch.testing.assert_close(found[name].double(), value, rtol=2e-5, atol=2e-5, msg=name)
+    steps = {"total_variation": total_variation_steps(z64.detach(), w64.detach())}
     # In the interpreter, where a backward takes seconds, of their mean: its error is at most the largest.
-    values = [(found[name], value) for name, value in true.items()]
+    values = [(found[name], value, steps.get(name, (0.0, 0.0))) for name, value in true.items()]
     if backend == "triton" and device.type == "cpu":
-        values = [tuple(sum(side) / len(values) for side in zip(*values, strict=True))]
-    for value, exact in values:
-        for g, t in zip(gradients(value, (z, w), one), gradients(exact, (z64, w64), one), strict=True):
-            torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=1e-4 * max(1.0, scale))
+        mine, exact = (sum(side.values()) / len(values) for side in (found, true))
+        values = [(mine, exact, [x / len(values) for x in steps["total_variation"]])]
+    for value, exact, either in values:
+        leaves = gradients(value, (z, w), one), gradients(exact, (z64, w64), one), either
+        for g, t, step in zip(*leaves, strict=True):
+            error, allowed = (g.double() - t).abs(), 1e-4 * max(1.0, scale) + 1e-4 * t.abs() + step
+            assert (error <= allowed).all(), f"{error.max():.1e}, {(error / allowed).max():.1f} of what is allowed"
+
+
+def total_variation_steps(z, w):
+    """How far its gradients at both sides are off if float32 takes p > q for p < q, which it may where they are equal but
+    for the rounding of t = log p - log q: one of z - w, one of the largest of each, and as for values near the reference.
+
+    h = p sign(t) / 2, k = -q sign(t) / 2, and the gradients are h - p sum h and k - q sum k.
+    """
+    p, q = z.softmax(-1), w.softmax(-1)
+    apart = (z - w).abs() + (z.amax(-1, keepdim=True) - w.amax(-1, keepdim=True)).abs()
+    unsure = (z.log_softmax(-1) - w.log_softmax(-1)).abs() <= ULP * (8 + apart)
+    return [x * unsure + x * (x * unsure).sum(-1, keepdim=True) for x in (p, q)]
 
 
 def test_rows_that_rise_late(backend, device):

@@ -48,7 +48,7 @@ ARGS = Args(Side(X, BIAS, 0.5), None, Options(ASKED, 3, "n"), True)
 
 def test_the_schema_is_flat():
     assert LAYOUT.schema() == (
-        "Tensor policy_x, Tensor? policy_bias, float policy_scaling, Tensor? ref_x, Tensor? ref_bias, float ref_scaling, "
+        "Tensor policy_x, Tensor? policy_bias, float policy_scaling, Tensor? ref_x, Tensor? ref_bias, float? ref_scaling, "
         "str options_asked, SymInt options_count, str options_name, bool flag"
     )
     assert LAYOUT.schema("policy_x").startswith("Tensor(a!) policy_x, Tensor? ")
@@ -56,7 +56,7 @@ def test_the_schema_is_flat():
 
 def test_packed_and_unpacked():
     packed = LAYOUT.pack(ARGS)
-    assert packed[3:] == [None, None, 1.0, "js;alpha(a=0.3)", 3, "n", True]
+    assert packed[3:] == [None, None, None, "js;alpha(a=0.3)", 3, "n", True]
     assert LAYOUT.unpack(packed) == ARGS
     both = ARGS._replace(ref=Side(BIAS))
     assert LAYOUT.unpack(LAYOUT.pack(both)) == both

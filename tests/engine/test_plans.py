@@ -1,5 +1,7 @@
 """What plans promise: the matrix products they count, the memory they hold, and the rule by which slices merge."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import asking, hidden_leaves, hidden_source, labels_for, products, relative, seeded
@@ -25,8 +27,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Step:
     """A loss step from hidden states, four rows a sequence, and its plan."""
 
-    def __init__(self, device, rows, vocab, plan, workspace=None, ref=None, divergence=None, entropy=False, grads=("x", "w"),
-                 width=16, dtype=torch.float32, static=False, masked=False, rank=0):  # fmt: skip
+    def __init__(
+        self,
+        device,
+        rows,
+        vocab,
+        plan,
+        workspace=None,
+        ref=None,
+        divergence=None,
+        entropy=False,
+        grads=("x", "w"),
+        width=16,
+        dtype=torch.float32,
+        static=False,
+        masked=False,
+        rank=0,
+    ):
         lead = (rows // 4, 4)
         self.policy = hidden_leaves(lead, width, vocab, device, rank=rank, bias="bias" in grads, dtype=dtype)
         self.given = hidden_leaves(lead, width, vocab, device, bias=False, dtype=dtype)
@@ -372,9 +389,14 @@ def by_name(out, here):
 
 def truth_of(z, w, y):
     found = fl.reference.token_stats(
-        fl.Logits(z.double()), y, fl.Logits(w.double(), softcap=5.0, scale=0.7), divergence=NAMES, entropy=True,
-        collision=True, shift=False,
-    )  # fmt: skip
+        fl.Logits(z.double()),
+        y,
+        fl.Logits(w.double(), softcap=5.0, scale=0.7),
+        divergence=NAMES,
+        entropy=True,
+        collision=True,
+        shift=False,
+    )
     named = {k: getattr(found, k) for k in ("logps", "ref_logps", "lse", "entropy", "collision")} | found.divergence
     return {"hit": found.correct[y != -100]} | {k: v[y != -100] for k, v in named.items()}
 
@@ -522,3 +544,18 @@ def test_a_float32_head_has_one_gradient(device, monkeypatch):
 
     beyond = peak_bytes(step) - x.nbytes - w.nbytes
     assert beyond < 0.75 * w.nbytes, f"{beyond / MIB:.1f} MiB beside {w.nbytes / MIB:.1f}"
+
+
+@pytest.mark.parametrize("ref", [False, True])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_chunks_on_a_gpu_are_wide_and_alike(ref, itemsize):
+    """A kernel has few instructions an entry only where a row is not shorter than a step (python -m bench static)."""
+    for rows, vocab in itertools.product((1024, 4096, 16384, 65536), (32000, 50257, 128256, 151936, 262144)):
+        inputs = planner.PlanInputs(rows, vocab, 4096, 4096 * ref, itemsize, 4, ref, "cuda", "triton", pair=ref)
+        inputs = inputs._replace(grad_hidden=True, grad_head=True, grad_weight=True, weight=vocab * 4096)
+        plan = planner.make_plan(inputs, "vocab_chunks")
+        chunk = plan.tile
+        assert chunk.columns == vocab or (chunk.columns % planner.LANES == 0 and chunk.columns >= planner.STEP)
+        assert chunk.rows >= min(rows, 1024) and plan.tiles <= planner.DEFAULT_WORKSPACE
+        number = -(-vocab // chunk.columns)
+        assert number * (chunk.columns - planner.LANES) < vocab  # no narrower chunks would be as few

@@ -1,5 +1,5 @@
 """A whole training step inside torch's machinery: torch.compile, autocast, checkpoints, accumulation, CUDA graphs, transforms
-and export. The operators by themselves: test_operators.py, test_hidden.py."""
+and export. The operators by themselves: test_operators.py, test_hidden_operators.py."""
 
 import gc
 import weakref
@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers import seeded
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, hvp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses.engine import fused_backward, hidden_ops, logits_ops, pair_ops
+from fused_losses.engine import fused_backward, hidden_ops, logits_at, logits_ops, pair_ops
 
 V, H = 97, 32
 SIZES = ((2, 5), (3, 6), (4, 9), (7, 7))  # pairs, length
@@ -123,6 +124,21 @@ def test_tiles_are_no_business_of_the_compiler(fresh):
         with torch.compiler.set_stance("fail_on_recompile" if i > 1 else "default"):
             loss = compiled(*given)
         same(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(step(*given), (x, weight)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["orpo_loss", "preference_matching_loss", "preference_loss"])
+def test_dynamo_traces_a_loss_once(fresh, name):
+    """A float that the library reads from an object would become an input, and tracing would start again without it."""
+    x, weight = torch.randn(4, 5, 8, requires_grad=True), torch.randn(29, 8, requires_grad=True)
+    several = {"ref": None, "loss_type": ("sigmoid", "discopop", "sft")} if name == "preference_loss" else {}
+
+    def step(x, weight, y):
+        return getattr(fl, name)(fl.Hidden(x, weight), y, shift=True, **several).loss
+
+    graphs = CompileCounterWithBackend("aot_eager")  # it counts the graphs that are thrown away too
+    torch.compile(step, fullgraph=True, dynamic=True, backend=graphs)(x, weight, torch.randint(0, 29, (4, 5)))
+    assert graphs.frame_count == 1
 
 
 def test_compiles_without_a_warning(fresh, recwarn):
@@ -401,6 +417,8 @@ class NoReads(TorchDispatchMode):
         pair_ops.pair_loss_backward,
         hidden_ops.hidden_stats,
         hidden_ops.hidden_stats_backward,
+        logits_at.hidden_at,
+        logits_at.hidden_at_backward,
     )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -307,8 +307,12 @@ def test_images_reach_the_policy_and_the_reference(kind, tokenizer, tmp_path):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
     if kind == "kto":
         other = torch.cat([ids[:, :6], ids[:, 6:].roll(1, 0)], 1)
-        inputs |= {"label": torch.tensor([True, False, True, False]), "KL_input_ids": other,
-                   "KL_attention_mask": inputs["attention_mask"], "KL_completion_mask": mask}  # fmt: skip
+        inputs |= {
+            "label": torch.tensor([True, False, True, False]),
+            "KL_input_ids": other,
+            "KL_attention_mask": inputs["attention_mask"],
+            "KL_completion_mask": mask,
+        }
     names = {"dpo": "DPO", "kto": "KTO"}[kind]
     config, data = getattr(trl, names + "Config"), rows("pairs" if kind == "dpo" else "unpaired")
     classes = [getattr(m, names + "Trainer") for m in (ours, trl)]

@@ -39,9 +39,18 @@ def hidden(rows, width, vocab, device, dtype=torch.float32, bias=False, rank=0, 
 def ours(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, None), scale=1.0, splits=None, first=0):
     """TokenStats in a dictionary, from tile_states, close and tile_terms."""
     problem = StatsSpec(
-        divergences.parse(names), sums, sums, False, -100, valid or len(policy[1]), heads[0] or 0.0, scale,
-        heads[1] or 0.0, scale, first,
-    )  # fmt: skip
+        divergences.parse(names),
+        sums,
+        sums,
+        False,
+        -100,
+        valid or len(policy[1]),
+        heads[0] or 0.0,
+        scale,
+        heads[1] or 0.0,
+        scale,
+        first,
+    )
     low_rank = lambda x, lora: lora and LowRankRows(x @ lora[0].T, lora[1], lora[2])  # noqa: E731
     side = lambda s: s and HiddenRows(*s[:3], low_rank(s[0], s[3]))  # noqa: E731
     p, q, n, m = side(policy), side(ref), len(labels), len(problem.divergences)
@@ -53,8 +62,15 @@ def ours(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, None
     logps, ref_logps, lse, div, saved = new(n), new(n), new(n), new(m, n), new(saved_rows(m), n)
     h, squares, hit = new(n), new(n), torch.ones(n, dtype=torch.bool, device=labels.device)
     outputs = Outputs(
-        logps, ref_logps if q else None, lse, h if sums else None, div if m else None, hit, squares if sums else None, saved
-    )  # fmt: skip
+        logps,
+        ref_logps if q else None,
+        lse,
+        h if sums else None,
+        div if m else None,
+        hit,
+        squares if sums else None,
+        saved,
+    )
     launch.close(problem, state, labels, outputs)
     out = {"logps": logps, "lse": lse, "correct": hit}
     if sums:
@@ -76,9 +92,14 @@ def truth(policy, labels, ref, names=(), sums=True, valid=None, heads=(None, Non
         return fl.Hidden(x.double(), weight.double(), bias, softcap=cap, scale=scale, valid_vocab=valid, lora=lora)
 
     stats = fl.reference.token_stats(
-        source(policy, heads[0]), labels, ref and source(ref, heads[1]), divergence=names or None, entropy=sums,
-        collision=sums, shift=False,
-    )  # fmt: skip
+        source(policy, heads[0]),
+        labels,
+        ref and source(ref, heads[1]),
+        divergence=names or None,
+        entropy=sums,
+        collision=sums,
+        shift=False,
+    )
     out = {"logps": stats.logps, "lse": stats.lse, "correct": stats.correct} | stats.divergence
     return out | {k: v for k in ("entropy", "collision", "ref_logps") if (v := getattr(stats, k)) is not None}
 
@@ -293,6 +314,28 @@ def compile_all():
                     fact["wide"] = any(o.startswith("LDGSTS") and ".128" in o for o in opcodes)
                 facts.append(fact)
     return facts
+
+
+def test_tiles_by_what_they_keep_in_registers(monkeypatch):
+    """The interpreter takes those of sm_80, whatever the version of Triton; newer versions have their own for some devices."""
+    tiles = configs.TILES["sm_80"]
+    plain = StatsSpec((), False, False, False, -100, 64, 0.0, 1.0, 0.0, 1.0)
+    monkeypatch.setattr(launch, "INTERPRET", launch.INTERPRET.__class__(True))
+
+    def chosen(ref, second=False, **changes):
+        return launch.tile_config(plain._replace(**changes), torch.bfloat16, ref, second)
+
+    assert chosen(False) == tiles.one and chosen(False, entropy=True) == tiles.one_entropy and chosen(True) == tiles.two
+    assert all(chosen(True, **{name: 30.0}) == tiles.two_softcap for name in ("softcap", "ref_softcap"))
+    more = [{"divergences": divergences.parse("alpha"), "softcap": 30.0}, {"second": True}]
+    more.append({"divergences": divergences.parse("reverse_kl"), "entropy": True})
+    assert all(chosen(True, **changes) == tiles.two_more for changes in more)
+    assert launch.tile_config(plain, torch.float32, True, False) == configs.TILE_FLOAT32
+    for version in ((3, 7), (3, 8)):
+        monkeypatch.setattr(launch, "TRITON_VERSION", version)
+        new = configs.SINCE_TRITON_3_8 if version >= (3, 8) else {}
+        assert chosen(True) == new.get("sm_80", tiles).two
+    assert set(configs.SINCE_TRITON_3_8) <= set(configs.TILES)
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_figures_are_those_of_a_loop(static_report):
     for row in static_report.rows:
         assert row["registers"] > 0 and row["shared"] >= 0
         counted = row["target"] != "gfx942" and not row["workload"].endswith("strided")
+        assert not row.get("whole") or row["whole"] > row["instructions"]
         if counted and row["kernel"] in (*static.STREAMS, "tile_sums", "pair"):
             assert row["instructions"] > 1
             assert row["kernel"] == "pair" or 0.5 < row["mufu"] < row["instructions"]
@@ -167,6 +168,20 @@ def test_update_keeps_other_targets(tmp_path):
         rows.write_text(json.dumps({"rows": [ROW | {"target": target}]}))
         assert static.main(["--update", "--rows", str(rows), "--baseline", str(path), "--targets", target]) == 0
     assert [name.rpartition("|")[2] for name in json.loads(path.read_text())["kernels"]] == ["sm_80", "sm_90"]
+
+
+def test_a_baseline_belongs_to_a_version_of_triton(tmp_path, monkeypatch):
+    """What everything is tested with has the file without a version; others have their own, or compare with that one."""
+    pinned = tmp_path / "static.json"
+    monkeypatch.setattr(static, "BASELINE", pinned)
+    assert static.baseline_path("1.0", to_write=True) == pinned
+    pinned.write_text(json.dumps({"triton": "1.0", "kernels": {}}))
+    assert static.baseline_path("1.0", to_write=False) == pinned
+    assert static.baseline_path("2.0", to_write=False) == pinned
+    other = static.baseline_path("2.0", to_write=True)
+    assert other == tmp_path / "static-2.0.json"
+    other.write_text(json.dumps({"triton": "2.0", "kernels": {}}))
+    assert static.baseline_path("2.0", to_write=False) == other and static.baselines() == [pinned, other]
 
 
 def test_table(capsys):

@@ -46,9 +46,10 @@ def test_low_precision_is_never_worse_than_torch(device, smoothing, dtype, monke
     z, _ = logits((2, 4, V), device, dtype)
     y, z64 = Y.to(device), double(z)
     truth, eager, ours = (
-        exact(z64, y, smoothing), exact(z, y, smoothing),
-        fl.cross_entropy_loss(z, y, label_smoothing=smoothing, shift=False).loss
-    )  # fmt: skip
+        exact(z64, y, smoothing),
+        exact(z, y, smoothing),
+        fl.cross_entropy_loss(z, y, label_smoothing=smoothing, shift=False).loss,
+    )
     assert relative(ours, truth) <= max(1e-6, relative(eager, truth))
     (g,), (e,), (t,) = (torch.autograd.grad(x, leaf) for x, leaf in ((ours, z), (eager, z), (truth, z64)))
     assert g.dtype == dtype and relative(g, t) <= max(relative(e, t), torch.finfo(dtype).eps / 2)

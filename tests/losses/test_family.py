@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from family_batches import CASES, Batch, sources_of
-from helpers import double, kernels_of, one_of_each
+from helpers import EPS, double, kernels_of, one_of_each
 
 import fused_losses as fl
 from fused_losses.losses import FAMILY
@@ -74,6 +74,10 @@ def test_parts_are_what_metrics_are_made_of(monkeypatch, name, variant, packed):
     def value(terms):
         return sum(x.value() for x in terms)
 
+    def rounding(terms):
+        """What a sum of the amounts, which may cancel, is off by: a few roundings of the sum of their sizes."""
+        return 16 * EPS[torch.float32] * value([x._replace(amounts=x.amounts.abs()) for x in terms]).nan_to_num()
+
     for how in ({}, {"plan": "vocab_chunks"}):
         out = batch.loss(fl, torch.float32, fl.Hidden(batch.x, batch.weight), ref, entropy=True, **how)
         assert out.parts.keys() == out.metrics.keys() | {"loss"}
@@ -82,7 +86,8 @@ def test_parts_are_what_metrics_are_made_of(monkeypatch, name, variant, packed):
             whole = out.loss if n == "loss" else out.metrics[n]
             if n == "loss" and "num_nll_tokens" in batch.options:
                 continue  # those of a larger batch, of which this loss is no mean
-            torch.testing.assert_close(value(terms), whole, rtol=1e-5, atol=1e-6, equal_nan=True, msg=n)
+            atol = max(1e-6, rounding(terms).item())
+            torch.testing.assert_close(value(terms), whole, rtol=1e-5, atol=atol, equal_nan=True, msg=n)
     if packed:
         return
     units = torch.arange(2)

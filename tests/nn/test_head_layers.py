@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_losses as fl
+from fused_losses.nn.head_layers import active_adapter
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,6 +164,10 @@ def test_the_hooks_of_engines_stay(package):
     for source in sources(model, inputs).values():
         assert_same(source(), truth, labels)
     assert seen == ["pre", "post"]
+
+
+def test_a_wrapper_that_is_not_of_peft_has_no_adapter():
+    assert active_adapter(nn.Sequential(nn.Linear(2, 3)), "head") is None
 
 
 def test_flops_are_counted():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 
 import torch
-from helpers import generator_of, relative
+from helpers import Judge, generator_of, relative
 
 import fused_losses as fl
 from fused_losses.cli.loss_batches import REF_H, H, LossBatch, T, V, sources_of
@@ -27,17 +28,40 @@ class Batch(LossBatch):
     def loss(self, library, dtype, policy, other, **how):
         return super().loss(getattr(library, self.name), dtype, policy, other, **how)
 
+    def numbers(self):
+        """Return the float tensors that a call reads, by name."""
+        extra = {n: x for n, x in self.extra.items() if x.is_floating_point()}
+        return {n: getattr(self, n) for n in ("x", "weight", "ref_x", "ref_weight")} | extra
+
+    def of(self, tensors):
+        """Return a batch with these in place of numbers()."""
+        other, named = copy.copy(self), dict(zip(self.numbers(), tensors, strict=True))
+        other.extra = {n: named.pop(n, x) for n, x in self.extra.items()}
+        vars(other).update(named)
+        return other
+
     def compare(self, source, ref, tolerance=1e-5, **how):
-        mine, grads = self.call(fl, torch.float32, source, ref, how)
+        """Loss, gradients and metrics beside those of the reference, as a Judge: terms of a loss may cancel."""
         plain = {k: v for k, v in how.items() if k in ("reduction", "num_items", "shift", "entropy")}
-        truth, exact = self.call(fl.reference, torch.float64, source, ref, plain)
-        assert mine.loss.shape == truth.loss.shape
-        assert relative(mine.loss, truth.loss) <= tolerance
-        for g, e in zip(grads, exact, strict=True):
-            assert relative(g, e) <= tolerance, (g, e)
-        assert mine.metrics.keys() == truth.metrics.keys()
+
+        def mine(tensors):
+            return self.of(tensors).call(fl, torch.float32, source, ref, how)
+
+        def twin(tensors):
+            return self.of(tensors).call(fl.reference, tensors[0].dtype, source, ref, plain)
+
+        judge = Judge(mine, twin, list(self.numbers().values()), tolerance)
+        (out, grads), (truth, exact) = judge.mine, judge.truth
+        judge.value("loss", lambda output: output[0].loss)
+        for i, (g, e) in enumerate(zip(grads, exact, strict=True)):
+            assert g.shape == e.shape and g.isfinite().all(), f"gradient {i}"
+            judge.check(f"gradient {i}", relative(g, e), lambda _, output, i=i, e=e: relative(output[1][i], e))
+        assert out.metrics.keys() == truth.metrics.keys()
         for n, x in truth.metrics.items():
-            torch.testing.assert_close(mine.metrics[n].double(), x.double(), rtol=1e-4, atol=1e-5, msg=n)
+            if not torch.allclose(out.metrics[n].double(), x.double(), rtol=1e-4, atol=1e-5):
+                judge.check(
+                    n, relative(out.metrics[n], x), lambda _, output, n=n, x=x: relative(output[0].metrics[n], x)
+                )
 
 
 def family_call(library, name, flat=False):

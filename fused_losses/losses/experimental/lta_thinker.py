@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from ...core.batch import read_batch, read_options
+from ...core.elementwise import FAR
 from ...core.inputs import FLOATS, Source
 from ...core.layout import stats_dtype
 from ...core.options import SequenceOptions, check_lta_weights
@@ -22,7 +23,7 @@ from ..shared import fused, loss_and_nll, output, reduced, sequence_part
 
 __all__ = ["lta_thinker_loss", "reasoning_focus_loss", "semantic_alignment_loss"]
 
-NEVER = -1e30  # the logit of a step that does not exist: finite, so that rows without steps are not NaN
+NEVER = -FAR  # the logit of a step that does not exist: finite, so that rows without steps are not NaN
 
 
 def semantic_alignment_loss(
@@ -174,9 +175,9 @@ def lta_thinker_loss(
     def formula(tokens: Tokens) -> Tensor:
         return -weights[0] * divided(tokens.sums(tokens.logps) * times, by)
 
+    result = fused(formula, policy, batch, None, FormulaInputs("sequence"), call)
     focus = reasoning_focus_loss(question, steps, answers, mask=step_mask, temperature=temperature, reduction="none")
     alignment = semantic_alignment_loss(question, thoughts, mask=thought_mask, reduction="none")
-    result = fused(formula, policy, batch, None, FormulaInputs("sequence"), call)
     thought_losses, tokens = weights[1] * focus + weights[2] * alignment, result.tokens
     parts: dict[str, Any] = {"reasoning_focus": Part(focus.detach()), "semantic_alignment": Part(alignment.detach())}
     parts["sft"] = sequence_part(tokens, -tokens.logps)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ...core.batch import read_batch, read_options
+from ...core.elementwise import LARGEST
 from ...core.inputs import Source
 from ...core.layout import stats_dtype
-from ...core.options import LARGEST, UPOOptions, check_advantages
+from ...core.options import UPOOptions, check_advantages
 from ...core.outputs import LossOutput, Part
 from ...core.validation import Count, check_positive
 from ..preference import preference_loss

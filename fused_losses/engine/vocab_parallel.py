@@ -18,7 +18,7 @@ from ..core.inputs import Hidden, Logits
 from ..core.layout import StatsSpec
 
 
-class Shard(NamedTuple):
+class VocabShard(NamedTuple):
     """This rank's part of the vocabulary, as operators take it. group: the process group's name, "" for none."""
 
     group: str = ""
@@ -51,18 +51,18 @@ def _group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def shard_of(source: Logits | Hidden) -> Shard:
+def shard_of(source: Logits | Hidden) -> VocabShard:
     """Return which part of the vocabulary the columns of a source are.
 
     If the source has no `shard`, the ranks exchange their sizes, which is a collective and a synchronisation.
     """
     group = source.process_group
     if group is None:
-        return Shard()
+        return VocabShard()
     if source.shard is not None:
-        return Shard(group.group_name, *source.shard)
+        return VocabShard(group.group_name, *source.shard)
     device = (source.hidden if isinstance(source, Hidden) else source.logits).device
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, torch.tensor([source.vocab], device=device), group=group)
     counts = [int(n) for n in sizes]
-    return Shard(group.group_name, sum(counts[: dist.get_rank(group)]), sum(counts))
+    return VocabShard(group.group_name, sum(counts[: dist.get_rank(group)]), sum(counts))
