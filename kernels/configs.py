@@ -24,7 +24,8 @@ class Config(NamedTuple):
 # Chosen from the machine code for sm_90 (no spills; 8 lanes a thread make 128-bit loads of 2-byte logits); not yet timed.
 FORWARD = Config(1024, 8, 4, 2)
 FORWARD_MORE = Config(1024, 4, 4, 2)  # half the step: a third exponential, or divergences with entropy or float32
-FORWARD_TWO_PASS = Config(1024, 2, 4, 2)
+FORWARD_TERM = Config(1024, 4, 4, 2)  # two sweeps for one divergence alone
+FORWARD_TWO_PASS = Config(1024, 2, 4, 2)  # and for more: in longer steps they would spill
 BACKWARD = Config(1024, 1, 4, 1)
 # The same for chunks of a vocabulary, with one warp a row. What a row costs beside its logits (reductions, merging of states:
 # 350 to 570 instructions a thread) is done by a quarter of the threads, and what is left of a row after whole steps is less.

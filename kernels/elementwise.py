@@ -90,24 +90,36 @@ def expm1(t):
 
 
 @triton.jit
+def drop(t):
+    """Compute e^(-|t|) - 1 with a relative error of a few roundings.
+
+    Where |t| < 1/4 the terms from the square on are a fit with a relative error of 3e-9.
+    """
+    s = tl.abs(t)
+    u = 0.0415001295 + s * -0.00753016752
+    u = -0.166652894 + s * u
+    u = 0.499999643 + s * u
+    return tl.where(s < 0.25, s * s * u - s, exp(-s) - 1.0)
+
+
+@triton.jit
 def log1p(x):
     """Compute log(1 + x) for -1 < x <= 1 with a relative error of at most 1e-7.
 
     1 + x = 2^e (1 + f) with f in [sqrt(1/2) - 1, sqrt(2) - 1]. Where 1 + x needs no scaling (e = 0), f is x itself, so no digit
-    of x is lost. The terms from the cubic on are a least-squares fit with a relative error of 7e-9.
+    of x is lost. The terms from the cubic on are a fit with a relative error of 3e-8.
     """
-    y = 1.0 + x
-    bits = y.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23
-    f = tl.where(e == 0, x, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
-    u = 0.126203363 + f * -0.0736289434
-    u = -0.132020969 + f * u
-    u = 0.142271118 + f * u
-    u = -0.166213706 + f * u
-    u = 0.199998267 + f * u
-    u = -0.250008519 + f * u
-    u = 0.33333354 + f * u
-    return f + f * f * (f * u - 0.5) + e.to(tl.float32) * LN2
+    bits = (1.0 + x).to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) & -0x800000  # shifted to the place of an exponent
+    scale = (0x3F800000 - e).to(tl.float32, bitcast=True)
+    f = x * scale + (scale - 1.0)  # 2^-e (1 + x) - 1
+    u = -0.14267479 + f * 0.0870027467
+    u = 0.149148147 + f * u
+    u = -0.16577586 + f * u
+    u = 0.199630599 + f * u
+    u = -0.25001337 + f * u
+    u = 0.333339108 + f * u
+    return f + f * f * (f * u - 0.5) + e.to(tl.float32) * 8.262958294867817e-08  # log(2) / 2^23
 
 
 @triton.jit
@@ -116,10 +128,36 @@ def difference(p, q, t):
 
 
 @triton.jit
+def _of_smaller(t, w):
+    return tl.where(t > 0, 1.0 - w, w)
+
+
+@triton.jit
 def logmix(t, w):
-    inner = expm1(-tl.abs(t)) * tl.where(t > 0, 1.0 - w, w)
-    common = log1p(inner)
-    return common + tl.maximum(t, 0.0), common + tl.maximum(-t, 0.0)
+    common = log1p(drop(t) * _of_smaller(t, w))
+    far = common + tl.abs(t)
+    return tl.where(t > 0, far, common), tl.where(t > 0, common, far)
+
+
+@triton.jit
+def even_mix(t):
+    # log1p() for arguments between -1/2 and 0, which need no scaling; the fit has a relative error of 3e-8
+    x = 0.5 * drop(t)
+    u = 1.40263514 + x * 1.29991726
+    u = 1.0086195 + x * u
+    u = 0.0923637272 + x * u
+    u = 0.241783473 + x * u
+    u = -0.24665039 + x * u
+    u = 0.333434102 + x * u
+    return x + x * x * (x * u - 0.5)
+
+
+@triton.jit
+def mixed_excess(t, w):
+    x = drop(t)
+    root = tl.rsqrt(1.0 + x * _of_smaller(t, w))  # a quotient takes more instructions
+    y = x * (root * root)
+    return tl.where(t > 0, -y, y)
 
 
 @triton.jit

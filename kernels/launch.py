@@ -137,7 +137,8 @@ def _steps(config: configs.Config) -> arguments.Steps:
 
 def forward_config(spec: StatsSpec, dtype: torch.dtype) -> configs.Config:
     if any(d.term is not None for d in spec.divergences):
-        return configs.FORWARD_TWO_PASS
+        alone = len(spec.divergences) == 1 and not (spec.entropy or spec.collision)
+        return configs.FORWARD_TERM if alone else configs.FORWARD_TWO_PASS
     return configs.FORWARD_MORE if _many_sums(spec, dtype) else configs.FORWARD
 
 
@@ -165,7 +166,7 @@ def forward(spec: StatsSpec, policy, labels, ref, out: Outputs) -> None:
             spec.vocab,
             _numbers(spec.divergences),
             FORMULAS=_formulas(spec.divergences),
-            MOMENTS=_moments(spec),
+            WANTED=arguments.Wanted(spec.entropy, spec.collision, _moments(spec)),
             SECOND=any(d.term is not None for d in spec.divergences),
             SHIFT=spec.shift,
             STEPS=_steps(config),

@@ -86,8 +86,8 @@ class Coefs(NamedTuple):
 
 
 @triton.jit
-def transform_logits(x, softcap, multiplier):
-    """Compute softcap tanh(x / softcap) * multiplier, raised to at least FLOOR, and its derivative."""
+def transform_logits(x, softcap, multiplier, RAISED: tl.constexpr = True):
+    """Compute softcap tanh(x / softcap) * multiplier, RAISED to at least FLOOR, and its derivative."""
     slope = 1.0
     x = x.to(tl.float32)
     if softcap is not None:
@@ -97,7 +97,9 @@ def transform_logits(x, softcap, multiplier):
     if multiplier is not None:
         x = x * multiplier
         slope = slope * multiplier
-    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL), slope
+    if RAISED:
+        x = tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    return x, slope
 
 
 @triton.jit
@@ -173,28 +175,31 @@ def entry(start, logits, v):
 
 
 @triton.jit
-def load_side(start, logits, v, inside, MASKED: tl.constexpr):
+def load_side(start, logits, v, inside, MASKED: tl.constexpr, RAISED: tl.constexpr):
     """Load one step of a row.
 
     Return the logits after softcap and multiplier, FLOOR for entries that are not inside the row, and the slope.
     """
     if MASKED:
         x = tl.load(pointers(start, logits, v), mask=inside, other=0.0)
-        x, slope = transform_logits(x, logits.softcap, logits.multiplier)
+        x, slope = transform_logits(x, logits.softcap, logits.multiplier, RAISED)
         return tl.where(inside, x, FLOOR), slope
     else:
-        return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier)
+        return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier, RAISED)
 
 
 @triton.jit
-def load_step(starts, policy, ref, v, V, MASKED: tl.constexpr):
-    """Load positions v [UNROLL, LANES] or [BLOCK] of both sides; without a reference, the policy takes its place."""
+def load_step(starts, policy, ref, v, V, MASKED: tl.constexpr, RAISED: tl.constexpr = True):
+    """Load positions v [UNROLL, LANES] or [BLOCK] of both sides; without a reference, the policy takes its place.
+
+    RAISED: whether suppressed logits are raised to FLOOR, as all but their exponentials needs it.
+    """
     inside = v < V
     if MASKED:
         v = wrapped(v, V, starts.head, policy)
-    z, slope_p = load_side(starts.policy, policy, v, inside, MASKED)
+    z, slope_p = load_side(starts.policy, policy, v, inside, MASKED, RAISED)
     if ref.pointer is not None:
-        r, slope_q = load_side(starts.ref, ref, v, inside, MASKED)
+        r, slope_q = load_side(starts.ref, ref, v, inside, MASKED, RAISED)
         return Step(z, r, slope_p, slope_q)
     else:
         return Step(z, z, slope_p, slope_p)
@@ -216,7 +221,7 @@ def shifts(max_p, max_q, center):
 
 
 @triton.jit
-def sweep(step, sums, center, powers, REF: tl.constexpr, wanted):
+def sweep(step, sums, center, powers, REF: tl.constexpr, WANTED: tl.constexpr):
     """Add one step [UNROLL, LANES] to the LaneSums of the row.
 
     The shifts change only when a maximum exceeds them by a factor of 4; few steps take this branch.
@@ -234,7 +239,7 @@ def sweep(step, sums, center, powers, REF: tl.constexpr, wanted):
         scale_p = tl.exp2(x)
         scale_q = tl.exp2(y)
         sum_p_log = (sum_p_log + sum_p * x) * scale_p
-        if wanted.collision:
+        if WANTED.collision:
             sum_pp = sum_pp * (scale_p * scale_p)
         sum_p, sum_pd = sum_p * scale_p, sum_pd * scale_p
         sum_q, sum_qd, sum_qdd = sum_q * scale_q, sum_qd * scale_q, sum_qdd * scale_q
@@ -247,15 +252,15 @@ def sweep(step, sums, center, powers, REF: tl.constexpr, wanted):
     x = in_bits(step.policy, shift_p)
     a = tl.exp2(x)
     sum_p += tl.sum(a, 0)
-    if wanted.entropy:
+    if WANTED.entropy:
         sum_p_log += tl.sum(a * x, 0)
-    if wanted.collision:
+    if WANTED.collision:
         sum_pp += tl.sum(a * a, 0)
     if REF:
         y = in_bits(step.ref, shift_q)
         b = tl.exp2(y)
         sum_q += tl.sum(b, 0)
-        if wanted.moments:
+        if WANTED.moments:
             d = (step.policy - step.ref) - center
             sum_pd += tl.sum(a * d, 0)
             bd = b * d

@@ -14,7 +14,6 @@ import triton.language as tl
 from ..core import moments
 from ..core.layout import SavedRow
 from ..core.moments import PowerMoments, RowMoments
-from .arguments import Wanted
 from .elementwise import HUGE, LN2, LOG2E, in_bits, jit
 from .row_stats import (
     INF,
@@ -49,12 +48,13 @@ HALF_ULP = tl.constexpr(2.0**-24)
 
 
 @triton.jit
-def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
+def row_sums(starts, policy, ref, y, V, powers, WANTED: tl.constexpr, STEPS: tl.constexpr):
     """Sweep once over a row; return its RowMoments, and a PowerMoments of each power.
 
     The logits are centred on those of column y, which are among the sums.
     """
     REF: tl.constexpr = ref.pointer is not None
+    RAISED: tl.constexpr = WANTED.entropy or WANTED.moments or len(powers) > 0
     first = y * 0 - starts.head
     y -= starts.head
     label_p = entry(starts.policy, policy, y)
@@ -85,9 +85,11 @@ def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
     sums = LaneSums(shift_p, shift_q, label_p, label_q, zero, zero, zero, zero, zero, zero, zero, lane_powers)
     main = (V - starts.head) // BLOCK * BLOCK
     for start in tl.range(0, main, BLOCK, num_stages=STEPS.stages):
-        sums = sweep(load_step(starts, policy, ref, start + v, V, False), sums, center, powers, REF, wanted)
+        step = load_step(starts, policy, ref, start + v, V, False, RAISED)
+        sums = sweep(step, sums, center, powers, REF, WANTED)
     for start in tl.range(main, V, LANES, num_stages=1):
-        sums = sweep(load_step(starts, policy, ref, start + lanes, V, True), sums, center, powers, REF, wanted)
+        step = load_step(starts, policy, ref, start + lanes, V, True, RAISED)
+        sums = sweep(step, sums, center, powers, REF, WANTED)
 
     found = RowMoments(
         shift_p=sums.shift_p,
@@ -103,7 +105,7 @@ def row_sums(starts, policy, ref, y, V, powers, wanted, STEPS: tl.constexpr):
         sum_pd=tl.sum(sums.sum_pd),
         sum_qd=tl.sum(sums.sum_qd),
         sum_qdd=tl.sum(sums.sum_qdd),
-        sum_pp=tl.sum(sums.sum_pp) if wanted.collision else 0.0,
+        sum_pp=tl.sum(sums.sum_pp) if WANTED.collision else 0.0,
     )
     found_powers = ()
     for i in tl.static_range(len(powers)):
@@ -262,7 +264,7 @@ def token_stats_forward(
     V,
     numbers,
     FORMULAS: tl.constexpr,
-    MOMENTS: tl.constexpr,
+    WANTED: tl.constexpr,
     SECOND: tl.constexpr,
     SHIFT: tl.constexpr,
     STEPS: tl.constexpr,
@@ -280,9 +282,8 @@ def token_stats_forward(
         return
     valid = (label >= 0) & (label < V)
     starts = row_starts(policy, ref, row)
-    wanted = Wanted(out.entropy is not None, out.collision is not None, MOMENTS)
-    sums, power_sums = row_sums(starts, policy, ref, tl.where(valid, label, 0), V, numbers.powers, wanted, STEPS)
-    saved, alive = close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS, MOMENTS)
+    sums, power_sums = row_sums(starts, policy, ref, tl.where(valid, label, 0), V, numbers.powers, WANTED, STEPS)
+    saved, alive = close_row(row, rows, valid, sums, power_sums, numbers, out, FORMULAS, WANTED.moments)
     if SECOND:
         found = term_sums(starts, policy, ref, V, saved, numbers.params, FORMULAS, STEPS)
         for i in tl.static_range(len(FORMULAS.term)):

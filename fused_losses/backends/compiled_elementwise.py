@@ -57,14 +57,31 @@ def difference(p: Tensor, q: Tensor, t: Tensor) -> Tensor:
     return where(absolute(t) < 0.25, q * _expm1_near(t), p - q)
 
 
+def drop(t: Tensor) -> Tensor:
+    """Compute e^(-|t|) - 1 without cancellation near 0."""
+    return expm1(-absolute(t))
+
+
+def even_mix(t: Tensor) -> Tensor:
+    """Compute log(m / max(p, q)) of m = (p + q) / 2."""
+    return log1p(0.5 * drop(t))
+
+
+def mixed_excess(t: Tensor, w: float) -> Tensor:
+    """Compute (p - q) / m of the mixture of logmix()."""
+    x = drop(t)
+    y = x / (1.0 + x * where(t > 0, 1.0 - w, w))
+    return where(t > 0, -y, y)
+
+
 def logmix(t: Tensor, w: float) -> tuple[Tensor, Tensor]:
     """Compute log(m/q) and log(m/p) of the mixture m = w p + (1 - w) q, for 0 < w < 1."""
-    common = log1p(expm1(-absolute(t)) * where(t > 0, 1.0 - w, w))
+    common = log1p(drop(t) * where(t > 0, 1.0 - w, w))
     return common + t.clamp(min=0), common - t.clamp(max=0)
 
 
 EVERY = {f.__name__: f for f in (exp, finite_exp)}
-FLOAT32 = EVERY | {f.__name__: f for f in (expm1, log1p, difference, logmix)}
+FLOAT32 = EVERY | {f.__name__: f for f in (expm1, log1p, difference, drop, even_mix, logmix, mixed_excess)}
 
 
 @functools.cache

@@ -18,6 +18,8 @@ The kernels call a formula on every column, also on those of suppressed tokens a
     - It is 0 at p = q = 0, where log p and log q are about -1e37 and t can have any size up to 1e37.
     - It does not divide by a number that can be 0: p, q, p + q. Write such ratios as functions of t: p / (p + q) is sigmoid(t).
     - It is finite for every finite t: compute exponentials with finite_exp, or cap their argument.
+And near p = q the first order of a term cancels. p and q are rounded on their own, so it cancels best inside one factor: a
+function of t, times max(p, q).
 """
 
 from __future__ import annotations
@@ -40,11 +42,14 @@ from .elementwise import (
     bounded,
     cap,
     difference,
+    drop,
+    even_mix,
     exp,
     expm1,
     finite_exp,
     logmix,
     maximum,
+    mixed_excess,
     sigmoid,
     sign,
     where,
@@ -189,12 +194,27 @@ def _js_term(p, q, t, lp, lq, beta):
 
 def _js_grad_p(p, q, t, lp, lq, beta):
     to_q, to_p = logmix(t, 1.0 - beta)
-    return (beta - 1.0) * p * to_p
+    return -((1.0 - beta) * p * to_p)
 
 
 def _js_grad_q(p, q, t, lp, lq, beta):
     to_q, to_p = logmix(t, 1.0 - beta)
     return -beta * q * to_q
+
+
+def _js_even_term(p, q, t, lp, lq, beta):
+    near = even_mix(t)  # log(m / max(p, q))
+    return -0.5 * (maximum(p, q) * (near + (1.0 + drop(t)) * (near + absolute(t))))
+
+
+def _js_even_grad_p(p, q, t, lp, lq, beta):
+    near = even_mix(t)
+    return -0.5 * (p * where(t > 0.0, near, near + absolute(t)))
+
+
+def _js_even_grad_q(p, q, t, lp, lq, beta):
+    near = even_mix(t)
+    return -0.5 * (q * where(t > 0.0, near + absolute(t), near))
 
 
 def _js_link(h, beta):
@@ -216,32 +236,32 @@ def _tv_grad_q(p, q, t, lp, lq):
 
 def _skew_forward_term(p, q, t, lp, lq, lam):
     to_q, to_p = logmix(t, 1.0 - lam)  # m = lam q + (1 - lam) p
-    return (1.0 - lam) * difference(p, q, t) - q * to_q
+    x = drop(t)  # p - q = -x p where t > 0, else x q
+    return maximum(p, q) * where(t > 0.0, (lam - 1.0) * x - (1.0 + x) * to_q, (1.0 - lam) * x - to_q)
 
 
 def _skew_forward_grad_p(p, q, t, lp, lq, lam):
-    to_q, to_p = logmix(t, 1.0 - lam)
-    return (lam - 1.0) * p * expm1(-to_q)
+    return (1.0 - lam) * (1.0 - lam) * p * mixed_excess(t, 1.0 - lam)
 
 
 def _skew_forward_grad_q(p, q, t, lp, lq, lam):
     to_q, to_p = logmix(t, 1.0 - lam)
-    return -q * (to_q + lam * expm1(-to_q))
+    return -q * (to_q - lam * (1.0 - lam) * mixed_excess(t, 1.0 - lam))
 
 
 def _skew_reverse_term(p, q, t, lp, lq, lam):
     to_q, to_p = logmix(t, lam)  # m = (1 - lam) q + lam p
-    return (lam - 1.0) * difference(p, q, t) - p * to_p
+    x = drop(t)
+    return maximum(p, q) * where(t > 0.0, (1.0 - lam) * x - to_p, (lam - 1.0) * x - (1.0 + x) * to_p)
 
 
 def _skew_reverse_grad_p(p, q, t, lp, lq, lam):
     to_q, to_p = logmix(t, lam)
-    return -p * (to_p + lam * expm1(-to_p))
+    return -p * (to_p + lam * (1.0 - lam) * mixed_excess(t, lam))
 
 
 def _skew_reverse_grad_q(p, q, t, lp, lq, lam):
-    to_q, to_p = logmix(t, lam)
-    return (lam - 1.0) * q * expm1(-to_p)
+    return -(1.0 - lam) * (1.0 - lam) * q * mixed_excess(t, lam)
 
 
 def _skew_reverse_link(h, lam):
@@ -250,27 +270,35 @@ def _skew_reverse_link(h, lam):
     return -to_p - lam * expm1(-to_p), g * g
 
 
-def _alpha_beta_term(p, q, t, lp, lq, a, b):  # relative to the larger of p, q: no overflow, first order cancels exactly
-    x = -absolute(t)
-    w = 0.5 * (a + b) + 0.5 * (a - b) * sign(t)
-    return exp((a + b) * maximum(lp, lq)) * (w / (a + b) * expm1((a + b) * x) - expm1(w * x)) / (a * b)
+# With x_c = e^(-c |t|) - 1 and x_(a + b) = x_a + x_b + x_a x_b, all is relative to max(p, q)^(a + b): nothing overflows, the
+# first order cancels exactly, and value and slope share their exponentials.
+
+
+def _alpha_beta_term(p, q, t, lp, lq, a, b):
+    xa, xb = drop(a * t), drop(b * t)
+    c = where(t > 0.0, a * (xb + xa * xb) - b * xa, b * (xa + xa * xb) - a * xb)
+    return exp((a + b) * maximum(lp, lq)) * c * (1.0 / (a * b * (a + b)))
 
 
 def _alpha_beta_grad_p(p, q, t, lp, lq, a, b):
-    return exp(b * lp) * difference(exp(a * lp), exp(a * lq), a * t) / a
+    xa = drop(a * t)
+    return exp((a + b) * maximum(lp, lq)) * where(t > 0.0, -xa, xa * exp(-absolute(b * t))) * (1.0 / a)
 
 
 def _alpha_beta_grad_q(p, q, t, lp, lq, a, b):
-    return -exp(a * lq) * difference(exp(b * lp), exp(b * lq), b * t) / b
+    xb = drop(b * t)
+    return exp((a + b) * maximum(lp, lq)) * where(t > 0.0, xb * exp(-absolute(a * t)), -xb) * (1.0 / b)
 
 
 # ---- registry ------------------------------------------------------------------------------------------------------
 
 _FACTORIES: dict[str, Callable[..., Divergence]] = {}
+_DEFAULTS: dict[str, dict[str, float]] = {}  # of the parameters of those that have some
 
 
 def _divergence(factory: Callable[..., Divergence]) -> Callable[..., Divergence]:
     _FACTORIES[factory.__name__] = factory
+    _DEFAULTS[factory.__name__] = {k: v.default for k, v in inspect.signature(factory).parameters.items()}
     return factory
 
 
@@ -362,11 +390,13 @@ def js(beta: float = 0.5) -> Divergence:
         m = _mix(lq, lp, beta)
         return beta * _kl(lq, m) + (1 - beta) * _kl(lp, m)
 
+    even = _js_even_grad_p, _js_even_grad_q, _js_even_term
+    grad_p, grad_q, term = even if beta == 0.5 else (_js_grad_p, _js_grad_q, _js_term)
     return Divergence(
         define,
-        _js_grad_p,
-        _js_grad_q,
-        term=_js_term,
+        grad_p,
+        grad_q,
+        term=term,
         params=(beta,),
         link=_js_link,
         f=lambda u: (1 - beta) * u * log(u) - (beta + (1 - beta) * u) * log(beta + (1 - beta) * u),
@@ -536,7 +566,7 @@ def get(name: str, **params: float) -> Divergence:
     """
     if name not in _FACTORIES:
         raise unknown("divergence", name, _FACTORIES)
-    defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[name]).parameters.items()}
+    defaults = _DEFAULTS.get(name, {})
     if others := params.keys() - defaults.keys():
         raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(others)}; it takes: {list(defaults)}")
     values = defaults | {k: float(v) for k, v in params.items()}
@@ -553,6 +583,8 @@ def from_key(key: str | Divergence) -> Divergence:
         return key
     if not isinstance(key, str):
         raise TypeError(f"divergence: expected a name or a Divergence, got {kind_of(key, Divergence)}")
+    if key in _FACTORIES:
+        return get(key)
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", key)
     if match is None:
         raise ValueError(f"divergence: expected a name such as 'js' or 'js(beta=0.3)', got {key!r}")

@@ -28,8 +28,9 @@ LARGEST = 80.0  # bound of a log-ratio or an exponent: its exponential is finite
 FAR = 1e30  # stands for infinity where a product of it and 0, or a difference, has to be finite
 
 __all__ = [
-    "FAR", "FLOOR", "HUGE", "INF", "LARGEST", "absolute", "bounded", "cap", "difference", "exp", "expm1", "finite_exp",
-    "frame", "log", "log1p", "logmix", "maximum", "nats", "rescale", "sigmoid", "sign", "softplus", "where",
+    "FAR", "FLOOR", "HUGE", "INF", "LARGEST", "absolute", "bounded", "cap", "difference", "drop", "even_mix", "exp", "expm1",
+    "finite_exp", "frame", "log", "log1p", "logmix", "maximum", "mixed_excess", "nats", "rescale",
+    "sigmoid", "sign", "softplus", "where",
 ]  # fmt: skip
 
 sigmoid, sign, where = torch.sigmoid, torch.sign, torch.where
@@ -62,15 +63,34 @@ def difference(p: Tensor, q: Tensor, t: Tensor) -> Tensor:
     return expm1(absolute(t).neg_()).mul_(maximum(p, q)).mul_(sign(t)).neg_()
 
 
+def drop(t: Tensor) -> Tensor:
+    """Compute e^(-|t|) - 1, exact to rounding for every t."""
+    return expm1(absolute(t).neg_())
+
+
 def logmix(t: Tensor, w: float) -> tuple[Tensor, Tensor]:
     """Compute log(m/q) and log(m/p) of the mixture m = w p + (1 - w) q, for 0 < w < 1.
 
     It does not overflow, and near t = 0 it loses no accuracy.
     """
-    inner = expm1(absolute(t).neg_())
-    weight = sign(t).mul_(0.5 - w).add_(0.5)  # 1 - w where t > 0, w where t < 0; irrelevant at 0
-    common = inner.mul_(weight).log1p_()
+    common = drop(t).mul_(_of_smaller(t, w)).log1p_()
     return common + t.clamp(min=0), common.sub_(t.clamp(max=0))
+
+
+def even_mix(t: Tensor) -> Tensor:
+    """Compute log(m / max(p, q)) of m = (p + q) / 2: the smaller result of logmix(t, 1/2)."""
+    return drop(t).mul_(0.5).log1p_()
+
+
+def _of_smaller(t: Tensor, w: float) -> Tensor:
+    """Return the weight in m = w p + (1 - w) q of the smaller of p and q; it is irrelevant at t = 0."""
+    return sign(t).mul_(0.5 - w).add_(0.5)
+
+
+def mixed_excess(t: Tensor, w: float) -> Tensor:
+    """Compute (p - q) / m of the mixture of logmix(), exact to rounding also near t = 0."""
+    x = drop(t)
+    return x.div_((x * _of_smaller(t, w)).add_(1.0)).mul_(sign(t)).neg_()
 
 
 def bounded(t: Tensor) -> Tensor:

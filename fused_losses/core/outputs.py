@@ -24,6 +24,11 @@ class Part(NamedTuple):
     counts: Tensor | None = None
     kind: str = "mean"  # "mean": 0 if the counts are 0; "mean or nan": NaN then; "sum": no division
 
+    @property
+    def is_mean_of_units(self) -> bool:
+        """Return whether the value is the mean of the amounts [units]."""
+        return self.counts is None and self.kind == "mean" and self.amounts.dim() == 1
+
     def value(self) -> Tensor:
         total = self.amounts.sum()
         if self.kind == "sum":
@@ -46,6 +51,26 @@ class Part(NamedTuple):
 
 
 Parts = dict[str, tuple[Part, ...]]
+
+
+def values(parts: Parts) -> dict[str, Tensor]:
+    """Return for each name the sum of the values of its parts."""
+    means = {name: terms[0].amounts for name, terms in parts.items() if len(terms) == 1 and terms[0].is_mean_of_units}
+    found = _means(means) if len(means) > 1 else {}
+    return {name: found[name] if name in found else _total(terms) for name, terms in parts.items()}
+
+
+def _means(units: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the means of several tensors [units] by name, in few operations; none if the tensors are not alike."""
+    first = next(iter(units.values()))
+    if not all(x.shape == first.shape and x.dtype == first.dtype for x in units.values()):
+        return {}
+    means = torch.stack([*units.values()]).sum(1) / max(len(first), 1)
+    return dict(zip(units, means.unbind(), strict=True))
+
+
+def _total(terms: tuple[Part, ...]) -> Tensor:
+    return terms[0].value() if len(terms) == 1 else torch.stack([x.value() for x in terms]).sum(0)
 
 
 @dataclass(frozen=True, repr=False)

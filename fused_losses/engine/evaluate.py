@@ -38,6 +38,7 @@ class FormulaInputs(NamedTuple):
         per_token: Tensors in the shape of the mask, by name.
         per_sequence: Tensors [S], by name.
         collision: Whether log sum_v p_v^2 of each token is needed.
+        lse: Whether lse and correct of each token are needed.
     """
 
     unit: str
@@ -45,6 +46,7 @@ class FormulaInputs(NamedTuple):
     per_token: Mapping[str, Tensor] = {}
     per_sequence: Mapping[str, Tensor] = {}
     collision: bool = False
+    lse: bool = False
 
 
 class Evaluated(NamedTuple):
@@ -112,7 +114,7 @@ def _from_stats(
     tokens = Tokens(
         logps=stats.logps.reshape(-1),
         ref_logps=ref.logps if summed and isinstance(ref, LogProbs) else flat(stats.ref_logps),
-        lse=flat(stats.lse),
+        lse=flat(stats.lse) if inputs.lse else None,
         entropy=flat(stats.entropy),
         divergence={name: x.reshape(-1) for name, x in stats.divergence.items()},
         mask=batch.mask.reshape(-1),
@@ -121,7 +123,7 @@ def _from_stats(
         ref_summed=summed,
         extra={**inputs.per_sequence, **{name: x.reshape(-1) for name, x in inputs.per_token.items()}},
         collision=flat(stats.collision),
-        correct=flat(stats.correct),
+        correct=flat(stats.correct) if inputs.lse else None,
     ).whole(batch.shard, tuple(inputs.per_token))
     losses = formula(tokens)
     if inputs.unit == "token" and options.reduction == "none":

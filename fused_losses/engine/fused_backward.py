@@ -293,6 +293,6 @@ class LossWithGradInForward(torch.autograd.Function):
                 keep=saved.stats.logps.new_zeros((0, 0, 0)),
                 call=call._replace(wanted=wanted),
             )
-            back = wanted.placed(hidden_ops.hidden_stats_backward(*hidden_ops.BACKWARD_ARGS.pack(args)))
+            back = hidden_ops.gradients(args)
         extras = [learned.get(name) for name in loss.names]
         return tuple(ARGS.gradients(call=back._asdict(), extras=extras))

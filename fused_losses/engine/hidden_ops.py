@@ -14,7 +14,7 @@ from ..backends import backend_module
 from ..core.layout import Grads, StatsSpec, effective, stats_dtype
 from . import plan_chunks, plan_frozen
 from .operator_args import Layout
-from .operators import once_differentiable, operator
+from .operators import needs_graph, observed, once, once_differentiable, operator
 from .planner import PlanInputs, make_plan
 from .projection import mixed, spread
 from .sides import BothGradients, InputFlags, InputGradients, Inputs, Wanted
@@ -179,9 +179,7 @@ def _kept_shape(args: HiddenStatsArgs) -> tuple[int, ...]:
     return 0, 0, 0
 
 
-@operator("hidden_stats", ARGS, RESULT)
-def hidden_stats(*values: Any) -> tuple[Tensor, ...]:
-    args = ARGS.unpack(values)
+def _computed(args: HiddenStatsArgs) -> HiddenStats:
     plan, call = args.options.plan, _compact(args)
     # sums start from zero; logits are written before they are read
     make = torch.empty if plan == "keep_logits" else torch.zeros
@@ -191,7 +189,12 @@ def hidden_stats(*values: Any) -> tuple[Tensor, ...]:
         out = plan_frozen.frozen_forward(call, kept)
     else:
         out = plan_chunks.forward(call, kept if plan == "keep_logits" else None)
-    return tuple(RESULT.pack(HiddenStats(spread_out(out, call.rows, args.labels.numel()), keep)))
+    return HiddenStats(spread_out(out, call.rows, args.labels.numel()), keep)
+
+
+@operator("hidden_stats", ARGS, RESULT)
+def hidden_stats(*values: Any) -> tuple[Tensor, ...]:
+    return tuple(RESULT.pack(_computed(ARGS.unpack(values))))
 
 
 @hidden_stats.register_fake
@@ -203,10 +206,7 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     return tuple(RESULT.pack(HiddenStats(spread_out(out, None, labels.numel()), keep)))
 
 
-@operator("hidden_stats_backward", BACKWARD_ARGS, "Tensor[]")
-def hidden_stats_backward(*values: Any) -> list[Tensor]:
-    """Return the gradients of those tensors of both sides that need one, in their order."""
-    args = BACKWARD_ARGS.unpack(values)
+def _gradients(args: HiddenStatsBackwardArgs) -> BothGradients:
     asked, wanted = args.call, args.call.wanted
     if asked.options.plan == "row_blocks":  # the gradients that forward computed are not valid here: compute them again
         asked = asked._replace(options=asked.options._replace(plan="vocab_chunks"))
@@ -224,11 +224,18 @@ def hidden_stats_backward(*values: Any) -> list[Tensor]:
         x = asked.policy.x
         dx = plan_frozen.frozen_backward(call, kept, compact(args.logps), saved, grads)
         dx = spread(dx, call.rows, asked.labels.numel(), x.dtype).contiguous().view(x.shape)
-        return wanted.chosen(BothGradients(policy=InputGradients(x=dx)))
+        return BothGradients(policy=InputGradients(x=dx))
     gradients = plan_chunks.backward(call, saved, grads, wanted, kept if asked.options.plan == "keep_logits" else None)
     policy = _over_ranks(call.shard, asked.policy, gradients.policy)
     ref = gradients.ref if asked.ref is None else _over_ranks(call.shard, asked.ref, gradients.ref)
-    return wanted.chosen(BothGradients(policy, ref))
+    return BothGradients(policy, ref)
+
+
+@operator("hidden_stats_backward", BACKWARD_ARGS, "Tensor[]")
+def hidden_stats_backward(*values: Any) -> list[Tensor]:
+    """Return the gradients of those tensors of both sides that need one, in their order."""
+    args = BACKWARD_ARGS.unpack(values)
+    return args.call.wanted.chosen(_gradients(args))
 
 
 def _over_ranks(shard: VocabShard, inputs: Inputs, gradients: InputGradients) -> InputGradients:
@@ -258,8 +265,11 @@ def _(*values: Any) -> list[Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    out = RESULT.unpack(output)
-    _SAVED.save(ctx, _Saved(ARGS.unpack(inputs), out.stats.logps, out.stats.saved, out.keep))
+    _save(ctx, ARGS.unpack(inputs), RESULT.unpack(output))
+
+
+def _save(ctx: Any, args: HiddenStatsArgs, out: HiddenStats) -> None:
+    _SAVED.save(ctx, _Saved(args, out.stats.logps, out.stats.saved, out.keep))
     ctx.mark_non_differentiable(out.stats.hit, out.stats.collision, out.stats.saved, out.keep)
     ctx.set_materialize_grads(False)
 
@@ -274,12 +284,47 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
         keep=saved.keep,
         call=saved.call._replace(wanted=wanted),
     )
-    gradients = wanted.placed(hidden_stats_backward(*BACKWARD_ARGS.pack(back)))
-    return tuple(ARGS.gradients(policy=gradients.policy, ref=gradients.ref))
+    found = gradients(back)
+    return tuple(ARGS.gradients(policy=found.policy, ref=found.ref))
 
 
 hidden_stats.register_autograd(_backward, setup_context=_setup)
 once_differentiable(hidden_stats_backward, "token_stats")
+
+
+# ---- the same for calls that nothing observes ------------------------------------------------------------------------
+
+
+def stats(args: HiddenStatsArgs) -> StatsTensors:
+    """Compute the statistics of rows, with their graph."""
+    values = ARGS.flat(args)
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    if observed(*tensors):
+        return RESULT.unpack(hidden_stats(*ARGS.pack(args))).stats
+    if needs_graph(*tensors):
+        return RESULT.named(_HiddenStats.apply(*values)).stats
+    return _computed(args).stats
+
+
+def gradients(args: HiddenStatsBackwardArgs) -> BothGradients:
+    """Compute the gradients of those tensors of both sides that need one."""
+    wanted = args.call.wanted
+    if torch.is_grad_enabled() or observed(*[x for x in BACKWARD_ARGS.flat(args) if isinstance(x, Tensor)]):
+        return wanted.placed(hidden_stats_backward(*BACKWARD_ARGS.pack(args)))
+    return wanted.placed(wanted.chosen(_gradients(args)))
+
+
+class _HiddenStats(torch.autograd.Function):
+    """The operator without torch's dispatcher; it takes its arguments as they are."""
+
+    @staticmethod
+    def forward(ctx, *values):  # type: ignore[no-untyped-def]
+        args: HiddenStatsArgs = ARGS.named(values)
+        out = _computed(args)
+        _save(ctx, args, out)
+        return tuple(RESULT.flat(out))
+
+    backward = staticmethod(once("token_stats")(_backward))
 
 
 def log_probs(labels: Tensor, ref: Inputs, options: Options) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import backend_module
 from ..core.layout import Grads, Outputs, StatsSpec, effective, stats_dtype
 from .operator_args import Layout
-from .operators import once_differentiable, operator
+from .operators import needs_graph, observed, once, once_differentiable, operator
 from .stats_outputs import StatsTensors, empty_outputs, spread_out
 
 
@@ -42,6 +42,13 @@ class TokenStatsBackwardArgs(NamedTuple):
     grad_ref: bool
 
 
+class LogitsGradients(NamedTuple):
+    """The gradients at the logits of both sides; None where not wanted."""
+
+    policy: Tensor | None
+    ref: Tensor | None
+
+
 class _Saved(NamedTuple):
     """What the forward saves for backward."""
 
@@ -64,14 +71,17 @@ def _flat(out: Outputs) -> tuple[Tensor, ...]:
     return tuple(STATS.pack(spread_out(out, None, out.logps.numel())))
 
 
-@operator("token_stats", ARGS, STATS)
-def token_stats(*values: Any) -> tuple[Tensor, ...]:
-    """Compute the statistics. Divergences are [n, rows], the others [rows]."""
-    args = ARGS.unpack(values)
+def _computed(args: TokenStatsArgs) -> Outputs:
     out = _empty(args)
     if out.logps.numel():
         backend_module(args.backend).forward(args.spec, args.policy, args.labels, args.ref, out)
-    return _flat(out)
+    return out
+
+
+@operator("token_stats", ARGS, STATS)
+def token_stats(*values: Any) -> tuple[Tensor, ...]:
+    """Compute the statistics. Divergences are [n, rows], the others [rows]."""
+    return _flat(_computed(ARGS.unpack(values)))
 
 
 @token_stats.register_fake
@@ -88,14 +98,17 @@ def _write_gradients(args: TokenStatsBackwardArgs, d_policy: Tensor | None, d_re
         backend.backward(args.spec, args.policy, args.labels, args.ref, args.saved, grads, d_policy, d_ref)
 
 
-@operator("token_stats_backward", BACKWARD_ARGS, "Tensor[]")
-def token_stats_backward(*values: Any) -> list[Tensor]:
-    """Return a list of the gradient of the policy logits and that of the reference logits, each where wanted."""
-    args = BACKWARD_ARGS.unpack(values)
+def _gradients(args: TokenStatsBackwardArgs) -> LogitsGradients:
     d_policy = torch.empty_like(args.policy) if args.grad_policy else None
     d_ref = torch.empty_like(args.ref) if args.ref is not None and args.grad_ref else None
     _write_gradients(args, d_policy, d_ref)
-    return [d for d in (d_policy, d_ref) if d is not None]
+    return LogitsGradients(d_policy, d_ref)
+
+
+@operator("token_stats_backward", BACKWARD_ARGS, "Tensor[]")
+def token_stats_backward(*values: Any) -> list[Tensor]:
+    """Return a list of the gradient of the policy logits and that of the reference logits, each where wanted."""
+    return [d for d in _gradients(BACKWARD_ARGS.unpack(values)) if d is not None]
 
 
 @token_stats_backward.register_fake
@@ -133,26 +146,76 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
     args, saved = _SAVED.saved(ctx)
-    grad_stats, needs = STATS.named(grads), ARGS.named(ctx.needs_input_grad)
-    inplace = args.inplace_backward and needs.policy
+    needs = ARGS.named(ctx.needs_input_grad)
+    found = _differentiated(args, saved, STATS.named(grads), needs.policy, needs.ref)
+    return tuple(ARGS.gradients(policy=found.policy, ref=found.ref))
+
+
+token_stats.register_autograd(_backward, setup_context=_setup)
+once_differentiable(token_stats_backward, "token_stats")
+
+
+# ---- the same for calls that nothing observes ------------------------------------------------------------------------
+
+
+def stats(args: TokenStatsArgs) -> Outputs:
+    """Compute the statistics of rows, with their graph."""
+    if observed(args.policy, args.labels, args.ref):
+        found: StatsTensors = STATS.unpack(token_stats(*ARGS.pack(args)))
+        return found.asked(args.spec, args.ref is not None)
+    if needs_graph(args.policy, args.ref):
+        return Outputs(*_TokenStats.apply(args, args.policy, args.ref))
+    return _computed(args)
+
+
+def gradients(args: TokenStatsBackwardArgs) -> LogitsGradients:
+    """Compute the gradients at the logits that are wanted."""
+    if torch.is_grad_enabled() or observed(args.policy, args.labels, args.ref, args.saved, *args.grads):
+        found = iter(token_stats_backward(*BACKWARD_ARGS.pack(args)))
+        return LogitsGradients(next(found) if args.grad_policy else None, next(found) if args.grad_ref else None)
+    return _gradients(args)
+
+
+class _TokenStats(torch.autograd.Function):
+    """The operator without torch's dispatcher. It takes its arguments, and those again that may ask for a gradient."""
+
+    @staticmethod
+    def forward(ctx, args, policy, ref):  # type: ignore[no-untyped-def]
+        out = _computed(args)
+        # the same tensors as _setup saves: a checkpoint that is only observed in one of its two forwards compares them
+        ctx.save_for_backward(policy, args.labels, ref, out.saved)
+        ctx.others = args.spec, args.backend, args.inplace_backward
+        ctx.mark_non_differentiable(*[x for x in (out.hit, out.collision, out.saved) if x is not None])
+        ctx.set_materialize_grads(False)
+        return tuple(out)
+
+    @staticmethod
+    @once("token_stats")
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        policy, labels, ref, saved = ctx.saved_tensors
+        _, to_policy, to_ref = ctx.needs_input_grad
+        args = TokenStatsArgs(policy, labels, ref, *ctx.others)
+        found = _differentiated(args, saved, Outputs(*grads), to_policy, to_ref)
+        return None, found.policy, found.ref
+
+
+def _differentiated(
+    args: TokenStatsArgs, saved: Tensor, grads: Outputs | StatsTensors, to_policy: bool, to_ref: bool
+) -> LogitsGradients:
+    """Return the gradients at the logits from those at the statistics."""
+    inplace = args.inplace_backward and to_policy
     back = TokenStatsBackwardArgs(
-        grads=Grads(grad_stats.logps, grad_stats.ref_logps, grad_stats.lse, grad_stats.entropy, grad_stats.divergence),
+        grads=Grads(grads.logps, grads.ref_logps, grads.lse, grads.entropy, grads.divergence),
         saved=saved,
         policy=args.policy.detach() if inplace else args.policy,
         labels=args.labels,
         ref=args.ref,
         spec=args.spec,
         backend=args.backend,
-        grad_policy=needs.policy,
-        grad_ref=needs.ref,
+        grad_policy=to_policy,
+        grad_ref=to_ref,
     )
     if inplace:
         d_ref = token_stats_backward_(*BACKWARD_ARGS.pack(back))
-        return tuple(ARGS.gradients(policy=back.policy, ref=d_ref if needs.ref else None))
-    gradients = iter(token_stats_backward(*BACKWARD_ARGS.pack(back)))
-    d_policy = next(gradients) if needs.policy else None
-    return tuple(ARGS.gradients(policy=d_policy, ref=next(gradients) if needs.ref else None))
-
-
-token_stats.register_autograd(_backward, setup_context=_setup)
-once_differentiable(token_stats_backward, "token_stats")
+        return LogitsGradients(back.policy, d_ref if to_ref else None)
+    return gradients(back)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from types import NoneType
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -102,6 +102,12 @@ class Layout(Generic[T]):
                 self.fields.append((name, Slot(name, FORMS.get(hint, OBJECT), can_be_none)))
         self.optional = optional
         self.slots = self._slots("")
+        scope: dict[str, Any] = {}
+        values = self._flattening("args") + (f", *args.{self.variadic}" if self.variadic else "")
+        self._flatten = eval(f"lambda args: [{values}]")
+        parameters = [f"v{i}" for i in range(len(self.slots))] + ["*rest"] * bool(self.variadic)
+        made = self._naming(count(), scope)
+        self._name = eval(f"lambda {', '.join(parameters)}: {made}", scope)
         self._packers = [slot.form.pack for slot in self.slots]
         self._unpackers = [slot.form.unpack for slot in self.slots]
 
@@ -140,34 +146,41 @@ class Layout(Generic[T]):
 
     # ---- as they are: for autograd.Function, and for flags and gradients of each argument ----
 
-    def flat(self, args: T | None) -> list[Any]:
+    def flat(self, args: T) -> list[Any]:
         """Return the values in their order; for a group that is None, None for each of its fields.
 
         Defaults of the fields would do too, but torch.compile makes an input of a float that it reads from an object.
         """
-        values: list[Any] = []
-        for name, field in self.fields:
-            if isinstance(field, Layout):
-                values += field.flat(None if args is None else getattr(args, name))
-            else:
-                values.append(None if args is None else getattr(args, name))
-        if self.variadic:
-            values += getattr(args, self.variadic)
-        return values
+        return self._flatten(args)
 
     def named(self, values: Iterable[Any]) -> Any:
         """Return the values under the names of the arguments: those of flat(), or one for each, such as needs_input_grad."""
-        return self._take(iter(values))
+        return self._name(*values)
 
-    def _take(self, values: Iterator[Any]) -> Any:
-        taken: dict[str, Any] = {}
-        first = ""
+    # Both are compiled once from the expressions below, as a NamedTuple compiles its own constructor: they run several times
+    # in each call, and loops over fields would take more time than a launch.
+
+    def _flattening(self, value: str) -> str:
+        """Return an expression, with commas, for the values of the fields of `value`."""
+        listed = ", ".join(
+            field._flattening(f"{value}.{name}") if isinstance(field, Layout) else f"{value}.{name}"
+            for name, field in self.fields
+        )
+        return f"*(({'None, ' * len(self.slots)}) if {value} is None else ({listed},))" if self.optional else listed
+
+    def _naming(self, numbers: Iterator[int], scope: dict[str, Any]) -> str:
+        """Return an expression for the NamedTuple of the next arguments v0, v1, ..."""
+        kind = f"kind_{len(scope)}"
+        scope[kind] = self.kind
+        items, first = [], ""
         for name, field in self.fields:
-            first = first or name
-            taken[name] = field._take(values) if isinstance(field, Layout) else next(values)
+            item = field._naming(numbers, scope) if isinstance(field, Layout) else f"v{next(numbers)}"
+            first = first or item
+            items.append(f"{name}={item}")
         if self.variadic:
-            taken[self.variadic] = tuple(values)
-        return None if self.optional and taken[first] is None else self.kind(**taken)
+            items.append(f"{self.variadic}=rest")
+        made = f"{kind}({', '.join(items)})"
+        return f"(None if {first} is None else {made})" if self.optional else made
 
     def gradients(self, **by_name: Any) -> list[Any]:
         """Return for each argument its gradient, which may be given by name, or None.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.library import custom_op
 
@@ -32,6 +33,31 @@ def operator(name: str, arguments: Layout, returns: Layout | str, mutated: tuple
     outputs = returns if isinstance(returns, str) else f"({', '.join(slot.form.type for slot in returns.slots)})"
     schema = f"({arguments.schema(*mutated)}) -> {outputs}"
     return custom_op(f"{free}::{name}", mutates_args=mutated, schema=schema)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def observed(*tensors: Tensor | None) -> bool:
+    """Return whether something has to see the operator of a call: a compiler, a tracer, a mode, a class of tensors.
+
+    Where nothing does, a call goes past torch's dispatcher, which takes more time on the host than the launch of a kernel.
+    Counters, selective checkpoints and fake tensors are modes, or classes of tensors. Batched gradients (is_grads_batched) are
+    neither, and reach a backward alone.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(x is not None and (type(x) not in _PLAIN or is_legacy_batchedtensor(x)) for x in tensors)
+    )
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Return whether the result of a call depends on a tensor that asks for a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def check_plain(name: str, *tensors: Tensor | None) -> None:

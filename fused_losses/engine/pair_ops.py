@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends import backend_module
 from ..core.layout import PairGrads, PairLossSpec, PairOutputs, stats_dtype
 from .operator_args import Layout
-from .operators import once_differentiable, operator
+from .operators import needs_graph, observed, once, once_differentiable, operator
 
 
 class PairLossArgs(NamedTuple):
@@ -37,6 +37,13 @@ class PairLossBackwardArgs(NamedTuple):
     call: PairLossArgs
     to_logps: bool  # which gradients are wanted
     to_ref_logps: bool
+
+
+class LogProbGradients(NamedTuple):
+    """The gradients at the log-probs of both sides; None where not wanted."""
+
+    logps: Tensor | None
+    ref_logps: Tensor | None
 
 
 class _Saved(NamedTuple):
@@ -65,16 +72,19 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-@operator("pair_loss", ARGS, LOSSES)
-def pair_loss(*values: Any) -> tuple[Tensor, ...]:
-    """Compute losses [B], sequence log-probs of policy and reference [2B], and dloss/dh [2B] for backward."""
-    args = ARGS.unpack(values)
+def _computed(args: PairLossArgs) -> PairOutputs:
     out = _empty(args)
     if args.spec.sequences:
         ref_logps, cu_seqlens = _contiguous(args.ref_logps), _contiguous(args.cu_seqlens)
         backend = backend_module(args.backend)
         backend.pair_forward(args.spec, args.logps.contiguous(), ref_logps, args.mask.contiguous(), cu_seqlens, out)
-    return tuple(LOSSES.pack(out))
+    return out
+
+
+@operator("pair_loss", ARGS, LOSSES)
+def pair_loss(*values: Any) -> tuple[Tensor, ...]:
+    """Compute losses [B], sequence log-probs of policy and reference [2B], and dloss/dh [2B] for backward."""
+    return tuple(_computed(ARGS.unpack(values)))
 
 
 @pair_loss.register_fake
@@ -82,10 +92,7 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     return tuple(LOSSES.pack(_empty(ARGS.unpack(values))))
 
 
-@operator("pair_loss_backward", BACKWARD_ARGS, "Tensor[]")
-def pair_loss_backward(*values: Any) -> list[Tensor]:
-    """Return a list of the gradient of the log-probs and that of the reference's, each where wanted."""
-    args = BACKWARD_ARGS.unpack(values)
+def _gradients(args: PairLossBackwardArgs) -> LogProbGradients:
     call = args.call
     # zeros where tokens may lie outside every packed sequence
     make = torch.empty if call.cu_seqlens is None else torch.zeros
@@ -99,7 +106,13 @@ def pair_loss_backward(*values: Any) -> list[Tensor]:
         mask, cu_seqlens = call.mask.contiguous(), _contiguous(call.cu_seqlens)
         backend = backend_module(call.backend)
         backend.pair_backward(call.spec, grads, args.coef, mask, cu_seqlens, d_logps, d_ref)
-    return [d for d in (d_logps, d_ref) if d is not None]
+    return LogProbGradients(d_logps, d_ref)
+
+
+@operator("pair_loss_backward", BACKWARD_ARGS, "Tensor[]")
+def pair_loss_backward(*values: Any) -> list[Tensor]:
+    """Return a list of the gradient of the log-probs and that of the reference's, each where wanted."""
+    return [d for d in _gradients(BACKWARD_ARGS.unpack(values)) if d is not None]
 
 
 @pair_loss_backward.register_fake
@@ -118,20 +131,64 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
     args, coef = _SAVED.saved(ctx)
-    grad_outputs, needs = LOSSES.named(grads), ARGS.named(ctx.needs_input_grad)
-    back = PairLossBackwardArgs(
-        grad_losses=grad_outputs.losses,
-        grad_logps=grad_outputs.seq_logps,
-        grad_ref_logps=grad_outputs.seq_ref,
-        coef=coef,
-        call=args,
-        to_logps=needs.logps,
-        to_ref_logps=needs.ref_logps,
-    )
-    gradients = iter(pair_loss_backward(*BACKWARD_ARGS.pack(back)))
-    d_logps = next(gradients) if needs.logps else None
-    return tuple(ARGS.gradients(logps=d_logps, ref_logps=next(gradients) if needs.ref_logps else None))
+    needs = ARGS.named(ctx.needs_input_grad)
+    found = _differentiated(args, coef, LOSSES.named(grads), needs.logps, needs.ref_logps)
+    return tuple(ARGS.gradients(logps=found.logps, ref_logps=found.ref_logps))
 
 
 pair_loss.register_autograd(_backward, setup_context=_setup)
 once_differentiable(pair_loss_backward, "preference_loss")
+
+
+# ---- the same for calls that nothing observes ------------------------------------------------------------------------
+
+
+def losses(args: PairLossArgs) -> PairOutputs:
+    """Compute the losses of pairs, with their graph."""
+    if observed(args.logps, args.ref_logps, args.mask, args.cu_seqlens):
+        return LOSSES.unpack(pair_loss(*ARGS.pack(args)))
+    if needs_graph(args.logps, args.ref_logps):
+        return PairOutputs(*_PairLoss.apply(args, args.logps, args.ref_logps))
+    return _computed(args)
+
+
+class _PairLoss(torch.autograd.Function):
+    """The operator without torch's dispatcher. It takes its arguments, and those again that may ask for a gradient."""
+
+    @staticmethod
+    def forward(ctx, args, logps, ref_logps):  # type: ignore[no-untyped-def]
+        out = _computed(args)
+        # the same tensors as _setup saves: a checkpoint that is only observed in one of its two forwards compares them
+        ctx.save_for_backward(logps, ref_logps, args.mask, args.cu_seqlens, out.coef)
+        ctx.others = args.spec, args.backend
+        ctx.mark_non_differentiable(out.coef)
+        ctx.set_materialize_grads(False)
+        return tuple(out)
+
+    @staticmethod
+    @once("preference_loss")
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        *tensors, coef = ctx.saved_tensors
+        _, to_logps, to_ref_logps = ctx.needs_input_grad
+        args = PairLossArgs(*tensors, *ctx.others)
+        found = _differentiated(args, coef, PairOutputs(*grads), to_logps, to_ref_logps)
+        return None, found.logps, found.ref_logps
+
+
+def _differentiated(
+    args: PairLossArgs, coef: Tensor, grads: PairOutputs, to_logps: bool, to_ref_logps: bool
+) -> LogProbGradients:
+    """Return the gradients at the log-probs from those at the losses and at the sums of the sequences."""
+    back = PairLossBackwardArgs(
+        grad_losses=grads.losses,
+        grad_logps=grads.seq_logps,
+        grad_ref_logps=grads.seq_ref,
+        coef=coef,
+        call=args,
+        to_logps=to_logps,
+        to_ref_logps=to_ref_logps,
+    )
+    if torch.is_grad_enabled() or observed(*grads, args.logps, args.ref_logps, args.mask, args.cu_seqlens, coef):
+        found = iter(pair_loss_backward(*BACKWARD_ARGS.pack(back)))
+        return LogProbGradients(next(found) if to_logps else None, next(found) if to_ref_logps else None)
+    return _gradients(back)

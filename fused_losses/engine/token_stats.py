@@ -180,9 +180,8 @@ def _from_logits(
         backend=choose(policy.logits.device, policy.logits.dtype),
         inplace_backward=inplace,
     )
-    stats = logits_ops.STATS.unpack(logits_ops.token_stats(*logits_ops.ARGS.pack(args)))
     asks = Asks(policy.logits.requires_grad, ref_logits is not None and ref_logits.requires_grad)
-    return pack_stats(stats.asked(args.spec, ref_logits is not None), asks, batch, ref, asked)
+    return pack_stats(logits_ops.stats(args), asks, batch, ref, asked)
 
 
 def _from_hidden(
@@ -199,8 +198,7 @@ def _from_hidden(
     if explaining():
         add_step(policy, ref, call.plan)
         return _zeros(batch, asked, entropy, collision)
-    stats = hidden_ops.RESULT.unpack(hidden_ops.hidden_stats(*hidden_ops.ARGS.pack(call.args))).stats
-    out = stats.asked(call.args.options.spec, distribution is not None)
+    out = hidden_ops.stats(call.args).asked(call.args.options.spec, distribution is not None)
     return pack_stats(out, call.asks, batch, ref, asked)
 
 

@@ -106,7 +106,7 @@ class Tokens:
             spec=PairLossSpec(link, TERMS[name], params, beta, self.sequences, self.ref_summed),
             backend=choose(self.logps.device, dtype),
         )
-        return pair_ops.LOSSES.unpack(pair_ops.pair_loss(*pair_ops.ARGS.pack(args))).losses
+        return pair_ops.losses(args).losses
 
 
 Formula = Callable[[Tokens], Tensor]

@@ -69,7 +69,7 @@ def cross_entropy_loss(
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
     check_weights(z_loss=z_loss)
     eps = float(label_smoothing)
-    ref, inputs, vocab = None, FormulaInputs("token"), 0
+    ref, inputs, vocab = None, FormulaInputs("token", lse=True), 0
     if isinstance(source, LogProbs):
         if eps or z_loss:
             raise ValueError("policy: label_smoothing and z_loss need fl.Hidden or logits, got fl.LogProbs")
@@ -78,7 +78,7 @@ def cross_entropy_loss(
         zero = torch.zeros((), dtype=x.dtype, device=x.device)  # the uniform distribution: one element, strides of 0
         uniform = zero.expand(*batch.labels.shape, source.vocab)
         ref = Logits(uniform, process_group=source.process_group, shard=source.shard)
-        inputs, vocab = FormulaInputs("token", (get("forward_kl"),)), shard_of(source).total or source.vocab
+        inputs, vocab = FormulaInputs("token", (get("forward_kl"),), lse=True), shard_of(source).total or source.vocab
 
     def formula(tokens: Tokens) -> Tensor:
         losses = (eps - 1) * tokens.logps

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..core.batch import Batch, CallOptions
 from ..core.inputs import Source, TokenStats
-from ..core.outputs import LossOutput, Part, Parts
+from ..core.outputs import LossOutput, Part, Parts, values
 from ..core.validation import Count, check_reduction, divided
 from ..engine.evaluate import FormulaInputs, evaluate
 from ..engine.tokens import Formula, Tokens
@@ -73,12 +72,8 @@ def smoothed(margin: Tensor, eps: float) -> Tensor:
 
 def with_parts(loss: Tensor, stats: TokenStats, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
     terms_by_name: Parts = {name: (x,) if isinstance(x, Part) else x for name, x in parts.items()}
-    metrics = {name: sum_of([x.value() for x in terms]) for name, terms in terms_by_name.items() if name != "loss"}
+    metrics = values({name: terms for name, terms in terms_by_name.items() if name != "loss"})
     return LossOutput(loss, metrics, stats, terms_by_name)
-
-
-def sum_of(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(values).sum(0)
 
 
 def token_part(result: Fused, x: Tensor) -> Part:

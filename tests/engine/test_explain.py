@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from family_batches import FAMILY, Batch
 
 import fused_losses as fl
-from fused_losses.engine import evaluate, fused_backward, hidden_ops, logits_ops
+from fused_losses.engine import evaluate, hidden_ops, logits_ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X, W, Y = torch.randn(4, 6, 8), torch.randn(50, 8), torch.randint(0, 50, (4, 6))
@@ -26,10 +26,8 @@ def forbidden(*_, **__):
 @pytest.mark.parametrize("source", ["hidden", "logits"])
 @pytest.mark.parametrize(("name", "variant"), [(n, next(iter(entry.variants))) for n, entry in FAMILY.items()])
 def test_every_loss_is_explained_and_not_computed(monkeypatch, name, variant, source):
-    for module in (hidden_ops, logits_ops, fused_backward):
-        for operator in ("hidden_stats", "token_stats"):
-            if hasattr(module, operator):
-                monkeypatch.setattr(module, operator, forbidden)
+    for module in (hidden_ops, logits_ops):
+        monkeypatch.setattr(module, "stats", forbidden)
     monkeypatch.setattr(evaluate, "fused_loss", forbidden)
     batch = Batch(name, variant)
     calls = []
@@ -50,12 +48,8 @@ def test_every_loss_is_explained_and_not_computed(monkeypatch, name, variant, so
 
 def test_the_plan_is_the_one_that_is_taken(monkeypatch):
     taken = []
-    run = hidden_ops.hidden_stats
-    monkeypatch.setattr(
-        hidden_ops,
-        "hidden_stats",
-        lambda *args: (taken.append(hidden_ops.ARGS.unpack(args).options.plan), run(*args))[1],
-    )
+    run = hidden_ops.stats
+    monkeypatch.setattr(hidden_ops, "stats", lambda args: (taken.append(args.options.plan), run(args))[1])
     fused = evaluate.fused_loss
     monkeypatch.setattr(evaluate, "fused_loss", lambda *a: (taken.append(a[1].options.plan), fused(*a))[1])
     for grad, plan in (

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import labels_for, logits, python
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
@@ -106,6 +107,49 @@ def test_checkpointing(backend, device, reentrant):
     expected = torch.autograd.grad(call(z), z)[0]
     checkpoint(call, z, use_reentrant=reentrant).backward()
     torch.testing.assert_close(z.grad, expected)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators of the package that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace.startswith("fused_losses"):
+            self.seen.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+SOURCES = {
+    "logits": ("token_stats", lambda z, w, x, y: (z, w)),
+    "hidden": ("hidden_stats", lambda z, w, x, y: (fl.Hidden(x, y), fl.Hidden(x.detach() * 2, y.detach()))),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_mode_sees_operators_and_the_same_numbers(backend, device, source, grad):
+    """Without it a call goes past the dispatcher."""
+    operator, sides = SOURCES[source]
+    z, w = logits((4, 6, 45), device)
+    x, head = torch.randn(4, 6, 8, device=device), torch.randn(45, 8, device=device)
+    leaves = [t.requires_grad_(grad) for t in ((z, w) if source == "logits" else (x, head))]
+    y = labels_for((4, 6), 45, device)
+
+    def call():
+        policy, ref = sides(z, w, x, head)
+        how = {} if source == "logits" else {"plan": "vocab_chunks"}
+        out = fl.dpo_loss(policy, y, ref, shift=True, **how)
+        gradients = torch.autograd.grad(out.loss, leaves) if grad else ()
+        return [out.loss, *out.metrics.values(), *gradients]
+
+    with Operators() as operators:
+        observed = call()
+    assert operators.seen == [operator, "pair_loss"] + ["pair_loss_backward", f"{operator}_backward"] * grad
+    for mine, other in zip(call(), observed, strict=True):
+        assert torch.equal(mine, other) and mine.requires_grad == other.requires_grad
 
 
 def test_autocast(backend, device):

@@ -226,8 +226,8 @@ def test_several_losses_are_a_weighted_sum(monkeypatch):
 def test_sums_are_shared(monkeypatch, loss, kernels):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     calls, sums = [], []
-    run, add = pair_ops.pair_loss, evaluate.Tokens.log_ratios
-    monkeypatch.setattr(pair_ops, "pair_loss", lambda *x: (calls.append(x), run(*x))[1])
+    run, add = pair_ops.losses, evaluate.Tokens.log_ratios
+    monkeypatch.setattr(pair_ops, "losses", lambda *x: (calls.append(x), run(*x))[1])
     monkeypatch.setattr(evaluate.Tokens, "log_ratios", lambda t: (sums.append(t), add(t))[1])
     z, w, y = batch()
     fl.preference_loss(z, y, w, loss_type=loss, shift=False)
