@@ -253,9 +253,21 @@ def chunks(ref: bool) -> tuple[tuple[int, int], ...]:
     found = set()
     for rows, vocab, itemsize, grad in itertools.product(ROWS, VOCABS, (2, 4), (False, True)):
         call = planner.PlanInputs(
-            rows, vocab, HIDDEN, HIDDEN * ref, itemsize, 4, ref, device="cuda", backend="triton", pair=ref,
-            grad_hidden=grad, grad_head=grad, grad_weight=grad, weight=vocab * HIDDEN,
-        )  # fmt: skip
+            rows,
+            vocab,
+            HIDDEN,
+            HIDDEN * ref,
+            itemsize,
+            4,
+            ref,
+            device="cuda",
+            backend="triton",
+            pair=ref,
+            grad_hidden=grad,
+            grad_head=grad,
+            grad_weight=grad,
+            weight=vocab * HIDDEN,
+        )
         found.add((vocab, planner.make_plan(call, "vocab_chunks").tile.columns))
     return tuple(found)
 
