@@ -17,6 +17,8 @@ import torch  # noqa: E402
 GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    # tests/backends/test_compiled.py tests the compiled backend; elsewhere a large call would compile for seconds
+    os.environ.setdefault("FUSED_LOSSES_BACKEND", "torch")
 
 
 def pytest_addoption(parser):
