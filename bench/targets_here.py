@@ -24,7 +24,6 @@ COMPILATIONS = CPU.parent / "compilations.json"  # {training loop: [[batch, kern
 ONE_SIDE = ("logps", "logps + entropy", "logps + collision", "logps + entropy + collision")
 ALIGNED, UNALIGNED = "V = 50256", "V = 50257"
 MIXTURES = ("js", "skew_forward_kl", "skew_reverse_kl", "alpha_beta")
-NARROW, WIDE = 31.1, 62.2  # instructions that an H200 has time for while the pairs of one sweep, and of two, arrive
 
 
 class Row(NamedTuple):
@@ -125,10 +124,9 @@ def _kernels() -> dict[str, dict]:
 def _chunks() -> str:
     """The worst of one side, and of two without powers or an entropy beside a divergence."""
     whole = {name.split("|")[1]: row.get("whole") for name, row in _kernels().items() if name.startswith("fold_slice|")}
-    bound = getattr(static, "CHUNK_BOUND", {})
 
     def worst(wanted: Callable[[str], bool]) -> float | None:
-        return max((x for name, x in whole.items() if x and name in bound and wanted(name)), default=None)
+        return max((x for name, x in whole.items() if x and name in static.CHUNK_BOUND and wanted(name)), default=None)
 
     both = worst(lambda name: name in ONE_SIDE), worst(lambda name: name not in ONE_SIDE)
     return " and ".join(f"{x:.1f}" for x in both if x)
@@ -145,10 +143,8 @@ def _unaligned() -> str:
 
 
 def _mixtures() -> str:
-    kernels = json.loads(static.BASELINE.read_text())["kernels"]
-    counts = {
-        name: kernels.get(f"token_stats|{name}|forward|{static.H200}", {}).get("instructions") for name in MIXTURES
-    }
+    kernels = _kernels()
+    counts = {name: kernels.get(f"token_stats|{name}|forward", {}).get("instructions") for name in MIXTURES}
     return ", ".join(f"{name} {count:.0f}" for name, count in counts.items() if count)
 
 

@@ -77,22 +77,23 @@ class _LeftToTorchError(Exception):
 
 
 class _Scale(NamedTuple):
-    """Softcap and multiplier of the logits of one side; None: without.
+    """Softcap and multiplier of the logits of one side, as transform_logits() takes them.
 
-    They are tensors, so that another temperature is not another compilation.
+    They are tensors where they change a logit, so that another temperature is not another compilation.
     """
 
-    softcap: Tensor | None
-    multiplier: Tensor | None
+    softcap: Tensor | float
+    multiplier: Tensor | float
 
     @classmethod
     def of(cls, softcap: float, multiplier: float, dtype: torch.dtype) -> _Scale:
-        cap = torch.tensor(softcap, dtype=dtype) if softcap else None
-        return cls(cap, None if multiplier == 1.0 else torch.tensor(multiplier, dtype=dtype))
+        return cls(
+            torch.tensor(softcap, dtype=dtype) if softcap else 0.0,
+            torch.tensor(multiplier, dtype=dtype) if multiplier != 1.0 else 1.0,
+        )
 
     def side(self, logits: Tensor, dtype: torch.dtype) -> Side:
-        softcap = 0.0 if self.softcap is None else self.softcap
-        return Side(*transform_logits(logits, softcap, 1.0 if self.multiplier is None else self.multiplier, dtype))
+        return Side(*transform_logits(logits, *self, dtype))
 
 
 class _Place(NamedTuple):
@@ -103,27 +104,25 @@ class _Place(NamedTuple):
     inner: Tensor
 
     @classmethod
-    def of(cls, x: Tensor | None, vocab: int, numbers: Tensor) -> _Place | None:
+    def of(cls, x: Tensor, vocab: int, numbers: Tensor) -> _Place:
         """Take the rows of these numbers. `memory` is no view: code for a view would depend on the tensor it is a part of."""
-        if x is None:
-            return None
         view = rows_view(x.detach(), 1)[..., :vocab]
         own = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), view.storage_offset(), view.shape, view.stride())
         return cls(own, numbers // own.shape[1], numbers % own.shape[1])
 
-    def load(self) -> Tensor:
-        """Return [rows, V]."""
-        return torch.ops.aten._unsafe_index(self.memory, [self.outer, self.inner])  # the places are in range
-
-    def load_column(self, column: Tensor) -> Tensor:
-        """Return [rows, 1], one column of each row."""
+    def load(self, column: Tensor | None = None) -> Tensor:
+        """Return [rows, V], or [rows, 1] of one column of each row."""
+        if column is None:
+            return torch.ops.aten._unsafe_index(self.memory, [self.outer, self.inner])  # the places are in range
         return torch.ops.aten._unsafe_index(self.memory, [self.outer, self.inner, column])[:, None]
 
-    def store(self, x: Tensor, columns: Tensor, at_columns: Tensor) -> None:
-        """Write x [rows, V], and at_columns [rows, 1] to one column of each row."""
+    def store(self, x: Tensor, column: Tensor, at_column: Tensor) -> None:
+        """Write x [rows, V], and at_column [rows, 1] to one column of each row."""
         dtype = self.memory.dtype
+        # of equal sizes, what is computed and where it is written are one loop, without a buffer between
+        torch._check(x.shape[-1] == self.memory.shape[-1])
         self.memory[self.outer, self.inner] = x.to(dtype)
-        self.memory[self.outer, self.inner, columns] = at_columns.squeeze(1).to(dtype)
+        self.memory[self.outer, self.inner, column] = at_column.squeeze(1).to(dtype)
 
 
 class _Rows(NamedTuple):
@@ -135,29 +134,28 @@ class _Rows(NamedTuple):
     scale: _Scale
     ref_scale: _Scale
 
-    def block(self, label: Tensor | None = None) -> Block:
-        """Return all columns of the rows."""
+    def block(self, label: Tensor | None, column: Tensor | None = None) -> Block:
+        """Return all columns of the rows, or one column of each; label: as Block has it."""
         dtype = stats_dtype(self.policy.memory)
-        ref = None if self.ref is None else self.ref_scale.side(self.ref.load(), dtype)
-        return Block(self.scale.side(self.policy.load(), dtype), ref, label)
+        ref = None if self.ref is None else self.ref_scale.side(self.ref.load(column), dtype)
+        return Block(self.scale.side(self.policy.load(column), dtype), ref, label)
 
     def label_columns(self) -> tuple[Tensor, Block]:
         """Return a column of each row, that of its label if it has one here, and a block of these columns alone."""
         here = (self.label >= 0) & (self.label < self.policy.memory.shape[-1])
-        column, dtype = self.label.where(here, 0), stats_dtype(self.policy.memory)
-        ref = None if self.ref is None else self.ref_scale.side(self.ref.load_column(column), dtype)
-        return column, Block(self.scale.side(self.policy.load_column(column), dtype), ref, here.long() - 1)
+        column = self.label.where(here, 0)
+        return column, self.block(here.long() - 1, column)
 
 
 def _sums(spec: StatsSpec, rows: _Rows) -> Tensor:
     return block.sums(spec, rows.block(rows.label)).state()
 
 
-def _terms(spec: StatsSpec, rows: _Rows, saved: Tensor) -> list[tuple[Tensor, Tensor]]:
-    tile = rows.block()
+def _terms(spec: StatsSpec, rows: _Rows, saved: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    tile = rows.block(None)
     if tile.ref is None:
         raise AssertionError("terms need a reference")
-    return [(c, h) for _, c, h in block.terms(spec, tile.policy.logits, tile.ref.logits, saved)]
+    return list(block.terms(spec, tile.policy.logits, tile.ref.logits, saved))
 
 
 class _Asked(NamedTuple):
@@ -181,13 +179,8 @@ def _gradients(
     # The labels' columns are computed once more for themselves; in the loop, each column would be compared with a label.
     column, labels = rows.label_columns()
     at_labels = block.gradients(spec, labels, saved, grads, *asked)
-    each = block.gradients(spec, rows.block(), saved, grads, *asked)
+    each = block.gradients(spec, rows.block(None), saved, grads, *asked)
     places = (d_policy or rows.policy, d_ref or rows.ref)
-    for (
-        place
-    ) in places:  # in equal sizes, what is computed and where it is written are one loop, without a buffer between
-        if place is not None:
-            torch._check(place.memory.shape[-1] == rows.policy.memory.shape[-1])
     for place, gradient, at_label in zip(places, each, at_labels, strict=True):
         if place is not None and gradient is not None and at_label is not None:
             place.store(gradient, column, at_label)
@@ -195,17 +188,7 @@ def _gradients(
 
 _failures: list[Exception] = []  # after the first one, the torch backend computes everything
 _programs: dict[tuple, Callable] = {}
-_said: set[str] = set()
 _lock = threading.Lock()
-
-
-def _say(what: str, *details: object) -> None:
-    """Log a line, each once in a process."""
-    with _lock:
-        new = what not in _said
-        _said.add(what)
-    if new:
-        log.warning(what, *details)
 
 
 def _bound(spec: StatsSpec, double: bool) -> StatsSpec:
@@ -256,32 +239,44 @@ def _tracing() -> Iterator[None]:
         yield
 
 
-def _run(function: Callable, spec: StatsSpec, rows: _Rows, *args: object, asked: _Asked | None = None) -> Any:
+def _program(function: Callable, spec: StatsSpec, double: bool, fixed: tuple) -> Callable:
+    """Return the function with its first arguments fixed, as a program that its first call compiles."""
+    formulas = tuple((d.key, d.power, d.params, d.term, d.grad_p, d.grad_q) for d in spec.divergences)
+    key = function, formulas, spec.entropy, spec.collision, double, fixed
+    with _lock:
+        if not _programs:
+            log.warning(
+                "fused_losses compiles loops for this CPU: some seconds for each new kind of call, less where %s has them "
+                "already. FUSED_LOSSES_BACKEND=torch runs without.",
+                folder(),
+            )
+        if key not in _programs:
+            _programs[key] = _new_program(function, (_bound(spec, double), *fixed))
+        return _programs[key]
+
+
+def _failed(error: Exception) -> None:
+    """Leave all that follows to the torch backend, and say so once."""
+    with _lock:
+        _failures.append(error)
+        if len(_failures) > 1:
+            return
+    message = str(error).strip().split("\n")[0]
+    log.warning("fused_losses: a compilation failed, torch goes on: %s: %s", type(error).__name__, message)
+
+
+def _run(function: Callable, spec: StatsSpec, rows: _Rows, *args: object, fixed: tuple = ()) -> Any:
     """Run the compiled function; the first call for a spec compiles it."""
     if rows.label.numel() < 2:  # torch.compile makes other code for a size of 0 or 1
         raise _LeftToTorchError
-    double = stats_dtype(rows.policy.memory) == torch.float64
-    formulas = tuple((d.key, d.power, d.params, d.term, d.grad_p, d.grad_q) for d in spec.divergences)
-    key = function, formulas, spec.entropy, spec.collision, double, asked
-    with _lock:
-        if key not in _programs:
-            fixed = (_bound(spec, double),) if asked is None else (_bound(spec, double), asked)
-            _programs[key] = _new_program(function, fixed)
-        program = _programs[key]
-    _say(
-        "fused_losses compiles loops for this CPU: some seconds for each new kind of call, less where %s has them already. "
-        "FUSED_LOSSES_BACKEND=torch runs without.",
-        folder(),
-    )
+    program = _program(function, spec, stats_dtype(rows.policy.memory) == torch.float64, fixed)
     try:
         with torch.no_grad(), _tracing():
             return program(rows, *args)
     except _LeftToTorchError:
         raise
     except Exception as error:  # whatever the compiler raises: the torch backend computes the same
-        _failures.append(error)
-        message = str(error).strip().split("\n")[0]
-        _say("fused_losses: a compilation failed, torch goes on: %s: %s", type(error).__name__, message)
+        _failed(error)
         raise _LeftToTorchError from error
 
 
@@ -291,7 +286,7 @@ def _or_torch(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, *args: object) -> None:
         large = labels.numel() * spec.vocab >= COMPILE_FROM or os.environ.get("FUSED_LOSSES_BACKEND") == "compiled"
-        if large and not _failures and policy.is_cpu:
+        if large and not _failures:
             with suppress(_LeftToTorchError):
                 return function(spec, policy, labels, ref, *args)
         return getattr(torch_backend, function.__name__)(spec, policy, labels, ref, *args)
@@ -304,13 +299,10 @@ def _rows(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None) -
     dtype = stats_dtype(policy)
     y = labels.reshape(-1).long()
     numbers = (y != spec.ignore_index).nonzero().squeeze(1)
-    place = _Place.of(policy, spec.vocab, numbers)
-    if place is None:
-        raise AssertionError("a call without logits")
     return numbers, _Rows(
         y[numbers] - spec.first,
-        place,
-        _Place.of(ref, spec.vocab, numbers),
+        _Place.of(policy, spec.vocab, numbers),
+        None if ref is None else _Place.of(ref, spec.vocab, numbers),
         _Scale.of(spec.softcap, spec.multiplier, dtype),
         _Scale.of(spec.ref_softcap, spec.ref_multiplier, dtype),
     )
@@ -324,9 +316,8 @@ def forward(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None,
     state = _run(_sums, spec, rows)
     torch_backend.clear(out)
     torch_backend.write(spec, numbers, Sums.of(state), out)
-    second = [i for i, d in enumerate(spec.divergences) if d.term is not None]
-    if second and rows.ref is not None:
-        for i, (value, slope) in zip(second, _run(_terms, spec, rows, out.saved[:, numbers]), strict=True):
+    if rows.ref is not None and any(d.term is not None for d in spec.divergences):
+        for i, value, slope in _run(_terms, spec, rows, out.saved[:, numbers]):
             write_divergence(spec, i, value, slope, numbers, out)
 
 
@@ -340,8 +331,7 @@ def fold(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, st
 @_or_torch
 def terms(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor, saved: Tensor, sums: Tensor) -> None:
     numbers, rows = _rows(spec, policy, labels, ref)
-    second = [i for i, d in enumerate(spec.divergences) if d.term is not None]
-    for i, totals in zip(second, _run(_terms, spec, rows, saved[:, numbers]), strict=True):
+    for i, *totals in _run(_terms, spec, rows, saved[:, numbers]):
         for at, total in zip(term_rows(i), totals, strict=True):
             sums[at, numbers] += total
 
@@ -366,7 +356,7 @@ def backward(  # noqa: PLR0913 (the interface)
         None if x is None or logits is None or x.data_ptr() == logits.data_ptr() else _Place.of(x, spec.vocab, numbers)
         for x, logits in ((d_policy, policy), (d_ref, ref))
     ]
-    _run(_gradients, spec, rows, saved[:, numbers], of_rows, *places, asked=asked)
+    _run(_gradients, spec, rows, saved[:, numbers], of_rows, *places, fixed=(asked,))
     for x in (d_policy, d_ref):
         if x is not None:
             torch_backend.zero_outside(rows_view(x, 1), labels, spec)

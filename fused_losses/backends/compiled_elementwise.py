@@ -1,7 +1,7 @@
 """Elementwise functions for loops that Inductor makes, and bind(), which gives them to a formula.
 
-They compute what core/elementwise.py computes. Inductor calls the C library's log1p for one number after the
-other, and expm1 costs three times an exponential; what is here stays in vector registers.
+They compute what core/elementwise.py computes. Inductor calls the C library's log1p for one number after the other, and expm1
+costs three times an exponential; what is here stays in vector registers.
 """
 
 from __future__ import annotations
@@ -14,18 +14,12 @@ from torch import Tensor, log, where
 
 from ..core import elementwise
 from ..core.elementwise import INF, absolute
-
-LOG2E = 1.4426950408889634
-
-
-def exp(x: Tensor) -> Tensor:
-    """Compute e^x as a power of 2. Inductor would write exp() to memory where it is used twice."""
-    return (x * LOG2E).exp2()
+from .block import exp_
 
 
 def finite_exp(x: Tensor) -> Tensor:
     """Compute e^x, and 0 where it would be infinite."""
-    e = exp(x)
+    e = exp_(x)
     return where(e == INF, 0.0, e)
 
 
@@ -40,7 +34,7 @@ def _expm1_near(t: Tensor) -> Tensor:
 
 def expm1(t: Tensor) -> Tensor:
     """Compute e^t - 1 without cancellation near 0."""
-    return where(absolute(t) < 0.25, _expm1_near(t), exp(t) - 1.0)
+    return where(absolute(t) < 0.25, _expm1_near(t), exp_(t) - 1.0)
 
 
 def log1p(x: Tensor) -> Tensor:
@@ -80,7 +74,8 @@ def logmix(t: Tensor, w: float) -> tuple[Tensor, Tensor]:
     return common + t.clamp(min=0), common - t.clamp(max=0)
 
 
-EVERY = {f.__name__: f for f in (exp, finite_exp)}
+# exp_ is a power of 2: Inductor would write exp() to memory where it is used twice
+EVERY = {"exp": exp_, "finite_exp": finite_exp}
 FLOAT32 = EVERY | {f.__name__: f for f in (expm1, log1p, difference, drop, even_mix, logmix, mixed_excess)}
 
 
@@ -93,6 +88,7 @@ def bind(formula: Callable, double: bool) -> Callable:
     if not isinstance(formula, types.FunctionType):
         return formula
     own, names = EVERY if double else FLOAT32, dict(formula.__globals__)
+    del names["__name__"]  # by which torch.compile would look up names in the module of the formula, not here
     for name in formula.__code__.co_names:
         value = names.get(name)
         if name in own and value is getattr(elementwise, name):

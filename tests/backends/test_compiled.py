@@ -31,6 +31,13 @@ CASES = {  # the same code computes all of them
 }
 
 
+@pytest.fixture(autouse=True)
+def compiles():
+    """After a failed compilation the torch backend would pass the tests that follow."""
+    yield
+    assert not compiled._failures
+
+
 @pytest.fixture
 def on_compiled(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "compiled")
@@ -90,11 +97,12 @@ def test_suppressed_tokens(monkeypatch):
         torch.testing.assert_close(mine[name], x, rtol=1e-5, atol=1e-6, equal_nan=True, msg=name)
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_call(monkeypatch):
     """Not those of code that was compiled for other values; torch's cache on disk knows all of them in the second round."""
     z, w, y = inputs((24, 515))
     for _ in range(2):
-        for name in ("js", "js(beta=0.3)", "js(beta=0.8)"):
+        for name in ("js", "js(beta=0.3)"):
             check(monkeypatch, z, w, y, 1e-6, names=(name,))
         monkeypatch.setattr(compiled, "_programs", {})
 
@@ -205,6 +213,7 @@ def test_plans(plan, monkeypatch):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_torch_compile(monkeypatch):
     z, w, y = inputs((16, 4, 300))
 
@@ -219,9 +228,9 @@ def test_under_torch_compile(monkeypatch):
         found.append([loss.detach(), *torch.autograd.grad(loss, [leaf])])
     for other, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-    assert not compiled._failures
 
 
+@pytest.mark.slow
 def test_threads(monkeypatch):
     """Calls at the same time, of which the first compiles."""
     z, w, y = inputs((30, 400))
@@ -238,7 +247,6 @@ def test_threads(monkeypatch):
     for thread in threads:
         thread.join()
     assert len(found) == 4 and all(torch.equal(x, found[0]) for x in found.values())
-    assert not compiled._failures
 
 
 def test_small_calls_are_left_to_torch(monkeypatch):
@@ -254,7 +262,6 @@ def test_a_failure_is_said_once(monkeypatch, caplog):
     z, w, y = inputs((8, 100))
     exact = results("torch", monkeypatch, z, w, y)
     monkeypatch.setattr(compiled, "_failures", [])
-    monkeypatch.setattr(compiled, "_said", set())
     monkeypatch.setattr(compiled, "_programs", {})
 
     def broken(*args, **options):
