@@ -27,15 +27,17 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, log, logaddexp
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .elementwise import (
     absolute,
@@ -553,10 +555,20 @@ def _bind(name: str, values: tuple[tuple[str, float], ...], default: bool) -> Di
     return replace(_FACTORIES[name](**dict(values)), name=name, key=key)
 
 
-_bound = lru_cache(maxsize=1024)(_bind)
-_numbers = (
-    count()
-)  # of names that are used only once, because _bound would return the divergence that had the name before
+# One object for each key as long as anybody holds it, so that from_key recognises what get made.
+_made: WeakValueDictionary[str, Divergence] = WeakValueDictionary()
+_making = threading.Lock()
+
+
+@lru_cache(maxsize=1024)
+def _bound(name: str, values: tuple[tuple[str, float], ...], default: bool) -> Divergence:
+    made = _bind(name, values, default)
+    with _making:
+        return _made.setdefault(made.key, made)
+
+
+# of names that are used only once, because _bound would return the divergence that had the name before
+_numbers = count()
 
 
 def get(name: str, **params: float) -> Divergence:
@@ -570,15 +582,15 @@ def get(name: str, **params: float) -> Divergence:
     if others := params.keys() - defaults.keys():
         raise TypeError(f"divergence {name!r}: unknown parameter {', '.join(others)}; it takes: {list(defaults)}")
     values = defaults | {k: float(v) for k, v in params.items()}
-    # torch.compile ignores a cache and warns about it
-    return (_bind if is_compiling() else _bound)(name, tuple(values.items()), values == defaults)
+    # where torch.compile traces this line, it would ignore the cache and warn about it
+    return (_bind if is_dynamo_compiling() else _bound)(name, tuple(values.items()), values == defaults)
 
 
 def from_key(key: str | Divergence) -> Divergence:
     """Return the divergence that a string such as "js" or "js(beta=0.3)" names; return a Divergence unchanged."""
     if isinstance(key, Divergence):
-        # under torch.compile the cache that makes them unique is not used
-        if key.name not in _FACTORIES or not (is_compiling() or from_key(key.key) is key):
+        # where torch.compile traces this line, they are not unique
+        if key.name not in _FACTORIES or not (is_dynamo_compiling() or from_key(key.key) is key):
             raise ValueError(f"divergence: expected one made by fl.divergences.get(), got {key.key or key!r}")
         return key
     if not isinstance(key, str):

@@ -185,6 +185,18 @@ def test_divergences_travel():
         divergences.parse(dataclasses.replace(d, params=(0.1,)))
 
 
+def test_one_object_for_each_key(monkeypatch):
+    """However many are made after it, and while torch.compile runs code that it does not trace (an operator's fake kernel)."""
+    d = divergences.get("js", beta=0.123)
+    for n in range(1100):
+        divergences.get("js", beta=0.2 + n / 2000)
+    assert divergences.from_key(d) is d and divergences.from_key(d.key) is d
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    inside = divergences.get("js", beta=0.124)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", False)
+    assert divergences.get("js", beta=0.124) is inside
+
+
 @pytest.mark.parametrize(
     ("key", "error", "words"),
     [

@@ -5,25 +5,13 @@ import math
 
 import pytest
 import torch
-from helpers import ONE_PASS, curvature, double, gradient_errors, gradients, logits, outputs, relative
+from helpers import ONE_PASS, ULP, double, gradient_errors, gradients, logits, outputs, promised_near, relative
 
 import fused_losses as fl
 from fused_losses import divergences
 
 NAMES = divergences.names()
 INF = float("inf")
-
-
-ULP = 2.0**-23
-
-
-def promised_one_pass(name, value, spread, apart):
-    """What the README promises of the error of a one-pass divergence: 2e-5 of the value, and 5e-7 nats and one rounding of the
-    offset. Where the spread s is small: 1e-6 s, and s roundings."""
-    weight, noise = curvature(name)
-    far = 2e-5 * value + ULP * (4 + apart) * weight * noise
-    near = ULP * (8 + apart) * spread * weight * noise
-    return torch.where(spread <= 0.01, torch.minimum(far, near), far)
 
 
 NEAR = [(6e-3, 0.11), (4e-7, 9e-4), (5e-9, 1e-4)]  # a true KL, and the spread of log p - log q that it belongs to
@@ -42,12 +30,7 @@ def test_near_the_reference(backend, device, kl, noise, offset):
     assert truth["reverse_kl"].mean().item() == pytest.approx(kl, rel=0.3)
     for name in NAMES:
         value, error = truth[name], (ours[name] - truth[name]).abs()
-        if name in ONE_PASS:
-            bound = promised_one_pass(name, value, torch.full_like(value, noise), offset)
-        else:
-            # A term, of order s^2, is a difference of two parts of order s, together at most 4 / s times the value. Each has
-            # up to four roundings of ULP / 2, and those of constants have one sign in all terms.
-            bound = (2e-5 + ULP * (8 + offset) / noise) * value
+        bound = promised_near(name, value, torch.full_like(value, noise), offset)
         assert (ours[name] >= 0).all() and (error <= bound).all(), f"{name}: {(error / value).max():.1e}"
 
 
@@ -71,7 +54,7 @@ def test_what_the_readme_promises_of_one_pass_divergences(backend, device, scale
     for name in ONE_PASS:
         error = (whole.divergence[name] - truth[name]).abs()
         assert (whole.divergence[name] >= 0).all(), name
-        allowed = promised_one_pass(name, truth[name], spread.double(), offset.abs().double())
+        allowed = promised_near(name, truth[name], spread.double(), offset.abs().double())
         assert (error <= allowed).all(), f"{name}: {(error / allowed).max():.1f} of what is allowed"
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import asking, hidden_leaves, hidden_source, labels_for, products, relative, seeded
+from helpers import asking, hidden_leaves, hidden_source, labels_for, products, promised_near, relative, seeded
 
 import fused_losses as fl
 from fused_losses import divergences
@@ -473,7 +473,7 @@ def test_parts_merge_in_any_order(backend, device, order):
 @pytest.mark.parametrize("spread", [1e-3, 1e-4])
 @pytest.mark.parametrize(("backend", "offset"), [("torch", 0.0), ("torch", 5.0), ("triton", 5.0)], indirect=["backend"])
 def test_merging_near_the_reference(backend, device, spread, offset):
-    """Where p is almost q: no worse than three times the error of the rows unsplit, and never negative."""
+    """Where p is almost q: what the documents promise, or no worse than three times the rows unsplit; never negative."""
     code, rows = backend_of(backend), 32 if backend == "torch" else 6
     problem = StatsSpec(DIVS, True, True, False, -100, 509, 0.0, 1.0, 0.0, 1.0)
     z = torch.randn(rows, 509, device=device) * 2
@@ -487,9 +487,10 @@ def test_merging_near_the_reference(backend, device, spread, offset):
         parts = closed(code, problem, merged(code, problem, states, order), z, w, y, cuts)
         for name in NAMES:
             error, unsplit = relative(parts[name], found[name]), relative(whole[name], found[name])
-            assert (parts[name] >= 0).all() and error <= 3 * max(unsplit, 1e-6), (
-                f"{name}: {error:.1e}, unsplit {unsplit:.1e}"
-            )
+            allowed = promised_near(name, found[name], torch.full_like(found[name], spread), offset)
+            kept = ((parts[name] - found[name]).abs() <= allowed).all()
+            words = f"{name}: {error:.1e}, unsplit {unsplit:.1e}"
+            assert (parts[name] >= 0).all() and (kept or error <= 3 * unsplit), words
 
 
 def test_partial_stats_are_that_rule(backend, device):

@@ -23,6 +23,7 @@ from fused_losses.backends import torch_backend
 from fused_losses.core.layout import PairLossSpec, StatsSpec
 from fused_losses.engine import fused_backward, hidden_ops, logits_ops, pair_ops
 
+ULP = 2.0**-23
 EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
 
@@ -176,7 +177,22 @@ def promised(name, apart):
     if name.partition("(")[0] not in ONE_PASS:
         return 0.0  # of outputs that are no divergences, too
     weight, noise = curvature(name)
-    return 2.0**-23 * (4 + apart) * weight * noise
+    return ULP * (4 + apart) * weight * noise
+
+
+def promised_near(name, value, spread, apart):
+    """What the README promises of the error of a divergence whose log-ratios have a spread s, models that lie so far apart.
+
+    In one pass: 2e-5 of the value, and 5e-7 nats and one rounding of the offset. Where s is small: 1e-6 s, and s roundings.
+    """
+    if name.partition("(")[0] not in ONE_PASS:
+        # A term, of order s^2, is a difference of two parts of order s, together at most 4 / s times the value. Each has
+        # up to four roundings of ULP / 2, and those of constants have one sign in all terms.
+        return (2e-5 + ULP * (8 + apart) / spread) * value
+    weight, noise = curvature(name)
+    near = ULP * (8 + apart) * spread * weight * noise
+    far = 2e-5 * value + promised(name, apart)
+    return torch.where(spread <= 0.01, torch.minimum(far, near), far)
 
 
 def check_collision(mine, truth, tolerance):
