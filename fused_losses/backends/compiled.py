@@ -54,9 +54,10 @@ from .torch_backend import (  # noqa: F401 (functions of the interface that are 
     tile_terms,
 )
 
-# A first compilation takes some seconds for each function, one from the disk less. At this size a call is about 10 ms faster
-# than torch_backend's, at [512, 16384] 100 ms: training gets the seconds back, once for all its runs.
-COMPILE_FROM = 1 << 20
+# On two cores, forward and backward of a new kind of call compile for 5 to 25 s, the first on a machine for 10 s more, and from
+# the disk for 3 to 5. At this size a call is about 40 ms faster than torch_backend's, at [512, 16384] 100 ms: training gets
+# that back in some hundred steps, once for all its runs.
+COMPILE_FROM = 1 << 22
 
 log = logging.getLogger("fused_losses")
 
@@ -246,8 +247,8 @@ def _program(function: Callable, spec: StatsSpec, double: bool, fixed: tuple) ->
     with _lock:
         if not _programs:
             log.warning(
-                "fused_losses compiles loops for this CPU: some seconds for each new kind of call, less where %s has them "
-                "already. FUSED_LOSSES_BACKEND=torch runs without.",
+                "fused_losses compiles loops for this CPU: up to half a minute for each new kind of call, and a few seconds "
+                "where %s has them already. FUSED_LOSSES_BACKEND=torch runs without.",
                 folder(),
             )
         if key not in _programs:

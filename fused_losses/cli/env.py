@@ -91,7 +91,11 @@ def backend_of(device: torch.device) -> tuple[str | None, str]:
     except (RuntimeError, ValueError) as error:
         return None, f"nothing runs: {error}"
     where = " in Triton's interpreter: slow, for tests" if (name, device.type) == ("triton", "cpu") else ""
-    kept = f"\nkept in {folder()}: what it compiles, some seconds for each kind of call" if name == "compiled" else ""
+    kept = (
+        f"\nkept in {folder()}: what it compiles, up to half a minute for each kind of call"
+        if name == "compiled"
+        else ""
+    )
     return name, f"{name} backend: {MEANING[name]}{where}\nwhy: {reason}{kept}"
 
 
