@@ -102,7 +102,7 @@ def test_parameters_are_those_of_the_call(monkeypatch):
     """Not those of code that was compiled for other values; torch's cache on disk knows all of them in the second round."""
     z, w, y = inputs((24, 515))
     for _ in range(2):
-        for name in ("js", "js(beta=0.3)"):
+        for name in ("skew_forward_kl", "skew_forward_kl(lam=0.3)"):
             check(monkeypatch, z, w, y, 1e-6, names=(name,))
         monkeypatch.setattr(compiled, "_programs", {})
 
