@@ -216,6 +216,17 @@ OPTIONS = {
 }
 
 
+def _options() -> dict[str, bool | int]:
+    """Return the options of torch.compile: OPTIONS, and the width of the vectors that this process compiles for.
+
+    The width would not be part of the key under which Inductor keeps code on disk, but all options are. Processes with another
+    ATEN_CPU_CAPABILITY, or on another processor with the same disk, would mix code of different widths.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # not above: importing it takes a while
+
+    return {**OPTIONS, "cpp.simdlen": pick_vec_isa().bit_width()}
+
+
 def _new_program(function: Callable, fixed: tuple) -> Callable:
     def program(*args: object) -> object:
         if not is_compiling():  # torch runs the function as it is written, with temporaries of the size of a tile
@@ -224,7 +235,7 @@ def _new_program(function: Callable, fixed: tuple) -> Callable:
 
     # Dynamo keeps what it compiled, and counts recompilations, by code object
     own = types.FunctionType(program.__code__.replace(), globals(), closure=program.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=True, options=dict(OPTIONS))
+    return torch.compile(own, fullgraph=True, dynamic=True, options=_options())
 
 
 @contextmanager

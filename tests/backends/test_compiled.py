@@ -3,6 +3,7 @@
 Every function that is compiled takes seconds, so that these tests share a few kinds of calls.
 """
 
+import json
 import logging
 import os
 import threading
@@ -228,6 +229,33 @@ def test_under_torch_compile(monkeypatch):
         found.append([loss.detach(), *torch.autograd.grad(loss, [leaf])])
     for other, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+STEP = """
+import sys
+import torch
+import fused_losses as fl
+
+torch.manual_seed(0)
+z, w = torch.randn(9, 131, dtype=torch.float64, requires_grad=True), torch.randn(9, 131, dtype=torch.float64)
+y = torch.randint(131, (9,))
+library = fl.reference if sys.argv[1] == "twin" else fl
+out = library.token_stats(z, y, w, divergence="forward_kl", shift=False)
+(out.divergence["forward_kl"] - out.logps).sum().backward()
+print([x.sum().item() for x in (out.divergence["forward_kl"], out.logps, z.grad.square())])
+"""
+
+
+@pytest.mark.slow
+def test_processors_that_share_a_disk(tmp_path):
+    """Each finds its own code there, and not what another compiled for vectors of another width."""
+    shared = {"FUSED_LOSSES_BACKEND": "compiled", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    exact = json.loads(python("-c", STEP, "twin", check=True).stdout)
+    for capability in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        environment = {name: x for name, x in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+        made = python("-c", STEP, "ours", env=environment | shared | capability)
+        assert made.returncode == 0 and "failed" not in made.stderr, (capability, made.stderr[-2000:])
+        assert json.loads(made.stdout) == pytest.approx(exact, rel=1e-10), capability
 
 
 @pytest.mark.slow
