@@ -216,7 +216,7 @@ OPTIONS = {
 }
 
 
-def _options() -> dict[str, bool | int]:
+def _options() -> dict[str, Any]:
     """Return the options of torch.compile: OPTIONS, and the width of the vectors that this process compiles for.
 
     The width would not be part of the key under which Inductor keeps code on disk, but all options are. Processes with another
