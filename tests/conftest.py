@@ -1,7 +1,9 @@
 """Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors; it must be chosen before Triton is imported."""
 
+import getpass
 import json
 import os
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,11 @@ from types import SimpleNamespace
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))  # which torch reads as it is imported
+
+# Inductor may take code from its disk that was compiled for vectors of another width, if nothing but this setting differs.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    folder = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
