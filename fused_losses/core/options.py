@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .batch import Batch
 from .divergences import Divergence, from_key
-from .elementwise import LARGEST
 from .inputs import FLOATS, LogProbs, Source, check_labels
 from .names import not_one_of, shape_of, unknown
 from .running_delta import RunningDelta
@@ -301,95 +300,6 @@ def check_bco(batch: Batch, desirable: Tensor, weights: Tensor | None, beta: flo
         return {"desirable": desirable}
     check_per_sequence("weights", weights, batch, FLOATS)
     return {"desirable": desirable, "weights": weights.detach()}
-
-
-# grpo_loss
-
-GRPO_LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo")
-BY_TOKENS = ("bnpo", "dapo", "cispo")  # divide by the tokens of the batch, not by its sequences
-ESTIMATORS = ("k1", "k2", "k3")
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    loss_type: str
-    sequence: bool  # importance ratios are those of sequences, not of tokens
-    low: float  # epsilon
-    high: float  # epsilon_high
-    delta: float | None
-    beta: float
-    kl: str  # one of ESTIMATORS, or the key of a divergence
-    divergences: tuple[Divergence, ...]
-    length: int | None  # max_completion_length, for dr_grpo
-    corrected: bool  # the KL term has the importance ratio as a factor
-
-    # Bounds of the logarithm of a ratio: highest where the advantage is positive, lowest and largest where it is not
-    @property
-    def lowest(self) -> float:
-        return math.log1p(-self.low) if self.low < 1 else -math.inf
-
-    @property
-    def highest(self) -> float:
-        return min(LARGEST, math.log(self.high) if self.loss_type == "cispo" else math.log1p(self.high))
-
-    @property
-    def largest(self) -> float:
-        return LARGEST if self.delta is None else min(LARGEST, math.log(self.delta))
-
-
-def grpo_config(
-    loss_type: str,
-    importance: str,
-    epsilon: float,
-    epsilon_high: float | None,
-    delta: float | None,
-    beta: float,
-    kl: str | Divergence,
-    max_completion_length: int | None,
-    use_bias_correction_kl: bool,
-) -> GRPOConfig:
-    if isinstance(loss_type, str) and loss_type.lower() == "gspo":
-        raise ValueError(
-            f"loss_type: GSPO is importance='sequence' beside any of {', '.join(GRPO_LOSSES)}; got {loss_type!r}"
-        )
-    if loss_type not in GRPO_LOSSES:
-        raise unknown("loss_type", loss_type, GRPO_LOSSES)
-    if importance not in ("token", "sequence"):
-        raise not_one_of("importance", importance, ("token", "sequence"))
-    bounds = {"epsilon": epsilon, "epsilon_high": epsilon_high, "beta": beta}
-    check_weights(**{name: x for name, x in bounds.items() if x is not None})
-    if loss_type == "cispo":
-        if epsilon_high is None:
-            raise ValueError("epsilon_high: expected the largest ratio for loss_type='cispo', such as 5.0, got None")
-        check_positive(epsilon_high=epsilon_high)
-    high = epsilon if epsilon_high is None else epsilon_high
-    if delta is not None:
-        if loss_type == "cispo":
-            raise ValueError(f"delta: loss_type='cispo' has one bound, epsilon_high; got delta={delta!r}")
-        check_positive(delta=delta)
-        if delta <= 1 + high:
-            raise ValueError(f"delta: expected a number > 1 + epsilon_high = {1 + high:g}, got {delta!r}")
-    if (loss_type == "dr_grpo") != (max_completion_length is not None):
-        raise ValueError(
-            f"max_completion_length: is for loss_type='dr_grpo' and needed there, got {max_completion_length!r}"
-        )
-    if max_completion_length is not None:
-        check_positive(max_completion_length=max_completion_length)
-    name, divergences = _estimator(kl)
-    sequence, corrected = importance == "sequence", bool(use_bias_correction_kl)
-    return GRPOConfig(
-        loss_type, sequence, epsilon, high, delta, beta, name, divergences, max_completion_length, corrected
-    )
-
-
-def _estimator(kl: str | Divergence) -> tuple[str, tuple[Divergence, ...]]:
-    if isinstance(kl, str) and kl in ESTIMATORS:
-        return kl, ()
-    try:
-        d = from_key(kl)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"kl: expected 'k1', 'k2', 'k3' or the name of a divergence; {error}") from None
-    return d.key, (d,)
 
 
 # topk_distillation_loss

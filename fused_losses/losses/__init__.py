@@ -8,7 +8,8 @@ preference           pairs: DPO and the loss types of TRL; their formulas are in
 tdpo                 pairs: TDPO
 reference_free       pairs without a reference: SimPO, CPO, ORPO
 unpaired             KTO, BCO, APO-zero
-policy_gradient      GRPO and its relatives
+policy_gradient      GRPO and its relatives; their terms are in policy_terms
+rollouts             advantages, importance weights and masks of sampled responses
 distillation         from a teacher
 topk                 from a teacher's K best tokens
 cross_entropy        with label smoothing and z-loss
@@ -23,7 +24,7 @@ from .cross_entropy import cross_entropy_loss
 from .distillation import distillation_loss, sampled_distillation_loss
 from .experimental.lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
 from .experimental.upo import expectile_loss, upo_loss
-from .policy_gradient import group_advantages, grpo_loss
+from .policy_gradient import grpo_loss
 from .preference import LOSSES as LOSSES
 from .preference import dpo_loss, ipo_loss, preference_loss
 from .preference_matching import (
@@ -37,15 +38,16 @@ from .preference_matching import (
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .registry import FAMILY as FAMILY
 from .registry import Entry as Entry
+from .rollouts import entropy_quantile_mask, group_advantages, rollout_weights
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
 from .unpaired import bco_loss, kto_baseline, kto_loss
 
 __all__ = [
-    "LossOutput", "RunningDelta", "bco_loss", "bradley_terry_loss",
-    "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss", "dpo_loss",
-    "expectile_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss", "lta_thinker_loss",
-    "orpo_loss", "plackett_luce_loss", "preference_loss", "preference_matching_gap", "preference_matching_loss",
-    "preference_matching_reward", "reasoning_focus_loss", "sampled_distillation_loss", "semantic_alignment_loss",
-    "simpo_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",
+    "LossOutput", "RunningDelta", "bco_loss", "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss",
+    "cross_entropy_loss", "distillation_loss", "dpo_loss", "entropy_quantile_mask", "expectile_loss",
+    "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss", "lta_thinker_loss", "orpo_loss",
+    "plackett_luce_loss", "preference_loss", "preference_matching_gap", "preference_matching_loss",
+    "preference_matching_reward", "reasoning_focus_loss", "rollout_weights", "sampled_distillation_loss",
+    "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",
 ]  # fmt: skip

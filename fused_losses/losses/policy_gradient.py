@@ -1,4 +1,4 @@
-"""The GRPO family: policy-gradient losses of sampled responses with advantages."""
+"""The GRPO family: policy-gradient losses of sampled responses with advantages. Their terms are in policy_terms.py."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from ..core.batch import Batch, read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import FLOATS, LogProbs, Source
-from ..core.names import not_one_of, present
-from ..core.options import BY_TOKENS, GRPOConfig, SequenceOptions, grpo_config
+from ..core.names import present
 from ..core.outputs import LossOutput, Part
+from ..core.policy_options import BY_TOKENS, PolicyConfig, PolicyOptions, policy_config
 from ..core.validation import Count, divided, shift_hint
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
+from .policy_terms import TERMS, vespo_weight
 from .registry import register
 from .shared import Fused, fused, output, sequence_part
 
-__all__ = ["group_advantages", "grpo_loss"]
+__all__ = ["grpo_loss"]
 
 
 @register(
-    SequenceOptions,
+    PolicyOptions,
     batch="sequences",
-    source="2402.03300, 2503.20783, 2503.14476, 2506.13585, 2507.18071",
+    source="2402.03300, 2503.20783, 2503.14476, 2506.13585, 2507.18071, 2511.20347, 2602.05261, 2602.10693, 2507.20673, "
+    "2602.04879",
     inputs={"advantages": "per sequence", "old_logps": "per token"},
     tokens_for={"loss_type": BY_TOKENS},
     variants={
@@ -39,6 +41,13 @@ __all__ = ["group_advantages", "grpo_loss"]
         "corrected KL": {"beta": 0.3, "use_bias_correction_kl": True},
         "corrected KL, sequence": {"beta": 0.3, "use_bias_correction_kl": True, "importance": "sequence"},
         "cispo, sequence": {"loss_type": "cispo", "epsilon_high": 2.0, "importance": "sequence"},
+        "sapo": {"loss_type": "sapo", "beta": 0.1},
+        "luspo": {"loss_type": "luspo", "importance": "sequence"},
+        "vespo": {"loss_type": "vespo"},
+        "gmpo": {"loss_type": "gmpo", "epsilon": 0.4},
+        "dppo_tv": {"loss_type": "dppo_tv", "epsilon": 0.05, "delta": 5.0},
+        "dppo_kl": {"loss_type": "dppo_kl", "epsilon": 0.05},
+        "intellect": {"loss_type": "intellect", "epsilon": 0.1, "intellect_tau": 0.5},
     },
 )
 def grpo_loss(
@@ -50,45 +59,59 @@ def grpo_loss(
     ref: Source | None = None,
     loss_type: str = "grpo",
     importance: str = "token",
-    epsilon: float = 0.2,
+    epsilon: float | None = None,
     epsilon_high: float | None = None,
     delta: float | None = None,
     beta: float = 0.0,
     kl: str | Divergence = "k3",
     use_bias_correction_kl: bool = False,
-    max_completion_length: int | None = None,
-    **options: Unpack[SequenceOptions],
+    weights: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    off_policy_mask_threshold: float | None = None,
+    rollout_logps: Tensor | None = None,
+    **options: Unpack[PolicyOptions],
 ) -> LossOutput:
     """Compute the loss of GRPO (arXiv 2402.03300) or of one of its relatives, under the names of TRL's GRPOTrainer.
 
-    For token t of sequence s, with advantage A:
+    For token t of sequence s, with advantage A, weight w and p = p(y_t):
 
-        x_t = log p(y_t) - old_t     "token"; "sequence" (GSPO, 2507.18071): the mean of x over the sequence, at all its
-        tokens l_t = -min(e^x A, clip(e^x, 1 - epsilon, 1 + epsilon_high) A) + beta KL_t
-        "cispo" (2506.13585):  l_t = -sg(min(e^x, epsilon_high)) A log p(y_t) + beta KL_t
+        x_t = log p - old_t     with importance="sequence" (GSPO, 2507.18071): the mean of x over the sequence, at all tokens
+        l_t = w_t m_t f(x_t, A) + beta KL_t - entropy_coef H_t
 
-    sg(x) is x without a gradient. The loss is
+        f                            loss_type
+        -min(e^x A, clip(e^x) A)     grpo, dr_grpo (2503.20783), bnpo, dapo (2503.14476), luspo (2602.05261);
+                                     clip(r) is within [1 - epsilon, 1 + epsilon_high]
+        -sg(min(e^x, epsilon_high)) A log p       cispo (2506.13585)
+        -4 / tau sigmoid(tau (e^x - 1)) A         sapo (2511.20347); tau = sapo_temperature_pos, or _neg where A <= 0
+        -sg(phi) A log p                          vespo (2602.10693); phi = W^k e^(lambda (1 - W)), W = e^(sum of x over s)
+        -e^(mean of clip(x) over s) A             gmpo (2507.20673); x is at most epsilon_high, where A <= 0 at least -epsilon
+        -[kept] sg(min(e^x, delta)) A log p       dppo_tv, dppo_kl (2602.04879)
+        -[kept] e^x A + intellect_tau x^2         intellect (prime-rl's "IPO", which is not that of preferences)
 
-        grpo                 mean_s of sum_t l_t / len_s
-        dr_grpo              mean_s of sum_t l_t / max_completion_length  (2503.20783)
-        bnpo, dapo, cispo    sum of all l_t / the number of tokens  (dapo: 2503.14476)
+    sg(x) is x without a gradient; [kept] is 0 for tokens that moved too far, else 1. With p' = e^old: dppo_tv drops a token
+    where A > 0 and p - p' > epsilon_high, or A <= 0 and p' - p > epsilon; dppo_kl where the KL of the two coins p' and p is
+    larger than that, in the same directions; intellect where |p - p'| > epsilon. The loss is
+
+        grpo, sapo, gmpo       mean_s of sum_t l_t / len_s
+        luspo                  mean_s of sum_t l_t
+        dr_grpo                mean_s of sum_t l_t / max_completion_length
+        all others             sum of all l_t / the number of tokens
 
     Args:
         policy: fl.Hidden, logits or fl.LogProbs of the completions, [S, T] rows or packed with cu_seqlens.
         labels: token ids [S, T] of the completions, or packed.
-        advantages: [S], or one for each output token ([S, T - 1] with shift, as old_logps). To weight the policy term of each
-            token (by a sampler's importance ratio, or a mask of tokens by entropy), multiply advantages per token by weights
-            >= 0.
+        advantages: [S], or one for each output token ([S, T - 1] with shift, as old_logps).
         old_logps: log-probs of the tokens when they were sampled. None: on-policy, e^x is 1 and its gradient is that of log
-            p.
+            p. To correct the difference between a sampler and the trainer, pass the trainer's here and `weights` from
+            fl.rollout_weights; for vespo, dppo_* and intellect pass the sampler's own, as their papers do.
         ref: log-probs per token (fl.LogProbs), hidden states or logits of the reference. Required if beta > 0.
-        loss_type: "grpo", "dr_grpo", "bnpo", "dapo" or "cispo".
+        loss_type: one of the names above.
         importance: "token" or "sequence", the level of the ratios e^x.
-        epsilon: the lower clipping range.
+        epsilon: the lower clipping range. None: 0.2; needed for dppo_tv, dppo_kl and intellect.
         epsilon_high: the upper clipping range. None: epsilon. It is required for cispo, where it is the largest ratio itself
             (without 1 +; 5.0 in 2510.13786).
-        delta: an upper bound of e^x in the first of the two terms of the minimum (2505.07291); it matters where A < 0. None:
-            no bound.
+        delta: an upper bound of e^x in the first of the two terms of the minimum (2505.07291); it matters where A < 0. It is
+            the dual clip (1912.09729; verl's clip_ratio_c). For dppo_*, of e^x. None: no bound.
         beta: the weight of KL_t.
         kl: the estimate of KL(policy || reference) of a token. With d = log q(y) - log p(y): "k1" -d, "k2" d^2 / 2, "k3"
             e^d - 1 - d (TRL's). Their slopes in log p(y) are 1, -d and 1 - e^d: as losses, the gradient of k1 is zero on
@@ -96,48 +119,62 @@ def grpo_loss(
             the sum over the vocabulary, in the same pass; ref must then be a distribution.
         use_bias_correction_kl: multiply KL_t by e^x, unclipped, as TRL does by default, because the tokens were sampled from
             the old policy (2512.02556).
+        weights: w, [S] or one for each output token, numbers or bools, without a gradient; they multiply the policy term
+            alone. fl.rollout_weights and fl.entropy_quantile_mask make them. None: 1.
+        entropy_coef: the weight of the entropy bonus. H_t is divided as the rest of l_t (as in verl); TRL divides it by
+            tokens for every loss_type. policy must then be a distribution.
+        off_policy_mask_threshold: m is 0 at a token with A < 0 in a sequence whose mean of rollout - log p is larger
+            (2512.02556), else 1. A token whose rollout log-prob is not finite counts as 0 there.
+        rollout_logps: the sampler's own log-probs, for off_policy_mask_threshold. None: old_logps.
         max_completion_length: the divisor of dr_grpo.
-        reduction: "mean", "sum", or "none": [S], the terms whose mean over s is the loss; for bnpo, dapo and cispo
-            sum_t l_t.
-        num_items: divide by this number instead of the number of sequences, or of tokens for bnpo, dapo and cispo: that of
-            the whole batch, when gradients accumulate (as TRL does for dapo and cispo; bnpo with num_items is dapo).
+        sapo_temperature_pos: sapo's tau where A > 0; 1.0 unless given.
+        sapo_temperature_neg: sapo's tau where A <= 0; 1.05 unless given.
+        vespo_k_pos: vespo's k where A >= 0; 2.0 unless given.
+        vespo_lambda_pos: vespo's lambda where A >= 0; 3.0 unless given.
+        vespo_k_neg: vespo's k where A < 0; 3.0 unless given.
+        vespo_lambda_neg: vespo's lambda where A < 0; 2.0 unless given.
+        intellect_tau: needed for intellect.
+        reduction: "mean", "sum", or "none": [S], the terms whose mean over s is the loss; where the loss is divided by the
+            number of tokens, sum_t l_t.
+        num_items: divide by this number instead of the number of sequences, or of tokens where the loss is divided by their
+            number: that of the whole batch, when gradients accumulate (as TRL does for dapo, cispo and vespo; bnpo with
+            num_items is dapo).
         **options: the other options of a batch, as in preference_loss.
 
-    The metrics are kl if there is a ref; clip_ratio/low_mean, clip_ratio/high_mean and clip_ratio/region_mean, or for cispo
-    cispo_clip_ratio; and entropy if it is requested. They are means over tokens; clip ratios of sequences are means over
-    sequences, as in TRL.
+    The metrics are kl if there is a ref; clip_ratio/low_mean, clip_ratio/high_mean and clip_ratio/region_mean (of dropped
+    tokens for dppo_* and intellect), or for cispo cispo_clip_ratio, for vespo vespo/phi_seq_mean; and entropy if it is
+    requested. They are means over tokens; clip ratios of sequences are means over sequences, as in TRL.
     """
     batch, call = read_batch(labels, "sequences", options), read_options(options)
-    o = grpo_config(
-        loss_type, importance, epsilon, epsilon_high, delta, beta, kl, max_completion_length, use_bias_correction_kl
+    o = policy_config(
+        loss_type,
+        importance,
+        epsilon,
+        epsilon_high,
+        delta,
+        beta,
+        kl,
+        use_bias_correction_kl,
+        entropy_coef,
+        off_policy_mask_threshold,
+        options,
     )
-    per_sequence, per_token = inputs(batch, advantages, old_logps, ref, o)
+    per_sequence, per_token = _inputs(batch, advantages, old_logps, weights, rollout_logps, ref, o)
 
     def formula(tokens: Tokens) -> Tensor:
         x, a = _ratios(tokens, o)
-        if o.loss_type == "cispo":
-            weight = -x.clamp(max=o.highest).exp().detach() * a
-        else:
-            weight = -torch.where(a > 0, x.clamp(max=o.highest), x.clamp(o.lowest, o.largest)).exp() * a
-        losses = tokens.spread(weight) if _by_sequence(tokens, o) else weight
-        losses = losses * tokens.logps if o.loss_type == "cispo" else losses
-        total = tokens.sums(losses + o.beta * _weighted_kl(tokens, x, o) if o.beta else losses)
-        return total if o.loss_type in BY_TOKENS else total / (o.length or tokens.lengths.clamp(min=1))
+        each = _weighted(tokens, TERMS[o.loss_type].each(tokens, x, a, o), a, o)
+        each = each + o.beta * (cap(x).exp() if o.corrected else 1) * _kl(tokens, o) if o.beta else each
+        each = each - o.entropy_coef * present("entropy", tokens.entropy) if o.entropy_coef else each
+        return tokens.sums(each) / (tokens.lengths.clamp(min=1) if o.divisor == "sequence" else o.length)
 
-    divergences = () if ref is None else o.divergences
-    mean_of_tokens = o.loss_type in BY_TOKENS and call.reduction == "mean"
+    call = call._replace(entropy=call.entropy or o.entropy_coef > 0)
+    mean_of_tokens = o.divisor == "batch" and call.reduction == "mean"
     summed = call._replace(reduction="sum", num_items=None) if mean_of_tokens else call
-    result = fused(formula, policy, batch, ref, FormulaInputs("sequence", divergences, per_token, per_sequence), summed)
+    inputs = FormulaInputs("sequence", () if ref is None else o.divergences, per_token, per_sequence)
+    result = fused(formula, policy, batch, ref, inputs, summed)
     parts = _parts(result.tokens, o, ref is not None)
     return _mean_of_tokens(result, parts, call.num_items) if mean_of_tokens else output(result, parts)
-
-
-def _weighted_kl(tokens: Tokens, x: Tensor, o: GRPOConfig) -> Tensor:
-    """Return the KL term of each token, multiplied by its ratio e^x where use_bias_correction_kl asks for it."""
-    if not o.corrected:
-        return _kl(tokens, o)
-    ratio = cap(x).exp()
-    return (tokens.spread(ratio) if _by_sequence(tokens, o) else ratio) * _kl(tokens, o)
 
 
 def _mean_of_tokens(result: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:
@@ -149,54 +186,90 @@ def _mean_of_tokens(result: Fused, parts: dict[str, Part], num_items: Count | No
     return output(result._replace(loss=divided(result.loss, count)), parts)
 
 
-def inputs(
-    batch: Batch, advantages: Tensor, old_logps: Tensor | None, ref: Source | None, o: GRPOConfig
+def _inputs(
+    batch: Batch,
+    advantages: Tensor,
+    old_logps: Tensor | None,
+    weights: Tensor | None,
+    rollout_logps: Tensor | None,
+    ref: Source | None,
+    o: PolicyConfig,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the numbers of the sequences and the numbers of the tokens."""
-    sequences, shape, device = batch.sequences, tuple(batch.mask.shape), batch.labels.device
+    shape = tuple(batch.mask.shape)
     if ref is None and o.beta:
         raise ValueError(f"ref: needed for beta={o.beta!r}, got None")
     if isinstance(ref, LogProbs) and ref.logps.shape != shape:
         raise ValueError(
             f"ref: expected fl.LogProbs {list(shape)}, one for each output token, got {list(ref.logps.shape)}"
         )
+    if rollout_logps is not None and o.off_policy is None:
+        raise ValueError(
+            "rollout_logps: is for off_policy_mask_threshold, which is None; for weights, use fl.rollout_weights"
+        )
+    whole, each = (batch.sequences,), shape
     per_sequence, per_token = {}, {}
-    for name, x, shapes in (("advantages", advantages, ((sequences,), shape)), ("old_logps", old_logps, (shape,))):
-        if x is None and name == "old_logps":
+    for name, x, shapes in (
+        ("advantages", advantages, (whole, each)),
+        ("old_logps", old_logps, (each,)),
+        ("weights", weights, (whole, each)),
+        ("rollout_logps", rollout_logps, (each,)),
+    ):
+        if x is None and name != "advantages":
             continue
-        if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-        if tuple(x.shape) not in shapes or x.device != device:
-            wanted = " or ".join(str(list(s)) for s in shapes)
-            hint = shift_hint(x, shape)
-            raise ValueError(f"{name}: expected {wanted} on {device}, got {list(x.shape)} on {x.device}{hint}")
-        if name == "advantages" and x.shape == (sequences,):
-            per_sequence[name] = x.detach()
+        numbers = _numbers(name, x, shapes, batch)
+        if numbers.shape == whole and whole in shapes:
+            per_sequence[name] = numbers
         else:
-            per_token[name if name == "old_logps" else "token_advantages"] = x.detach()
+            per_token[f"token_{name}"] = numbers
     return per_sequence, per_token
 
 
-def _by_sequence(tokens: Tokens, o: GRPOConfig) -> bool:
-    """Return whether ratios and advantages are both per sequence."""
-    return o.sequence and "advantages" in tokens.extra
+def _numbers(name: str, x: object, shapes: tuple[tuple[int, ...], ...], batch: Batch) -> Tensor:
+    """Return x without a graph; raise if it has none of the shapes, another device, or is no tensor of numbers."""
+    device, kinds = batch.labels.device, (*FLOATS, torch.bool) if name == "weights" else FLOATS
+    if not isinstance(x, Tensor) or x.dtype not in kinds:
+        raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if tuple(x.shape) not in shapes or x.device != device:
+        wanted = " or ".join(str(list(s)) for s in shapes)
+        hint = shift_hint(x, tuple(batch.mask.shape))
+        raise ValueError(f"{name}: expected {wanted} on {device}, got {list(x.shape)} on {x.device}{hint}")
+    return x.detach().float() if x.dtype == torch.bool else x.detach()
 
 
-def _ratios(tokens: Tokens, o: GRPOConfig) -> tuple[Tensor, Tensor]:
-    """Return the logarithms of the importance ratios and the advantages: [S] if _by_sequence, else [n]."""
-    old, dtype = tokens.extra.get("old_logps"), tokens.logps.dtype
-    x = tokens.logps - (tokens.logps.detach() if old is None else old.to(dtype))
-    x = x.masked_fill(~tokens.mask, 0)  # old_logps may have any value there
+def _given(tokens: Tokens, name: str) -> Tensor | None:
+    """Return a tensor of the caller per token [n], 0 where the mask is False, or None if it was not given."""
+    dtype = tokens.logps.dtype
+    if name in tokens.extra:
+        return tokens.spread(tokens.extra[name].to(dtype))
+    each = tokens.extra.get(f"token_{name}")
+    return None if each is None else each.to(dtype).masked_fill(~tokens.mask, 0)
+
+
+def _ratios(tokens: Tokens, o: PolicyConfig) -> tuple[Tensor, Tensor]:
+    """Return the logarithm of the importance ratio and the advantage of each token, [n]."""
+    old = _given(tokens, "old_logps")
+    x = (tokens.logps - (tokens.logps.detach() if old is None else old)).masked_fill(~tokens.mask, 0)
     if o.sequence:
-        x = tokens.sums(x) / tokens.lengths.clamp(min=1)
-    if "advantages" in tokens.extra:
-        a = tokens.extra["advantages"].to(dtype)
-        return (x, a) if o.sequence else (x, tokens.spread(a))
-    a = tokens.extra["token_advantages"].to(dtype).masked_fill(~tokens.mask, 0)
-    return (tokens.spread(x), a) if o.sequence else (x, a)
+        x = tokens.spread(tokens.sums(x) / tokens.lengths.clamp(min=1))
+    return x, present("advantages", _given(tokens, "advantages"))
 
 
-def _kl(tokens: Tokens, o: GRPOConfig) -> Tensor:
+def _weighted(tokens: Tokens, each: Tensor, a: Tensor, o: PolicyConfig) -> Tensor:
+    """Return the policy term of each token after its weights and the off-policy mask."""
+    weights = _given(tokens, "weights")
+    each = each if weights is None else each * weights
+    if o.off_policy is None:
+        return each
+    rollout = _given(tokens, "rollout_logps")
+    rollout = _given(tokens, "old_logps") if rollout is None else rollout
+    apart = torch.zeros_like(tokens.logps) if rollout is None else rollout - tokens.logps.detach()
+    apart = torch.where(apart.isfinite(), apart, 0)
+    mean = tokens.spread(tokens.sums(apart) / tokens.lengths.clamp(min=1))
+    return each.masked_fill((a < 0) & (mean > o.off_policy), 0)
+
+
+def _kl(tokens: Tokens, o: PolicyConfig) -> Tensor:
     """Return the KL term of each token, [n]."""
     if o.divergences:
         return tokens.divergence[o.kl]
@@ -207,56 +280,28 @@ def _kl(tokens: Tokens, o: GRPOConfig) -> Tensor:
     return d.expm1() - d if o.kl == "k3" else d.square() / 2
 
 
-def _parts(tokens: Tokens, o: GRPOConfig, ref: bool) -> dict[str, Part]:
+def _parts(tokens: Tokens, o: PolicyConfig, ref: bool) -> dict[str, Part]:
+    """Return the parts of the metrics; where ratios and advantages are both per sequence, what follows from them is too."""
     x, a = _ratios(tokens, o)
-
-    def share(flags: Tensor) -> Part:
-        flags = flags.to(x.dtype)
-        return Part(flags) if _by_sequence(tokens, o) else sequence_part(tokens, flags)
-
     parts = {"kl": sequence_part(tokens, _kl(tokens, o))} if ref else {}
-    if o.loss_type == "cispo":
-        parts["cispo_clip_ratio"] = share((x > o.highest) & (a > 0))
-    else:
-        low, high = (x < o.lowest) & (a < 0), (x > o.highest) & (a > 0)
-        parts |= {f"clip_ratio/{n}_mean": share(y) for n, y in (("low", low), ("high", high), ("region", low | high))}
+    by_sequence = (o.sequence or o.loss_type == "vespo") and "advantages" in tokens.extra
+
+    def share(each: Tensor) -> Part:
+        each = each.to(x.dtype)
+        if not by_sequence:
+            return sequence_part(tokens, each)
+        # all tokens of a sequence are alike, and one without tokens counts as 0
+        return Part(tokens.sums(each) / tokens.lengths.clamp(min=1))
+
+    if where := TERMS[o.loss_type].where:
+        low, high = where(x, a, tokens.logps, o)
+        if o.loss_type == "cispo":
+            parts["cispo_clip_ratio"] = share(high)
+        else:
+            shares = (("low", low), ("high", high), ("region", low | high))
+            parts |= {f"clip_ratio/{n}_mean": share(flags) for n, flags in shares}
+    if o.loss_type == "vespo":
+        parts["vespo/phi_seq_mean"] = share(vespo_weight(tokens, x, a, o))
     if tokens.entropy is not None:
         parts["entropy"] = sequence_part(tokens, tokens.entropy)
     return parts
-
-
-def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
-    """Compute the advantages [S] of GRPO from rewards [S].
-
-        A = (r - mean) / (std + 1e-4)        mean of the group; std (n - 1) of the group, or of the whole batch
-
-    as TRL does. A reward that is NaN (not scored) is ignored and gets the advantage 0. A reward that is alone in its group
-    also gets 0.
-
-    Args:
-        rewards: [S]; each group_size rewards in a row belong to answers to one prompt.
-        group_size: the number of answers to a prompt.
-        scale: where std is taken: "group", "batch" (2508.08221), or "none" to divide by nothing (Dr. GRPO, 2503.20783).
-    """
-    if scale not in ("group", "batch", "none"):
-        raise not_one_of("scale", scale, ("group", "batch", "none"))
-    if not isinstance(rewards, Tensor) or rewards.dtype not in FLOATS:
-        raise TypeError(f"rewards: expected a float tensor, got {getattr(rewards, 'dtype', type(rewards).__name__)}")
-    if rewards.dim() != 1 or type(group_size) is not int or group_size < 1 or len(rewards) % group_size:
-        raise ValueError(
-            f"rewards: expected [groups * group_size] for group_size={group_size!r}, got {list(rewards.shape)}"
-        )
-    scored = ~rewards.isnan()
-    r, counts = rewards.masked_fill(~scored, 0).view(-1, group_size), scored.view(-1, group_size)
-    centred = _centred(r, counts)
-    if scale == "none":
-        return centred.view(-1)
-    flat = (r, counts) if scale == "group" else (r.view(1, -1), counts.view(1, -1))
-    variance = _centred(*flat).square().sum(1, keepdim=True) / (flat[1].sum(1, keepdim=True) - 1).clamp(min=1)
-    return (centred / (variance.sqrt() + 1e-4)).view(-1)
-
-
-def _centred(r: Tensor, counts: Tensor) -> Tensor:
-    """Subtract from each row its mean, over the entries that count."""
-    mean = r.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
-    return (r - mean).masked_fill(~counts, 0)

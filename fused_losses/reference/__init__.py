@@ -8,7 +8,7 @@ check other code.
 from .cross_entropy import cross_entropy_loss
 from .distillation import distillation_loss, sampled_distillation_loss
 from .lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
-from .policy_gradient import group_advantages, grpo_loss
+from .policy_gradient import grpo_loss
 from .preference import dpo_loss, ipo_loss, preference_loss
 from .preference_matching import (
     bradley_terry_loss,
@@ -19,6 +19,7 @@ from .preference_matching import (
     preference_matching_reward,
 )
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .rollouts import entropy_quantile_mask, group_advantages, rollout_weights
 from .stats import token_stats
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
@@ -33,10 +34,10 @@ from .upo import expectile_loss, upo_loss
 
 __all__ = [
     "bco_loss", "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss",
-    "distillation_loss", "dpo_loss", "entropy_from_logits", "expectile_loss", "generalized_jsd_loss",
-    "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss", "lta_thinker_loss", "orpo_loss",
-    "plackett_luce_loss", "preference_loss", "preference_matching_gap", "preference_matching_loss",
-    "preference_matching_reward", "reasoning_focus_loss", "sampled_distillation_loss", "selective_log_softmax",
-    "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "token_stats",
-    "topk_distillation_loss", "upo_loss",
+    "distillation_loss", "dpo_loss", "entropy_from_logits", "entropy_quantile_mask", "expectile_loss",
+    "generalized_jsd_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss",
+    "lta_thinker_loss", "orpo_loss", "plackett_luce_loss", "preference_loss", "preference_matching_gap",
+    "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss", "rollout_weights",
+    "sampled_distillation_loss", "selective_log_softmax", "selective_log_softmax_and_entropy",
+    "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "token_stats", "topk_distillation_loss", "upo_loss",
 ]  # fmt: skip

@@ -336,6 +336,12 @@ GRPO = {
     "dapo, sequence": {"loss_type": "dapo", "importance": "sequence", "epsilon": 0.03, "delta": 1.2},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.2},
     "cispo, sequence": {"loss_type": "cispo", "epsilon_high": 1.02, "importance": "sequence"},
+    "luspo": {"loss_type": "luspo", "importance": "sequence", "epsilon": 0.03, "beta": 0.2},
+    "luspo, token": {"loss_type": "luspo", "delta": 1.5}, "sapo": {"loss_type": "sapo", "beta": 0.2},
+    "sapo, sequence": {"loss_type": "sapo", "importance": "sequence", "sapo_temperature_pos": 1.4},
+    "vespo": {"loss_type": "vespo", "beta": 0.2}, "vespo, others": {"loss_type": "vespo", "vespo_k_neg": 1.5},
+    "off-policy mask": {"off_policy_mask_threshold": 0.01, "epsilon": 0.1},
+    "entropy bonus": {"loss_type": "bnpo", "entropy_coef": 0.1, "epsilon": 0.1},
 }  # fmt: skip
 
 
@@ -360,9 +366,10 @@ def completions(sequences=5, prompt=4, length=6):
 
 def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, on_policy=False):
     policy, ref = models
-    o = {"loss_type": "grpo", "importance": "token", "epsilon": 0.2, "epsilon_high": None, "beta": 0.0, "delta": None}
-    o |= options
-    high = o["epsilon"] if o["epsilon_high"] is None else o["epsilon_high"]
+    o = {"loss_type": "grpo", "importance": "token", "beta": 0.0, "delta": None, "entropy_coef": 0.0} | options
+    low = o.get("epsilon", 0.2)
+    high = o.get("epsilon_high", low)
+    own = {f.name: f.default for f in dataclasses.fields(GRPOConfig) if f.name.startswith(("sapo_", "vespo_"))}
     made = trainer(
         GRPOTrainer,
         GRPOConfig,
@@ -373,13 +380,17 @@ def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, o
         delta=o["delta"],
         beta=o["beta"],
         importance_sampling_level=o["importance"],
-        epsilon_low=o["epsilon"],
+        epsilon_low=low,
         epsilon_high=high,
+        off_policy_mask_threshold=o.get("off_policy_mask_threshold"),
         steps_per_generation=2,
         max_completion_length=o.get("max_completion_length"),
         current_gradient_accumulation_steps=2,
         use_vllm=False,
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled=o["entropy_coef"] > 0,
+        _entropy_window_stats=None,
+        entropy_coef=o["entropy_coef"],
+        **own | {name: x for name, x in o.items() if name in own},
         use_bias_correction_kl=False,
     )
     made.model.train(train)  # without dropout
@@ -407,7 +418,10 @@ def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, o
     per_token = advantages.dim() == 2
     own = torch.nn.functional.pad(advantages, (x["prompt_ids"].shape[1] - 1, 0)) if per_token else advantages
     # In training TRL divides by the steps that it accumulates over, or by the tokens of all of them.
-    by_tokens, half = o["loss_type"] in ("dapo", "cispo"), 2 * {"bnpo": int(items)}.get(o["loss_type"], len(ids))
+    by_tokens, half = (
+        o["loss_type"] in ("dapo", "cispo", "vespo"),
+        2 * {"bnpo": int(items)}.get(o["loss_type"], len(ids)),
+    )
     out = fl.reference.grpo_loss(
         z,
         labels,
@@ -420,7 +434,7 @@ def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, o
         **o,
     )
     loss = made._compute_loss(made.model, inputs)
-    compare(made, loss, out, policy, fewer={"clip_ratio/low_min", "clip_ratio/high_max"})
+    compare(made, loss, out, policy, fewer={"clip_ratio/low_min", "clip_ratio/high_max", "policy_loss", "entropy_coef"})
     return out
 
 
@@ -432,7 +446,8 @@ ADVANTAGES = torch.tensor([1.0, -0.7, 0.4, -1.2, 0.3])
 def test_grpo_trainer(models, name, train):
     out = compare_grpo(models, GRPO[name], ADVANTAGES, train=train)
     clips = {n: x for n, x in out.metrics.items() if "clip" in n}
-    assert clips and all(0 < x < 1 for x in clips.values())  # the batch has something to clip
+    assert GRPO[name].get("loss_type") in ("sapo", "vespo") or clips
+    assert all(0 < x < 1 for x in clips.values())  # the batch has something to clip
 
 
 @pytest.mark.parametrize("name", ["grpo", "GSPO", "cispo"])
@@ -665,7 +680,10 @@ def test_trust_region(models, alpha, every):
 DEFAULTS = {  # our function: TRL's configuration, and our options with the names of its fields
     "preference_loss": (DPOConfig, "beta discopop_tau ld_alpha use_weighting"),
     "kto_loss": (KTOConfig, "beta desirable_weight undesirable_weight"),
-    "grpo_loss": (GRPOConfig, "beta epsilon epsilon_high delta importance=importance_sampling_level"),
+    "grpo_loss": (
+        GRPOConfig,
+        "beta epsilon_high delta importance=importance_sampling_level entropy_coef off_policy_mask_threshold",
+    ),
     "group_advantages": (GRPOConfig, "scale=scale_rewards"),
     "cpo_loss": (CPOConfig, "beta cpo_alpha label_smoothing loss_type"),
     "simpo_loss": (CPOConfig, "gamma=simpo_gamma alpha label_smoothing"),

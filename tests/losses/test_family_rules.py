@@ -16,6 +16,7 @@ from helpers import Judge, relative
 
 import fused_losses as fl
 from fused_losses import losses
+from fused_losses.core import policy_options
 from fused_losses.losses import FAMILY
 from fused_losses.losses import matrix as table
 
@@ -153,11 +154,8 @@ def totals_of(name, variant):
         return TOTALS | {"num_nll_tokens": "tokens"}
     if name in ("simpo_loss", "cpo_loss", "orpo_loss", "preference_loss"):
         return NLL
-    return (
-        BY_TOKENS
-        if name == "grpo_loss" and FAMILY[name].variants[variant].get("loss_type") in ("dapo", "cispo")
-        else TOTALS
-    )
+    by_tokens = name == "grpo_loss" and FAMILY[name].variants[variant].get("loss_type") in policy_options.BY_TOKENS
+    return BY_TOKENS if by_tokens else TOTALS
 
 
 @pytest.mark.parametrize(("name", "variant"), [case for case in CASES if case not in COUPLED and not given(*case)])

@@ -8,12 +8,20 @@ from family_batches import Batch
 from helpers import least_workspace, relative
 
 import fused_losses as fl
-from fused_losses.core.options import GRPO_LOSSES
+from fused_losses.core.policy_options import BY_TOKENS, POLICY_LOSSES
+from fused_losses.losses import policy_terms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MORE = {"dr_grpo": {"max_completion_length": 11}, "cispo": {"epsilon_high": 1.5}}
-EVERY = [{"loss_type": name, **MORE.get(name, {})} for name in GRPO_LOSSES]
+NEEDED = {"max_completion_length": 11, "epsilon": 0.1, "epsilon_high": 1.5, "intellect_tau": 0.5}  # without a default
+EVERY = [{"loss_type": name, **{n: NEEDED[n] for n in rule.needs}} for name, rule in POLICY_LOSSES.items()]
+CLIPPING = [o for o in EVERY if o["loss_type"] in ("grpo", "dr_grpo", "bnpo", "dapo", "luspo", "cispo")]
+
+
+def readable(loss_type, **options):
+    """Of some options those that a loss type reads."""
+    rule = POLICY_LOSSES[loss_type]
+    return {n: x for n, x in options.items() if n in (*rule.reads, *rule.needs)}
 
 
 def batch(s=4, t=6, dtype=torch.float64):
@@ -40,14 +48,14 @@ def by_hand(logps, old, ref, mask, a, loss, sequence, epsilon, high, delta=None,
     token = (token + beta * (d.exp() - d - 1)) * mask
     if loss == "grpo":
         return (token.sum(1) / lengths[:, 0]).mean()
-    if loss == "dr_grpo":
-        return token.sum() / (len(mask) * length)
+    if loss in ("dr_grpo", "luspo"):
+        return token.sum() / (len(mask) * (length or 1))
     return token.sum() / (mask.sum() if items is None else items)
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["A of sequences", "A of tokens"])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
-@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["loss_type"])
+@pytest.mark.parametrize("options", CLIPPING, ids=lambda o: o["loss_type"])
 def test_formulas_of_trl(options, importance, per_token):
     logps, old, ref, y, a = batch()
     a = a[:, None] * torch.randn(4, 6, dtype=torch.float64) if per_token else a
@@ -82,16 +90,23 @@ def test_on_policy_gradient_is_reinforce(options):
     """Without old log-probs the ratio is 1: dloss/dlog p_t = -A / normaliser, whatever the bounds."""
     logps, _, _, y, a = batch()
     mask, loss = y != -100, options["loss_type"]
-    share = {"grpo": 4 * mask.sum(1, keepdim=True).clamp(min=1), "dr_grpo": torch.tensor(44)}.get(loss, mask.sum())
-    for importance in ("token", "sequence"):
-        named = {"epsilon": 0.0, **options, "importance": importance}
+    by_sequence = {
+        "sequence": 4 * mask.sum(1, keepdim=True).clamp(min=1),
+        "length": torch.tensor(44),
+        "one": torch.tensor(4),
+    }
+    share = by_sequence.get(POLICY_LOSSES[loss].divisor, mask.sum())
+    for importance in ("token", "sequence") if "importance" in POLICY_LOSSES[loss].reads else ("token",):
+        named = {**readable(loss, epsilon=0.0), **options, "importance": importance}
         out = fl.grpo_loss(fl.LogProbs(logps), y, a, **named, shift=False)
         (g,) = torch.autograd.grad(out.loss, logps)
         torch.testing.assert_close(g, -a[:, None] * mask / share)
         same = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=logps.detach(), **named, shift=False)
         torch.testing.assert_close(out.loss, same.loss)
         assert not any(x for n, x in out.metrics.items() if "clip" in n)
-        value = (-a[:, None] * mask / share * (logps.detach() if loss == "cispo" else 1)).sum()
+        weighted = loss in ("cispo", "vespo", "dppo_tv", "dppo_kl")  # the gradient is that of log p alone
+        values = {"sapo": torch.where(a > 0, 2 / 1.0, 2 / 1.05)[:, None]}.get(loss, logps.detach() if weighted else 1)
+        value = (-a[:, None] * mask / share * values).sum()
         torch.testing.assert_close(out.loss.detach(), value)
 
 
@@ -143,6 +158,7 @@ def test_extreme_ratios_have_finite_gradients():
             for options in [
                 *EVERY,
                 {"delta": 1e300},
+                {"loss_type": "dppo_tv", "epsilon": 1.0},
                 {"epsilon": 1e300},
                 {"loss_type": "cispo", "epsilon_high": 1e300},
             ]:
@@ -262,7 +278,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(options):
     total = fl.grpo_loss(
         fl.LogProbs(logps), y, a, old_logps=old, ref=fl.LogProbs(ref), reduction="sum", **named, shift=False
     )
-    by_tokens = options["loss_type"] in ("bnpo", "dapo", "cispo")
+    by_tokens = options["loss_type"] in BY_TOKENS
     items = (y != -100).sum() if by_tokens else 4
     assert none.loss.shape == (4,) and none.loss[3] == 0
     torch.testing.assert_close(none.loss.sum() / items, whole.loss)
@@ -398,6 +414,117 @@ def test_empty_batches():
             assert out.loss == 0 and g.shape == z.shape and not any(x.isnan() for x in out.metrics.values())
 
 
+def test_every_loss_type_has_a_term():
+    assert policy_terms.TERMS.keys() == POLICY_LOSSES.keys()
+
+
+# ---- weights, masks and the entropy bonus --------------------------------------------------------------------------------
+
+
+def test_weights_multiply_the_policy_term_alone():
+    logps, old, ref, y, a = batch()
+    w = torch.rand(4, 6, dtype=torch.float64)
+    named = {"old_logps": old, "ref": fl.LogProbs(ref), "beta": 0.2, "loss_type": "dapo", "shift": False}
+    as_weights = fl.grpo_loss(fl.LogProbs(logps), y, a, weights=w, **named)
+    as_advantages = fl.grpo_loss(fl.LogProbs(logps), y, a[:, None] * w, **named)
+    torch.testing.assert_close(as_weights.loss, as_advantages.loss)
+    each = torch.tensor([1.0, 0.0, 2.0, 1.0], dtype=torch.float64)
+    for weights in (each, each[:, None].expand(4, 6)):
+        out = fl.grpo_loss(fl.LogProbs(logps), y, a, weights=weights, **named)
+        torch.testing.assert_close(out.loss, fl.grpo_loss(fl.LogProbs(logps), y, a * each, **named).loss)
+    kept = torch.rand(4, 6) > 0.5
+    flags, numbers = (fl.grpo_loss(fl.LogProbs(logps), y, a, weights=x, **named).loss for x in (kept, kept.double()))
+    torch.testing.assert_close(flags, numbers)
+
+
+@pytest.mark.parametrize("options", EVERY, ids=lambda o: o["loss_type"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_weights_bonus_and_mask_match_the_twin(monkeypatch, options, packed):
+    """From hidden states, together, for every loss type; log-probs of the rollout that are not finite among them."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    made = Batch("grpo_loss", "grpo", packed)
+    cu = {n: x for n, x in made.options.items() if n == "cu_seqlens"}
+    made.options = {**options, **cu, "entropy_coef": 0.1, "off_policy_mask_threshold": 0.05}
+    rollout = made.extra["old_logps"] + 0.3 * torch.randn_like(made.extra["old_logps"])
+    rollout.view(-1)[::5] = math.nan
+    made.extra["rollout_logps"], made.extra["weights"] = rollout, torch.rand_like(rollout)
+    made.compare("hidden", "hidden")
+
+
+def test_off_policy_sequences():
+    """Of two sequences whose policy fell by 0.5 a token, the one with an advantage below 0 is left out."""
+    logps = torch.full((2, 3), -2.0, requires_grad=True)
+    old, y = logps.detach() + 0.5, torch.zeros(2, 3, dtype=torch.long)
+    named = {"old_logps": old, "shift": False, "off_policy_mask_threshold": 0.4, "epsilon": 0.9}
+    (g,) = torch.autograd.grad(fl.grpo_loss(fl.LogProbs(logps), y, torch.tensor([1.0, -1.0]), **named).loss, logps)
+    assert g[0].all() and not g[1].any()
+    near = fl.grpo_loss(fl.LogProbs(logps), y, torch.tensor([1.0, -1.0]), rollout_logps=old - 0.2, **named)
+    assert torch.autograd.grad(near.loss, logps)[0][1].all()
+
+
+def test_dual_clip_is_delta():
+    """min(max(...), -c A) where A < 0, as verl and OpenRLHF write it."""
+    logps, old, _, y, a = batch()
+    mask = y != -100
+    old = old - 2 * torch.randn_like(old).abs()
+    ratio = (logps - old).exp()
+    token = torch.maximum(-ratio * a[:, None], -ratio.clamp(0.8, 1.28) * a[:, None])
+    token = torch.where(a[:, None] < 0, torch.minimum(token, -3.0 * a[:, None]), token)
+    named = {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 3.0, "shift": False}
+    out = fl.grpo_loss(fl.LogProbs(logps), y, a, old_logps=old, **named)
+    truth = (token * mask).sum() / mask.sum()
+    torch.testing.assert_close(out.loss, truth)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, logps), torch.autograd.grad(truth, logps))
+
+
+OLD, ROLLOUT = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-2.0, -2.0, math.nan]])
+
+
+@pytest.mark.parametrize(
+    ("level", "mode", "low", "high", "found"),
+    [
+        ("token", "truncate", None, 2.0, [2.0, 1, 1]),
+        ("token", "truncate", 1.5, 9.0, [math.e, 1.5, 1.5]),
+        ("token", "mask", None, 2.0, [0, 1, 1]),
+        ("token", "mask", 1.5, None, [math.e, 0, 0]),
+        ("sequence", "truncate", None, 9.0, [math.e] * 3),
+        ("sequence", "mask", 0.5, 2.0, [0, 0, 0]),
+        ("geometric", "truncate", None, 9.0, [math.exp(1 / 3)] * 3),
+    ],
+)
+def test_rollout_weights(level, mode, low, high, found):
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    weights = fl.rollout_weights(OLD, ROLLOUT, mask, level=level, mode=mode, low=low, high=high)
+    assert weights[0].tolist() == pytest.approx(found) and not weights.requires_grad
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_rollout_weights_match_the_twin(level, mode):
+    """Padded and packed, with tokens that do not count and tokens that were not scored."""
+    old = torch.randn(4, 6, dtype=torch.float64)
+    rollout, mask = old + 0.5 * torch.randn_like(old), torch.rand(4, 6) > 0.3
+    rollout[0, 1], rollout[1, 2] = math.nan, -math.inf
+    named = {"level": level, "mode": mode, "low": 0.7, "high": 1.6}
+    exact = fl.reference.rollout_weights(old, rollout, mask, **named)
+    torch.testing.assert_close(fl.rollout_weights(old, rollout, mask, **named).double(), exact, rtol=1e-5, atol=1e-5)
+    flat = [x.flatten() for x in (old, rollout, mask)]
+    packed = fl.rollout_weights(*flat, cu_seqlens=torch.arange(5) * 6, **named)
+    torch.testing.assert_close(packed.view(4, 6).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_entropy_quantile_mask():
+    entropy, mask = torch.tensor([[0.1, 0.9, 0.5], [0.7, 5.0, 0.3]]), torch.tensor([[True] * 3, [True, False, True]])
+    assert fl.entropy_quantile_mask(entropy, mask, 0.4).tolist() == [[False, True, False], [True, False, False]]
+    assert fl.entropy_quantile_mask(entropy, mask, 1.0).equal(mask)
+    assert not fl.entropy_quantile_mask(entropy, ~mask & False, 0.5).any()
+    many = torch.rand(7, 50, dtype=torch.float64)
+    counts = torch.rand(7, 50) > 0.2
+    for top in (0.05, 0.2, 0.77):
+        kept = fl.entropy_quantile_mask(many.float(), counts, top)
+        assert kept.equal(fl.reference.entropy_quantile_mask(many.float(), counts, top))
+
+
 # ---- advantages --------------------------------------------------------------------------------------------------------
 
 
@@ -437,11 +564,38 @@ BAD = [
     (lambda: fl.grpo_loss(Z, Y, A, epsilon=-0.1, shift=False), ValueError, "epsilon: expected a finite number >= 0, got -0.1"),
     (lambda: fl.grpo_loss(Z, Y, A, epsilon_high="x", shift=False), ValueError, "epsilon_high: expected a finite number >= 0"),
     (lambda: fl.grpo_loss(Z, Y, A, loss_type="cispo", shift=False), ValueError,
-     "epsilon_high: expected the largest ratio for loss_type='cispo'"),
+     "epsilon_high: needed for loss_type='cispo', got None"),
     (lambda: fl.grpo_loss(Z, Y, A, loss_type="cispo", epsilon_high=0.0, shift=False), ValueError,
      "epsilon_high: expected a finite number > 0"),
     (lambda: fl.grpo_loss(Z, Y, A, loss_type="cispo", epsilon_high=2.0, delta=3.0, shift=False), ValueError,
-     "delta: loss_type='cispo' has one bound"),
+     "delta: loss_type='cispo' does not read it, but grpo, dr_grpo.*got 3.0"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="sapo", epsilon=0.1, shift=False), ValueError,
+     "epsilon: loss_type='sapo' does not read it"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="vespo", importance="sequence", shift=False), ValueError,
+     "importance: loss_type='vespo' does not read it, but grpo"),
+    (lambda: fl.grpo_loss(Z, Y, A, vespo_k_pos=2.0, shift=False), ValueError,
+     "vespo_k_pos: loss_type='grpo' does not read it, but vespo; got 2.0"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="sapo", sapo_temperature_neg=0.0, shift=False), ValueError,
+     "sapo_temperature_neg: expected a finite number > 0"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="dppo_tv", shift=False), ValueError, "epsilon: needed for loss_type='dppo_tv'"),
+    (lambda: fl.grpo_loss(Z, Y, A, weights=P[:2], shift=False), ValueError, r"weights: expected \[3\] or \[3, 4\]"),
+    (lambda: fl.grpo_loss(Z, Y, A, weights=Y, shift=False), TypeError, "weights: expected a float tensor, got torch.int64"),
+    (lambda: fl.grpo_loss(Z, Y, A, rollout_logps=P, shift=False), ValueError,
+     "rollout_logps: is for off_policy_mask_threshold, which is None"),
+    (lambda: fl.grpo_loss(Z, Y, A, off_policy_mask_threshold=-1.0, shift=False), ValueError,
+     "off_policy_mask_threshold: expected a finite number >= 0"),
+    (lambda: fl.grpo_loss(fl.LogProbs(P), Y, A, entropy_coef=0.1, shift=False), ValueError, "entropy"),
+    (lambda: fl.rollout_weights(P, P, Y == 0, level="tokens", mode="mask", high=2.0), ValueError,
+     "level: expected one of token, sequence, geometric, got 'tokens'; did you mean 'token'"),
+    (lambda: fl.rollout_weights(P, P, Y == 0, level="token", mode="clip", high=2.0), ValueError, "mode: expected one of"),
+    (lambda: fl.rollout_weights(P, P, Y == 0, level="token", mode="truncate", low=0.5), ValueError, "high: expected the"),
+    (lambda: fl.rollout_weights(P, P, Y == 0, level="token", mode="mask", low=2.0, high=1.0), ValueError, "low: expected"),
+    (lambda: fl.rollout_weights(P, P[:2], Y == 0, level="token", mode="mask", high=1.0), ValueError,
+     r"rollout_logps: expected \[3, 4\] on cpu, as the mask, got \[2, 4\]"),
+    (lambda: fl.rollout_weights(P[0], P[0], Y[0] == 0, level="token", mode="mask", high=1.0), ValueError,
+     r"old_logps: expected \[S, T\], or \[total\] with cu_seqlens, got \[4\]"),
+    (lambda: fl.entropy_quantile_mask(P, Y, 0.2), TypeError, "mask: expected a bool tensor, got torch.int64"),
+    (lambda: fl.entropy_quantile_mask(P, Y == 0, 0.0), ValueError, r"top: expected a number in \(0, 1\], got 0.0"),
     (lambda: fl.grpo_loss(Z, Y, A, delta=1.1, shift=False), ValueError,
      r"delta: expected a number > 1 \+ epsilon_high = 1.2, got 1.1"),
     (lambda: fl.grpo_loss(Z, Y, A, beta=0.1, shift=False), ValueError, "ref: needed for beta=0.1, got None"),
@@ -453,9 +607,10 @@ BAD = [
      "kl: expected 'k1', 'k2', 'k3' or the name of a divergence"),
     (lambda: fl.grpo_loss(Z, Y, A, ref=fl.LogProbs(P), kl="reverse_kl", beta=0.1, shift=False), ValueError,
      "'reverse_kl' needs ref as"),
-    (lambda: fl.grpo_loss(Z, Y, A, loss_type="dr_grpo", shift=False), ValueError, "max_completion_length: is .* needed there"),
+    (lambda: fl.grpo_loss(Z, Y, A, loss_type="dr_grpo", shift=False), ValueError,
+     "max_completion_length: needed for loss_type='dr_grpo', got None"),
     (lambda: fl.grpo_loss(Z, Y, A, max_completion_length=9, shift=False), ValueError,
-     "max_completion_length: is for loss_type='dr_grpo'"),
+     "max_completion_length: loss_type='grpo' does not read it, but dr_grpo; got 9"),
     (lambda: fl.grpo_loss(Z, Y, A, reduction="avg", shift=False), ValueError, "reduction: expected one of mean, sum, none"),
     (lambda: fl.grpo_loss(Z, Y, A, loss_type="dapo", reduction="sum", num_items=3, shift=False), ValueError,
      "num_items: only goes with"),
