@@ -18,7 +18,7 @@ from .divergences import Divergence, from_key
 from .inputs import FLOATS, LogProbs, Source, check_labels
 from .names import not_one_of, shape_of, unknown
 from .running_delta import RunningDelta
-from .validation import Count, check_constant, check_positive, check_weights
+from .validation import Count, check_constant, check_positive, check_weights, shift_hint
 
 
 class LabelOptions(TypedDict, total=False):
@@ -45,6 +45,7 @@ class TokenOptions(CommonOptions, total=False):
     """The options of a loss of tokens: flat labels [N] need no `shift`, all other labels do."""
 
     shift: bool | None
+    weights: Tensor | None
 
 
 class SequenceOptions(CommonOptions, total=False):
@@ -96,6 +97,22 @@ def check_per_sequence(name: str, x: object, batch: Batch, dtypes: tuple[torch.d
         raise ValueError(
             f"{name}: expected [{count}] on {device}, one for each sequence, got {list(x.shape)} on {x.device}"
         )
+
+
+def token_numbers(name: str, x: object, batch: Batch, *shapes: tuple[int, ...]) -> Tensor:
+    """Return numbers of output tokens without a graph; raise if x is no tensor of numbers or bools in the shape of the mask.
+
+    shapes: others that are allowed, too.
+    """
+    device, shape = batch.labels.device, tuple(batch.mask.shape)
+    if not isinstance(x, Tensor) or x.dtype not in (*FLOATS, torch.bool):
+        got = getattr(x, "dtype", type(x).__name__)
+        raise TypeError(f"{name}: expected a float tensor, got {got}")
+    if tuple(x.shape) not in (*shapes, shape) or x.device != device:
+        wanted = " or ".join(str(list(s)) for s in (*shapes, shape))
+        hint = shift_hint(x, shape)
+        raise ValueError(f"{name}: expected {wanted} on {device}, got {list(x.shape)} on {x.device}{hint}")
+    return x.detach().float() if x.dtype == torch.bool else x.detach()
 
 
 # smoothing
@@ -300,6 +317,22 @@ def check_bco(batch: Batch, desirable: Tensor, weights: Tensor | None, beta: flo
         return {"desirable": desirable}
     check_per_sequence("weights", weights, batch, FLOATS)
     return {"desirable": desirable, "weights": weights.detach()}
+
+
+# cross_entropy_loss
+
+CROSS_ENTROPY_LOSSES = ("nll", "dft")
+
+
+def check_cross_entropy(loss_type: str, label_smoothing: float, z_loss: float) -> None:
+    if loss_type not in CROSS_ENTROPY_LOSSES:
+        raise not_one_of("loss_type", loss_type, CROSS_ENTROPY_LOSSES)
+    if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
+    check_weights(z_loss=z_loss)
+    if loss_type == "dft" and (label_smoothing or z_loss):
+        given = f"label_smoothing={label_smoothing!r}, z_loss={z_loss!r}"
+        raise ValueError(f"loss_type: 'dft' has neither label_smoothing nor z_loss, got {given}")
 
 
 # topk_distillation_loss

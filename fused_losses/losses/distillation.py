@@ -67,6 +67,9 @@ def distillation_loss(
             beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta teacher + (1 - beta) student.
         soft: the weight of the divergence.
         hard: the weight of the negative log-likelihood of the labels.
+        weights: one for each output token, numbers or bools >= 0, without a gradient ([..., T - 1] with shift). The losses are
+            multiplied by them, and the mean is divided by their sum instead of the number of tokens; num_items divides by any
+            other number. Metrics are not weighted. None: 1.
         **options: the options of a batch, as in preference_loss.
 
     The metrics are means over the tokens: kl (the divergence), logps, and entropy if it is requested.
@@ -85,7 +88,9 @@ def distillation_loss(
         return soft * tokens.divergence[d.key] - hard * tokens.logps
 
     batch = read_batch(labels, "tokens", options)
-    result = fused(formula, student, batch, teacher, FormulaInputs("token", (d,)), read_options(options))
+    result = fused(
+        formula, student, batch, teacher, FormulaInputs("token", (d,)), read_options(options), options.get("weights")
+    )
     return output(result, token_means(result, kl=result.tokens.divergence[d.key]))
 
 
@@ -107,6 +112,9 @@ def sampled_distillation_loss(
         student: fl.Hidden, logits [..., V] or fl.LogProbs [...].
         labels: the sampled tokens [...].
         teacher: as student. It gets no gradient.
+        weights: one for each output token, numbers or bools >= 0, without a gradient ([..., T - 1] with shift). The losses are
+            multiplied by them, and the mean is divided by their sum instead of the number of tokens; num_items divides by any
+            other number. Metrics are not weighted. None: 1.
         **options: the options of a batch, as in preference_loss.
 
     The metrics are means over the tokens: kl (log p - log q, an estimate of KL(p || q)), logps, and entropy if it is
@@ -118,7 +126,9 @@ def sampled_distillation_loss(
         return _ratio(tokens).detach() * tokens.logps
 
     batch = read_batch(labels, "tokens", options)
-    result = fused(formula, student, batch, teacher, FormulaInputs("token"), read_options(options))
+    result = fused(
+        formula, student, batch, teacher, FormulaInputs("token"), read_options(options), options.get("weights")
+    )
     return output(result, token_means(result, kl=_ratio(result.tokens)))
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..core.batch import Batch, read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
-from ..core.inputs import FLOATS, LogProbs, Source
+from ..core.inputs import LogProbs, Source
 from ..core.names import present
+from ..core.options import token_numbers
 from ..core.outputs import LossOutput, Part
 from ..core.policy_options import BY_TOKENS, PolicyConfig, PolicyOptions, policy_config
-from ..core.validation import Count, divided, shift_hint
+from ..core.validation import Count, divided
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
 from .policy_terms import TERMS, vespo_weight
@@ -207,34 +208,17 @@ def _inputs(
         raise ValueError(
             "rollout_logps: is for off_policy_mask_threshold, which is None; for weights, use fl.rollout_weights"
         )
-    whole, each = (batch.sequences,), shape
-    per_sequence, per_token = {}, {}
-    for name, x, shapes in (
-        ("advantages", advantages, (whole, each)),
-        ("old_logps", old_logps, (each,)),
-        ("weights", weights, (whole, each)),
-        ("rollout_logps", rollout_logps, (each,)),
-    ):
-        if x is None and name != "advantages":
-            continue
-        numbers = _numbers(name, x, shapes, batch)
-        if numbers.shape == whole and whole in shapes:
-            per_sequence[name] = numbers
-        else:
-            per_token[f"token_{name}"] = numbers
+    whole = (batch.sequences,)
+    per_sequence: dict[str, Tensor] = {}
+    per_token: dict[str, Tensor] = {}
+    for name, x in (("advantages", advantages), ("weights", weights)):
+        if x is not None or name == "advantages":
+            numbers = token_numbers(name, x, batch, whole)
+            per_sequence |= {name: numbers} if numbers.shape == whole else {}
+            per_token |= {f"token_{name}": numbers} if numbers.shape != whole else {}
+    for name, x in (("old_logps", old_logps), ("rollout_logps", rollout_logps)):
+        per_token |= {} if x is None else {f"token_{name}": token_numbers(name, x, batch)}
     return per_sequence, per_token
-
-
-def _numbers(name: str, x: object, shapes: tuple[tuple[int, ...], ...], batch: Batch) -> Tensor:
-    """Return x without a graph; raise if it has none of the shapes, another device, or is no tensor of numbers."""
-    device, kinds = batch.labels.device, (*FLOATS, torch.bool) if name == "weights" else FLOATS
-    if not isinstance(x, Tensor) or x.dtype not in kinds:
-        raise TypeError(f"{name}: expected a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if tuple(x.shape) not in shapes or x.device != device:
-        wanted = " or ".join(str(list(s)) for s in shapes)
-        hint = shift_hint(x, tuple(batch.mask.shape))
-        raise ValueError(f"{name}: expected {wanted} on {device}, got {list(x.shape)} on {x.device}{hint}")
-    return x.detach().float() if x.dtype == torch.bool else x.detach()
 
 
 def _given(tokens: Tokens, name: str) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from ..core.batch import Batch, CallOptions
 from ..core.inputs import Source, TokenStats
+from ..core.options import token_numbers
 from ..core.outputs import LossOutput, Part, Parts, values
 from ..core.validation import Count, check_reduction, divided
 from ..engine.evaluate import FormulaInputs, evaluate
@@ -22,21 +23,50 @@ class Fused(NamedTuple):
     tokens: Tokens  # without a graph, for metrics
     losses: Tensor | None  # of the units, without a graph; None if reduction is "none"
     unit: str
+    weights: Tensor | None = None  # of the tokens, 0 where the mask is False; the losses are multiplied by them
+
+
+WEIGHTS = "weights"  # name among the extras
 
 
 def fused(
-    formula: Formula, policy: Source, batch: Batch, ref: Source | None, inputs: FormulaInputs, options: CallOptions
+    formula: Formula,
+    policy: Source,
+    batch: Batch,
+    ref: Source | None,
+    inputs: FormulaInputs,
+    options: CallOptions,
+    weights: Tensor | None = None,
 ) -> Fused:
     """Evaluate a formula and reduce its losses.
 
-    The mean is over units, or over the tokens that count if the units are tokens.
+    The mean is over units, or over the tokens that count if the units are tokens: with weights, that of tokens which each
+    count as many times as its weight.
     """
-    losses, stats, tokens = evaluate(formula, policy, batch, ref, inputs, options)
+    if weights is not None:
+        weights = token_numbers(WEIGHTS, weights, batch)
+        inputs = inputs._replace(per_token={**inputs.per_token, WEIGHTS: weights})
+
+    def weighted(tokens: Tokens) -> Tensor:
+        return formula(tokens) * _weights_of(tokens)
+
+    losses, stats, tokens = evaluate(formula if weights is None else weighted, policy, batch, ref, inputs, options)
     each = None if options.reduction == "none" else losses.detach()
-    if options.reduction == "mean":
+    weights = None if weights is None else _weights_of(tokens)
+    if options.reduction == "mean" and options.num_items is not None:
+        losses = divided(losses.sum(), options.num_items)
+    elif options.reduction == "mean" and weights is not None:
+        losses = divided(losses.sum(), weights.sum())
+    elif options.reduction == "mean":
         count = tokens.mask.sum().clamp(min=1) if inputs.unit == "token" else max(losses.numel(), 1)
-        losses = losses.sum() / count if options.num_items is None else divided(losses.sum(), options.num_items)
-    return Fused(losses.sum() if options.reduction == "sum" else losses, stats, tokens, each, inputs.unit)
+        losses = losses.sum() / count
+    losses = losses.sum() if options.reduction == "sum" else losses
+    return Fused(losses, stats, tokens, each, inputs.unit, weights)
+
+
+def _weights_of(tokens: Tokens) -> Tensor:
+    """Return the weights of the tokens, 0 where the mask is False."""
+    return tokens.extra[WEIGHTS].to(tokens.logps.dtype).masked_fill(~tokens.mask, 0)
 
 
 def output(result: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
@@ -45,7 +75,7 @@ def output(result: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossO
     `parts` contains "loss" if the mean of the loss is not over the units, or not over tokens where these are the units.
     """
     if "loss" not in parts and result.losses is not None:
-        loss = token_part(result, result.losses) if result.unit == "token" else Part(result.losses)
+        loss = token_part(result, result.losses, result.weights) if result.unit == "token" else Part(result.losses)
         parts = {"loss": loss, **parts}
     return with_parts(result.loss, result.stats, parts)
 
@@ -76,18 +106,20 @@ def with_parts(loss: Tensor, stats: TokenStats, parts: Mapping[str, Part | tuple
     return LossOutput(loss, metrics, stats, terms_by_name)
 
 
-def token_part(result: Fused, x: Tensor) -> Part:
+def token_part(result: Fused, x: Tensor, counts: Tensor | None = None) -> Part:
     """Return the Part of a number of each token, 0 where the mask is False.
 
-    The units are rows of tokens, or packed sequences.
+    The units are rows of tokens, or packed sequences. counts: what each token counts for; None: 1 where the mask is True.
     """
     tokens, mask = result.tokens, result.tokens.mask
     if tokens.cu_seqlens is not None:
-        return Part(tokens.sums(x.reshape(-1)), tokens.lengths)
+        lengths = tokens.lengths if counts is None else tokens.sums(counts)
+        return Part(tokens.sums(x.reshape(-1)), lengths)
     rows = result.stats.mask.shape[0] if result.stats.mask.dim() else 1
-    x, mask = (y.reshape(rows, y.numel() // max(rows, 1)) for y in (x, mask))
+    counts = mask if counts is None else counts
+    x, mask, counts = (y.reshape(rows, y.numel() // max(rows, 1)) for y in (x, mask, counts))
     # A tensor of its own: torch.compile returns wrong shapes of a graph's outputs that are views of views of one tensor.
-    return Part(x.masked_fill(~mask, 0), mask)
+    return Part(x.masked_fill(~mask, 0), counts)
 
 
 def sequence_part(tokens: Tokens, x: Tensor, pairs: bool = False) -> Part:

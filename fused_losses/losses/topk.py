@@ -9,11 +9,11 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..core.batch import read_batch, read_options
+from ..core.batch import Batch, read_batch, read_options
 from ..core.divergences import Divergence, from_key
 from ..core.elementwise import FAR
-from ..core.inputs import Logits, LogProbs, Source, TokenStats, as_source
-from ..core.options import TokenOptions, check_teacher, check_topk
+from ..core.inputs import Logits, LogProbs, Source, as_source
+from ..core.options import TokenOptions, check_teacher, check_topk, token_numbers
 from ..core.outputs import LossOutput
 from ..core.validation import check_weights, divided
 from ..engine.logits_at import stats_at
@@ -86,6 +86,9 @@ def topk_distillation_loss(
         divergence: D, any of fl.divergences.names(), as in distillation_loss.
         soft: the weight of the divergence.
         hard: the weight of the negative log-likelihood of the labels.
+        weights: one for each output token, numbers or bools >= 0, without a gradient ([..., T - 1] with shift). The losses are
+            multiplied by them, and the mean is divided by their sum instead of the number of tokens; num_items divides by any
+            other number. Metrics are not weighted. None: 1.
         **options: the options of a batch, as in preference_loss; the mean is over the tokens that count.
 
     The metrics are means over the tokens: kl (the divergence), topk_mass (sum_k p_k), logps, and entropy if it is requested.
@@ -104,31 +107,30 @@ def topk_distillation_loss(
     mass = z.masked_fill(~keep, NOTHING).logsumexp(-1) - lse  # log sum_k p_k
     kl = _divergence(d, tail, z.masked_fill(~keep, NOTHING), logq, mass, lse, mask)
     losses = soft * kl - hard * stats.logps
+    weights = options.get("weights")
+    if weights is not None:
+        weights = token_numbers("weights", weights, batch).to(losses.dtype).masked_fill(~mask, 0)
+        losses = losses * weights
     numbers = {"kl": kl, "topk_mass": mass.exp().masked_fill(~mask, 0), "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
-    total, mask, *others = batch.shard.whole([losses, mask, *numbers.values()])
+    counts = mask if weights is None else weights
+    total, mask, counts, *others = batch.shard.whole([losses, mask, counts, *numbers.values()])
     if call.reduction == "mean":
-        losses = divided(total.sum(), mask.sum().clamp(min=1) if call.num_items is None else call.num_items)
+        count = counts.sum().clamp(min=1) if weights is None else counts.sum()
+        losses = divided(total.sum(), count if call.num_items is None else call.num_items)
     elif call.reduction == "sum":
         losses = total.sum()
     each = None if call.reduction == "none" else total.detach()
     whole = dict(zip(numbers, (x.detach().reshape(-1) for x in others), strict=True))
-    return _output(losses, each, replace(stats, divergence={d.key: kl}), whole, mask, batch.cu_seqlens)
+    weights = None if weights is None else counts.reshape(-1)
+    result = Fused(losses, replace(stats, divergence={d.key: kl}), _tokens(whole, mask, batch), each, "token", weights)
+    return output(result, token_means(result, **whole))
 
 
-def _output(
-    losses: Tensor,
-    each: Tensor | None,
-    stats: TokenStats,
-    numbers: dict[str, Tensor],
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-) -> LossOutput:
-    """Return the result, from numbers [n] of the tokens of all ranks."""
-    entropy = numbers.pop("entropy", None)
-    tokens = Tokens(numbers.pop("logps"), None, None, entropy, {}, mask.reshape(-1), cu_seqlens, 0)
-    result = Fused(losses, stats, tokens, each, "token")
-    return output(result, token_means(result, **numbers))
+def _tokens(numbers: dict[str, Tensor], mask: Tensor, batch: Batch) -> Tokens:
+    """Return the tokens of all ranks, whose log-probs and entropy are taken out of the numbers."""
+    logps, entropy = numbers.pop("logps"), numbers.pop("entropy", None)
+    return Tokens(logps, None, None, entropy, {}, mask.reshape(-1), batch.cu_seqlens, 0)
 
 
 def _divergence(d: Divergence, tail: str, z: Tensor, logq: Tensor, mass: Tensor, lse: Tensor, mask: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ def cross_entropy_loss(
     policy: Source,
     labels: Tensor,
     *,
+    loss_type: str = "nll",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     **options: Any,
@@ -46,5 +47,7 @@ def cross_entropy_loss(
         losses = flat.view(y.shape) + z_loss * torch.where(stats.mask, z.logsumexp(-1), 0).square()
         correct = present("correct", stats.correct).to(losses.dtype)
         numbers |= {"lse": present("lse", stats.lse), "mean_token_accuracy": correct}
+    if loss_type == "dft":
+        losses = -stats.logps.exp().detach() * stats.logps
     metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(losses, count, call), metrics, stats)
+    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)

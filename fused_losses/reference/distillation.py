@@ -38,7 +38,7 @@ def distillation_loss(
     losses, count = soft * d - hard * stats.logps, stats.mask.sum().clamp(min=1)
     names = {"kl": d, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
     metrics = {name: (x.sum() / count).detach() for name, x in names.items()}
-    return LossOutput(token_mean(losses, count, call), metrics, stats)
+    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)
 
 
 def sampled_distillation_loss(
@@ -53,12 +53,15 @@ def sampled_distillation_loss(
     kl, count = (stats.logps - present("teacher", stats.ref_logps)).detach(), stats.mask.sum().clamp(min=1)
     names = {"kl": kl, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
     metrics = {name: (x.sum() / count).detach() for name, x in names.items()}
-    return LossOutput(token_mean(kl * stats.logps, count, call), metrics, stats)
+    return LossOutput(token_mean(kl * stats.logps, stats.mask, call, options.get("weights")), metrics, stats)
 
 
-def token_mean(losses: Tensor, count: Tensor, call: CallOptions) -> Tensor:
+def token_mean(losses: Tensor, mask: Tensor, call: CallOptions, weights: Tensor | None) -> Tensor:
+    counts = mask.to(losses.dtype)
+    if weights is not None:
+        counts = torch.where(mask, weights.detach().to(losses.dtype), 0.0)
+        losses = losses * counts
     if call.reduction == "none":
         return losses
-    return part(
-        torch.sum(losses), 1 if call.reduction == "sum" else count if call.num_items is None else call.num_items
-    )
+    count = counts.sum() if call.num_items is None else call.num_items
+    return part(torch.sum(losses), 1 if call.reduction == "sum" else count)

@@ -62,4 +62,4 @@ def topk_distillation_loss(
     numbers = {"kl": kl, "topk_mass": mass, "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
     metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(losses, count, call), metrics, stats)
+    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)
