@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -62,6 +63,14 @@ def fused(
         losses = losses.sum() / count
     losses = losses.sum() if options.reduction == "sum" else losses
     return Fused(losses, stats, tokens, each, inputs.unit, weights)
+
+
+def read_weights(options: Mapping[str, Any], batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """Return the option `weights` of a loss of tokens, 0 where the mask is False; None: it was not given."""
+    weights = options.get(WEIGHTS)
+    if weights is None:
+        return None
+    return token_numbers(WEIGHTS, weights, batch).to(dtype).masked_fill(~batch.mask, 0)
 
 
 def _weights_of(tokens: Tokens) -> Tensor:

@@ -13,7 +13,7 @@ from ..core.batch import Batch, read_batch, read_options
 from ..core.divergences import Divergence, from_key
 from ..core.elementwise import FAR
 from ..core.inputs import Logits, LogProbs, Source, as_source
-from ..core.options import TokenOptions, check_teacher, check_topk, token_numbers
+from ..core.options import TokenOptions, check_teacher, check_topk
 from ..core.outputs import LossOutput
 from ..core.validation import check_weights, divided
 from ..engine.logits_at import stats_at
@@ -21,7 +21,7 @@ from ..engine.token_stats import token_stats
 from ..engine.tokens import Tokens
 from .distillation import token_means
 from .registry import register
-from .shared import Fused, output
+from .shared import Fused, output, read_weights
 
 __all__ = ["topk_distillation_loss"]
 
@@ -107,17 +107,14 @@ def topk_distillation_loss(
     mass = z.masked_fill(~keep, NOTHING).logsumexp(-1) - lse  # log sum_k p_k
     kl = _divergence(d, tail, z.masked_fill(~keep, NOTHING), logq, mass, lse, mask)
     losses = soft * kl - hard * stats.logps
-    weights = options.get("weights")
-    if weights is not None:
-        weights = token_numbers("weights", weights, batch).to(losses.dtype).masked_fill(~mask, 0)
-        losses = losses * weights
+    weights = read_weights(options, batch, losses.dtype)
+    losses = losses if weights is None else losses * weights
     numbers = {"kl": kl, "topk_mass": mass.exp().masked_fill(~mask, 0), "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
     counts = mask if weights is None else weights
     total, mask, counts, *others = batch.shard.whole([losses, mask, counts, *numbers.values()])
     if call.reduction == "mean":
-        count = counts.sum().clamp(min=1) if weights is None else counts.sum()
-        losses = divided(total.sum(), count if call.num_items is None else call.num_items)
+        losses = divided(total.sum(), counts.sum() if call.num_items is None else call.num_items)
     elif call.reduction == "sum":
         losses = total.sum()
     each = None if call.reduction == "none" else total.detach()
