@@ -6,8 +6,7 @@ they are x . W[ids], a few rows at a time: the gathered rows of the head take at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +16,14 @@ from ..backends import choose
 from ..core.batch import Batch, CallOptions
 from ..core.elementwise import transform_logits
 from ..core.inputs import Hidden, Logits, TokenStats
-from ..core.layout import Grads, Outputs, StatsSpec, collapse, stats_dtype
+from ..core.layout import Grads, Outputs, StatsSpec, collapse
 from . import logits_ops
 from .explain import end_call, explaining
+from .hidden_at import hidden_logits
 from .operator_args import Layout
-from .operators import check_plain, once, once_differentiable, operator
-from .prepare import Asks, ExecutionOptions, inputs_of, spec_of
-from .projection import HiddenSide
-from .sides import BothGradients, InputFlags, InputGradients, Inputs, Wanted
+from .operators import check_plain, once
+from .prepare import Asks, ExecutionOptions, spec_of
 from .token_stats import check_sources, compute_stats, pack_stats
-
-BYTES = 64 << 20
 
 
 def stats_at(
@@ -56,8 +52,7 @@ def stats_at(
         ids, keep, wrong = (pad(x, (0, 0, 0, 1)) for x in (ids, keep, wrong))
     if isinstance(policy, Hidden):
         stats = compute_stats(policy, batch, None, (), False, options)
-        args = HiddenAtArgs(ids, keep, policy.softcap or 0.0, policy.multiplier, inputs_of(policy))
-        logits = HIDDEN_AT_RESULT.unpack(hidden_at(*HIDDEN_AT.pack(args))).logits
+        logits = hidden_logits(policy, ids, keep)
     else:
         stats, logits = _from_logits(policy, batch, ids, keep, options)
     logits = logits.masked_fill(wrong, float("nan"))
@@ -177,149 +172,3 @@ def summed(ids: Tensor, x: Tensor) -> Tensor:
     group = pad(ordered[..., 1:] != ordered[..., :-1], (1, 0)).cumsum(-1)
     group = torch.empty_like(group).scatter_(-1, order, group)
     return torch.zeros_like(x).scatter_add_(-1, group, x).gather(-1, group)
-
-
-# ---- hidden states ---------------------------------------------------------------------------------------------------
-
-
-class HiddenAtArgs(NamedTuple):
-    """The arguments of hidden_at."""
-
-    ids: Tensor
-    keep: Tensor
-    softcap: float
-    multiplier: float
-    inputs: Inputs
-
-
-class HiddenAt(NamedTuple):
-    """What hidden_at returns."""
-
-    logits: Tensor  # [..., K]
-    slope: Tensor  # their derivatives by the products, of a shape that broadcasts to [rows, K]
-
-
-class HiddenAtBackwardArgs(NamedTuple):
-    """The arguments of hidden_at_backward."""
-
-    g: Tensor
-    slope: Tensor
-    call: HiddenAtArgs
-    wanted: Wanted
-
-
-class _SavedHiddenAt(NamedTuple):
-    """What the forward saves for backward."""
-
-    call: HiddenAtArgs
-    slope: Tensor
-
-
-HIDDEN_AT = Layout(HiddenAtArgs)
-HIDDEN_AT_RESULT = Layout(HiddenAt)
-HIDDEN_AT_BACKWARD = Layout(HiddenAtBackwardArgs)
-SAVED_HIDDEN_AT = Layout(_SavedHiddenAt)
-
-
-class _Gathered:
-    """The rows of hidden states and the rows of the head that they are multiplied with, block by block."""
-
-    def __init__(self, ids: Tensor, keep: Tensor, inputs: Inputs):
-        self.side = HiddenSide(inputs.hidden_operand(), None)
-        self.ids, self.keep = ids.reshape(-1, ids.shape[-1]), keep.reshape(-1, ids.shape[-1])
-        self.counts = self.keep.any(-1, keepdim=True)  # other rows may hold any value
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield a slice of the rows, (x, x A') [rows, H + rank], and (W, B) at their ids [rows, K, H + rank]."""
-        side, (n, k) = self.side, self.ids.shape
-        heads, states = side.heads(), [side.x] if side.low_rank is None else [side.x, side.low_rank.xa]
-        width = sum(w.shape[1] for w in heads)
-        for first in range(0, n, step := max(1, BYTES // max(1, k * width * side.sums.itemsize))):
-            r = slice(first, min(n, first + step))
-            x = torch.cat([t[r].to(side.sums) for t in states], dim=-1)
-            gathered = torch.cat([w[self.ids[r]].to(side.dtype).to(side.sums) for w in heads], dim=-1)
-            yield r, x.masked_fill(~self.counts[r], 0), gathered
-
-
-@operator("hidden_at", HIDDEN_AT, HIDDEN_AT_RESULT)
-def hidden_at(*values: Any) -> tuple[Tensor, ...]:
-    """Compute the logits [..., K] of hidden states [..., H] at ids [..., K], 0 where keep is False."""
-    args = HIDDEN_AT.unpack(values)
-    ids, keep, bias = args.ids, args.keep, args.inputs.bias
-    with torch.autocast(ids.device.type, enabled=False):
-        rows = _Gathered(ids, keep, args.inputs)
-        logits = torch.zeros(rows.ids.shape, dtype=rows.side.sums, device=ids.device)
-        for r, x, gathered in rows.blocks():
-            torch.bmm(gathered, x.unsqueeze(-1), out=logits[r].unsqueeze(-1))
-    if bias is not None:
-        logits += bias.to(logits.dtype)[rows.ids]
-    logits, slope = transform_logits(logits, args.softcap, args.multiplier, logits.dtype)
-    slope = slope if isinstance(slope, Tensor) else logits.new_full((1, 1), slope)
-    return tuple(HIDDEN_AT_RESULT.pack(HiddenAt(logits.view(ids.shape).masked_fill(~keep, 0), slope)))
-
-
-@hidden_at.register_fake
-def _(*values: Any) -> tuple[Tensor, ...]:
-    args = HIDDEN_AT.unpack(values)
-    logits = args.ids.new_empty(args.ids.shape, dtype=stats_dtype(args.inputs.x))
-    slope = logits.new_empty(logits.reshape(-1, logits.shape[-1]).shape if args.softcap else (1, 1))
-    return tuple(HIDDEN_AT_RESULT.pack(HiddenAt(logits, slope)))
-
-
-@operator("hidden_at_backward", HIDDEN_AT_BACKWARD, "Tensor[]")
-def hidden_at_backward(*values: Any) -> list[Tensor]:
-    """Return the gradients of those tensors that need one, in their order."""
-    args = HIDDEN_AT_BACKWARD.unpack(values)
-    call, inputs, wanted = args.call, args.call.inputs, args.wanted.policy
-    rows = _Gathered(call.ids, call.keep, inputs)
-    side, low_rank, width = rows.side, rows.side.low_rank, rows.side.weight.shape[1]
-    g = args.g.reshape(rows.ids.shape).to(side.sums).masked_fill(~rows.keep, 0) * args.slope
-
-    def zeros(x: Tensor | None, flag: bool) -> Tensor | None:
-        return x.new_zeros(x.shape, dtype=side.sums) if x is not None and flag else None
-
-    tensors = inputs.x, inputs.weight, inputs.bias, inputs.a, inputs.b
-    sums = InputGradients(*[zeros(x, flag) for x, flag in zip(tensors, wanted, strict=True)])
-    for r, x, gathered in rows.blocks():
-        flat = rows.ids[r].reshape(-1)
-        if sums.x is not None or sums.a is not None:
-            back = torch.bmm(g[r].unsqueeze(1), gathered).squeeze(1)  # at x, and in the last columns at x A'
-            at_x, at_low = back[:, :width], back[:, width:] * inputs.scaling
-            if sums.x is not None:
-                with_low = at_x if low_rank is None else torch.addmm(at_x, at_low, low_rank.a.to(side.sums))
-                sums.x.view(-1, width)[r] = with_low
-            if sums.a is not None:
-                sums.a.addmm_(at_low.T, x[:, :width])
-        for out, part in ((sums.weight, x[:, :width]), (sums.b, x[:, width:])):
-            if out is not None:
-                out.index_add_(0, flat, (g[r].unsqueeze(-1) * part.unsqueeze(1)).view(len(flat), -1))
-        if sums.bias is not None:
-            sums.bias.index_add_(0, flat, g[r].reshape(-1))
-    rounded = [None if s is None or t is None else s.to(t.dtype) for s, t in zip(sums, tensors, strict=True)]
-    return args.wanted.chosen(BothGradients(policy=InputGradients(*rounded)))
-
-
-@hidden_at_backward.register_fake
-def _(*values: Any) -> list[Tensor]:
-    args = HIDDEN_AT_BACKWARD.unpack(values)
-    inputs = args.call.inputs
-    tensors = inputs.x, inputs.weight, inputs.bias, inputs.a, inputs.b
-    return [x.new_empty(x.shape) for x, flag in zip(tensors, args.wanted.policy, strict=True) if x is not None and flag]
-
-
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    result = HIDDEN_AT_RESULT.unpack(output)
-    SAVED_HIDDEN_AT.save(ctx, _SavedHiddenAt(HIDDEN_AT.unpack(inputs), result.slope))
-    ctx.mark_non_differentiable(result.slope)
-
-
-def _backward(ctx: Any, g: Tensor, _slope: Tensor) -> tuple:
-    saved, needs = SAVED_HIDDEN_AT.saved(ctx), HIDDEN_AT.named(ctx.needs_input_grad)
-    wanted = Wanted(policy=InputFlags.of(needs.inputs))
-    back = HiddenAtBackwardArgs(g, saved.slope, saved.call, wanted)
-    gradients = wanted.placed(hidden_at_backward(*HIDDEN_AT_BACKWARD.pack(back)))
-    return tuple(HIDDEN_AT.gradients(inputs=gradients.policy))
-
-
-hidden_at.register_autograd(_backward, setup_context=_setup)
-once_differentiable(hidden_at_backward, "token_stats")

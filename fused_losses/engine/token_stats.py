@@ -25,12 +25,14 @@ from ..core.inputs import (
     unlike,
 )
 from ..core.layout import collapse
+from ..core.support import Support
 from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
 from .explain import add_step, end_call, explaining
 from .operators import check_plain
 from .prepare import Asks, ExecutionOptions, is_hidden, prepare_call, spec_of
 from .stats_outputs import Outputs
+from .support import on_support
 
 
 def token_stats(
@@ -41,6 +43,7 @@ def token_stats(
     divergence: Asked = None,
     entropy: bool = False,
     collision: bool = False,
+    support: Support | None = None,
     shift: bool | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
@@ -70,6 +73,10 @@ def token_stats(
         entropy: also return H(p).
         collision: also return log sum_v p_v^2, which is minus the Renyi entropy of order 2 (WPO, 2406.11827,
             https://arxiv.org/abs/2406.11827). It has no gradient.
+        support: an fl.Support: the ids that a sampler kept at each token, over which p is normalised. logps, entropy, lse and
+            collision are those of the kept ids, and correct compares the label with these. From hidden states only the rows of
+            the head with these ids are read. It takes no ref and no plan. The mass that was kept is e^(logps - logps with
+            support), from two calls.
         shift: True: labels [..., T] are the input ids, as for Hugging Face models; position t is scored on label t + 1, and
             outputs are [..., T - 1]. False: labels hold the token that each position predicts. It must be given, except for
             flat labels [N], which are rows without a time axis (shift=True makes them one sequence).
@@ -94,6 +101,10 @@ def token_stats(
         static_shapes=static_shapes,
     )
     source = None if ref is None else as_source("ref", ref)
+    if support is not None:
+        if ref is not None:
+            raise ValueError("ref: with support=, expected None: compute the reference in a call of its own")
+        policy, batch = on_support(policy, batch, support, options)
     stats = compute_stats(as_source("policy", policy), batch, source, parse(divergence), collision, options)
     if explaining():
         end_call()

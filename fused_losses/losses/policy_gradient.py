@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..core.batch import Batch, read_batch, read_options
+from ..core.batch import Batch, CallOptions, read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import LogProbs, Source
@@ -15,8 +15,10 @@ from ..core.names import present
 from ..core.options import token_numbers
 from ..core.outputs import LossOutput, Part
 from ..core.policy_options import BY_TOKENS, PolicyConfig, PolicyOptions, policy_config
+from ..core.support import Support
 from ..core.validation import Count, divided
 from ..engine.evaluate import FormulaInputs
+from ..engine.support import on_support
 from ..engine.tokens import Tokens
 from .policy_terms import TERMS, vespo_weight
 from .registry import register
@@ -70,6 +72,7 @@ def grpo_loss(
     entropy_coef: float = 0.0,
     off_policy_mask_threshold: float | None = None,
     rollout_logps: Tensor | None = None,
+    support: Support | None = None,
     **options: Unpack[PolicyOptions],
 ) -> LossOutput:
     """Compute the loss of GRPO (arXiv 2402.03300) or of one of its relatives, under the names of TRL's GRPOTrainer.
@@ -127,6 +130,8 @@ def grpo_loss(
         off_policy_mask_threshold: m is 0 at a token with A < 0 in a sequence whose mean of rollout - log p is larger
             (2512.02556), else 1. A token whose rollout log-prob is not finite counts as 0 there.
         rollout_logps: the sampler's own log-probs, for off_policy_mask_threshold. None: old_logps.
+        support: an fl.Support: the ids that the sampler kept at each token (top-k, top-p, min-p), over which p and H are
+            normalised (2512.02556, "keep sampling mask"); old_logps must then be so, too. It takes no ref and no plan.
         max_completion_length: the divisor of dr_grpo.
         sapo_temperature_pos: sapo's tau where A > 0; 1.0 unless given.
         sapo_temperature_neg: sapo's tau where A <= 0; 1.05 unless given.
@@ -160,6 +165,7 @@ def grpo_loss(
         off_policy_mask_threshold,
         options,
     )
+    policy, batch = _restricted(policy, batch, support, ref, call)
     per_sequence, per_token = _inputs(batch, advantages, old_logps, weights, rollout_logps, ref, o)
 
     def formula(tokens: Tokens) -> Tensor:
@@ -176,6 +182,17 @@ def grpo_loss(
     result = fused(formula, policy, batch, ref, inputs, summed)
     parts = _parts(result.tokens, o, ref is not None)
     return _mean_of_tokens(result, parts, call.num_items) if mean_of_tokens else output(result, parts)
+
+
+def _restricted(
+    policy: Source, batch: Batch, support: Support | None, ref: Source | None, call: CallOptions
+) -> tuple[Source, Batch]:
+    """Return the policy and the batch over the ids of the support, if there is one."""
+    if support is None:
+        return policy, batch
+    if ref is not None:
+        raise ValueError("ref: with support=, expected None: the KL needs the whole vocabulary, in a call of its own")
+    return on_support(policy, batch, support, call)
 
 
 def _mean_of_tokens(result: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:

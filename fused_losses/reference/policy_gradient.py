@@ -16,8 +16,10 @@ from ..core.inputs import Source
 from ..core.names import present
 from ..core.outputs import LossOutput
 from ..core.policy_options import PolicyConfig, policy_config
+from ..core.support import Support
 from ..core.validation import Count
 from .common import Sequence, cut, joined, part
+from .stats import on_support
 
 __all__ = ["grpo_loss"]
 
@@ -116,6 +118,7 @@ def grpo_loss(
     entropy_coef: float = 0.0,
     off_policy_mask_threshold: float | None = None,
     rollout_logps: Tensor | None = None,
+    support: Support | None = None,
     **options: Any,
 ) -> LossOutput:
     """Compute fl.grpo_loss, one sequence after another."""
@@ -133,6 +136,7 @@ def grpo_loss(
         options,
     )
     batch, call = read_batch(labels, "sequences", options), read_options(options)
+    policy = policy if support is None else on_support(policy, batch, support)
     given = {"A": advantages, "old": old_logps, "weights": weights, "rollout": rollout_logps}
     numbers = {name: x for name, x in given.items() if x is not None}
     whole = {name for name, x in numbers.items() if x.shape == (batch.sequences,) and name in ("A", "weights")}

@@ -17,6 +17,7 @@ from ..core.inputs import (
     check_aligned,
     check_pair,
 )
+from ..core.support import Support, padded
 from ..core.validation import given_logps
 
 __all__ = ["token_stats"]
@@ -52,6 +53,7 @@ def token_stats(
     divergence: Asked = None,
     entropy: bool = False,
     collision: bool = False,
+    support: Support | None = None,
     shift: bool | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
@@ -64,7 +66,20 @@ def token_stats(
     The last four arguments say how to compute, and are ignored here.
     """
     batch = token_batch(labels, shift, ignore_index)
+    policy = policy if support is None else on_support(policy, batch, support)
     return batch_stats(policy, batch, ref, parse(divergence), entropy=entropy, collision=collision)
+
+
+def on_support(policy: Source, batch: Batch, support: Support) -> Logits:
+    """Return the logits of the policy, -inf for the ids that are not in the support."""
+    source = as_source("policy", policy)
+    if isinstance(source, LogProbs):
+        raise ValueError("policy: fl.LogProbs has no logits; expected fl.Hidden or logits")
+    z, (ids, keep) = transformed(source), padded(support, batch)
+    kept = torch.zeros_like(z[..., :-1, :] if batch.shift else z).scatter_add_(-1, ids, keep.to(z.dtype)) > 0
+    kept = torch.nn.functional.pad(kept, (0, 0, 0, 1), value=True) if batch.shift else kept
+    nothing = ~kept.any(-1, keepdim=True)  # at tokens that do not count
+    return Logits(z.masked_fill(~(kept | nothing), -torch.inf))
 
 
 def batch_stats(

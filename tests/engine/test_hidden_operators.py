@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_losses as fl
 from fused_losses import divergences
 from fused_losses.core.layout import Grads, StatsSpec
-from fused_losses.engine import hidden_ops, logits_at
+from fused_losses.engine import hidden_at, hidden_ops
 from fused_losses.engine.sides import InputFlags, Inputs, Wanted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,19 +65,19 @@ def test_opcheck_hidden_stats(backend, device, what):
 def hidden_at_arguments(leaves, softcap=3.0):
     """Of fused_losses::hidden_at: three tokens of each row, of which some do not count."""
     ids, keep = torch.randint(0, 41, (2, 3, 3)), torch.rand(2, 3, 3) > 0.3
-    return logits_at.HiddenAtArgs(ids, keep, softcap, 0.5, Inputs(*leaves, 0.7))
+    return hidden_at.HiddenAtArgs(ids, keep, softcap, 0.5, Inputs(*leaves, 0.7))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_opcheck_hidden_at(softcap):
     leaves = hidden_leaves((2, 3), 6, 41, "cpu", rank=2)
-    opcheck(OPS.hidden_at.default, tuple(logits_at.HIDDEN_AT.pack(hidden_at_arguments(leaves, softcap))))
+    opcheck(OPS.hidden_at.default, tuple(hidden_at.HIDDEN_AT.pack(hidden_at_arguments(leaves, softcap))))
     call = hidden_at_arguments([x.detach() for x in leaves], softcap)
-    found = logits_at.HIDDEN_AT_RESULT.unpack(OPS.hidden_at(*logits_at.HIDDEN_AT.pack(call)))
+    found = hidden_at.HIDDEN_AT_RESULT.unpack(OPS.hidden_at(*hidden_at.HIDDEN_AT.pack(call)))
     wanted = Wanted(InputFlags(x=True, weight=False, bias=True, a=True, b=True))
-    back = logits_at.HiddenAtBackwardArgs(torch.randn(2, 3, 3), found.slope, call, wanted)
-    back = tuple(logits_at.HIDDEN_AT_BACKWARD.pack(back))
+    back = hidden_at.HiddenAtBackwardArgs(torch.randn(2, 3, 3), found.slope, call, wanted)
+    back = tuple(hidden_at.HIDDEN_AT_BACKWARD.pack(back))
     opcheck(OPS.hidden_at_backward.default, back, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
-from fused_losses.engine import fused_backward, hidden_ops, logits_at, logits_ops, pair_ops
+from fused_losses.engine import fused_backward, hidden_at, hidden_ops, logits_ops, pair_ops
 
 V, H = 97, 32
 SIZES = ((2, 5), (3, 6), (4, 9), (7, 7))  # pairs, length
@@ -417,8 +417,8 @@ class NoReads(TorchDispatchMode):
         pair_ops.pair_loss_backward,
         hidden_ops.hidden_stats,
         hidden_ops.hidden_stats_backward,
-        logits_at.hidden_at,
-        logits_at.hidden_at_backward,
+        hidden_at.hidden_at,
+        hidden_at.hidden_at_backward,
     )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

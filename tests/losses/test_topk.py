@@ -8,7 +8,7 @@ from helpers import double, doubles, gradients_of, hidden_leaves, hidden_source,
 
 import fused_losses as fl
 from fused_losses.core.batch import CallOptions, token_batch
-from fused_losses.engine import logits_at
+from fused_losses.engine import hidden_at, logits_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,7 +105,7 @@ def test_known_values(monkeypatch):
 @pytest.mark.parametrize("shift", [False, True])
 def test_from_hidden_states_with_every_option_of_a_head(monkeypatch, tail, shift):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
-    monkeypatch.setattr(logits_at, "BYTES", 1)  # a row at a time
+    monkeypatch.setattr(hidden_at, "BYTES", 1)  # a row at a time
     leaves = hidden_leaves((2, 4), 6, V + 3, "cpu", rank=2)
     head = {"softcap": 5.0, "scale": 0.7, "temperature": 1.3, "valid_vocab": V}
     q, logps, ids = teacher("cpu", lead=(2, 3) if shift else (2, 4))
@@ -283,11 +283,11 @@ def test_memory_of_hidden_states_is_bounded():
     seen = []
     ids = torch.randint(0, V, (50, K))
     x, weight = torch.randn(50, 6), torch.randn(V, 6)
-    rows = logits_at._Gathered(ids, torch.ones_like(ids, dtype=torch.bool), logits_at.Inputs(x, weight))
+    rows = hidden_at._Gathered(ids, torch.ones_like(ids, dtype=torch.bool), hidden_at.Inputs(x, weight))
     for r, part, gathered in rows.blocks():
         seen.append((r.stop - r.start, gathered.numel() * 4))
         assert len(part) == len(gathered)
-    assert sum(n for n, _ in seen) == 50 and max(b for _, b in seen) <= logits_at.BYTES
+    assert sum(n for n, _ in seen) == 50 and max(b for _, b in seen) <= hidden_at.BYTES
 
 
 def test_once():
