@@ -335,6 +335,21 @@ def check_cross_entropy(loss_type: str, label_smoothing: float, z_loss: float) -
         raise ValueError(f"loss_type: 'dft' has neither label_smoothing nor z_loss, got {given}")
 
 
+# speculative_loss
+
+SPECULATIVE_LOSSES = ("tv", "neg_log_acceptance", "lk_hybrid")
+LEAST_ACCEPTANCE = 1e-5  # as in speculators
+ETA = 3.0  # the best of the paper
+
+
+def check_speculative(loss_type: str, eta: float) -> None:
+    if loss_type not in SPECULATIVE_LOSSES:
+        raise not_one_of("loss_type", loss_type, SPECULATIVE_LOSSES)
+    check_positive(eta=eta)
+    if loss_type != "lk_hybrid" and eta != ETA:
+        raise ValueError(f"eta: is for loss_type='lk_hybrid', got {eta!r} beside {loss_type!r}")
+
+
 # topk_distillation_loss
 
 TAILS = ("bucket", "renormalise", "ignore")

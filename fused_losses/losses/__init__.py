@@ -12,6 +12,7 @@ policy_gradient      GRPO and its relatives; their terms are in policy_terms
 rollouts             advantages, importance weights and masks of sampled responses
 distillation         from a teacher
 topk                 from a teacher's K best tokens
+speculative          a draft model for speculative decoding
 cross_entropy        with label smoothing and z-loss
 preference_matching  PM-RLHF, Bradley-Terry, Plackett-Luce
 calibration          compares confidence with accuracy, from the statistics that a loss returns
@@ -39,6 +40,7 @@ from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .registry import FAMILY as FAMILY
 from .registry import Entry as Entry
 from .rollouts import entropy_quantile_mask, group_advantages, rollout_weights
+from .speculative import speculative_loss
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
 from .unpaired import bco_loss, kto_baseline, kto_loss
@@ -49,5 +51,5 @@ __all__ = [
     "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss", "lta_thinker_loss", "orpo_loss",
     "plackett_luce_loss", "preference_loss", "preference_matching_gap", "preference_matching_loss",
     "preference_matching_reward", "reasoning_focus_loss", "rollout_weights", "sampled_distillation_loss",
-    "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",
+    "semantic_alignment_loss", "simpo_loss", "speculative_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from .preference_matching import (
 )
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .rollouts import entropy_quantile_mask, group_advantages, rollout_weights
+from .speculative import speculative_loss
 from .stats import token_stats
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
@@ -39,5 +40,6 @@ __all__ = [
     "lta_thinker_loss", "orpo_loss", "plackett_luce_loss", "preference_loss", "preference_matching_gap",
     "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss", "rollout_weights",
     "sampled_distillation_loss", "selective_log_softmax", "selective_log_softmax_and_entropy",
-    "semantic_alignment_loss", "simpo_loss", "tdpo_loss", "token_stats", "topk_distillation_loss", "upo_loss",
+    "semantic_alignment_loss", "simpo_loss", "speculative_loss", "tdpo_loss", "token_stats", "topk_distillation_loss",
+    "upo_loss",
 ]  # fmt: skip
