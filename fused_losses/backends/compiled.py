@@ -216,15 +216,21 @@ OPTIONS = {
 }
 
 
+@functools.cache
+def vector_width() -> int:
+    """Return the bits of the vectors that this process compiles for; 0: it compiles loops without vectors."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # not above: importing it takes a while
+
+    return pick_vec_isa().bit_width()
+
+
 def _options() -> dict[str, Any]:
-    """Return the options of torch.compile: OPTIONS, and the width of the vectors that this process compiles for.
+    """Return the options of torch.compile: OPTIONS, and the width of the vectors.
 
     The width would not be part of the key under which Inductor keeps code on disk, but all options are. Processes with another
     ATEN_CPU_CAPABILITY, or on another processor with the same disk, would mix code of different widths.
     """
-    from torch._inductor.cpu_vec_isa import pick_vec_isa  # not above: importing it takes a while
-
-    return {**OPTIONS, "cpp.simdlen": pick_vec_isa().bit_width()}
+    return {**OPTIONS, "cpp.simdlen": vector_width()}
 
 
 def _new_program(function: Callable, fixed: tuple) -> Callable:
@@ -292,13 +298,18 @@ def _run(function: Callable, spec: StatsSpec, rows: _Rows, *args: object, fixed:
         raise _LeftToTorchError from error
 
 
+def _pays(logits: int) -> bool:
+    """Return whether a call with so many logits is worth a compilation; loops without vectors are slower than torch."""
+    return logits >= COMPILE_FROM and vector_width() > 0
+
+
 def _or_torch(function: Callable) -> Callable:
     """Leave a function of the interface to the torch backend where compiling does not pay, or fails."""
 
     @functools.wraps(function)
     def run(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, *args: object) -> None:
-        large = labels.numel() * spec.vocab >= COMPILE_FROM or os.environ.get("FUSED_LOSSES_BACKEND") == "compiled"
-        if large and not _failures:
+        asked = os.environ.get("FUSED_LOSSES_BACKEND") == "compiled"
+        if (asked or _pays(labels.numel() * spec.vocab)) and not _failures:
             with suppress(_LeftToTorchError):
                 return function(spec, policy, labels, ref, *args)
         return getattr(torch_backend, function.__name__)(spec, policy, labels, ref, *args)

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,77 +37,18 @@ from ..engine.projection import HiddenSide
 from ..engine.sides import HiddenOperand, LowRank
 from ..engine.token_stats import token_stats
 from . import trl_functions
+from .patching import EntryPoints, Patch, check_version
 
 __all__ = ["patch", "patched", "unpatch"]
 
 TESTED = "1.16.0"
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 ROWS, COLUMNS = 4096, 4096  # the size of a tile, for mean logits
-MISSING: Any = object()
-
-_depth = 0
-_classes: list[tuple[type, Any]] = []  # and their own `apply`, or MISSING
-_functions: list[tuple[Any, Any]] = []  # TRL's function, our function
 
 
-@contextmanager
-def patched() -> Iterator[None]:
-    """Run TRL on our operators inside the block, and restore TRL afterwards, also after an error.
-
-    Blocks may be nested. Raises ImportError where TRL is not installed, or has another version than 1.16.x.
-    """
-    patch()
-    try:
-        yield
-    finally:
-        unpatch()
-
-
-def patch() -> None:
-    """Start what patched() does, for a notebook; each call needs an unpatch()."""
-    global _depth
-    if _depth == 0:
-        classes, functions = _entry_points()
-        for cls, ours in classes:
-            _classes.append((cls, vars(cls).get("apply", MISSING)))
-            cls.apply = staticmethod(ours)
-        _functions.extend(functions)
-        _exchange({id(theirs): ours for theirs, ours in functions}, only="trl")
-    _depth += 1
-
-
-def unpatch() -> None:
-    """End what patched() does.
-
-    Modules that were imported in the meantime, of TRL or not, get TRL's own functions too.
-    """
-    global _depth
-    if _depth == 0:
-        raise RuntimeError("unpatch: TRL is not patched")
-    _depth -= 1
-    if _depth:
-        return
-    for cls, before in _classes:
-        if before is MISSING:
-            del cls.apply  # type: ignore[attr-defined]
-        else:
-            cls.apply = before  # type: ignore[attr-defined]
-    _exchange({id(ours): theirs for theirs, ours in _functions})
-    _classes.clear()
-    _functions.clear()
-
-
-def _entry_points() -> tuple[list[tuple[Any, Callable]], list[tuple[Any, Callable]]]:
-    """Return TRL's classes with our `apply`, and TRL's functions with ours.
-
-    All of them are looked up before anything is changed.
-    """
-    try:
-        version = importlib.import_module("trl").__version__
-    except ImportError as e:
-        raise ImportError(f"trl: is not installed; tested with {TESTED}") from e
-    if version.split(".")[:2] != TESTED.split(".")[:2]:
-        raise ImportError(f"trl: expected version 1.16.x, tested with {TESTED}, got {version}; nothing is patched")
+def _entry_points() -> EntryPoints:
+    """Return TRL's classes with our `apply`, and TRL's functions with ours."""
+    check_version("trl", "trl", TESTED)
     utils, kernels = (importlib.import_module(f"trl.{name}") for name in ("trainer.utils", "kernels"))
     divergence = importlib.import_module("trl.kernels.chunked_divergence")
     classes: list[tuple[Any, Callable]] = [
@@ -121,17 +62,28 @@ def _entry_points() -> tuple[list[tuple[Any, Callable]], list[tuple[Any, Callabl
     ]
     if hasattr(kernels, "selective_log_softmax_and_entropy"):  # where TRL finds Triton
         functions.append((kernels.selective_log_softmax_and_entropy, _kernel_log_softmax_and_entropy))
-    return classes, functions
+    return EntryPoints(classes, functions)
 
 
-def _exchange(new: dict[int, Any], only: str | None = None) -> None:
-    """Replace every name in a module that refers to an object with one of these ids, whatever the name is."""
-    for name, module in list(sys.modules.items()):
-        if name == __name__ or (only is not None and name.split(".")[0] != only):
-            continue
-        for key, value in list(getattr(module, "__dict__", {}).items()):
-            if id(value) in new:
-                setattr(module, key, new[id(value)])
+_PATCH = Patch("trl", __name__, _entry_points)
+
+
+def patched() -> AbstractContextManager[None]:
+    """Run TRL on our operators inside the block, and restore TRL afterwards, also after an error.
+
+    Blocks may be nested. Raises ImportError where TRL is not installed, or has another version than 1.16.x.
+    """
+    return _PATCH.block()
+
+
+def patch() -> None:
+    """Start what patched() does, for a notebook; each call needs an unpatch()."""
+    _PATCH.start()
+
+
+def unpatch() -> None:
+    """End what patched() does."""
+    _PATCH.end()
 
 
 # ---- from hidden states --------------------------------------------------------------------------------------------------

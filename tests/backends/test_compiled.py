@@ -78,6 +78,8 @@ def check(monkeypatch, z, w, y, rounding, **options):
         assert torch.equal(mine[name].isfinite(), other[name].isfinite()), name
         error, theirs = ((b[name] - x)[finite].norm().item() for b in (mine, other))
         size = x[finite].norm().item()
+        # without vectors, a sum has one term added after the other, in place of many short sums
+        rounding = rounding if compiled.vector_width() else 10 * rounding
         assert error <= 3 * theirs + rounding * size, f"{name}: {error:.1e} of {size:.1e}, torch {theirs:.1e}"
 
 
