@@ -298,18 +298,13 @@ def _run(function: Callable, spec: StatsSpec, rows: _Rows, *args: object, fixed:
         raise _LeftToTorchError from error
 
 
-def _pays(logits: int) -> bool:
-    """Return whether a call with so many logits is worth a compilation; loops without vectors are slower than torch."""
-    return logits >= COMPILE_FROM and vector_width() > 0
-
-
 def _or_torch(function: Callable) -> Callable:
     """Leave a function of the interface to the torch backend where compiling does not pay, or fails."""
 
     @functools.wraps(function)
     def run(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, *args: object) -> None:
-        asked = os.environ.get("FUSED_LOSSES_BACKEND") == "compiled"
-        if (asked or _pays(labels.numel() * spec.vocab)) and not _failures:
+        large = labels.numel() * spec.vocab >= COMPILE_FROM or os.environ.get("FUSED_LOSSES_BACKEND") == "compiled"
+        if large and not _failures:
             with suppress(_LeftToTorchError):
                 return function(spec, policy, labels, ref, *args)
         return getattr(torch_backend, function.__name__)(spec, policy, labels, ref, *args)
