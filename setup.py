@@ -13,7 +13,17 @@ TRAINER = ["transformers==5.23.*", "accelerate"]  # of integrations/trainer.py
 TRL = ["trl==1.16.*", "peft", *TRAINER]  # of integrations/trl_*.py, which override what is private there
 PEERS = ["trl==1.16.0", "liger-kernel==0.8.5"]  # exactly: tests/test_against_*.py call what is private there
 BENCH = [*PEERS, "cut-cross-entropy==25.1.1", "transformers", "datasets", "matplotlib", "pytest", "pytest-benchmark"]
-TEST = ["hypothesis", "psutil", "pytest-xdist>=3.8", "setuptools>=77.0.3", "wheel", *TRL, *DEMO, *BENCH]
+TEST = [
+    "hypothesis",
+    "kernels==0.17.*",
+    "psutil",
+    "pytest-xdist>=3.8",
+    "setuptools>=77.0.3",
+    "wheel",
+    *TRL,
+    *DEMO,
+    *BENCH,
+]
 LINT = ["ruff", "mypy"]
 
 setup(

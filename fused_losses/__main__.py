@@ -22,6 +22,7 @@ COMMANDS = {  # name: (summary, example)
         "--batch 8 --length 1024 --vocab 128256 --dtype bfloat16 --divergence forward_kl",
     ),
     "demo": ("a small DPO training with naive and with fused code, and a picture", "--steps 10 --out demo.png"),
+    "hub": ("a folder with this package that the kernels package of Hugging Face loads", "out"),
 }
 
 

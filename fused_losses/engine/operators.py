@@ -20,7 +20,7 @@ from .operator_args import Layout
 
 
 def operator(name: str, arguments: Layout, returns: Layout | str, mutated: tuple[str, ...] = ()) -> Callable:
-    """Return custom_op (torch.library) in the first namespace of fused_losses, fused_losses_2, ... without this name.
+    """Return custom_op (torch.library) in the first namespace of the package's name, name_2, ... without this name.
 
     The name is not free where this package was loaded before in the process: from another folder, in another version, after
     sys.modules lost it, or where a module is reloaded. custom_op would destroy that operator, which graphs and callers use.
@@ -28,7 +28,8 @@ def operator(name: str, arguments: Layout, returns: Layout | str, mutated: tuple
     arguments: the layout of its arguments; mutated: the names of those that it writes to. returns: the layout of the tensors
     that it returns, or their type.
     """
-    namespaces = chain(["fused_losses"], (f"fused_losses_{i}" for i in count(2)))
+    package = __name__.partition(".")[0]  # fused_losses, unless a copy was loaded under another name
+    namespaces = chain([package], (f"{package}_{i}" for i in count(2)))
     free = next(space for space in namespaces if not hasattr(getattr(torch.ops, space), name))
     outputs = returns if isinstance(returns, str) else f"({', '.join(slot.form.type for slot in returns.slots)})"
     schema = f"({arguments.schema(*mutated)}) -> {outputs}"
