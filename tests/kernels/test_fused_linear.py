@@ -111,7 +111,10 @@ def compare(found, expected, tolerance):
             assert torch.equal(found[name], value)
         else:
             assert found[name].isfinite().all(), name
-            assert relative(found[name], value) <= tolerance, f"{name}: {relative(found[name], value):.1e}"
+            error = relative(found[name], value)
+            if name == "lse":  # a logarithm: of rows whose sum is near 1, the error is not relative to it
+                error *= min(1.0, value.norm().item())
+            assert error <= tolerance, f"{name}: {error:.1e}"
 
 
 def labels_for(rows, valid, device):
