@@ -25,6 +25,7 @@ TEST = [
     *BENCH,
 ]
 LINT = ["ruff", "mypy"]
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
 setup(
     name="fused_losses",
@@ -44,7 +45,8 @@ setup(
         "bench": BENCH,
         "test": TEST,
         "lint": LINT,
-        "dev": TEST + LINT,
+        "docs": DOCS,
+        "dev": TEST + LINT + DOCS,
     },
     # kernels/ is a folder of its own in the repository and fused_losses.kernels everywhere else. The symlink
     # fused_losses/kernels makes that true in a checkout too; without an __init__.py in kernels/, `import kernels`

@@ -56,7 +56,7 @@ GRIDS: dict[str, list[Job]] = {
         Job("dpo", (SMALL._replace(rows=256), SMALL._replace(rows=1024), SMALL._replace(rows=2048)), SWEEP),
     ],
     "full": [Job("dpo,sft + kl,ce,token_stats", (FULL,))],
-    # What docs/performance.md wants of a CPU; with --busy the first row once more.
+    # What docs/explanation/performance.md wants of a CPU; with --busy the first row once more.
     "cpu": [
         Job("logits: token_stats", (SMALL._replace(hidden=0),), "eager,torch.compile,fused_losses"),
         Job("token_stats", (FULL,), "eager,fused_losses"),

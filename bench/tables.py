@@ -23,7 +23,7 @@ from bench import results
 from bench.results import Case, Report, best, bytes_of, mib, ms, seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "explanation" / "performance.md")
 NO_TIME = "no time left"
 EXPECTED = ("does not do it", "not installed", "needs", f"{NO_TIME} to compile", NO_TIME)  # what reasons begin with
 LEGEND = "> ours   * the least, of exact providers   ~ an approximation"
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench tables", description=__doc__, formatter_class=raw)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
     parser.add_argument(
-        "--pages", type=Path, nargs="+", default=PAGES, help="default: README.md and docs/performance.md"
+        "--pages", type=Path, nargs="+", default=PAGES, help="default: README.md and docs/explanation/performance.md"
     )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)

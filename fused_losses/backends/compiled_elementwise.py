@@ -88,7 +88,7 @@ def bind(formula: Callable, double: bool) -> Callable:
     if not isinstance(formula, types.FunctionType):
         return formula
     own, names = EVERY if double else FLOAT32, dict(formula.__globals__)
-    del names["__name__"]  # by which torch.compile would look up names in the module of the formula, not here
+    names.pop("__name__", None)  # by which torch.compile would look up names in the module of the formula, not here
     for name in formula.__code__.co_names:
         value = names.get(name)
         if name in own and value is getattr(elementwise, name):

@@ -1,4 +1,4 @@
-"""Make the table of losses in the README from the registry: python -m fused_losses.losses.matrix."""
+"""Make the table of docs/reference/losses.md from the registry: python -m fused_losses.losses.matrix."""
 
 from __future__ import annotations
 

@@ -279,6 +279,15 @@ def test_threads(monkeypatch):
     assert len(found) == 4 and all(torch.equal(x, found[0]) for x in found.values())
 
 
+def test_a_formula_of_no_module():
+    """As a notebook or exec() makes it."""
+    names = {"difference": divergences.difference}
+    exec("def formula(p, q, t):\n    return difference(p, q, t)", names)
+    del names["__builtins__"]
+    p, q = torch.tensor([0.3, 0.2]), torch.tensor([0.1, 0.2])
+    torch.testing.assert_close(bind(names["formula"], False)(p, q, (p / q).log()), p - q)
+
+
 def test_small_calls_are_left_to_torch(monkeypatch):
     monkeypatch.delenv("FUSED_LOSSES_BACKEND", raising=False)
     monkeypatch.setattr(compiled, "_run", lambda *args, **options: pytest.fail("a small call was compiled"))

@@ -401,7 +401,7 @@ def test_targets_that_need_no_gpu(tmp_path, monkeypatch):
     lines = targets_here.table().splitlines()
     assert lines[2].endswith("| <= 0.75 x | 0.50 x |") and lines[4].endswith("| 0.90 x, 1/16.0 |")
     assert "quick: of 2 slower in 1, up to 1.50 x, more memory in 0; full: not measured" in lines[5]
-    assert clock.ROOT / "docs" / "performance.md" in tables.PAGES
+    assert clock.ROOT / "docs" / "explanation" / "performance.md" in tables.PAGES
 
 
 def test_targets_without_a_gpu():
