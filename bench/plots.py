@@ -144,7 +144,7 @@ def series(report: Report, axis: str) -> list[list[Case]]:
 
 
 def _lines(plt: Any, chosen: list[list[Case]], axis: str, value: Value, label: str, unit: str) -> Any:
-    """A panel of a line for every provider, both axes logarithmic; one legend."""
+    """A panel of a line for every provider, both axes logarithmic; names at the ends of lines, or one legend for panels."""
     infos = []  # of those with a line to draw
     for cases in chosen:
         candidates = [b["extra_info"] for case in cases for b in case.runs]
@@ -169,7 +169,8 @@ def _lines(plt: Any, chosen: list[list[Case]], axis: str, value: Value, label: s
             runs = [(case, b) for case in cases for b in case.runs if _name(b["extra_info"]) == name]
             points = [(case.params[axis], value(case, b)) for case, b in runs]
             points = [(x, y) for x, y in points if y]  # nothing has no place on a logarithmic axis
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=name, **kind)
+            if len(points) > 1 or len(chosen) > 1:
+                axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=name, **kind)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         sizes = [case.params[axis] for case in cases]
@@ -186,9 +187,34 @@ def _lines(plt: Any, chosen: list[list[Case]], axis: str, value: Value, label: s
             {"rows": "rows (tokens)", "length": "tokens of a sequence", "vocab": "vocabulary"}[axis], fontsize=8
         )
         axes.set_ylabel(unit, fontsize=8)
+    if len(panels) == 1:
+        _name_lines(panels[0])
+        return figure
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, 1 + len(panels)), fontsize=8)
     return figure
+
+
+def _name_lines(axes: Any) -> None:
+    """Write the name of each line beside its end, in its colour, so far apart that names do not overlap."""
+    lines = sorted(axes.get_lines(), key=lambda line: line.get_ydata()[-1])
+    low, high = (math.log(y) for y in axes.get_ylim())
+    gap, place = 0.062 * (high - low), -math.inf
+    for line in lines:
+        place = max(math.log(line.get_ydata()[-1]), place + gap)
+        axes.annotate(
+            line.get_label(),
+            (line.get_xdata()[-1], math.exp(place)),
+            xytext=(9, 0),
+            textcoords="offset points",
+            color=line.get_color(),
+            fontsize=8,
+            va="center",
+            weight="bold" if line.get_linewidth() > 2 else "normal",
+            annotation_clip=False,
+        )
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right * (right / left) ** 0.45)
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
