@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def _dense(name: str, x: Tensor) -> None:
 def _head_options(source: Logits | Hidden, v: int, what: str) -> None:
     positive("softcap", source.softcap, optional=True)
     positive("scale", source.scale)
-    positive("temperature", source.temperature)
+    positive("temperature", cast(float, source.temperature))  # a tensor raises here, too
     valid = source.valid_vocab
     if valid is not None and (type(valid) is not int or not 1 <= valid <= v):
         raise ValueError(f"valid_vocab: expected an int in [1, {v}] for {what} with V={v}, got {valid!r}")
@@ -165,7 +165,9 @@ class Hidden:
         bias: The bias of the head [V], or None.
         softcap: As in fl.Logits.
         scale: As in fl.Logits.
-        temperature: As in fl.Logits.
+        temperature: As in fl.Logits; or a tensor > 0 with one number for each row [...] of hidden, or each sequence [S] of
+            hidden [S, T, H], without a gradient. The states are then divided by it, so that the head may have neither softcap
+            nor bias.
         valid_vocab: As in fl.Logits.
         lora: The low-rank factors fl.Lora(a, b, scaling), or None.
         process_group: The group over which the head is split, or None (see fl.Logits). weight, bias and lora.b are then the
@@ -179,7 +181,7 @@ class Hidden:
     bias: Tensor | None = None
     softcap: float | None = field(default=None, kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
-    temperature: float = field(default=1.0, kw_only=True)
+    temperature: float | Tensor = field(default=1.0, kw_only=True)
     valid_vocab: int | None = field(default=None, kw_only=True)
     lora: Lora | None = field(default=None, kw_only=True)
     process_group: ProcessGroup | None = field(default=None, kw_only=True)
@@ -202,6 +204,9 @@ class Hidden:
             _whole("lora b", self.lora.b, 2)
             if not isinstance(self.lora.scaling, int | float):
                 raise TypeError(f"lora scaling: expected a number, got {self.lora.scaling!r}")
+        if isinstance(self.temperature, Tensor):
+            object.__setattr__(self, "hidden", _tempered(self.hidden, self.temperature, self.softcap, self.bias))
+            object.__setattr__(self, "temperature", 1.0)
         _head_options(self, self.weight.shape[0], "a head weight")
         _check_shard(self)
         if not torch.is_grad_enabled():
@@ -223,7 +228,28 @@ class Hidden:
 
     @property
     def multiplier(self) -> float:
-        return self.scale / self.temperature
+        return self.scale / cast(float, self.temperature)  # a tensor is part of the states
+
+
+def _tempered(hidden: Tensor, temperature: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
+    """Return hidden states divided by the temperature of each row or sequence, rounded once to their dtype."""
+    if softcap is not None or bias is not None:
+        raise ValueError(
+            "temperature: a tensor divides the hidden states, which is the same only for a head without softcap and bias"
+        )
+    rows, dtype = tuple(hidden.shape[:-1]), temperature.dtype
+    by_sequence = hidden.dim() == 3 and temperature.shape == rows[:1] != rows
+    if dtype not in FLOATS or not (by_sequence or tuple(temperature.shape) in ((), rows)):
+        shapes = f"{list(rows)} or {list(rows[:1])}" if hidden.dim() == 3 else str(list(rows))
+        raise ValueError(
+            f"temperature: expected a number or a float tensor {shapes}, got {dtype} {list(temperature.shape)}"
+        )
+    if temperature.device != hidden.device:
+        raise ValueError(f"temperature: expected {hidden.device} as hidden, got {temperature.device}")
+    if temperature.is_cpu and not torch.compiler.is_compiling() and not (temperature > 0).all():
+        raise ValueError("temperature: expected numbers > 0")
+    each = temperature.detach().unsqueeze(-1)
+    return (hidden / (each.unsqueeze(-1) if by_sequence else each)).to(hidden.dtype)
 
 
 def _check_group(x: Logits | Hidden) -> None:
