@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,12 +202,38 @@ def byte_count(text: str) -> int:
     return int(text[:-1] if power else text) << 10 * power
 
 
+VOCAB = 128256  # unless --vocab or --config says another
+
+
+def read_config(path: Path) -> tuple[int, int]:
+    """Return the sizes of the vocabulary and of the hidden states from a transformers config.json, or the folder with one.
+
+    Models of text and images have these sizes in a part of their own, such as text_config.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    wanted = "a transformers config.json with vocab_size and hidden_size, as in --config model/config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"config: expected {wanted}, got {file}: {error}") from None
+    for part in (config, *(x for x in config.values() if isinstance(x, dict))):
+        if isinstance(part.get("vocab_size"), int) and isinstance(part.get("hidden_size"), int):
+            return part["vocab_size"], part["hidden_size"]
+    raise ValueError(f"config: expected {wanted}, got keys {', '.join(list(config)[:8])}, ... in {file}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "What a loss step allocates beyond its input, in naive eager code and in ours."
     add = parser.add_argument
     add("--batch", type=int, default=8, metavar="B", help="pairs, so 2B sequences; default %(default)s")
     add("--length", type=int, default=1024, metavar="T", help="tokens of a sequence; default %(default)s")
-    add("--vocab", type=int, default=128256, metavar="V", help="default %(default)s")
+    add("--vocab", type=int, metavar="V", help=f"default {VOCAB}")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a transformers config.json, or its folder, in place of --vocab and --hidden",
+    )
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the logits; default %(default)s")
     add("--no-ref", action="store_true", help="a loss without a reference model")
     add(
@@ -217,6 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--both", action="store_true", help="the gradient goes to the reference too")
     add("--json", action="store_true", help="bytes for machines")
+    add("--plot", type=Path, metavar="FILE", help="also draw the memory by sequence length, up to --length")
     add = parser.add_argument_group("from hidden states").add_argument
     add("--hidden", type=int, metavar="H", help="features of the states: the input is states and heads, not logits")
     add("--ref-hidden", type=int, metavar="H", help="of the reference; default: the policy's")
@@ -260,12 +288,55 @@ def _print_head(step: HeadStep, plan: planner.Plan, naive: int, ours: dict[str, 
     print(f"\n{plan}")
 
 
-def _main_hidden(args: argparse.Namespace, fields: dict[str, Any]) -> int:
-    unit = {"stats": 0, "tokens": 1, "sequences": args.length, "pairs": 2 * args.length}[args.loss]
+def lengths_up_to(length: int) -> list[int]:
+    """Return powers of 2 from 128 on, and the length itself."""
+    return [n for n in (128 << k for k in range(20)) if n < length] + [length]
+
+
+def draw(args: argparse.Namespace, file: Path) -> None:
+    """Draw the memory of naive code and of ours by sequence length, both axes logarithmic."""
+    import matplotlib.pyplot as plt
+
+    lengths = lengths_up_to(args.length)
+    steps = [head_step(args, length) for length in lengths]
+    plans = [planner.make_plan(step.plan_inputs(args.device), workspace=args.workspace) for step in steps]
+    ours = [sum(step.ours(args.device, plan).values()) for step, plan in zip(steps, plans, strict=True)]
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for name, values, colour in (("naive", [s.naive() for s in steps], "#3f4a57"), ("fused_losses", ours, "#cf4a0a")):
+        axes.plot(lengths, [x / 2**30 for x in values], marker="o", color=colour)
+        end = (lengths[-1], values[-1] / 2**30)
+        axes.annotate(name, end, xytext=(-12, -2), textcoords="offset points", ha="right", va="bottom", color=colour)
+    last = steps[-1].naive() / ours[-1]
+    axes.set_title(f"The memory of the loss: {last:.0f} times less at {lengths[-1]:,} tokens", loc="left", fontsize=10)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="GiB beside states and heads")
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.minorticks_off()
+    axes.margins(y=0.12)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(True, alpha=0.3)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def head_step(args: argparse.Namespace, length: int) -> HeadStep:
+    """Return the step from hidden states that the arguments describe, for sequences of this length."""
+    unit = {"stats": 0, "tokens": 1, "sequences": length, "pairs": 2 * length}[args.loss]
     width = args.hidden if args.ref_hidden is None else args.ref_hidden
     if min(args.hidden, width) < 1:
         raise ValueError(f"hidden, ref-hidden: expected numbers >= 1, got {args.hidden}, {width}")
-    step = HeadStep(hidden=args.hidden, ref_hidden=width, frozen=args.frozen, unit=unit, **fields)
+    return HeadStep(hidden=args.hidden, ref_hidden=width, frozen=args.frozen, unit=unit, **_fields(args, length))
+
+
+def _fields(args: argparse.Namespace, length: int) -> dict[str, Any]:
+    rows = 2 * args.batch * length
+    fields: dict[str, Any] = {"rows": rows, "vocab": args.vocab, "itemsize": DTYPES[args.dtype]}
+    return fields | {"divergences": parse(args.divergence), "ref": not args.no_ref, "both": args.both}
+
+
+def _main_hidden(args: argparse.Namespace) -> int:
+    step = head_step(args, args.length)
+    if args.plot:
+        draw(args, args.plot)
     plan = planner.make_plan(step.plan_inputs(args.device), workspace=args.workspace)
     naive, ours = step.naive(), step.ours(args.device, plan)
     if args.json:
@@ -281,18 +352,20 @@ def _main_hidden(args: argparse.Namespace, fields: dict[str, Any]) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.config is not None:
+        if args.vocab is not None or args.hidden is not None:
+            raise ValueError("config: expected it in place of --vocab and --hidden, got both")
+        args.vocab, args.hidden = read_config(args.config)
+    args.vocab = VOCAB if args.vocab is None else args.vocab
     if min(args.batch, args.length, args.vocab) < 1:
         raise ValueError(f"expected batch, length, vocab >= 1, got {args.batch}, {args.length}, {args.vocab}")
-    rows = 2 * args.batch * args.length
-    fields: dict[str, Any] = {"rows": rows, "vocab": args.vocab, "itemsize": DTYPES[args.dtype]}
-    fields |= {"divergences": parse(args.divergence), "ref": not args.no_ref, "both": args.both}
     if args.hidden is not None:
-        return _main_hidden(args, fields)
+        return _main_hidden(args)
     alone = {"loss": args.loss != "stats", "device": args.device != "cuda"}
-    alone |= {name: bool(getattr(args, name)) for name in ("frozen", "workspace", "ref_hidden")}
+    alone |= {name: bool(getattr(args, name)) for name in ("frozen", "workspace", "ref_hidden", "plot")}
     if refused := [f"--{name.replace('_', '-')}" for name, flag in alone.items() if flag]:
         raise ValueError(f"{', '.join(refused)}: need --hidden H beside it, for logits are given whole")
-    step = Step(**fields)
+    step = Step(**_fields(args, args.length))
     sizes = report(step)
     if args.json:
         print(json.dumps(sizes, indent=2))

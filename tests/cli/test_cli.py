@@ -59,6 +59,26 @@ def test_help_and_usage(capsys):
     assert "usage: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["text", "text and images"])
+def test_memory_of_a_model_of_transformers(nested, tmp_path, capsys):
+    """By its config.json, or the folder; with a picture by sequence length."""
+    sizes = {"vocab_size": 32000, "hidden_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "text_config": sizes} if nested else sizes))
+    numbers = ["--vocab", "32000", "--hidden", "512", "--length", "256", "--json"]
+    assert main(["memory", *numbers]) == 0
+    expected = capsys.readouterr().out
+    for where in (tmp_path, tmp_path / "config.json"):
+        assert (
+            main(["memory", "--config", str(where), "--length", "256", "--json", "--plot", str(tmp_path / "x.png")])
+            == 0
+        )
+        assert capsys.readouterr().out == expected
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x"}))
+    assert main(["memory", "--config", str(tmp_path)]) == 2
+    assert "got keys model_type" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -73,6 +93,13 @@ def test_help_and_usage(capsys):
         (["memory", "--frozen"], "need --hidden"),
         (["memory", "--hidden", "0"], "hidden, ref-hidden: expected numbers >= 1, got 0, 0"),
         (["memory", "--hidden", "8", "--workspace", "1"], "workspace: expected at least"),
+        (["memory", "--plot", "x.png"], "--plot: need --hidden H"),
+        (
+            ["memory", "--config", "nowhere"],
+            "config: expected a transformers config.json with vocab_size and hidden_size",
+        ),
+        (["memory", "--config", "setup.py"], "as in --config model/config.json, got setup.py"),
+        (["memory", "--config", "nowhere", "--vocab", "8"], "config: expected it in place of --vocab and --hidden"),
     ],
     ids=" ".join,
 )
