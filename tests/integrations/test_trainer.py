@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from functools import partial
 from types import SimpleNamespace
@@ -435,8 +436,16 @@ def test_what_splits_or_does_not_shift_labels_is_refused(tmp_path, monkeypatch):
 # ---- sums, not means of means: micro-batches, ranks, evaluation; and what a loss reads of a batch --------------------------
 
 
+def without_a_default(entry):
+    """The options that a loss needs, as its first variant has them."""
+    parameters = inspect.signature(entry.call).parameters.values()
+    needed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    variant = next(iter(entry.variants.values()))
+    return {name: variant[name] for name in needed if name in variant}
+
+
 # Every loss of the family, and special cases whose units or numbers are counted otherwise.
-CALLS = {name: partial(entry.call) for name, entry in FAMILY.items()} | {
+CALLS = {name: partial(entry.call, **without_a_default(entry)) for name, entry in FAMILY.items()} | {
     "dpo_loss": partial(fl.dpo_loss), "MPO": partial(fl.preference_loss, loss_type=("sigmoid", "sft"), loss_weights=(1, 0.5)),
     "dapo": partial(fl.grpo_loss, loss_type="dapo", beta=0.1), "CPO-SimPO": partial(fl.simpo_loss, cpo_alpha=0.5),
     "UPO on KTO": partial(fl.upo_loss, loss_type=fl.kto_loss),
