@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from helpers import EPS, check_collision, compare, double, gradients, labels_for, logits, outputs, promised, relative
+from helpers import (
+    EPS,
+    ULP,
+    check_collision,
+    compare,
+    double,
+    gradients,
+    labels_for,
+    logits,
+    outputs,
+    promised,
+    relative,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -319,10 +331,12 @@ def test_one_token_vocabulary(backend, device, size):
     """Its probability is 1 and a constant, whatever was rounded: no gradient but that of lse, and none to the reference."""
     z, w = ((torch.randn(3, 1, device=device) * size).requires_grad_() for _ in range(2))
     stats = fl.token_stats(z, torch.zeros(3, dtype=torch.long, device=device), w, **EVERYTHING, shift=False)
-    apart = (z - w).abs().max().item()  # a rounding of it is what the documents promise of a divergence
+    apart = (z - w).abs().max().item()
+    rounding = ULP * (8 + apart)  # of log p - log q, from which total variation follows
     for key, value in outputs(stats).items():
         truth = z.detach()[:, 0] if key == "lse" else torch.zeros(3, device=device)
-        torch.testing.assert_close(value, truth, rtol=1.3e-6, atol=1e-5 + promised(key, apart), msg=key)
+        allowed = max(promised(key, apart), rounding) if key in NAMES else 0.0
+        torch.testing.assert_close(value, truth, rtol=1.3e-6, atol=1e-5 + allowed, msg=key)
     for exact in (stats.logps, stats.ref_logps, stats.collision):
         assert torch.equal(exact, torch.zeros(3, device=device))
     given = {key: torch.randn(3, device=device) for key in outputs(stats)}
