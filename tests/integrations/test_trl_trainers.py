@@ -167,7 +167,8 @@ def test_dpo(dpo, loss, link):
     assert {"loss", "rewards/margins", "logits/chosen", "entropy", "mean_token_accuracy", "num_tokens"} <= mine[
         0
     ].keys()
-    same(mine, theirs)
+    # the slope of DiscoPOP grows as e^-m: after a step, roundings of float32 have grown by it, in TRL's numbers as in ours
+    same(mine, theirs, 1e-3 if loss == "discopop" else 2e-4)
 
 
 MORE = {
