@@ -302,11 +302,12 @@ def draw(args: argparse.Namespace, file: Path) -> None:
     plans = [planner.make_plan(step.plan_inputs(args.device), workspace=args.workspace) for step in steps]
     ours = [sum(step.ours(args.device, plan).values()) for step, plan in zip(steps, plans, strict=True)]
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for name, values, colour in (("naive", [s.naive() for s in steps], "#3f4a57"), ("fused_losses", ours, "#cf4a0a")):
+    naive = [step.naive() for step in steps]
+    for name, values, colour in (("naive", naive, "#3f4a57"), ("fused_losses", ours, "#cf4a0a")):
         axes.plot(lengths, [x / 2**30 for x in values], marker="o", color=colour)
         end = (lengths[-1], values[-1] / 2**30)
         axes.annotate(name, end, xytext=(-12, -2), textcoords="offset points", ha="right", va="bottom", color=colour)
-    last = steps[-1].naive() / ours[-1]
+    last = naive[-1] / ours[-1]
     axes.set_title(f"The memory of the loss: {last:.0f} times less at {lengths[-1]:,} tokens", loc="left", fontsize=10)
     axes.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="GiB beside states and heads")
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])

@@ -99,15 +99,15 @@ def check_per_sequence(name: str, x: object, batch: Batch, dtypes: tuple[torch.d
         )
 
 
-def token_numbers(name: str, x: object, batch: Batch, *shapes: tuple[int, ...]) -> Tensor:
-    """Return numbers of output tokens without a graph; raise if x is no tensor of numbers or bools in the shape of the mask.
+def token_numbers(name: str, x: object, batch: Batch, *shapes: tuple[int, ...], flags: bool = False) -> Tensor:
+    """Return numbers of output tokens without a graph; raise if x is no tensor of numbers in the shape of the mask.
 
-    shapes: others that are allowed, too.
+    shapes: others that are allowed, too. flags: bools are allowed, too, as 0 and 1.
     """
     device, shape = batch.labels.device, tuple(batch.mask.shape)
-    if not isinstance(x, Tensor) or x.dtype not in (*FLOATS, torch.bool):
+    if not isinstance(x, Tensor) or not (x.dtype in FLOATS or (flags and x.dtype == torch.bool)):
         got = getattr(x, "dtype", type(x).__name__)
-        raise TypeError(f"{name}: expected a float tensor, got {got}")
+        raise TypeError(f"{name}: expected a {'float or bool' if flags else 'float'} tensor, got {got}")
     if tuple(x.shape) not in (*shapes, shape) or x.device != device:
         wanted = " or ".join(str(list(s)) for s in (*shapes, shape))
         hint = shift_hint(x, shape)

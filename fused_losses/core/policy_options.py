@@ -21,9 +21,8 @@ EPSILON = 0.2  # where a loss type reads epsilon and it is not given, as in TRL
 class PolicyLoss:
     """What a loss type divides its tokens by, and which options it reads beside those that every type reads."""
 
-    divisor: (
-        str  # "sequence": tokens of the sequence; "batch": tokens of the batch; "length": max_completion_length; "one"
-    )
+    # "sequence": tokens of the sequence; "batch": tokens of the batch; "length": max_completion_length; "one"
+    divisor: str
     reads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()  # options without a default; they are read
     own: Mapping[str, float] = field(default_factory=dict)  # options > 0 of this type alone, with TRL's defaults
@@ -62,7 +61,7 @@ class PolicyOptions(SequenceOptions, total=False):
     intellect_tau: float
 
 
-OWN = tuple(PolicyOptions.__annotations__.keys() - SequenceOptions.__annotations__.keys())
+OWN = tuple(name for name in PolicyOptions.__annotations__ if name not in SequenceOptions.__annotations__)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The operator hidden_at: logits of hidden states at K tokens of each row, and their gradients.
+"""Logits at K tokens of each row: the reading of the ids, and the operator hidden_at for hidden states.
 
 They are x . W[ids], a few rows at a time: the gathered rows of the head take at most BYTES, or what one row x needs.
 """
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..core.batch import Batch
 from ..core.elementwise import transform_logits
-from ..core.inputs import Hidden
+from ..core.inputs import Hidden, Logits
 from ..core.layout import stats_dtype
 from .operator_args import Layout
 from .operators import once_differentiable, operator
@@ -21,6 +23,37 @@ from .projection import HiddenSide
 from .sides import BothGradients, InputFlags, InputGradients, Inputs, Wanted
 
 BYTES = 64 << 20
+
+
+class RowIds(NamedTuple):
+    """The ids [..., K] of each row of a source. With shift, the last row predicts nothing and has none."""
+
+    ids: Tensor  # 0 where keep is False
+    keep: Tensor
+    wrong: Tensor  # an id that is not a token
+    shift: bool
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return numbers at the ids of the output tokens, from those of the rows; NaN where an id is wrong."""
+        x = x.masked_fill(self.wrong, float("nan"))
+        return x[..., :-1, :] if self.shift else x
+
+
+def refuse_split(source: Logits | Hidden) -> None:
+    """Raise for a source whose vocabulary is split over ranks."""
+    if source.process_group is not None:
+        raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
+
+
+def row_ids(source: Logits | Hidden, batch: Batch, ids: Tensor, keep: Tensor) -> RowIds:
+    """Return the ids of the rows from those of the output tokens; raise on a CPU for one that is not a token."""
+    wrong = keep & ((ids < 0) | (ids >= source.vocab))
+    if ids.is_cpu and not torch.compiler.is_compiling() and wrong.any():
+        raise ValueError(f"ids: expected tokens in [0, {source.vocab}), got {int(ids[wrong][0])}")
+    ids = ids.long().masked_fill(~keep | wrong, 0)
+    if batch.shift:
+        ids, keep, wrong = (pad(x, (0, 0, 0, 1)) for x in (ids, keep, wrong))
+    return RowIds(ids, keep, wrong, batch.shift)
 
 
 def hidden_logits(policy: Hidden, ids: Tensor, keep: Tensor) -> Tensor:

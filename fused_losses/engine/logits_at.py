@@ -19,7 +19,7 @@ from ..core.inputs import Hidden, Logits, TokenStats
 from ..core.layout import Grads, Outputs, StatsSpec, collapse
 from . import logits_ops
 from .explain import end_call, explaining
-from .hidden_at import hidden_logits
+from .hidden_at import hidden_logits, refuse_split, row_ids
 from .operator_args import Layout
 from .operators import check_plain, once
 from .prepare import Asks, ExecutionOptions, spec_of
@@ -35,28 +35,20 @@ def stats_at(
     0, and get no gradient. Ids may repeat. An id that is not a token raises on a CPU, and gives NaN elsewhere. A second
     differentiation raises.
     """
-    if policy.process_group is not None:
-        raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
+    refuse_split(policy)
     check_sources(policy, batch.labels, None, ())
     if isinstance(policy, Logits) and ExecutionOptions(**options.execution) != ExecutionOptions():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")
     if explaining():
         compute_stats(policy, batch, None, (), False, options)
         end_call()
-    keep = keep & batch.mask.unsqueeze(-1)
-    wrong = keep & ((ids < 0) | (ids >= policy.vocab))
-    if ids.is_cpu and not torch.compiler.is_compiling() and wrong.any():
-        raise ValueError(f"ids: expected tokens in [0, {policy.vocab}), got {int(ids[wrong][0])}")
-    ids = ids.long().masked_fill(~keep | wrong, 0)
-    if batch.shift:  # the last position predicts nothing
-        ids, keep, wrong = (pad(x, (0, 0, 0, 1)) for x in (ids, keep, wrong))
+    rows = row_ids(policy, batch, ids, keep & batch.mask.unsqueeze(-1))
     if isinstance(policy, Hidden):
         stats = compute_stats(policy, batch, None, (), False, options)
-        logits = hidden_logits(policy, ids, keep)
+        logits = hidden_logits(policy, rows.ids, rows.keep)
     else:
-        stats, logits = _from_logits(policy, batch, ids, keep, options)
-    logits = logits.masked_fill(wrong, float("nan"))
-    return stats, logits[..., :-1, :] if batch.shift else logits, stats.lse  # type: ignore[return-value]
+        stats, logits = _from_logits(policy, batch, rows.ids, rows.keep, options)
+    return stats, rows.outputs(logits), stats.lse  # type: ignore[return-value]
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..core.batch import Batch, CallOptions, token_batch
 from ..core.elementwise import FAR
 from ..core.inputs import Hidden, Logits, LogProbs, Source, as_source, check_aligned
 from ..core.layout import stats_dtype
 from ..core.support import Support, padded
-from .hidden_at import hidden_logits
+from .hidden_at import hidden_logits, refuse_split, row_ids
 from .prepare import ExecutionOptions
 
 __all__ = ["logits_at"]
@@ -50,30 +49,30 @@ def _logits(source: Logits | Hidden | LogProbs, batch: Batch, ids: Tensor, keep:
     """Return the logits at ids [..., K], 0 where keep is False."""
     if isinstance(source, LogProbs):
         raise ValueError("policy: fl.LogProbs has no logits; expected fl.Hidden or logits")
-    if source.process_group is not None:
-        raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
+    refuse_split(source)
     check_aligned("policy", source, batch.labels)
-    wrong = keep & (ids >= source.vocab)
-    if ids.is_cpu and not torch.compiler.is_compiling() and wrong.any():
-        raise ValueError(f"ids: expected tokens in [0, {source.vocab}), got {int(ids[wrong][0])}")
-    ids = ids.masked_fill(wrong, 0)
-    if batch.shift:  # the last position predicts nothing
-        ids, keep = (pad(x, (0, 0, 0, 1)) for x in (ids, keep))
+    rows = row_ids(source, batch, ids, keep)
     if isinstance(source, Hidden):
-        z = hidden_logits(source, ids, keep)
-    else:
-        z = source.logits.gather(-1, ids).to(stats_dtype(source.logits))
-        z = source.softcap * torch.tanh(z / source.softcap) if source.softcap else z
-        z = (z * source.multiplier).masked_fill(~keep, 0)
-    return (z[..., :-1, :] if batch.shift else z).masked_fill(wrong, float("nan"))
+        return rows.outputs(hidden_logits(source, rows.ids, rows.keep))
+    z = source.logits.gather(-1, rows.ids).to(stats_dtype(source.logits))
+    z = source.softcap * torch.tanh(z / source.softcap) if source.softcap else z
+    return rows.outputs((z * source.multiplier).masked_fill(~rows.keep, 0))
 
 
-def on_support(policy: Source, batch: Batch, support: object, options: CallOptions) -> tuple[Logits, Batch]:
+def on_support(
+    policy: Source, ref: Source | None, batch: Batch, support: object, options: CallOptions
+) -> tuple[Source, Batch]:
     """Return the policy as logits [..., K] of the ids that were kept, and the batch with labels among these.
 
-    Labels and logits are those of output tokens: the batch has no shift. A label that is not among its ids raises on a CPU
-    and gives NaN elsewhere.
+    Both are returned as they are if the support is None. Labels and logits are those of output tokens: the batch has no shift.
+    A label that is not among its ids raises on a CPU and gives NaN elsewhere.
     """
+    if support is None:
+        return policy, batch
+    if ref is not None:
+        raise ValueError(
+            "ref: with support=, expected None: the reference needs the whole vocabulary, in a call of its own"
+        )
     if ExecutionOptions(**options.execution) != ExecutionOptions() or options.inplace_backward:
         raise ValueError("plan, workspace, static_shapes, inplace_backward: are for a whole vocabulary, got support=")
     ids, keep = padded(support, batch)

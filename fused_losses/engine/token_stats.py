@@ -101,10 +101,7 @@ def token_stats(
         static_shapes=static_shapes,
     )
     source = None if ref is None else as_source("ref", ref)
-    if support is not None:
-        if ref is not None:
-            raise ValueError("ref: with support=, expected None: compute the reference in a call of its own")
-        policy, batch = on_support(policy, batch, support, options)
+    policy, batch = on_support(policy, source, batch, support, options)
     stats = compute_stats(as_source("policy", policy), batch, source, parse(divergence), collision, options)
     if explaining():
         end_call()

@@ -48,6 +48,10 @@ class Tokens:
         """Return the sums [S] of x [n] over the tokens of each sequence that count."""
         return sequence_sums(x, self.mask, self.sequences, self.cu_seqlens)
 
+    def means(self, x: Tensor) -> Tensor:
+        """Return the means [S] of x [n] over the tokens of each sequence that count; 0 where there is none."""
+        return self.sums(x) / self.lengths.clamp(min=1)
+
     def spread(self, x: Tensor) -> Tensor:
         """Return x [S] repeated [n]: each token gets the number of its sequence."""
         return spread_sequences(x, len(self.mask), self.cu_seqlens)

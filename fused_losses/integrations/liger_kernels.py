@@ -136,12 +136,7 @@ def _scaled_cross_entropy(
 ) -> Tensor | tuple[Tensor, ...]:
     """Return the negative log-likelihood of each token, its entropy and log-probs [N, K] of selected ids, as asked for."""
     source = Hidden(_input, weight, temperature=temperature)
-    stats = token_stats(source, target, entropy=return_entropy, ignore_index=ignore_index)
-    outputs = [-stats.logps, *([present("entropy", stats.entropy)] if return_entropy else [])]
-    if selected_token_ids is not None:
-        ids = selected_token_ids.expand(len(target), -1).masked_fill(~stats.mask.unsqueeze(-1), -1)
-        outputs.append(logits_at(source, ids) - present("lse", stats.lse).unsqueeze(-1))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return _token_outputs(source, target, ignore_index, return_entropy, selected_token_ids)
 
 
 def _scaled_cross_entropy_tp(
@@ -153,11 +148,22 @@ def _scaled_cross_entropy_tp(
     ignore_index: int = -100,
     tiles_per_reduce: int = 1,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Return the negative log-likelihood of each token and its entropy, if asked for; weight: this rank's rows of the head."""
     source = Hidden(_input, weight, temperature=temperature, process_group=tp_group)
-    stats = token_stats(source, target, entropy=return_entropy, ignore_index=ignore_index)
-    return (-stats.logps, present("entropy", stats.entropy)) if return_entropy else -stats.logps
+    return _token_outputs(source, target, ignore_index, return_entropy)
+
+
+def _token_outputs(
+    source: Hidden, target: Tensor, ignore_index: int, with_entropy: bool, selected: Tensor | None = None
+) -> Tensor | tuple[Tensor, ...]:
+    """Return the negative log-likelihood of each token, and its entropy and the log-probs of selected ids if asked for."""
+    stats = token_stats(source, target, entropy=with_entropy, ignore_index=ignore_index)
+    outputs = [-stats.logps, *([present("entropy", stats.entropy)] if with_entropy else [])]
+    if selected is not None:
+        ids = selected.expand(len(target), -1).masked_fill(~stats.mask.unsqueeze(-1), -1)
+        outputs.append(logits_at(source, ids) - present("lse", stats.lse).unsqueeze(-1))
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _jsd(

@@ -136,7 +136,7 @@ def wpo_weights(tokens: Tokens) -> Tensor:
     A weight is the product over the pair of exp(mean_t(log p(y_t) - log sum_v p_v^2)).
     """
     x = (tokens.logps - present("collision", tokens.collision)).detach()
-    chosen, rejected = (tokens.sums(x) / tokens.lengths.clamp(min=1)).tensor_split(2)
+    chosen, rejected = tokens.means(x).tensor_split(2)
     return (chosen + rejected).exp()
 
 

@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..core.batch import Batch, CallOptions, read_batch, read_options
+from ..core.batch import Batch, read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import LogProbs, Source
@@ -20,7 +20,7 @@ from ..core.validation import Count, divided
 from ..engine.evaluate import FormulaInputs
 from ..engine.support import on_support
 from ..engine.tokens import Tokens
-from .policy_terms import TERMS, vespo_weight
+from .policy_terms import TERMS
 from .registry import register
 from .shared import Fused, fused, output, sequence_part
 
@@ -165,7 +165,7 @@ def grpo_loss(
         off_policy_mask_threshold,
         options,
     )
-    policy, batch = _restricted(policy, batch, support, ref, call)
+    policy, batch = on_support(policy, ref, batch, support, call)
     per_sequence, per_token = _inputs(batch, advantages, old_logps, weights, rollout_logps, ref, o)
 
     def formula(tokens: Tokens) -> Tensor:
@@ -173,7 +173,7 @@ def grpo_loss(
         each = _weighted(tokens, TERMS[o.loss_type].each(tokens, x, a, o), a, o)
         each = each + o.beta * (cap(x).exp() if o.corrected else 1) * _kl(tokens, o) if o.beta else each
         each = each - o.entropy_coef * present("entropy", tokens.entropy) if o.entropy_coef else each
-        return tokens.sums(each) / (tokens.lengths.clamp(min=1) if o.divisor == "sequence" else o.length)
+        return tokens.means(each) if o.divisor == "sequence" else tokens.sums(each) / o.length
 
     call = call._replace(entropy=call.entropy or o.entropy_coef > 0)
     mean_of_tokens = o.divisor == "batch" and call.reduction == "mean"
@@ -182,17 +182,6 @@ def grpo_loss(
     result = fused(formula, policy, batch, ref, inputs, summed)
     parts = _parts(result.tokens, o, ref is not None)
     return _mean_of_tokens(result, parts, call.num_items) if mean_of_tokens else output(result, parts)
-
-
-def _restricted(
-    policy: Source, batch: Batch, support: Support | None, ref: Source | None, call: CallOptions
-) -> tuple[Source, Batch]:
-    """Return the policy and the batch over the ids of the support, if there is one."""
-    if support is None:
-        return policy, batch
-    if ref is not None:
-        raise ValueError("ref: with support=, expected None: the KL needs the whole vocabulary, in a call of its own")
-    return on_support(policy, batch, support, call)
 
 
 def _mean_of_tokens(result: Fused, parts: dict[str, Part], num_items: Count | None) -> LossOutput:
@@ -230,7 +219,7 @@ def _inputs(
     per_token: dict[str, Tensor] = {}
     for name, x in (("advantages", advantages), ("weights", weights)):
         if x is not None or name == "advantages":
-            numbers = token_numbers(name, x, batch, whole)
+            numbers = token_numbers(name, x, batch, whole, flags=name == "weights")
             per_sequence |= {name: numbers} if numbers.shape == whole else {}
             per_token |= {f"token_{name}": numbers} if numbers.shape != whole else {}
     for name, x in (("old_logps", old_logps), ("rollout_logps", rollout_logps)):
@@ -252,7 +241,7 @@ def _ratios(tokens: Tokens, o: PolicyConfig) -> tuple[Tensor, Tensor]:
     old = _given(tokens, "old_logps")
     x = (tokens.logps - (tokens.logps.detach() if old is None else old)).masked_fill(~tokens.mask, 0)
     if o.sequence:
-        x = tokens.spread(tokens.sums(x) / tokens.lengths.clamp(min=1))
+        x = tokens.spread(tokens.means(x))
     return x, present("advantages", _given(tokens, "advantages"))
 
 
@@ -266,7 +255,7 @@ def _weighted(tokens: Tokens, each: Tensor, a: Tensor, o: PolicyConfig) -> Tenso
     rollout = _given(tokens, "old_logps") if rollout is None else rollout
     apart = torch.zeros_like(tokens.logps) if rollout is None else rollout - tokens.logps.detach()
     apart = torch.where(apart.isfinite(), apart, 0)
-    mean = tokens.spread(tokens.sums(apart) / tokens.lengths.clamp(min=1))
+    mean = tokens.spread(tokens.means(apart))
     return each.masked_fill((a < 0) & (mean > o.off_policy), 0)
 
 
@@ -283,26 +272,18 @@ def _kl(tokens: Tokens, o: PolicyConfig) -> Tensor:
 
 def _parts(tokens: Tokens, o: PolicyConfig, ref: bool) -> dict[str, Part]:
     """Return the parts of the metrics; where ratios and advantages are both per sequence, what follows from them is too."""
-    x, a = _ratios(tokens, o)
+    term, (x, a) = TERMS[o.loss_type], _ratios(tokens, o)
     parts = {"kl": sequence_part(tokens, _kl(tokens, o))} if ref else {}
-    by_sequence = (o.sequence or o.loss_type == "vespo") and "advantages" in tokens.extra
+    by_sequence = (o.sequence or term.of_sequences) and "advantages" in tokens.extra
 
     def share(each: Tensor) -> Part:
         each = each.to(x.dtype)
         if not by_sequence:
             return sequence_part(tokens, each)
         # all tokens of a sequence are alike, and one without tokens counts as 0
-        return Part(tokens.sums(each) / tokens.lengths.clamp(min=1))
+        return Part(tokens.means(each))
 
-    if where := TERMS[o.loss_type].where:
-        low, high = where(x, a, tokens.logps, o)
-        if o.loss_type == "cispo":
-            parts["cispo_clip_ratio"] = share(high)
-        else:
-            shares = (("low", low), ("high", high), ("region", low | high))
-            parts |= {f"clip_ratio/{n}_mean": share(flags) for n, flags in shares}
-    if o.loss_type == "vespo":
-        parts["vespo/phi_seq_mean"] = share(vespo_weight(tokens, x, a, o))
+    parts |= {name: share(each) for name, each in term.metrics(tokens, x, a, o).items()}
     if tokens.entropy is not None:
         parts["entropy"] = sequence_part(tokens, tokens.entropy)
     return parts

@@ -1,4 +1,4 @@
-"""The policy term of a token for each loss type of grpo_loss, and which tokens it clips.
+"""The policy term of a token for each loss type of grpo_loss, and its metrics.
 
 A term is a function (tokens, x, a, options) -> [n]: x is the logarithm of the importance ratio of each token, a its advantage.
 core/policy_options.py says what each loss type is divided by. The formulas stand in the docstring of grpo_loss.
@@ -30,7 +30,22 @@ class Clipped(NamedTuple):
 
 
 Each = Callable[[Tokens, Tensor, Tensor, PolicyConfig], Tensor]
+Metrics = Callable[[Tokens, Tensor, Tensor, PolicyConfig], dict[str, Tensor]]
 Where = Callable[[Tensor, Tensor, Tensor, PolicyConfig], Clipped]
+
+
+def _clip_ratios(where: Where) -> Metrics:
+    """Return the function that computes TRL's clip ratios, which are means of these flags."""
+
+    def metrics(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> dict[str, Tensor]:
+        low, high = where(x, a, tokens.logps, o)
+        return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+
+    return metrics
+
+
+def _no_metrics(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> dict[str, Tensor]:
+    return {}
 
 
 def _clipped(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> Tensor:
@@ -45,8 +60,8 @@ def _cispo(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> Tensor:
     return -x.clamp(max=o.highest).exp().detach() * a * tokens.logps
 
 
-def _cispo_where(x: Tensor, a: Tensor, logps: Tensor, o: PolicyConfig) -> Clipped:
-    return Clipped(torch.zeros_like(a, dtype=torch.bool), (x > o.highest) & (a > 0))
+def _cispo_metrics(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> dict[str, Tensor]:
+    return {"cispo_clip_ratio": (x > o.highest) & (a > 0)}
 
 
 def _either(flags: Tensor, first: float, second: float, like: Tensor) -> Tensor:
@@ -59,7 +74,7 @@ def _sapo(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> Tensor:
     return -torch.sigmoid(tau * cap(x).expm1()) * (4 / tau) * a
 
 
-def vespo_weight(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> Tensor:
+def _vespo_weight(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> Tensor:
     """Return VESPO's weight of each token: a function of the ratio of its sequence, without a gradient."""
     sums = tokens.sums(x.detach().clamp(-VESPO_TOKEN, VESPO_TOKEN)).clamp(VESPO_LOWEST, VESPO_TOKEN)
     w = tokens.spread(sums)
@@ -69,21 +84,29 @@ def vespo_weight(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> Tenso
 
 
 def _vespo(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> Tensor:
-    return -vespo_weight(tokens, x, a, o) * a * tokens.logps
+    return -_vespo_weight(tokens, x, a, o) * a * tokens.logps
+
+
+def _vespo_metrics(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> dict[str, Tensor]:
+    return {"vespo/phi_seq_mean": _vespo_weight(tokens, x, a, o)}
 
 
 def _gmpo(tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig) -> Tensor:
     bounded = torch.where(a > 0, x.clamp(max=o.high), x.clamp(min=-o.low))
-    mean = tokens.sums(bounded) / tokens.lengths.clamp(min=1)
-    return -tokens.spread(cap(mean).exp()) * a
+    return -tokens.spread(cap(tokens.means(bounded)).exp()) * a
 
 
 def _gmpo_where(x: Tensor, a: Tensor, logps: Tensor, o: PolicyConfig) -> Clipped:
     return Clipped((x < -o.low) & (a < 0), (x > o.high) & (a > 0))
 
 
+def _moved(x: Tensor, logps: Tensor) -> Tensor:
+    """Return the probability of each token minus its old one."""
+    return logps.exp() - (logps - x).exp()
+
+
 def _outside_tv(x: Tensor, a: Tensor, logps: Tensor, o: PolicyConfig) -> Clipped:
-    apart = logps.exp() - (logps - x).exp()
+    apart = _moved(x, logps)
     return Clipped((apart < -o.low) & (a <= 0), (apart > o.high) & (a > 0))
 
 
@@ -98,7 +121,7 @@ def _outside_kl(x: Tensor, a: Tensor, logps: Tensor, o: PolicyConfig) -> Clipped
 
 
 def _outside_both(x: Tensor, a: Tensor, logps: Tensor, o: PolicyConfig) -> Clipped:
-    apart = logps.exp() - (logps - x).exp()
+    apart = _moved(x, logps)
     return Clipped(apart < -o.low, apart > o.low)
 
 
@@ -121,19 +144,20 @@ def _kept(outside: Where, tokens: Tokens, x: Tensor, a: Tensor, o: PolicyConfig)
 
 
 class Term(NamedTuple):
-    """The policy term of a loss type, and a function (x, a, logps, options) that says where it clips."""
+    """The policy term of a loss type, and its metrics: numbers or flags of the tokens [n], by name, whose means are logged."""
 
     each: Each
-    where: Where | None = None
+    metrics: Metrics = _no_metrics
+    of_sequences: bool = False  # its ratios are those of sequences, whatever `importance` says
 
 
 TERMS = {
-    **dict.fromkeys(("grpo", "dr_grpo", "bnpo", "dapo", "luspo"), Term(_clipped, _clipped_where)),
-    "gmpo": Term(_gmpo, _gmpo_where),
-    "cispo": Term(_cispo, _cispo_where),
+    **dict.fromkeys(("grpo", "dr_grpo", "bnpo", "dapo", "luspo"), Term(_clipped, _clip_ratios(_clipped_where))),
+    "gmpo": Term(_gmpo, _clip_ratios(_gmpo_where)),
+    "cispo": Term(_cispo, _cispo_metrics),
     "sapo": Term(_sapo),
-    "vespo": Term(_vespo),
-    "dppo_tv": Term(_dppo(_outside_tv), _outside_tv),
-    "dppo_kl": Term(_dppo(_outside_kl), _outside_kl),
-    "intellect": Term(_intellect, _outside_both),
+    "vespo": Term(_vespo, _vespo_metrics, of_sequences=True),
+    "dppo_tv": Term(_dppo(_outside_tv), _clip_ratios(_outside_tv)),
+    "dppo_kl": Term(_dppo(_outside_kl), _clip_ratios(_outside_kl)),
+    "intellect": Term(_intellect, _clip_ratios(_outside_both)),
 }

@@ -241,8 +241,7 @@ def _pairs(
 
     def logps(tokens: Tokens) -> Tensor:
         tokens = _scored(tokens)
-        total = tokens.sums(tokens.logps)
-        return total / tokens.lengths.clamp(min=1) if mean else total
+        return tokens.means(tokens.logps) if mean else tokens.sums(tokens.logps)
 
     def formula(tokens: Tokens) -> Tensor:
         losses = term(*logps(tokens).tensor_split(2))

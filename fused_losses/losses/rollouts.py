@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..core.elementwise import cap
 from ..core.inputs import FLOATS
-from ..core.layout import sequence_sums, spread_sequences
 from ..core.names import not_one_of
+from ..core.sequence_parallel import sequence_shard
 from ..core.validation import check_positive
+from ..engine.tokens import Tokens
 
 __all__ = ["entropy_quantile_mask", "group_advantages", "rollout_weights"]
 
@@ -74,10 +75,8 @@ def rollout_weights(
     apart = apart.masked_fill(~mask.reshape(-1) | ~apart.isfinite(), 0)
     if level != "token":
         count = len(old_logps) if cu_seqlens is None else len(cu_seqlens) - 1
-        sums = sequence_sums(apart, mask.reshape(-1), count, cu_seqlens)
-        if level == "geometric":
-            sums = sums / sequence_sums(mask.reshape(-1).float(), mask.reshape(-1), count, cu_seqlens).clamp(min=1)
-        apart = spread_sequences(sums, len(apart), cu_seqlens)
+        tokens = Tokens(apart, None, None, None, {}, mask.reshape(-1), cu_seqlens, count)
+        apart = tokens.spread(tokens.sums(apart) if level == "sequence" else tokens.means(apart))
     ratio = cap(apart).exp()
     if mode == "truncate":
         ratio = ratio.clamp(low, high)
@@ -108,7 +107,7 @@ def entropy_quantile_mask(entropy: Tensor, mask: Tensor, top: float, group: dist
     _check_alike(mask, entropy=entropy)
     values = entropy.detach()[mask].float()
     if group is not None:
-        values = _of_all_ranks(values, group)
+        (values,) = sequence_shard(values, group, None, shift=False, static_shapes=False).whole([values])
     if not len(values):
         return mask.clone()
     position = (1 - top) * (len(values) - 1)
@@ -116,17 +115,6 @@ def entropy_quantile_mask(entropy: Tensor, mask: Tensor, top: float, group: dist
     pair = ordered[below : below + 2]
     threshold = torch.lerp(pair[0], pair[-1], position - below)
     return mask & (entropy.detach().float() >= threshold)
-
-
-def _of_all_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the numbers [n] of all ranks, of which each may have another count."""
-    sizes = [values.new_zeros(1, dtype=torch.long) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([len(values)], device=values.device), group=group)
-    counts = [int(n) for n in sizes]
-    padded = torch.nn.functional.pad(values, (0, max(counts) - len(values)))
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 def _check_alike(mask: Tensor, **tensors: Tensor) -> None:

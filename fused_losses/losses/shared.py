@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -44,8 +43,8 @@ def fused(
     The mean is over units, or over the tokens that count if the units are tokens: with weights, that of tokens which each
     count as many times as its weight.
     """
+    weights = read_weights(weights, batch)
     if weights is not None:
-        weights = token_numbers(WEIGHTS, weights, batch)
         inputs = inputs._replace(per_token={**inputs.per_token, WEIGHTS: weights})
 
     def weighted(tokens: Tokens) -> Tensor:
@@ -65,17 +64,13 @@ def fused(
     return Fused(losses, stats, tokens, each, inputs.unit, weights)
 
 
-def read_weights(options: Mapping[str, Any], batch: Batch, dtype: torch.dtype) -> Tensor | None:
+def read_weights(weights: Tensor | None, batch: Batch) -> Tensor | None:
     """Return the option `weights` of a loss of tokens, 0 where the mask is False; None: it was not given."""
-    weights = options.get(WEIGHTS)
-    if weights is None:
-        return None
-    return token_numbers(WEIGHTS, weights, batch).to(dtype).masked_fill(~batch.mask, 0)
+    return None if weights is None else token_numbers(WEIGHTS, weights, batch, flags=True).masked_fill(~batch.mask, 0)
 
 
 def _weights_of(tokens: Tokens) -> Tensor:
-    """Return the weights of the tokens, 0 where the mask is False."""
-    return tokens.extra[WEIGHTS].to(tokens.logps.dtype).masked_fill(~tokens.mask, 0)
+    return tokens.extra[WEIGHTS].to(tokens.logps.dtype)
 
 
 def output(result: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:

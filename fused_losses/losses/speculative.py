@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Unpack
 
 from torch import Tensor
 
@@ -18,6 +19,31 @@ from .registry import register
 from .shared import fused, output
 
 __all__ = ["speculative_loss"]
+
+TV, KL = "total_variation", "forward_kl"
+
+
+class Objective(NamedTuple):
+    """The divergences that a loss type asks for, and the loss of each token from these and eta."""
+
+    divergences: tuple[str, ...]
+    loss: Callable[[Mapping[str, Tensor], float], Tensor]
+
+
+def _neg_log_acceptance(d: Mapping[str, Tensor], eta: float) -> Tensor:
+    return -(1 - d[TV]).clamp(min=LEAST_ACCEPTANCE).log()
+
+
+def _lk_hybrid(d: Mapping[str, Tensor], eta: float) -> Tensor:
+    weight = (-eta * (1 - d[TV].detach())).exp()
+    return weight * d[KL] + (1 - weight) * d[TV]
+
+
+OBJECTIVES = {
+    "tv": Objective((TV,), lambda d, eta: d[TV]),
+    "neg_log_acceptance": Objective((TV,), _neg_log_acceptance),
+    "lk_hybrid": Objective((TV, KL), _lk_hybrid),
+}
 
 
 @register(
@@ -66,24 +92,17 @@ def speculative_loss(
     The metrics are means over the tokens: acceptance (alpha), logps, kl for lk_hybrid, and entropy if it is requested.
     """
     check_speculative(loss_type, eta)
+    objective = OBJECTIVES[loss_type]
     if ref is None or isinstance(ref, LogProbs):
         got = "None" if ref is None else "fl.LogProbs"
         raise ValueError(f"ref: expected fl.Hidden or logits of the target model, got {got}")
-    hybrid = loss_type == "lk_hybrid"
 
     def formula(tokens: Tokens) -> Tensor:
-        tv = tokens.divergence["total_variation"]
-        if loss_type == "tv":
-            return tv
-        if loss_type == "neg_log_acceptance":
-            return -(1 - tv).clamp(min=LEAST_ACCEPTANCE).log()
-        weight = (-eta * (1 - tv.detach())).exp()
-        return weight * tokens.divergence["forward_kl"] + (1 - weight) * tv
+        return objective.loss(tokens.divergence, eta)
 
-    asked = (get("total_variation"), *([get("forward_kl")] if hybrid else []))
     batch = read_batch(labels, "tokens", options)
-    inputs = FormulaInputs("token", asked)
+    inputs = FormulaInputs("token", tuple(get(name) for name in objective.divergences))
     result = fused(formula, policy, batch, ref, inputs, read_options(options), options.get("weights"))
-    numbers = {"acceptance": 1 - result.tokens.divergence["total_variation"]}
-    numbers |= {"kl": result.tokens.divergence["forward_kl"]} if hybrid else {}
+    divergences = result.tokens.divergence
+    numbers = {"acceptance": 1 - divergences[TV]} | ({"kl": divergences[KL]} if KL in divergences else {})
     return output(result, token_means(result, **numbers))

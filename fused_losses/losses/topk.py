@@ -107,8 +107,9 @@ def topk_distillation_loss(
     mass = z.masked_fill(~keep, NOTHING).logsumexp(-1) - lse  # log sum_k p_k
     kl = _divergence(d, tail, z.masked_fill(~keep, NOTHING), logq, mass, lse, mask)
     losses = soft * kl - hard * stats.logps
-    weights = read_weights(options, batch, losses.dtype)
-    losses = losses if weights is None else losses * weights
+    if (weights := read_weights(options.get("weights"), batch)) is not None:
+        weights = weights.to(losses.dtype)
+        losses = losses * weights
     numbers = {"kl": kl, "topk_mass": mass.exp().masked_fill(~mask, 0), "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
     counts = mask if weights is None else weights

@@ -95,9 +95,10 @@ BAD = [
     (lambda: fl.cross_entropy_loss(Z, Y, weights=torch.ones(3), shift=False), ValueError,
      r"weights: expected \[3, 4\] on cpu, got \[3\]"),
     (lambda: fl.cross_entropy_loss(Z, Y, weights=torch.ones(3, 4), shift=True), ValueError, "leave its number out"),
-    (lambda: fl.cross_entropy_loss(Z, Y, weights=2.0, shift=False), TypeError, "weights: expected a float tensor, got float"),
+    (lambda: fl.cross_entropy_loss(Z, Y, weights=2.0, shift=False), TypeError,
+     "weights: expected a float or bool tensor, got float"),
     (lambda: fl.topk_distillation_loss(Z, Y, Z[..., :2], Y[..., None].expand(3, 4, 2), weights=Y, shift=False), TypeError,
-     "weights: expected a float tensor, got torch.int64"),
+     "weights: expected a float or bool tensor, got torch.int64"),
     (lambda: fl.cross_entropy_loss(Z, Y, loss_type="DFT", shift=False), ValueError, "expected one of nll, dft, got 'DFT'"),
     (lambda: fl.cross_entropy_loss(Z, Y, loss_type="dft", z_loss=0.1, shift=False), ValueError, "'dft' has neither"),
 ]  # fmt: skip
