@@ -42,6 +42,7 @@ GRIDS: dict[str, list[Job]] = {
         Job("tdpo,sft + kl,token_stats", (SMALL,), f"{QUICK},torch.compile,*slices"),
         Job("jsd", (SMALL,), f"{QUICK},Liger*compiled"),
         Job("dpo saved,dpo frozen,kto,grpo*", (SMALL,), QUICK),
+        Job("support*,ce weights,logp temperatures,dft,lk_hybrid", (SMALL,), "eager,torch.compile,fused_losses"),
         Job("logits: token_stats,logits: logp,logits: logp + entropy,logits: forward_kl,logits: js",
             (SMALL._replace(hidden=0),), f"{QUICK},torch.compile"),
         Job("logits: *", (SMALL._replace(hidden=0),), "eager,fused*"),
@@ -56,6 +57,7 @@ GRIDS: dict[str, list[Job]] = {
         Job("dpo", (SMALL._replace(rows=256), SMALL._replace(rows=1024), SMALL._replace(rows=2048)), SWEEP),
     ],
     "full": [Job("dpo,sft + kl,ce,token_stats", (FULL,))],
+    "kept": [Job("support*", (Shape(512, 256, 896, 151936), Shape(2048, 512, 896, 151936)), "eager,fused_losses")],
     # What docs/explanation/performance.md wants of a CPU; with --busy the first row once more.
     "cpu": [
         Job("logits: token_stats", (SMALL._replace(hidden=0),), "eager,torch.compile,fused_losses"),

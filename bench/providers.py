@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses as fl
-from bench.workloads import BETA, JSD, KTO_BASELINE, Problem, Workload
+from bench.workloads import ALONE, BETA, JSD, KTO_BASELINE, Problem, Workload
 from fused_losses import divergences
 
 Loss = Callable[[Problem], Tensor]
@@ -41,7 +41,7 @@ class Provider(NamedTuple):
     package: str = "torch"
     numbers: Callable[[Problem, Sequence[str]], dict[str, Tensor]] | None = None
     offers: frozenset[str] = frozenset()
-    losses: Mapping[str, Loss] | Callable[[Workload], Loss] = {}
+    losses: Mapping[str, Loss] | Callable[[Workload], Loss | None] = {}
     source: str = "hidden logits"
     device: str = ""  # the only one it runs on
     compiled: bool = False  # torch.compile around all of it
@@ -100,14 +100,18 @@ def naive(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
     """What people write: log-softmaxes of both models, kept for the backward; half precision is upcast before them."""
     numbers: dict[str, Tensor] = {}
     z = p.logits()
+    if "support_logps" in names:
+        z = z + torch.full_like(z, -torch.inf).scatter_(-1, p.kept, 0)
+    if "tempered_logps" in names:
+        z = z / p.temperatures.to(z.dtype)[:, None, None]
     log_p = z.log_softmax(-1, dtype=_wide(z))
     log_q = None
-    if set(names) - {"logps", "entropy"}:
+    if not ALONE.issuperset(names):
         w = p.logits(ref=True)
         log_q = w.log_softmax(-1, dtype=_wide(w))
     kl_div = partial(F.kl_div, reduction="none", log_target=True)
     for name in names:
-        if name == "logps":
+        if name.endswith("logps") and name in ALONE:
             numbers[name] = _at(log_p, p)
         elif name == "entropy":
             numbers[name] = -(log_p.exp() * log_p).sum(-1)
@@ -318,7 +322,7 @@ def ours(name: str, **options: Any) -> Provider:
     from_hidden = {"plan", "workspace"} & set(options) != set()
     return Provider(
         name,
-        losses=lambda w: _ours(w, **options),
+        losses=lambda w: None if from_hidden and w.kept else _ours(w, **options),  # plans are for a whole vocabulary
         ours=True,
         source="hidden" if from_hidden else "hidden logits",
         device="cuda" if "backend" in options else "",
@@ -329,7 +333,7 @@ def ours(name: str, **options: Any) -> Provider:
 def providers() -> list[Provider]:
     """All of them; the first is what the others are compared with."""
     both, careful_offers = frozenset({"logps", "ref_logps"}), frozenset({"logps", "ref_logps", "entropy", "forward_kl"})
-    all_numbers = careful_offers | set(divergences.names())
+    all_numbers = careful_offers | ALONE | set(divergences.names())
     kl = {"remarks": {"sft + kl": "no reference log-prob", "tdpo": "three calls", "grpo kl": "two calls"}}
     cce = {"package": "cut-cross-entropy", "offers": both, "source": "hidden"}
     liger = {"package": "liger-kernel", "source": "hidden", **kl}

@@ -21,8 +21,11 @@ from torch import Tensor
 import fused_losses as fl
 from fused_losses import divergences
 
-BETA, JSD = 0.1, 0.5
-Numbers = Mapping[str, Tensor]  # per token [S, T]: logps, ref_logps, entropy, and divergences by name; 0 where masked
+BETA, JSD, ETA = 0.1, 0.5, 3.0
+KEPT = 64  # ids that a sampler kept at each token
+Numbers = Mapping[str, Tensor]  # per token [S, T]: those of ALONE, ref_logps, and divergences by name; 0 where masked
+# Numbers of the policy alone: support_logps over the ids kept, tempered_logps with a temperature for each sequence.
+ALONE = frozenset({"logps", "entropy", "support_logps", "tempered_logps"})
 
 
 class Shape(NamedTuple):
@@ -106,6 +109,23 @@ class Problem:
         return Problem(policy, ref, self.labels, self.frozen)
 
     @property
+    def kept(self) -> Tensor:
+        """Ids [S, T, KEPT] all over the vocabulary, the label among them."""
+        vocab = self.policy_tensors[-1].shape[0 if self.from_hidden else -1]
+        steps = torch.arange(min(KEPT, vocab), device=self.labels.device) * max(1, vocab // KEPT)
+        return (self.safe.unsqueeze(-1) + steps) % vocab
+
+    @property
+    def weights(self) -> Tensor:
+        """One for each token, in (0, 2)."""
+        return 1 + 0.9 * (self.safe * 0.7).cos()
+
+    @property
+    def temperatures(self) -> Tensor:
+        """One for each sequence [S], in (0.5, 1.5)."""
+        return 1 + 0.4 * torch.arange(len(self.labels), device=self.labels.device).sin()
+
+    @property
     def from_hidden(self) -> bool:
         return len(self.policy_tensors) == 2
 
@@ -138,15 +158,16 @@ class Workload(NamedTuple):
     formula: Callable[[Numbers, Problem], Tensor]
     hidden: bool = True
     frozen: bool = False  # no gradient to the head
+    kept: int = 0  # ids of each token that are read; 0: the whole vocabulary
 
     @property
     def ref(self) -> bool:
         """Whether the reference is a model here: not where its log-probs were saved."""
-        return set(self.needs) - {"logps", "entropy"} != set()
+        return not ALONE.issuperset(self.needs)
 
     @property
     def divergence(self) -> bool:
-        return set(self.needs) - {"logps", "entropy", "ref_logps"} != set()
+        return not (ALONE | {"ref_logps"}).issuperset(self.needs)
 
 
 # ---- formulas, as people write them ------------------------------------------------------------------------------------
@@ -209,6 +230,21 @@ def _nll_entropy(n: Numbers, p: Problem) -> Tensor:
     return -p.mean(n["logps"] + 0.01 * n["entropy"])
 
 
+def _dft(n: Numbers, p: Problem) -> Tensor:
+    return -p.mean(n["logps"].detach().exp() * n["logps"])
+
+
+def _weighted(n: Numbers, p: Problem) -> Tensor:
+    w = p.weights.to(n["logps"].dtype).masked_fill(~p.mask, 0)
+    return -(w * n["logps"].masked_fill(~p.mask, 0)).sum() / w.sum()
+
+
+def _lk_hybrid(n: Numbers, p: Problem) -> Tensor:
+    tv = n["total_variation"]
+    weight = (-ETA * (1 - tv.detach())).exp()
+    return p.mean(weight * n["forward_kl"] + (1 - weight) * tv)
+
+
 # ---- the same in our words ---------------------------------------------------------------------------------------------
 
 KTO_BASELINE = 0.3
@@ -244,6 +280,20 @@ def _stats_and_kl(lib: Any, p: Problem, options: dict[str, Any]) -> Tensor:
     return _sft_kl({"logps": stats.logps} | stats.divergence, p)
 
 
+def _support(lib: Any, p: Problem, options: dict[str, Any]) -> Tensor:
+    stats = lib.token_stats(p.policy, p.labels, support=fl.Support(p.kept), shift=False, **options)
+    return -p.mean(stats.logps)
+
+
+def _tempered(lib: Any, p: Problem, options: dict[str, Any]) -> Tensor:
+    policy = fl.Hidden(*p.policy_tensors, temperature=p.temperatures)
+    return -p.mean(lib.token_stats(policy, p.labels, shift=False, **options).logps)
+
+
+def _negative(n: Numbers, p: Problem, name: str) -> Tensor:
+    return -p.mean(n[name])
+
+
 def _ref(p: Problem) -> fl.Hidden | fl.Logits:
     return p.ref
 
@@ -257,6 +307,7 @@ _dpo_call, _both = _ours("dpo_loss", _ref, beta=BETA), ("logps", "ref_logps")
 _tdpo_call = _ours("tdpo_loss", _ref, beta=BETA, alpha=0.5)
 _f_dpo_call = _ours("dpo_loss", _ref, beta=BETA, divergence="js(beta=0.5)")
 _jsd_call = _ours("distillation_loss", _ref, beta=JSD)
+_kept = partial(_negative, name="support_logps")
 _PER_TOKEN, _FOR_KL = "log-prob and forward KL of every token, for a loss of the caller's", ("logps", "forward_kl")
 
 WORKLOADS = [
@@ -282,6 +333,17 @@ WORKLOADS = [
     Workload("sft + kl frozen", "the same, no gradient to the head", _ours(
         "distillation_loss", _ref, divergence="forward_kl", hard=1.0), ("logps", "forward_kl"), _sft_kl, frozen=True),
     Workload("token_stats", _PER_TOKEN, _stats_and_kl, _FOR_KL, _sft_kl),
+    Workload("dft", "cross entropy weighted by the probability of the token", _ours("cross_entropy_loss", loss_type="dft"),
+             ("logps",), _dft),
+    Workload("ce weights", "cross entropy with a weight for each token", _ours(
+        "cross_entropy_loss", weights=lambda p: p.weights), ("logps",), _weighted),
+    Workload("logp temperatures", "log-prob with a temperature for each sequence", _tempered, ("tempered_logps",),
+             partial(_negative, name="tempered_logps")),
+    Workload("lk_hybrid", "a draft model for speculative decoding", _ours("speculative_loss", _ref, loss_type="lk_hybrid"),
+             ("total_variation", "forward_kl"), _lk_hybrid),
+    Workload("support", f"log-prob over {KEPT} ids that a sampler kept", _support, ("support_logps",), _kept, kept=KEPT),
+    Workload("support frozen", "the same, no gradient to the head", _support, ("support_logps",), _kept, frozen=True,
+             kept=KEPT),
     Workload("logits: token_stats", _PER_TOKEN, _stats_and_kl, _FOR_KL, _sft_kl, hidden=False),
     Workload("logits: logp", "log-prob", _stats, ("logps",), _nll, hidden=False),
     Workload("logits: logp + entropy", "log-prob and entropy", partial(_stats, entropy=True), ("logps", "entropy"),
@@ -301,6 +363,8 @@ BY_NAME = {w.name: w for w in WORKLOADS}
 def compulsory(w: Workload, shape: Shape) -> tuple[int, int, int]:
     """Bytes of the forward and of the backward, and floating-point operations of both (not counted from logits).
 
+    `kept` ids of each token are all that is read of the head or of the logits, where that is less.
+
     From logits every logit of a row that counts is read once in each direction (the reference's in the backward only for a
     divergence), and every gradient written once. From hidden states: operands read once, gradients written once; and a
     product of rows, H and V for each model's logits, for dX, and for dW where the head learns.
@@ -309,7 +373,9 @@ def compulsory(w: Workload, shape: Shape) -> tuple[int, int, int]:
     if not w.hidden:
         row = shape.vocab * size
         return n * (1 + w.ref) * row, (n * (1 + w.divergence) + shape.rows) * row, 0
+    kept = w.kept or shape.vocab
     states, head = n * shape.hidden * size, shape.vocab * shape.hidden * size
+    read = min(n * kept, shape.vocab) * shape.hidden * size
     written = shape.rows * shape.hidden * size + (0 if w.frozen else head)
     products = 2 + w.ref + (not w.frozen)
-    return (states + head) * (1 + w.ref), written, 2 * products * n * shape.hidden * shape.vocab
+    return (states + read) * (1 + w.ref), written, 2 * products * n * shape.hidden * kept

@@ -1,6 +1,7 @@
 """Logits at K tokens of each row: the reading of the ids, and the operator hidden_at for hidden states.
 
-They are x . W[ids], a few rows at a time: the gathered rows of the head take at most BYTES, or what one row x needs.
+They are x . W[ids], a few rows at a time: the gathered rows of the head take at most BYTES (CACHED_BYTES on a CPU), or what
+one row x needs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .projection import HiddenSide
 from .sides import BothGradients, InputFlags, InputGradients, Inputs, Wanted
 
 BYTES = 64 << 20
+CACHED_BYTES = 1 << 20  # on a CPU: what stays in the cache of a core between the gather and the product
 
 
 class RowIds(NamedTuple):
@@ -114,11 +116,18 @@ class _Gathered:
         side, (n, k) = self.side, self.ids.shape
         heads, states = side.heads(), [side.x] if side.low_rank is None else [side.x, side.low_rank.xa]
         width = sum(w.shape[1] for w in heads)
-        for first in range(0, n, step := max(1, BYTES // max(1, k * width * side.sums.itemsize))):
+        room = BYTES if self.ids.is_cuda else CACHED_BYTES
+        for first in range(0, n, step := max(1, room // max(1, k * width * side.sums.itemsize))):
             r = slice(first, min(n, first + step))
-            x = torch.cat([t[r].to(side.sums) for t in states], dim=-1)
-            gathered = torch.cat([w[self.ids[r]].to(side.dtype).to(side.sums) for w in heads], dim=-1)
-            yield r, x.masked_fill(~self.counts[r], 0), gathered
+            x = _joined([t[r].to(side.sums) for t in states])
+            flat = self.ids[r].reshape(-1)
+            gathered = _joined([w.index_select(0, flat).to(side.dtype).to(side.sums) for w in heads])
+            yield r, x.masked_fill(~self.counts[r], 0), gathered.view(-1, k, width)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Join tensors along the last dimension, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 @operator("hidden_at", HIDDEN_AT, HIDDEN_AT_RESULT)
