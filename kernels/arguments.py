@@ -36,6 +36,7 @@ class Logits(NamedTuple):
     stride: Any  # between vocabulary entries, odd(); None: 1
     softcap: Any  # None: no softcap
     multiplier: Any  # None: 1
+    factors: Any = None  # [rows], each a factor beside the multiplier, which is then not None; None: 1
 
 
 class LowRankRows(NamedTuple):

@@ -15,12 +15,14 @@ from triton.runtime import driver
 
 from ..core.divergences import Divergence
 from ..core.layout import (
+    NO_FACTORS,
     Grads,
     HiddenRows,
     Outputs,
     PairGrads,
     PairLossSpec,
     PairOutputs,
+    RowFactors,
     StatsSpec,
     row_layout,
 )
@@ -60,7 +62,7 @@ def _phase(x, rows: _Rows) -> tuple[int, ...] | None:
     return rows.size, rows.stride % n, rows.inner % n, x.data_ptr() // x.element_size() % n
 
 
-def _logits(x, rows: _Rows, peeled, softcap=0.0, multiplier=1.0):
+def _logits(x, rows: _Rows, peeled, softcap=0.0, multiplier=1.0, factors=None):
     """Return logits, or the place for their gradients, as kernels take them; peeled: the phase where a sweep begins aligned."""
     layout = arguments.RowLayout(
         stride=odd(rows.stride // rows.unit),
@@ -70,20 +72,21 @@ def _logits(x, rows: _Rows, peeled, softcap=0.0, multiplier=1.0):
         peeled=1 if peeled is not None and _phase(x, rows) == peeled else None,
     )
     between = None if x.stride(-1) == 1 else odd(x.stride(-1))
-    return arguments.Logits(x, layout, between, softcap or None, None if multiplier == 1.0 else multiplier)
+    times = None if multiplier == 1.0 and factors is None else multiplier
+    return arguments.Logits(x, layout, between, softcap or None, times, factors)
 
 
 ABSENT = arguments.Logits(None, None, None, None, None)
 
 
-def _sides(spec: StatsSpec, policy, ref, *gradients):
+def _sides(spec: StatsSpec, policy, ref, *gradients, factors: RowFactors = NO_FACTORS):
     """Return the logits of both sides, and the places for their gradients."""
     rows = _rows(policy)
     # where the policy's rows are not aligned, sweeps begin at the first aligned column of each
     peeled = None if rows.unit > 1 or spec.vocab < row_stats.PEELED.value else _phase(policy, rows)
     return (
-        _logits(policy, rows, peeled, spec.softcap, spec.multiplier),
-        ABSENT if ref is None else _logits(ref, _rows(ref), peeled, spec.ref_softcap, spec.ref_multiplier),
+        _logits(policy, rows, peeled, spec.softcap, spec.multiplier, factors.policy),
+        ABSENT if ref is None else _logits(ref, _rows(ref), peeled, spec.ref_softcap, spec.ref_multiplier, factors.ref),
         *(ABSENT if place is None else _logits(place, _rows(place), peeled) for place in gradients),
     )
 
@@ -156,11 +159,11 @@ def check_labels(spec: StatsSpec, labels) -> None:
     """Do nothing: kernels give NaN for the row of a label out of range."""
 
 
-def forward(spec: StatsSpec, policy, labels, ref, out: Outputs) -> None:
+def forward(spec: StatsSpec, policy, labels, ref, out: Outputs, factors: RowFactors = NO_FACTORS) -> None:
     config = forward_config(spec, policy.dtype)
     with on(policy.device):
         token_stats.token_stats_forward[(out.logps.numel(),)](
-            *_sides(spec, policy, ref),
+            *_sides(spec, policy, ref, factors=factors),
             *_token_labels(spec, labels),
             out,
             spec.vocab,
@@ -174,13 +177,15 @@ def forward(spec: StatsSpec, policy, labels, ref, out: Outputs) -> None:
         )
 
 
-def backward(spec: StatsSpec, policy, labels, ref, saved, grads: Grads, d_policy, d_ref) -> None:
+def backward(
+    spec: StatsSpec, policy, labels, ref, saved, grads: Grads, d_policy, d_ref, factors: RowFactors = NO_FACTORS
+) -> None:
     divergences = spec.divergences if grads.divergence is not None else ()
     ref = ref if divergences or d_ref is not None else None
     config = configs.BACKWARD
     with on(policy.device):
         token_stats.token_stats_backward[(saved.shape[1],)](
-            *_sides(spec, policy, ref, d_policy, d_ref),
+            *_sides(spec, policy, ref, d_policy, d_ref, factors=factors),
             *_token_labels(spec, labels),
             *grads,
             saved,

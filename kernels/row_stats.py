@@ -34,6 +34,8 @@ class Starts(NamedTuple):
     policy: Any
     ref: Any
     head: Any
+    factor_p: Any  # that of the row, where the logits have factors
+    factor_q: Any
 
 
 class Step(NamedTuple):
@@ -147,10 +149,29 @@ def row_starts(policy, ref, row):
     """Return where the sweep over a row begins; without a reference, the policy takes its place."""
     head = row_head(policy, row)
     start = sweep_start(policy, row, head)
+    factor = row_factor(policy, row)
     if ref.pointer is not None:
-        return Starts(start, sweep_start(ref, row, head), head)
+        return Starts(start, sweep_start(ref, row, head), head, factor, row_factor(ref, row))
     else:
-        return Starts(start, start, head)
+        return Starts(start, start, head, factor, factor)
+
+
+@triton.jit
+def row_factor(logits, row):
+    """Return the multiplier of a row where the logits have factors, else a number that nobody reads."""
+    if logits.factors is not None:
+        return tl.load(logits.factors + row).to(tl.float32) * logits.multiplier
+    else:
+        return 1.0
+
+
+@triton.jit
+def transformed(x, factor, logits, RAISED: tl.constexpr = True):
+    """Compute transform_logits() with the options of a side, and the factor of the row."""
+    if logits.factors is None:
+        return transform_logits(x, logits.softcap, logits.multiplier, RAISED)
+    else:
+        return transform_logits(x, logits.softcap, factor, RAISED)
 
 
 @triton.jit
@@ -169,23 +190,23 @@ def pointers(start, logits, v):
 
 
 @triton.jit
-def entry(start, logits, v):
+def entry(start, factor, logits, v):
     """Load one entry of a row, after softcap and multiplier; v: its column, counted from column `head`."""
-    return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier)[0]
+    return transformed(tl.load(pointers(start, logits, v)), factor, logits)[0]
 
 
 @triton.jit
-def load_side(start, logits, v, inside, MASKED: tl.constexpr, RAISED: tl.constexpr):
+def load_side(start, factor, logits, v, inside, MASKED: tl.constexpr, RAISED: tl.constexpr):
     """Load one step of a row.
 
     Return the logits after softcap and multiplier, FLOOR for entries that are not inside the row, and the slope.
     """
     if MASKED:
         x = tl.load(pointers(start, logits, v), mask=inside, other=0.0)
-        x, slope = transform_logits(x, logits.softcap, logits.multiplier, RAISED)
+        x, slope = transformed(x, factor, logits, RAISED)
         return tl.where(inside, x, FLOOR), slope
     else:
-        return transform_logits(tl.load(pointers(start, logits, v)), logits.softcap, logits.multiplier, RAISED)
+        return transformed(tl.load(pointers(start, logits, v)), factor, logits, RAISED)
 
 
 @triton.jit
@@ -197,9 +218,9 @@ def load_step(starts, policy, ref, v, V, MASKED: tl.constexpr, RAISED: tl.conste
     inside = v < V
     if MASKED:
         v = wrapped(v, V, starts.head, policy)
-    z, slope_p = load_side(starts.policy, policy, v, inside, MASKED, RAISED)
+    z, slope_p = load_side(starts.policy, starts.factor_p, policy, v, inside, MASKED, RAISED)
     if ref.pointer is not None:
-        r, slope_q = load_side(starts.ref, ref, v, inside, MASKED, RAISED)
+        r, slope_q = load_side(starts.ref, starts.factor_q, ref, v, inside, MASKED, RAISED)
         return Step(z, r, slope_p, slope_q)
     else:
         return Step(z, z, slope_p, slope_p)

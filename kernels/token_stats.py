@@ -57,15 +57,16 @@ def row_sums(starts, policy, ref, y, V, powers, WANTED: tl.constexpr, STEPS: tl.
     RAISED: tl.constexpr = WANTED.entropy or WANTED.moments or len(powers) > 0
     first = y * 0 - starts.head
     y -= starts.head
-    label_p = entry(starts.policy, policy, y)
+    label_p = entry(starts.policy, starts.factor_p, policy, y)
     label_q = label_p
     if REF:
-        label_q = entry(starts.ref, ref, y)
+        label_q = entry(starts.ref, starts.factor_q, ref, y)
     known = (label_p > LOW) & (label_q > LOW)
     # A constant close to z - r: that of column y, or that of column 0 if column y is an outlier.
     center = tl.where(known, label_p - label_q, 0.0)
     if REF:
-        first_p, first_q = entry(starts.policy, policy, first), entry(starts.ref, ref, first)
+        first_p = entry(starts.policy, starts.factor_p, policy, first)
+        first_q = entry(starts.ref, starts.factor_q, ref, first)
         other = (first_p > LOW) & (first_q > LOW) & (tl.abs(center) > 64.0)
         center = tl.where(other, first_p - first_q, center)
     shift_q = tl.where(label_q > LOW, tl.floor(label_q * LOG2E), LOW)

@@ -29,8 +29,10 @@ from torch.fx.experimental import _config as shapes_config
 
 from ..core.elementwise import transform_logits
 from ..core.layout import (
+    NO_FACTORS,
     Grads,
     Outputs,
+    RowFactors,
     StatsSpec,
     rows_view,
     shifted_labels,
@@ -80,18 +82,22 @@ class _LeftToTorchError(Exception):
 class _Scale(NamedTuple):
     """Softcap and multiplier of the logits of one side, as transform_logits() takes them.
 
-    They are tensors where they change a logit, so that another temperature is not another compilation.
+    They are tensors where they change a logit, so that another temperature is not another compilation; the multiplier is
+    [rows, 1] where rows have factors.
     """
 
     softcap: Tensor | float
     multiplier: Tensor | float
 
     @classmethod
-    def of(cls, softcap: float, multiplier: float, dtype: torch.dtype) -> _Scale:
-        return cls(
-            torch.tensor(softcap, dtype=dtype) if softcap else 0.0,
-            torch.tensor(multiplier, dtype=dtype) if multiplier != 1.0 else 1.0,
-        )
+    def of(
+        cls, softcap: float, multiplier: float, factors: Tensor | None, numbers: Tensor, dtype: torch.dtype
+    ) -> _Scale:
+        """Return those of the rows of these numbers; factors: those of all rows."""
+        cap = torch.tensor(softcap, dtype=dtype) if softcap else 0.0
+        if factors is not None:
+            return cls(cap, (multiplier * factors[numbers])[:, None])
+        return cls(cap, torch.tensor(multiplier, dtype=dtype) if multiplier != 1.0 else 1.0)
 
     def side(self, logits: Tensor, dtype: torch.dtype) -> Side:
         return Side(*transform_logits(logits, *self, dtype))
@@ -312,7 +318,9 @@ def _or_torch(function: Callable) -> Callable:
     return run
 
 
-def _rows(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None) -> tuple[Tensor, _Rows]:
+def _rows(
+    spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, factors: RowFactors = NO_FACTORS
+) -> tuple[Tensor, _Rows]:
     """Return the numbers of the rows that count, and what a compiled function takes of them."""
     dtype = stats_dtype(policy)
     y = labels.reshape(-1).long()
@@ -321,16 +329,23 @@ def _rows(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None) -
         y[numbers] - spec.first,
         _Place.of(policy, spec.vocab, numbers),
         None if ref is None else _Place.of(ref, spec.vocab, numbers),
-        _Scale.of(spec.softcap, spec.multiplier, dtype),
-        _Scale.of(spec.ref_softcap, spec.ref_multiplier, dtype),
+        _Scale.of(spec.softcap, spec.multiplier, factors.policy, numbers, dtype),
+        _Scale.of(spec.ref_softcap, spec.ref_multiplier, factors.ref, numbers, dtype),
     )
 
 
 @_or_torch
-def forward(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, out: Outputs) -> None:
+def forward(
+    spec: StatsSpec,
+    policy: Tensor,
+    labels: Tensor,
+    ref: Tensor | None,
+    out: Outputs,
+    factors: RowFactors = NO_FACTORS,
+) -> None:
     labels = shifted_labels(labels, spec.shift, spec.ignore_index)
     check_labels(spec, labels)
-    numbers, rows = _rows(spec, policy, labels, ref if out.ref_logps is not None else None)
+    numbers, rows = _rows(spec, policy, labels, ref if out.ref_logps is not None else None, factors)
     state = _run(_sums, spec, rows)
     torch_backend.clear(out)
     torch_backend.write(spec, numbers, Sums.of(state), out)
@@ -364,10 +379,11 @@ def backward(  # noqa: PLR0913 (the interface)
     grads: Grads,
     d_policy: Tensor | None,
     d_ref: Tensor | None,
+    factors: RowFactors = NO_FACTORS,
 ) -> None:
     labels = shifted_labels(labels, spec.shift, spec.ignore_index)
     active = torch_backend.active_divergences(grads)
-    numbers, rows = _rows(spec, policy, labels, ref if active or d_ref is not None else None)
+    numbers, rows = _rows(spec, policy, labels, ref if active or d_ref is not None else None, factors)
     of_rows = Grads(*(None if g is None else g[..., numbers] for g in grads))
     asked = _Asked(tuple(active), d_policy is not None, d_ref is not None)
     places = [

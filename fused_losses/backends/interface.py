@@ -19,7 +19,17 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..core.layout import Grads, HiddenRows, Outputs, PairGrads, PairLossSpec, PairOutputs, StatsSpec
+from ..core.layout import (
+    NO_FACTORS,
+    Grads,
+    HiddenRows,
+    Outputs,
+    PairGrads,
+    PairLossSpec,
+    PairOutputs,
+    RowFactors,
+    StatsSpec,
+)
 
 
 class Backend(Protocol):
@@ -34,15 +44,23 @@ class Backend(Protocol):
 
     # ---- rows over the whole vocabulary ------------------------------------------------------------------------------
 
-    def forward(self, spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, out: Outputs) -> None:
+    def forward(
+        self,
+        spec: StatsSpec,
+        policy: Tensor,
+        labels: Tensor,
+        ref: Tensor | None,
+        out: Outputs,
+        factors: RowFactors = NO_FACTORS,
+    ) -> None:
         """Compute the statistics of every row; those of ignored rows are 0.
 
         policy, ref: logits [..., V], of the same leading shape and any dtypes. labels: [...], integers. out: the tensors
         that are wanted; ref_logps is there if ref is, divergence if there are divergences, entropy and collision as the spec
-        says.
+        says. factors: contiguous.
         """
 
-    def backward(
+    def backward(  # noqa: PLR0913 (tensors, each by its name)
         self,
         spec: StatsSpec,
         policy: Tensor,
@@ -52,6 +70,7 @@ class Backend(Protocol):
         grads: Grads,
         d_policy: Tensor | None,
         d_ref: Tensor | None,
+        factors: RowFactors = NO_FACTORS,
     ) -> None:
         """Write the gradients of logits; those of ignored rows and of columns beyond V are 0.
 

@@ -16,12 +16,14 @@ from ..core import elementwise
 from ..core.elementwise import HUGE, INF, transform_logits
 from ..core.layout import (
     BLOCK_BYTES,
+    NO_FACTORS,
     Grads,
     HiddenRows,
     Outputs,
     PairGrads,
     PairLossSpec,
     PairOutputs,
+    RowFactors,
     SavedRow,
     StatsSpec,
     finite,
@@ -120,13 +122,20 @@ def check_labels(spec: StatsSpec, labels: Tensor) -> None:
         torch._assert_async(~bad.any())
 
 
-def forward(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, out: Outputs) -> None:
+def forward(
+    spec: StatsSpec,
+    policy: Tensor,
+    labels: Tensor,
+    ref: Tensor | None,
+    out: Outputs,
+    factors: RowFactors = NO_FACTORS,
+) -> None:
     labels = shifted_labels(labels, spec.shift, spec.ignore_index)
     check_labels(spec, labels)
     clear(out)
     second = any(d.term is not None for d in spec.divergences)
     held: list[tuple[Tensor, Tensor]] = []  # rows and their sums: closing many at once takes as long as closing a few
-    for rows, block in _blocks(spec, policy, labels, ref if out.ref_logps is not None else None):
+    for rows, block in _blocks(spec, policy, labels, ref if out.ref_logps is not None else None, factors):
         of_rows = sums(spec, block)
         if not second or block.ref is None:
             held.append((rows, of_rows.state()))
@@ -145,7 +154,14 @@ def clear(out: Outputs) -> None:
             x.zero_()
 
 
-def _blocks(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None) -> Iterator[tuple[Tensor, Block]]:
+def _times(multiplier: float, factors: Tensor | None, rows: Tensor) -> float | Tensor:
+    """Return the multiplier of some rows [rows, 1], or the one of all rows."""
+    return multiplier if factors is None else (multiplier * factors[rows])[:, None]
+
+
+def _blocks(
+    spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, factors: RowFactors = NO_FACTORS
+) -> Iterator[tuple[Tensor, Block]]:
     """Yield the numbers of the rows of each block, and the block, of rows that are not ignored."""
     dtype, v = stats_dtype(policy), spec.vocab
     z_rows, r_rows = rows_view(policy, 1), rows_view(ref, 1) if ref is not None else None
@@ -153,10 +169,11 @@ def _blocks(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None)
     counted = (y != spec.ignore_index).nonzero().squeeze(1)
     for rows in counted.split(max(1, BLOCK_BYTES // max(1, v * dtype.itemsize))):
         if rows.numel():
-            z = transform_logits(z_rows[_at(z_rows, rows)][:, :v], spec.softcap, spec.multiplier, dtype)
+            own = spec.softcap, _times(spec.multiplier, factors.policy, rows)
+            z = transform_logits(z_rows[_at(z_rows, rows)][:, :v], *own, dtype)
             r = None
             if r_rows is not None:
-                own = spec.ref_softcap, spec.ref_multiplier
+                own = spec.ref_softcap, _times(spec.ref_multiplier, factors.ref, rows)
                 r = Side(*transform_logits(r_rows[_at(r_rows, rows)][:, :v], *own, dtype))
             yield rows, Block(Side(*z), r, y[rows] - spec.first)
 
@@ -235,7 +252,7 @@ def terms(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor, saved: T
                     sums[at, rows] += total
 
 
-def backward(
+def backward(  # noqa: PLR0913 (the interface)
     spec: StatsSpec,
     policy: Tensor,
     labels: Tensor,
@@ -244,6 +261,7 @@ def backward(
     grads: Grads,
     d_policy: Tensor | None,
     d_ref: Tensor | None,
+    factors: RowFactors = NO_FACTORS,
 ) -> None:
     labels = shifted_labels(labels, spec.shift, spec.ignore_index)
     active = active_divergences(grads)
@@ -251,7 +269,7 @@ def backward(
         if out is not None:
             zero_outside(rows_view(out, 1), labels, spec)
     needed = ref if active or d_ref is not None else None
-    for rows, block in _blocks(spec, policy, labels, needed):
+    for rows, block in _blocks(spec, policy, labels, needed, factors):
         of_rows = Grads(*(None if g is None else g[..., rows] for g in grads))
         each = gradients(spec, block, saved[:, rows], of_rows, active, d_policy is not None, d_ref is not None)
         for place, gradient in zip((d_policy, d_ref), each, strict=True):

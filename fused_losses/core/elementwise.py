@@ -121,7 +121,7 @@ def transform_logits(
 ) -> tuple[Tensor, Tensor | float]:
     """Compute softcap tanh(x / softcap) * multiplier in a dtype, raised to at least FLOOR, and its derivative.
 
-    softcap 0.0 means no softcap. Both may be tensors of one element.
+    softcap 0.0 means no softcap. Both may be tensors of one element, multiplier also one of each row [rows, 1].
     """
     x = x.to(dtype)
     slope: Tensor | float = multiplier

@@ -51,7 +51,8 @@ def _dense(name: str, x: Tensor) -> None:
 def _head_options(source: Logits | Hidden, v: int, what: str) -> None:
     positive("softcap", source.softcap, optional=True)
     positive("scale", source.scale)
-    positive("temperature", cast(float, source.temperature))  # a tensor raises here, too
+    if not isinstance(source.temperature, Tensor):
+        positive("temperature", source.temperature)
     valid = source.valid_vocab
     if valid is not None and (type(valid) is not int or not 1 <= valid <= v):
         raise ValueError(f"valid_vocab: expected an int in [1, {v}] for {what} with V={v}, got {valid!r}")
@@ -95,7 +96,9 @@ class Logits:
         logits: The logits z [..., V].
         softcap: The softcap, as Gemma's final_logit_softcapping. None means no softcap.
         scale: The factor on the logits, as Cohere's logit_scale. Granite's logits_scaling divides: pass its inverse.
-        temperature: The divisor of the logits.
+        temperature: The divisor of the logits: a number, or a tensor > 0 with one number for each row [...] of logits
+            [..., V], or each sequence [S] of logits [S, T, V], without a gradient. A tensor goes with logits on both sides of a
+            call, and a vocabulary that is not split.
         valid_vocab: The number of columns, counted from the first, that are tokens. The other columns are padding: they are
             not part of the softmax and get zero gradient. None means that all columns are tokens.
         process_group: The torch.distributed group over whose ranks the vocabulary is split, or None. `logits` then holds the
@@ -108,7 +111,7 @@ class Logits:
     logits: Tensor
     softcap: float | None = field(default=None, kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
-    temperature: float = field(default=1.0, kw_only=True)
+    temperature: float | Tensor = field(default=1.0, kw_only=True)
     valid_vocab: int | None = field(default=None, kw_only=True)
     process_group: ProcessGroup | None = field(default=None, kw_only=True)
     shard: tuple[int, int] | None = field(default=None, kw_only=True)
@@ -120,6 +123,12 @@ class Logits:
         _check_group(self)
         if _float_tensor("logits", self.logits).dim() < 1 or self.logits.shape[-1] < 1:
             raise ValueError(f"logits: expected shape [..., V] with V >= 1, got {tuple(self.logits.shape)}")
+        if isinstance(self.temperature, Tensor):
+            if self.process_group is not None:
+                raise ValueError(
+                    "temperature: expected a number where the vocabulary is split over ranks, got a tensor"
+                )
+            object.__setattr__(self, "temperature", _temperatures("logits", self.logits, self.temperature))
         _head_options(self, self.logits.shape[-1], "logits")
         _check_shard(self)
 
@@ -129,7 +138,13 @@ class Logits:
 
     @property
     def multiplier(self) -> float:
-        return self.scale / self.temperature
+        """Return the factor on all logits, apart from `factors`."""
+        return self.scale if isinstance(self.temperature, Tensor) else self.scale / self.temperature
+
+    @property
+    def factors(self) -> Tensor | None:
+        """Return 1 / temperature for each row [...]; None: it is one number."""
+        return 1 / self.temperature if isinstance(self.temperature, Tensor) else None
 
 
 class Lora(NamedTuple):
@@ -237,19 +252,24 @@ def _tempered(hidden: Tensor, temperature: Tensor, softcap: float | None, bias: 
         raise ValueError(
             "temperature: a tensor divides the hidden states, which is the same only for a head without softcap and bias"
         )
-    rows, dtype = tuple(hidden.shape[:-1]), temperature.dtype
-    by_sequence = hidden.dim() == 3 and temperature.shape == rows[:1] != rows
+    return (hidden / _temperatures("hidden", hidden, temperature).unsqueeze(-1)).to(hidden.dtype)
+
+
+def _temperatures(name: str, x: Tensor, temperature: Tensor) -> Tensor:
+    """Return the temperature of each row [...] of x [..., V] or [..., H], without a gradient."""
+    rows, dtype = tuple(x.shape[:-1]), temperature.dtype
+    by_sequence = x.dim() == 3 and temperature.shape == rows[:1] != rows
     if dtype not in FLOATS or not (by_sequence or tuple(temperature.shape) in ((), rows)):
-        shapes = f"{list(rows)} or {list(rows[:1])}" if hidden.dim() == 3 else str(list(rows))
+        shapes = f"{list(rows)} or {list(rows[:1])}" if x.dim() == 3 else str(list(rows))
         raise ValueError(
             f"temperature: expected a number or a float tensor {shapes}, got {dtype} {list(temperature.shape)}"
         )
-    if temperature.device != hidden.device:
-        raise ValueError(f"temperature: expected {hidden.device} as hidden, got {temperature.device}")
+    if temperature.device != x.device:
+        raise ValueError(f"temperature: expected {x.device} as {name}, got {temperature.device}")
     if temperature.is_cpu and not torch.compiler.is_compiling() and not (temperature > 0).all():
         raise ValueError("temperature: expected numbers > 0")
-    each = temperature.detach().unsqueeze(-1)
-    return (hidden / (each.unsqueeze(-1) if by_sequence else each)).to(hidden.dtype)
+    each = temperature.detach()
+    return (each.unsqueeze(-1) if by_sequence else each).expand(rows)
 
 
 def _check_group(x: Logits | Hidden) -> None:

@@ -104,6 +104,16 @@ class Outputs(NamedTuple):
     saved: Tensor
 
 
+class RowFactors(NamedTuple):
+    """The factors [rows] on the logits of each row, beside the multiplier of the spec, in their stats_dtype. None: 1."""
+
+    policy: Tensor | None = None
+    ref: Tensor | None = None
+
+
+NO_FACTORS = RowFactors()
+
+
 class Grads(NamedTuple):
     """The incoming gradients of the outputs [rows], that of divergences [n, rows]. None: no gradient."""
 

@@ -36,6 +36,8 @@ def stats_at(
     differentiation raises.
     """
     refuse_split(policy)
+    if isinstance(policy, Logits) and policy.factors is not None:
+        raise ValueError("temperature: beside top-k from logits, expected a number, got a tensor")
     check_sources(policy, batch.labels, None, ())
     if isinstance(policy, Logits) and ExecutionOptions(**options.execution) != ExecutionOptions():
         raise ValueError("plan, workspace, static_shapes: are for fl.Hidden sources, got logits")

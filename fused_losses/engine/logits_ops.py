@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import backend_module
-from ..core.layout import Grads, Outputs, StatsSpec, effective, stats_dtype
+from ..core.layout import NO_FACTORS, Grads, Outputs, RowFactors, StatsSpec, effective, stats_dtype
 from .operator_args import Layout
 from .operators import needs_graph, observed, once, once_differentiable, operator
 from .stats_outputs import StatsTensors, empty_outputs, spread_out
@@ -26,6 +26,7 @@ class TokenStatsArgs(NamedTuple):
     spec: StatsSpec
     backend: str
     inplace_backward: bool
+    factors: RowFactors = NO_FACTORS
 
 
 class TokenStatsBackwardArgs(NamedTuple):
@@ -40,6 +41,7 @@ class TokenStatsBackwardArgs(NamedTuple):
     backend: str
     grad_policy: bool
     grad_ref: bool
+    factors: RowFactors = NO_FACTORS
 
 
 class LogitsGradients(NamedTuple):
@@ -74,7 +76,7 @@ def _flat(out: Outputs) -> tuple[Tensor, ...]:
 def _computed(args: TokenStatsArgs) -> Outputs:
     out = _empty(args)
     if out.logps.numel():
-        backend_module(args.backend).forward(args.spec, args.policy, args.labels, args.ref, out)
+        backend_module(args.backend).forward(args.spec, args.policy, args.labels, args.ref, out, args.factors)
     return out
 
 
@@ -95,7 +97,8 @@ def _write_gradients(args: TokenStatsBackwardArgs, d_policy: Tensor | None, d_re
     grads = effective(grads, args.spec.vocab)
     if args.saved.shape[1]:
         backend = backend_module(args.backend)
-        backend.backward(args.spec, args.policy, args.labels, args.ref, args.saved, grads, d_policy, d_ref)
+        both = args.policy, args.labels, args.ref
+        backend.backward(args.spec, *both, args.saved, grads, d_policy, d_ref, args.factors)
 
 
 def _gradients(args: TokenStatsBackwardArgs) -> LogitsGradients:
@@ -183,7 +186,7 @@ class _TokenStats(torch.autograd.Function):
     def forward(ctx, args, policy, ref):  # type: ignore[no-untyped-def]
         out = _computed(args)
         # the same tensors as _setup saves: a checkpoint that is only observed in one of its two forwards compares them
-        ctx.save_for_backward(policy, args.labels, ref, out.saved)
+        ctx.save_for_backward(policy, args.labels, ref, *args.factors, out.saved)
         ctx.others = args.spec, args.backend, args.inplace_backward
         ctx.mark_non_differentiable(*[x for x in (out.hit, out.collision, out.saved) if x is not None])
         ctx.set_materialize_grads(False)
@@ -192,9 +195,9 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     @once("token_stats")
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        policy, labels, ref, saved = ctx.saved_tensors
+        policy, labels, ref, *factors, saved = ctx.saved_tensors
         _, to_policy, to_ref = ctx.needs_input_grad
-        args = TokenStatsArgs(policy, labels, ref, *ctx.others)
+        args = TokenStatsArgs(policy, labels, ref, *ctx.others)._replace(factors=RowFactors(*factors))
         found = _differentiated(args, saved, Outputs(*grads), to_policy, to_ref)
         return None, found.policy, found.ref
 
@@ -214,6 +217,7 @@ def _differentiated(
         backend=args.backend,
         grad_policy=to_policy,
         grad_ref=to_ref,
+        factors=args.factors,
     )
     if inplace:
         d_ref = token_stats_backward_(*BACKWARD_ARGS.pack(back))

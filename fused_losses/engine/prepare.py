@@ -111,6 +111,9 @@ def prepare_call(
 
     unit: rows of the longest unit where the loss is known; 0: not known.
     """
+    for name, source in (("policy", policy), ("ref", ref)):
+        if isinstance(source, Logits) and source.factors is not None:
+            raise ValueError(f"temperature: of {name}, expected a number beside hidden states, got a tensor")
     labels = batch.predicted
     inputs, ref_inputs = inputs_of(policy), None if ref is None else inputs_of(ref)
     sides = [inputs] if ref_inputs is None else [inputs, ref_inputs]

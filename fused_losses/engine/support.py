@@ -56,7 +56,8 @@ def _logits(source: Logits | Hidden | LogProbs, batch: Batch, ids: Tensor, keep:
         return rows.outputs(hidden_logits(source, rows.ids, rows.keep))
     z = source.logits.gather(-1, rows.ids).to(stats_dtype(source.logits))
     z = source.softcap * torch.tanh(z / source.softcap) if source.softcap else z
-    return rows.outputs((z * source.multiplier).masked_fill(~rows.keep, 0))
+    z = z * source.multiplier if source.factors is None else z * source.multiplier * source.factors.unsqueeze(-1).to(z)
+    return rows.outputs(z.masked_fill(~rows.keep, 0))
 
 
 def on_support(

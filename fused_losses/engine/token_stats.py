@@ -24,7 +24,7 @@ from ..core.inputs import (
     check_pair,
     unlike,
 )
-from ..core.layout import collapse
+from ..core.layout import RowFactors, collapse, stats_dtype
 from ..core.support import Support
 from ..core.validation import given_logps
 from . import hidden_ops, logits_ops
@@ -187,9 +187,18 @@ def _from_logits(
         spec=spec_of(policy, with_head, asked, entropy, collision, batch.shift, batch.ignore_index),
         backend=choose(policy.logits.device, policy.logits.dtype),
         inplace_backward=inplace,
+        factors=RowFactors(flat_factors(policy), flat_factors(with_head)),
     )
     asks = Asks(policy.logits.requires_grad, ref_logits is not None and ref_logits.requires_grad)
     return pack_stats(logits_ops.stats(args), asks, batch, ref, asked)
+
+
+def flat_factors(source: Logits | None) -> Tensor | None:
+    """Return the factors [rows] of the rows of logits, if they have some."""
+    factors = None if source is None else source.factors
+    return (
+        None if source is None or factors is None else factors.reshape(-1).to(stats_dtype(source.logits)).contiguous()
+    )
 
 
 def _from_hidden(
@@ -272,7 +281,11 @@ def _stack(
             return [None] * len(batch.labels)
         if isinstance(x, LogProbs):
             return [LogProbs(part) for part in x.logps.unbind(0)]
-        return [replace(x, logits=part) for part in x.logits.unbind(0)]
+        given = x.temperature
+        return [
+            replace(x, logits=part, temperature=given[i] if isinstance(given, Tensor) else given)
+            for i, part in enumerate(x.logits.unbind(0))
+        ]
 
     parts = [
         _from_logits(p, batch.with_labels(labels), q, asked, entropy, collision, inplace=False)

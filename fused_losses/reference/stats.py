@@ -29,7 +29,8 @@ def transformed(source: Logits | Hidden) -> Tensor:
     z = z[..., : source.vocab]
     if source.softcap is not None:
         z = source.softcap * torch.tanh(z / source.softcap)
-    return z * source.scale / source.temperature
+    temperature = source.temperature
+    return z * source.scale / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
 
 
 def projected(source: Hidden) -> Tensor:

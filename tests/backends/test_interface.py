@@ -18,12 +18,14 @@ def test_the_interface_is_described():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_arguments(backend, name):
-    """As in the interface, by name and in order; others have defaults."""
+    """As in the interface, by name and in order, with the same defaults; others have defaults."""
     if backend == "triton":
         pytest.importorskip("triton")
-    _, *expected = inspect.signature(FUNCTIONS[name]).parameters
-    found = inspect.signature(getattr(backend_module(backend), name)).parameters
-    assert [n for n, p in found.items() if p.default is inspect.Parameter.empty] == expected
+    _, *expected = inspect.signature(FUNCTIONS[name]).parameters.values()
+    found = list(inspect.signature(getattr(backend_module(backend), name)).parameters.values())
+    same = found[: len(expected)]
+    assert [(p.name, p.default) for p in same] == [(p.name, p.default) for p in expected]
+    assert all(p.default is not inspect.Parameter.empty for p in found[len(expected) :])
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # its launcher has none of tensors

@@ -38,6 +38,12 @@ class Window(Batch):
         shapes = {"weight": (PADDED, H), "bias": (PADDED,), "a": (2, H), "b": (PADDED, 2)}
         self.head_tensors = {n: torch.randn(shape, device=device) * 0.5 for n, shape in shapes.items()}
         self.y[slice(None) if masked else 0] = -100
+        if "old_logps" in self.extra:  # the last response is on policy, and so it is not clipped, whatever is drawn
+            policy = self.policy(self.x, *self.head_tensors.values())
+            self.extra["old_logps"][-1] = fl.token_stats(policy, self.y, shift=False).logps[-1]
+
+    def policy(self, x, weight, bias, a, b):
+        return fl.Hidden(x, weight, bias, lora=(a, b, 0.7), valid_vocab=V)
 
     def step(self, plan, scale=1.0, **options):
         """The loss; and the gradients of scale times it, at the hidden states and, but for "frozen_head", at the whole head."""
@@ -50,7 +56,7 @@ class Window(Batch):
             policy = fl.Logits(x @ weight.T + 0.7 * (x @ a.T) @ b.T + bias, valid_vocab=V)
             ref = ref if ref is None else fl.Logits(self.ref_x @ self.ref_weight.T)
         else:
-            policy = fl.Hidden(x, weight, bias, lora=(a, b, 0.7), valid_vocab=V)
+            policy = self.policy(*leaves.values())
             options |= {"plan": plan, "static_shapes": bool(static)}
         loss = self.loss(fl, torch.float32, policy, ref, **options).loss
         wanted = {n: t for n, t in leaves.items() if t.requires_grad}
