@@ -65,8 +65,10 @@ class PreferenceOptions(SequenceOptions, total=False):
 
     loss_weights: Sequence[float] | None
     divergence: str | Divergence
-    beta: float
-    label_smoothing: float | None
+    beta: float | Tensor
+    margins: Tensor | None
+    weights: Tensor | None
+    label_smoothing: float | Tensor | None
     discopop_tau: float
     ld_alpha: float | None
     use_weighting: bool
@@ -81,7 +83,6 @@ class UPOOptions(PreferenceOptions, total=False):
     undesirable_weight: float
     baseline: Tensor | float | None
     delta: RunningDelta | Tensor | float
-    weights: Tensor | None
     alpha: float
 
 
@@ -129,6 +130,9 @@ EXO_EPSILON = 1e-3  # the value that the paper of EXO recommends
 SORTED = {"aot", "aot_unpaired"}  # losses that sort over the batch
 UNLINKED = {"apo_zero", *SORTED}  # losses that use h itself, without a link; sft has no h
 SMOOTHED = {"sigmoid", "cdpo", "robust", "exo_pair", *SORTED}  # losses that use label_smoothing
+OFFSET = {"sigmoid", "cdpo", "robust", "hinge", "exo_pair", "discopop", "sigmoid_norm"}  # losses of the margin alone
+SOFT = {"sigmoid", "cdpo"}  # losses that take any probability of a label, one for each pair
+PER_PAIR = ("beta", "margins", "weights", "label_smoothing")  # options that may be one number for each pair
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class PairLossConfig:
     tau: float  # of DiscoPOP
     ld_alpha: float | None
     weighting: bool  # WPO
+    per_pair: frozenset[str] = frozenset()  # which of PER_PAIR are given as tensors; beta is then 1 and smoothing None
 
     @property
     def names(self) -> set[str]:
@@ -161,17 +166,20 @@ def pair_loss_config(
     loss_type: str | Sequence[str],
     loss_weights: Sequence[float] | None,
     divergence: str | Divergence,
-    beta: float,
-    label_smoothing: float | None,
+    beta: float | Tensor,
+    label_smoothing: float | Tensor | None,
     discopop_tau: float,
     ld_alpha: float | None,
     use_weighting: bool,
     known: Collection[str],
+    per_pair: Collection[str] = (),
 ) -> PairLossConfig:
     """Check the options of preference_loss and return them.
 
-    ref: whether there is a reference. known: the names of the losses.
+    ref: whether there is a reference. known: the names of the losses. per_pair: the options that are tensors (pair_numbers).
     """
+    beta = 1.0 if isinstance(beta, Tensor) else beta
+    label_smoothing = None if isinstance(label_smoothing, Tensor) else label_smoothing
     check_positive(beta=beta, discopop_tau=discopop_tau)
     link = from_key(divergence)
     link.f_dpo_link()
@@ -182,13 +190,70 @@ def pair_loss_config(
     if not isinstance(use_weighting, bool):
         raise TypeError(f"use_weighting: expected a bool, got {use_weighting!r}")
     losses = _weighed(loss_type, loss_weights, known)
-    o = PairLossConfig(losses, link, float(beta), label_smoothing, float(discopop_tau), ld_alpha, use_weighting)
+    o = PairLossConfig(
+        losses=losses,
+        link=link,
+        beta=float(beta),
+        smoothing=label_smoothing,
+        tau=float(discopop_tau),
+        ld_alpha=ld_alpha,
+        weighting=use_weighting,
+        per_pair=frozenset(per_pair),
+    )
     _check_pair_smoothing(label_smoothing, o.names)
+    _check_per_pair(o)
     if link.name != "reverse_kl" and (without := sorted(o.names & UNLINKED)):
         raise ValueError(f"divergence: loss_type {without[0]!r} has no f-DPO form, got {link.key!r}")
     if use_weighting and (without := sorted(o.names & SORTED)):
         raise ValueError(f"use_weighting: loss_type {without[0]!r} sorts over the batch, its pairs cannot be weighted")
     return o
+
+
+def pair_numbers(batch: Batch, **given: object) -> dict[str, Tensor]:
+    """Return those options of preference_loss that are tensors, one number for each of the 2B sequences, without a graph.
+
+    The numbers are repeated: those of the pairs for the chosen sequences, and again for the rejected ones.
+    """
+    pairs, device, found = batch.sequences // 2, batch.labels.device, {}
+    for name, x in given.items():
+        if isinstance(x, Tensor):
+            one = name == "beta" and x.dim() == 0
+            if x.dtype not in FLOATS or not (one or tuple(x.shape) == (pairs,)) or x.device != device:
+                wanted = (
+                    f"a number or a float tensor [{pairs}]" if name in ("beta", "label_smoothing") else f"[{pairs}]"
+                )
+                got = f"{x.dtype} {list(x.shape)} on {x.device}"
+                raise ValueError(f"{name}: expected {wanted} on {device}, one for each pair, got {got}")
+            found[name] = x.detach().expand(pairs).repeat(2)
+        elif name in ("margins", "weights") and x is not None:
+            raise TypeError(f"{name}: expected a float tensor [{pairs}], one for each pair, got {type(x).__name__}")
+    bounds = {"beta": lambda x: x > 0, "weights": lambda x: x >= 0, "label_smoothing": lambda x: (x >= 0) & (x <= 1)}
+    words = {"beta": "> 0", "weights": ">= 0", "label_smoothing": "in [0, 1]"}
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        for name, inside in bounds.items():
+            if name in found and not inside(found[name]).all():
+                raise ValueError(f"{name}: expected numbers {words[name]}, got {found[name].tolist()[:9]}")
+    return found
+
+
+def _check_per_pair(o: PairLossConfig) -> None:
+    """Raise for options with a number for each pair beside a loss that cannot read them."""
+    names = o.names - {"sft"}
+    if o.per_pair and (without := sorted(names & SORTED)):
+        raise ValueError(
+            f"{min(o.per_pair)}: loss_type {without[0]!r} sorts over the batch, and takes no tensor of pairs"
+        )
+    if "margins" in o.per_pair and (without := sorted(names - OFFSET)):
+        raise ValueError(f"margins: read by {', '.join(sorted(OFFSET))}; got loss_type {without[0]}")
+    if "label_smoothing" in o.per_pair and not names & SMOOTHED <= SOFT:
+        without = sorted(names & SMOOTHED - SOFT)
+        raise ValueError(f"label_smoothing: loss_type {without[0]!r} takes one number, got a tensor")
+    if "label_smoothing" in o.per_pair and not names & SOFT:
+        raise ValueError(
+            f"label_smoothing: a tensor is read by {', '.join(sorted(SOFT))}; got loss_type {', '.join(sorted(names))}"
+        )
+    if "weights" in o.per_pair and "sft" in o.names:
+        raise ValueError("weights: loss_type 'sft' is a mean over tokens; its pairs cannot be weighted")
 
 
 def _weighed(

@@ -68,10 +68,31 @@ class Pairs:
         zero, _ = link.f_dpo_link()(self.h.new_zeros(()), *link.params)
         return _curve(self.h, link.f_dpo_link(), link.params) - zero
 
+    @property
+    def beta(self) -> float | Tensor:
+        """Return beta, or that of each pair [B]."""
+        beta = betas(self.tokens, self.o)
+        return beta.tensor_split(2)[0] if isinstance(beta, Tensor) else beta
+
+    @_once
+    def rewards(self) -> Tensor:
+        """Return beta s, [2B]."""
+        return betas(self.tokens, self.o) * self.scores
+
+    def epsilon(self) -> float | Tensor:
+        """Return label_smoothing, or that of each pair [B]."""
+        eps = of_sequences(self.tokens, "label_smoothing")
+        return self.o.epsilon() if eps is None else eps.tensor_split(2)[0]
+
+    def offset(self, margin: Tensor) -> Tensor:
+        """Subtract the margins that were asked for."""
+        asked = of_sequences(self.tokens, "margins")
+        return margin if asked is None else margin - asked.tensor_split(2)[0]
+
     @_once
     def margin(self) -> Tensor:
         chosen, rejected = self.scores.tensor_split(2)
-        return self.o.beta * (chosen - rejected)
+        return self.offset(self.beta * (chosen - rejected))
 
     @_once
     def average_margin(self) -> Tensor:
@@ -79,11 +100,14 @@ class Pairs:
         chosen, rejected = (self.scores / self.all.lengths.clamp(min=1)).tensor_split(2)
         return chosen - rejected
 
-    def term(self, name: str, *params: float) -> Tensor:
-        """Compute a function of the margin: in one kernel, unless other losses read the same sums."""
-        o = self.o
-        if len(o.names - {"sft"}) == 1:
-            return self.tokens.pair_term(name, o.link, o.beta, *params)
+    def term(self, name: str, *params: float | Tensor) -> Tensor:
+        """Compute a function of the margin.
+
+        It is one kernel, unless other losses read the same sums, or pairs have numbers of their own.
+        """
+        o, numbers = self.o, [x for x in params if not isinstance(x, Tensor)]
+        if len(o.names - {"sft"}) == 1 and not o.per_pair - {"weights"}:
+            return self.tokens.pair_term(name, o.link, o.beta, *numbers)
         return _curve(self.margin, TERMS[name], params)
 
 
@@ -103,7 +127,18 @@ class _Curve(torch.autograd.Function):
         return g * slope, None, None
 
 
-def _curve(x: Tensor, f: Callable, params: tuple[float, ...]) -> Tensor:
+def of_sequences(tokens: Tokens, name: str) -> Tensor | None:
+    """Return an option with a number for each pair, [2B]; None: it is one number, or was not given."""
+    return tokens.extra[name].to(tokens.logps.dtype) if name in tokens.extra else None
+
+
+def betas(tokens: Tokens, o: PairLossConfig) -> float | Tensor:
+    """Return beta, or that of each of the 2B sequences."""
+    each = of_sequences(tokens, "beta")
+    return o.beta if each is None else each
+
+
+def _curve(x: Tensor, f: Callable, params: tuple[float | Tensor, ...]) -> Tensor:
     check_plain("preference_loss", x)
     return _Curve.apply(x, f, params)
 
@@ -146,26 +181,26 @@ def _exo_pair(p: Pairs) -> Tensor:
 
 
 def _ipo(p: Pairs) -> Tensor:
-    return (p.average_margin - 0.5 / p.o.beta).square()
+    return (p.average_margin - 0.5 / p.beta).square()
 
 
 def _sigmoid_norm(p: Pairs) -> Tensor:
-    return -logsigmoid(p.o.beta * p.average_margin)
+    return -logsigmoid(p.offset(p.beta * p.average_margin))
 
 
 def _nca_pair(p: Pairs) -> Tensor:
-    chosen, rejected = (p.o.beta * p.scores).tensor_split(2)
+    chosen, rejected = p.rewards.tensor_split(2)
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
 
 
 def _bco_pair(p: Pairs) -> Tensor:
-    chosen, rejected = (p.o.beta * p.scores).tensor_split(2)
+    chosen, rejected = p.rewards.tensor_split(2)
     return -logsigmoid(chosen) - logsigmoid(-rejected)
 
 
 def _sppo_hard(p: Pairs) -> Tensor:
     chosen, rejected = p.scores.tensor_split(2)
-    return (chosen - 0.5 / p.o.beta).square() + (rejected + 0.5 / p.o.beta).square()
+    return (chosen - 0.5 / p.beta).square() + (rejected + 0.5 / p.beta).square()
 
 
 def _aot(p: Pairs) -> Tensor:
@@ -186,12 +221,12 @@ def _aot_unpaired(p: Pairs) -> Tensor:
 
 
 def _apo_zero(p: Pairs) -> Tensor:
-    chosen, rejected = (p.o.beta * p.h).tensor_split(2)
+    chosen, rejected = (betas(p.tokens, p.o) * p.h).tensor_split(2)
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 def _apo_down(p: Pairs) -> Tensor:
-    return torch.sigmoid(p.o.beta * p.h.tensor_split(2)[0]) + torch.sigmoid(-p.margin)
+    return torch.sigmoid(p.beta * p.h.tensor_split(2)[0]) + torch.sigmoid(-p.margin)
 
 
 def _sft(p: Pairs) -> Tensor:
@@ -204,8 +239,8 @@ def _sft(p: Pairs) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
-    "sigmoid": lambda p: p.term("sigmoid", p.o.epsilon()),
-    "cdpo": lambda p: p.term("sigmoid", p.o.epsilon()),
+    "sigmoid": lambda p: p.term("sigmoid", p.epsilon()),
+    "cdpo": lambda p: p.term("sigmoid", p.epsilon()),
     "robust": lambda p: p.term("robust", p.o.epsilon()),
     "hinge": lambda p: p.term("hinge"),
     "exo_pair": _exo_pair,

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
 from ..core.inputs import LogProbs, Source, as_source
-from ..core.options import PairLossConfig, PreferenceOptions, SequenceOptions, pair_loss_config
+from ..core.options import PairLossConfig, PreferenceOptions, SequenceOptions, pair_loss_config, pair_numbers
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, read_count
 from ..engine.evaluate import FormulaInputs
 from ..engine.tokens import Tokens
-from .pair_losses import LOSSES, Pairs, apply_ld_alpha, weighted_sum, wpo_weights
+from .pair_losses import LOSSES, Pairs, apply_ld_alpha, betas, weighted_sum, wpo_weights
 from .registry import register, takes
 from .shared import Fused, fused, loss_and_nll, output, pair_metrics
 
@@ -47,8 +47,10 @@ def preference_loss(
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     divergence: str | Divergence = "reverse_kl",
-    beta: float = 0.1,
-    label_smoothing: float | None = None,
+    beta: float | Tensor = 0.1,
+    margins: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float | Tensor | None = None,
     discopop_tau: float = 0.05,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
@@ -102,8 +104,13 @@ def preference_loss(
         loss_weights: a number for each loss. None: 1 each.
         divergence: s is the f-DPO link (2309.16240) of this divergence: s(h) = f'(e^h). apo_zero, aot and aot_unpaired have
             none.
-        beta: > 0.
-        label_smoothing: eps, in [0, 0.5), not 0 for exo_pair. aot and aot_unpaired also use it, as cDPO does.
+        beta: > 0; a number, or a tensor with one for each pair [B], or one of the batch [], without a gradient.
+        margins: [B], a number that each pair's m must exceed: m - margins takes the place of m (ODPO, 2402.10571). For losses
+            that are functions of m alone, and sigmoid_norm. None: 0.
+        weights: [B], >= 0, without a gradient: the losses are multiplied by them, and the mean is divided by their sum;
+            num_items divides by any other number. Metrics are not weighted. Not beside sft. None: 1.
+        label_smoothing: eps, in [0, 0.5), not 0 for exo_pair. aot and aot_unpaired also use it, as cDPO does. For sigmoid and
+            cdpo it may be a tensor [B] in [0, 1]: soft labels, the probability that the rejected response is the better one.
         discopop_tau: > 0.
         ld_alpha: a number in [0, 1] for LD-DPO (2409.06411), or None: on both sides, log-probs of tokens beyond the length of
             the pair's shorter response are multiplied by it. Lengths and sft do not change.
@@ -140,6 +147,8 @@ def preference_loss(
     The metrics are rewards/chosen and rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
     rewards/accuracies, logps/chosen, logps/rejected, and entropy if it is requested.
     """
+    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    numbers = pair_numbers(batch, beta=beta, margins=margins, weights=weights, label_smoothing=label_smoothing)
     o = pair_loss_config(
         ref is not None,
         loss_type,
@@ -151,8 +160,8 @@ def preference_loss(
         ld_alpha,
         use_weighting,
         known=LOSSES,
+        per_pair=numbers,
     )
-    batch, call = read_batch(labels, "pairs", options), read_options(options)
     pairs, chosen = batch.sequences // 2, read_count("num_nll_tokens", num_nll_tokens)
     if chosen is None:
         chosen = batch.count(batch.among_first(pairs)) if "sft" in o.names else 1
@@ -164,9 +173,10 @@ def preference_loss(
         total = weighted_sum(Pairs(tokens, o, chosen, times))
         return total * wpo_weights(tokens) if o.weighting else total
 
-    result = fused(formula, policy, batch, ref, FormulaInputs(o.unit, collision=o.weighting), call)
+    inputs = FormulaInputs(o.unit, per_sequence=numbers, collision=o.weighting)
+    result = fused(formula, policy, batch, ref, inputs, call)
     t = result.tokens if o.ld_alpha is None else apply_ld_alpha(result.tokens, o.ld_alpha)
-    parts: dict[str, Any] = {**pair_metrics(t, o.beta * t.log_ratios(), t.sums(t.logps))}
+    parts: dict[str, Any] = {**pair_metrics(t, betas(t, o) * t.log_ratios(), t.sums(t.logps))}
     if "sft" in o.names and not o.weighting:
         parts |= _sft_parts(result, o, times, chosen)
     return output(result, parts)

@@ -23,7 +23,9 @@ class Fused(NamedTuple):
     tokens: Tokens  # without a graph, for metrics
     losses: Tensor | None  # of the units, without a graph; None if reduction is "none"
     unit: str
-    weights: Tensor | None = None  # of the tokens, 0 where the mask is False; the losses are multiplied by them
+    weights: Tensor | None = (
+        None  # of the units, of tokens 0 where the mask is False; the losses are multiplied by them
+    )
 
 
 WEIGHTS = "weights"  # name among the extras
@@ -40,19 +42,19 @@ def fused(
 ) -> Fused:
     """Evaluate a formula and reduce its losses.
 
-    The mean is over units, or over the tokens that count if the units are tokens: with weights, that of tokens which each
-    count as many times as its weight.
+    The mean is over units, or over the tokens that count if the units are tokens: with weights, that of units which each
+    count as many times as its weight. The weights of tokens are read here, those of pairs are among inputs.per_sequence.
     """
-    weights = read_weights(weights, batch)
-    if weights is not None:
-        inputs = inputs._replace(per_token={**inputs.per_token, WEIGHTS: weights})
+    if (of_tokens := read_weights(weights, batch)) is not None:
+        inputs = inputs._replace(per_token={**inputs.per_token, WEIGHTS: of_tokens})
 
     def weighted(tokens: Tokens) -> Tensor:
-        return formula(tokens) * _weights_of(tokens)
+        each, weights = formula(tokens), _weights_of(tokens, inputs.unit)
+        return each if weights is None else each * weights
 
-    losses, stats, tokens = evaluate(formula if weights is None else weighted, policy, batch, ref, inputs, options)
+    losses, stats, tokens = evaluate(weighted, policy, batch, ref, inputs, options)
     each = None if options.reduction == "none" else losses.detach()
-    weights = None if weights is None else _weights_of(tokens)
+    weights = _weights_of(tokens, inputs.unit)
     if options.reduction == "mean" and options.num_items is not None:
         losses = divided(losses.sum(), options.num_items)
     elif options.reduction == "mean" and weights is not None:
@@ -69,8 +71,12 @@ def read_weights(weights: Tensor | None, batch: Batch) -> Tensor | None:
     return None if weights is None else token_numbers(WEIGHTS, weights, batch, flags=True).masked_fill(~batch.mask, 0)
 
 
-def _weights_of(tokens: Tokens) -> Tensor:
-    return tokens.extra[WEIGHTS].to(tokens.logps.dtype)
+def _weights_of(tokens: Tokens, unit: str) -> Tensor | None:
+    """Return the weights of the units; None: there are none, or the formula itself reads what has this name."""
+    if WEIGHTS not in tokens.extra or unit not in ("token", "pair"):
+        return None
+    weights = tokens.extra[WEIGHTS].to(tokens.logps.dtype)
+    return weights if unit == "token" else weights.tensor_split(2)[0]
 
 
 def output(result: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossOutput:
@@ -79,7 +85,8 @@ def output(result: Fused, parts: Mapping[str, Part | tuple[Part, ...]]) -> LossO
     `parts` contains "loss" if the mean of the loss is not over the units, or not over tokens where these are the units.
     """
     if "loss" not in parts and result.losses is not None:
-        loss = token_part(result, result.losses, result.weights) if result.unit == "token" else Part(result.losses)
+        of_tokens = result.unit == "token"
+        loss = token_part(result, result.losses, result.weights) if of_tokens else Part(result.losses, result.weights)
         parts = {"loss": loss, **parts}
     return with_parts(result.loss, result.stats, parts)
 

@@ -17,7 +17,7 @@ from ..core.divergences import Divergence
 from ..core.elementwise import cap
 from ..core.inputs import LogProbs, Source, as_source
 from ..core.names import present
-from ..core.options import PairLossConfig, pair_loss_config
+from ..core.options import PairLossConfig, pair_loss_config, pair_numbers
 from ..core.outputs import LossOutput
 from ..core.validation import Count, read_count
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
@@ -38,7 +38,16 @@ def _score(y: Sequence, o: PairLossConfig) -> Tensor:
 
 
 def _margin(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
-    return o.beta * (_score(chosen, o) - _score(rejected, o))
+    return _beta(chosen, o) * (_score(chosen, o) - _score(rejected, o)) - chosen.extra.get("margins", 0.0)
+
+
+def _beta(y: Sequence, o: PairLossConfig) -> Any:
+    """Return beta, or that of the sequence's pair."""
+    return y.extra.get("beta", o.beta)
+
+
+def _epsilon(y: Sequence, o: PairLossConfig) -> Any:
+    return y.extra.get("label_smoothing", o.smoothing or 0.0)
 
 
 def _average_margin(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
@@ -52,7 +61,7 @@ def _smoothed(margin: Tensor, eps: float) -> Tensor:
 
 def _sigmoid(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
     """Compute the loss of DPO (eq. 7), or of cDPO if eps > 0."""
-    return _smoothed(_margin(chosen, rejected, o), o.smoothing or 0.0)
+    return _smoothed(_margin(chosen, rejected, o), _epsilon(chosen, o))
 
 
 def _robust(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
@@ -77,32 +86,34 @@ def _discopop(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor
 
 
 def _ipo(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
-    return (_average_margin(chosen, rejected, o) - 1 / (2 * o.beta)) ** 2
+    return (_average_margin(chosen, rejected, o) - 1 / (2 * _beta(chosen, o))) ** 2
 
 
 def _sigmoid_norm(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
-    return -logsigmoid(o.beta * _average_margin(chosen, rejected, o))
+    return -logsigmoid(_beta(chosen, o) * _average_margin(chosen, rejected, o) - chosen.extra.get("margins", 0.0))
 
 
 def _nca_pair(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
-    good, bad = o.beta * _score(chosen, o), o.beta * _score(rejected, o)
+    good, bad = _beta(chosen, o) * _score(chosen, o), _beta(rejected, o) * _score(rejected, o)
     return -logsigmoid(good) - logsigmoid(-good) / 2 - logsigmoid(-bad) / 2
 
 
 def _bco_pair(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
-    return -logsigmoid(o.beta * _score(chosen, o)) - logsigmoid(-o.beta * _score(rejected, o))
+    return -logsigmoid(_beta(chosen, o) * _score(chosen, o)) - logsigmoid(-_beta(rejected, o) * _score(rejected, o))
 
 
 def _sppo_hard(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
-    return (_score(chosen, o) - 1 / (2 * o.beta)) ** 2 + (_score(rejected, o) + 1 / (2 * o.beta)) ** 2
+    return (_score(chosen, o) - 1 / (2 * _beta(chosen, o))) ** 2 + (
+        _score(rejected, o) + 1 / (2 * _beta(chosen, o))
+    ) ** 2
 
 
 def _apo_zero(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
-    return torch.sigmoid(-o.beta * chosen.h) + torch.sigmoid(o.beta * rejected.h)
+    return torch.sigmoid(-_beta(chosen, o) * chosen.h) + torch.sigmoid(_beta(rejected, o) * rejected.h)
 
 
 def _apo_down(chosen: Sequence, rejected: Sequence, o: PairLossConfig) -> Tensor:
-    return torch.sigmoid(o.beta * chosen.h) + torch.sigmoid(-_margin(chosen, rejected, o))
+    return torch.sigmoid(_beta(chosen, o) * chosen.h) + torch.sigmoid(-_margin(chosen, rejected, o))
 
 
 def _in_order(numbers: list[Tensor]) -> list[Tensor]:
@@ -144,8 +155,10 @@ def preference_loss(
     loss_type: str | Several[str] = "sigmoid",
     loss_weights: Several[float] | None = None,
     divergence: str | Divergence = "reverse_kl",
-    beta: float = 0.1,
-    label_smoothing: float | None = None,
+    beta: float | Tensor = 0.1,
+    margins: Tensor | None = None,
+    weights: Tensor | None = None,
+    label_smoothing: float | Tensor | None = None,
     discopop_tau: float = 0.05,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
@@ -153,6 +166,8 @@ def preference_loss(
     **options: Any,
 ) -> LossOutput:
     """Compute fl.preference_loss, one pair after another."""
+    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    numbers = pair_numbers(batch, beta=beta, margins=margins, weights=weights, label_smoothing=label_smoothing)
     o = pair_loss_config(
         ref is not None,
         loss_type,
@@ -164,29 +179,32 @@ def preference_loss(
         ld_alpha,
         use_weighting,
         known=(*LOSSES, *SORTED, "sft"),
+        per_pair=numbers,
     )
-    batch, call = read_batch(labels, "pairs", options), read_options(options)
     num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", num_nll_tokens)
     squares = {"squares": _log_sum_of_squares(policy, batch.shift)} if use_weighting else None
-    stats, sequences = cut(policy, batch, ref, entropy=call.entropy, per_token=squares)
+    stats, sequences = cut(policy, batch, ref, entropy=call.entropy, per_token=squares, per_sequence=numbers)
     whole = list(zip(sequences[: len(sequences) // 2], sequences[len(sequences) // 2 :], strict=True))
     pairs = whole
     if o.ld_alpha is not None:
         pairs = [_apply_ld_alpha(chosen, rejected, o.ld_alpha) for chosen, rejected in whole]
-    weights = [(_wpo(chosen) + _wpo(rejected)).exp() for chosen, rejected in whole] if use_weighting else None
+    wpo = [(_wpo(chosen) + _wpo(rejected)).exp() for chosen, rejected in whole] if use_weighting else None
 
     def losses_of(name: str) -> list[Tensor]:
         if name == "sft":
             chosen_tokens = max(1, sum(len(chosen) for chosen, _ in whole))
             times = len(whole) if num_nll_tokens is None or num_items is None else num_items
-            return _sft(whole, weights, times, chosen_tokens if num_nll_tokens is None else num_nll_tokens)
+            return _sft(whole, wpo, times, chosen_tokens if num_nll_tokens is None else num_nll_tokens)
         if name in SORTED:
             return SORTED[name](pairs, o)
         pair_losses = [LOSSES[name](chosen, rejected, o) for chosen, rejected in pairs]
-        return pair_losses if weights is None else [x * weight for x, weight in zip(pair_losses, weights, strict=True)]
+        return pair_losses if wpo is None else [x * weight for x, weight in zip(pair_losses, wpo, strict=True)]
 
     losses = torch.stack([joined(losses_of(name), stats) * weight for name, weight in o.losses]).sum(0)
-    rewards = [(o.beta * chosen.h, o.beta * rejected.h) for chosen, rejected in pairs]
+    if weights is not None:
+        losses = losses * weights.detach().to(losses.dtype)
+        num_items = weights.sum().item() if num_items is None and call.reduction == "mean" else num_items
+    rewards = [(_beta(chosen, o) * chosen.h, _beta(rejected, o) * rejected.h) for chosen, rejected in pairs]
     logps = [(chosen.log_p, rejected.log_p) for chosen, rejected in pairs]
     return LossOutput(reduced(losses, call.reduction, num_items), pair_metrics(rewards, logps, stats), stats)
 

@@ -405,7 +405,10 @@ def compare_grpo(models, options, advantages, *, train=False, temperature=0.8, o
     )
     known = [fl.reference.token_stats(s, labels, shift=True).logps.detach() for s in (z, w)]
     # The first response with an advantage > 0 and the first with one < 0 are clipped and the third is not, whatever is drawn.
-    apart, noise = torch.tensor([-0.9, 0.9, 0.0, 0.0, 0.0])[:, None], torch.tensor([0.06, 0.06, 0.0, 0.06, 0.06])[:, None]
+    apart, noise = (
+        torch.tensor([-0.9, 0.9, 0.0, 0.0, 0.0])[:, None],
+        torch.tensor([0.06, 0.06, 0.0, 0.06, 0.06])[:, None],
+    )
     old = known[0] + apart + torch.randn(known[0].shape, generator=generator_of(6)) * noise
 
     def theirs(t):  # of the completion alone
