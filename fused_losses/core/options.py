@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .divergences import Divergence, from_key
+from .dynamic_beta import DynamicBeta
 from .inputs import FLOATS, LogProbs, Source, check_labels
 from .names import not_one_of, shape_of, unknown
 from .running_delta import RunningDelta
@@ -65,7 +66,7 @@ class PreferenceOptions(SequenceOptions, total=False):
 
     loss_weights: Sequence[float] | None
     divergence: str | Divergence
-    beta: float | Tensor
+    beta: float | Tensor | DynamicBeta
     margins: Tensor | None
     weights: Tensor | None
     label_smoothing: float | Tensor | None
@@ -147,6 +148,7 @@ class PairLossConfig:
     ld_alpha: float | None
     weighting: bool  # WPO
     per_pair: frozenset[str] = frozenset()  # which of PER_PAIR are given as tensors; beta is then 1 and smoothing None
+    dynamic: DynamicBeta | None = None  # beta is then 1
 
     @property
     def names(self) -> set[str]:
@@ -154,7 +156,7 @@ class PairLossConfig:
 
     @property
     def unit(self) -> str:
-        whole = self.names & SORTED or (self.weighting and "sft" in self.names)
+        whole = self.names & SORTED or (self.weighting and "sft" in self.names) or self.dynamic
         return "batch" if whole else "pair"
 
     def epsilon(self, default: float = 0.0) -> float:
@@ -166,7 +168,7 @@ def pair_loss_config(
     loss_type: str | Sequence[str],
     loss_weights: Sequence[float] | None,
     divergence: str | Divergence,
-    beta: float | Tensor,
+    beta: float | Tensor | DynamicBeta,
     label_smoothing: float | Tensor | None,
     discopop_tau: float,
     ld_alpha: float | None,
@@ -178,7 +180,8 @@ def pair_loss_config(
 
     ref: whether there is a reference. known: the names of the losses. per_pair: the options that are tensors (pair_numbers).
     """
-    beta = 1.0 if isinstance(beta, Tensor) else beta
+    dynamic = beta if isinstance(beta, DynamicBeta) else None
+    beta = 1.0 if isinstance(beta, Tensor | DynamicBeta) else beta
     label_smoothing = None if isinstance(label_smoothing, Tensor) else label_smoothing
     check_positive(beta=beta, discopop_tau=discopop_tau)
     link = from_key(divergence)
@@ -199,6 +202,7 @@ def pair_loss_config(
         ld_alpha=ld_alpha,
         weighting=use_weighting,
         per_pair=frozenset(per_pair),
+        dynamic=dynamic,
     )
     _check_pair_smoothing(label_smoothing, o.names)
     _check_per_pair(o)
@@ -239,6 +243,10 @@ def pair_numbers(batch: Batch, **given: object) -> dict[str, Tensor]:
 def _check_per_pair(o: PairLossConfig) -> None:
     """Raise for options with a number for each pair beside a loss that cannot read them."""
     names = o.names - {"sft"}
+    if o.dynamic and (without := sorted(names & SORTED)):
+        raise ValueError(f"beta: loss_type {without[0]!r} sorts over the batch, and takes no fl.DynamicBeta")
+    if o.dynamic and "weights" in o.per_pair:
+        raise ValueError("weights: beside fl.DynamicBeta expected None, for the margins of the batch are not weighted")
     if o.per_pair and (without := sorted(names & SORTED)):
         raise ValueError(
             f"{min(o.per_pair)}: loss_type {without[0]!r} sorts over the batch, and takes no tensor of pairs"
@@ -382,6 +390,16 @@ def check_bco(batch: Batch, desirable: Tensor, weights: Tensor | None, beta: flo
         return {"desirable": desirable}
     check_per_sequence("weights", weights, batch, FLOATS)
     return {"desirable": desirable, "weights": weights.detach()}
+
+
+# rebel_loss, a2po_loss
+
+
+def check_regression(name: str, x: Tensor, batch: Batch, beta: float) -> Tensor:
+    """Check the options of a loss that fits implied rewards to numbers of the sequences, and return these numbers."""
+    check_positive(beta=beta)
+    check_per_sequence(name, x, batch, FLOATS)
+    return x.detach()
 
 
 # cross_entropy_loss

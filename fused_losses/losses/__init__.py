@@ -8,6 +8,7 @@ preference           pairs: DPO and the loss types of TRL; their formulas are in
 tdpo                 pairs: TDPO
 reference_free       pairs without a reference: SimPO, CPO, ORPO
 unpaired             KTO, BCO, APO-zero
+regression           REBEL, A*-PO
 policy_gradient      GRPO and its relatives; their terms are in policy_terms
 rollouts             advantages, importance weights and masks of sampled responses
 distillation         from a teacher
@@ -19,6 +20,7 @@ calibration          compares confidence with accuracy, from the statistics that
 experimental         upo (UPO) and lta_thinker (LTA-Thinker)
 """
 
+from ..core.dynamic_beta import DynamicBeta
 from ..core.outputs import LossOutput
 from ..core.running_delta import RunningDelta
 from .cross_entropy import cross_entropy_loss
@@ -39,17 +41,19 @@ from .preference_matching import (
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 from .registry import FAMILY as FAMILY
 from .registry import Entry as Entry
-from .rollouts import entropy_quantile_mask, group_advantages, rollout_weights
+from .regression import a2po_loss, rebel_loss
+from .rollouts import entropy_quantile_mask, group_advantages, optimal_values, rollout_weights
 from .speculative import speculative_loss
 from .tdpo import tdpo_loss
 from .topk import topk_distillation_loss
 from .unpaired import bco_loss, kto_baseline, kto_loss
 
 __all__ = [
-    "LossOutput", "RunningDelta", "bco_loss", "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss",
-    "cross_entropy_loss", "distillation_loss", "dpo_loss", "entropy_quantile_mask", "expectile_loss",
-    "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss", "lta_thinker_loss", "orpo_loss",
-    "plackett_luce_loss", "preference_loss", "preference_matching_gap", "preference_matching_loss",
-    "preference_matching_reward", "reasoning_focus_loss", "rollout_weights", "sampled_distillation_loss",
-    "semantic_alignment_loss", "simpo_loss", "speculative_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",
+    "DynamicBeta", "LossOutput", "RunningDelta", "a2po_loss", "bco_loss", "bradley_terry_loss",
+    "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss", "dpo_loss",
+    "entropy_quantile_mask", "expectile_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss",
+    "lta_thinker_loss", "optimal_values", "orpo_loss", "plackett_luce_loss", "preference_loss",
+    "preference_matching_gap", "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss",
+    "rebel_loss", "rollout_weights", "sampled_distillation_loss", "semantic_alignment_loss", "simpo_loss",
+    "speculative_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",
 ]  # fmt: skip

@@ -70,14 +70,25 @@ class Pairs:
 
     @property
     def beta(self) -> float | Tensor:
-        """Return beta, or that of each pair [B]."""
-        beta = betas(self.tokens, self.o)
-        return beta.tensor_split(2)[0] if isinstance(beta, Tensor) else beta
+        """Return beta, or that of each pair [B], or of the batch []."""
+        beta = self.betas
+        return beta.tensor_split(2)[0] if isinstance(beta, Tensor) and beta.dim() else beta
+
+    @property
+    def betas(self) -> float | Tensor:
+        """Return beta, or that of each sequence [2B], or of the batch []."""
+        return betas(self.tokens, self.o) if self.o.dynamic is None else self.batch_beta
+
+    @_once
+    def batch_beta(self) -> Tensor:
+        """Return the beta that follows the margins of the batch."""
+        chosen, rejected = self.scores.detach().tensor_split(2)
+        return present("beta", self.o.dynamic).update(chosen - rejected)
 
     @_once
     def rewards(self) -> Tensor:
         """Return beta s, [2B]."""
-        return betas(self.tokens, self.o) * self.scores
+        return self.betas * self.scores
 
     def epsilon(self) -> float | Tensor:
         """Return label_smoothing, or that of each pair [B]."""
@@ -106,7 +117,7 @@ class Pairs:
         It is one kernel, unless other losses read the same sums, or pairs have numbers of their own.
         """
         o, numbers = self.o, [x for x in params if not isinstance(x, Tensor)]
-        if len(o.names - {"sft"}) == 1 and not o.per_pair - {"weights"}:
+        if len(o.names - {"sft"}) == 1 and not (o.per_pair - {"weights"} or o.dynamic):
             return self.tokens.pair_term(name, o.link, o.beta, *numbers)
         return _curve(self.margin, TERMS[name], params)
 
@@ -133,9 +144,9 @@ def of_sequences(tokens: Tokens, name: str) -> Tensor | None:
 
 
 def betas(tokens: Tokens, o: PairLossConfig) -> float | Tensor:
-    """Return beta, or that of each of the 2B sequences."""
+    """Return beta, or that of each of the 2B sequences, or the last one of a DynamicBeta."""
     each = of_sequences(tokens, "beta")
-    return o.beta if each is None else each
+    return o.dynamic.beta if o.dynamic else o.beta if each is None else each
 
 
 def _curve(x: Tensor, f: Callable, params: tuple[float | Tensor, ...]) -> Tensor:
@@ -221,7 +232,7 @@ def _aot_unpaired(p: Pairs) -> Tensor:
 
 
 def _apo_zero(p: Pairs) -> Tensor:
-    chosen, rejected = (betas(p.tokens, p.o) * p.h).tensor_split(2)
+    chosen, rejected = (p.betas * p.h).tensor_split(2)
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 

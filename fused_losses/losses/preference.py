@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
+from ..core.dynamic_beta import DynamicBeta
 from ..core.inputs import LogProbs, Source, as_source
 from ..core.options import PairLossConfig, PreferenceOptions, SequenceOptions, pair_loss_config, pair_numbers
 from ..core.outputs import LossOutput, Part
@@ -47,7 +48,7 @@ def preference_loss(
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     divergence: str | Divergence = "reverse_kl",
-    beta: float | Tensor = 0.1,
+    beta: float | Tensor | DynamicBeta = 0.1,
     margins: Tensor | None = None,
     weights: Tensor | None = None,
     label_smoothing: float | Tensor | None = None,
@@ -104,7 +105,8 @@ def preference_loss(
         loss_weights: a number for each loss. None: 1 each.
         divergence: s is the f-DPO link (2309.16240) of this divergence: s(h) = f'(e^h). apo_zero, aot and aot_unpaired have
             none.
-        beta: > 0; a number, or a tensor with one for each pair [B], or one of the batch [], without a gradient.
+        beta: > 0; a number, or a tensor with one for each pair [B], or one of the batch [], without a gradient. Or a
+            fl.DynamicBeta, which is updated with the margins of the batch and then used; "row_blocks" is then not possible.
         margins: [B], a number that each pair's m must exceed: m - margins takes the place of m (ODPO, 2402.10571). For losses
             that are functions of m alone, and sigmoid_norm. None: 0.
         weights: [B], >= 0, without a gradient: the losses are multiplied by them, and the mean is divided by their sum;
@@ -145,7 +147,7 @@ def preference_loss(
         static_shapes: as in token_stats.
 
     The metrics are rewards/chosen and rewards/rejected (beta h, as TRL logs them for every divergence), rewards/margins,
-    rewards/accuracies, logps/chosen, logps/rejected, and entropy if it is requested.
+    rewards/accuracies, logps/chosen, logps/rejected, beta where it is a DynamicBeta, and entropy if it is requested.
     """
     batch, call = read_batch(labels, "pairs", options), read_options(options)
     numbers = pair_numbers(batch, beta=beta, margins=margins, weights=weights, label_smoothing=label_smoothing)
@@ -175,17 +177,20 @@ def preference_loss(
 
     inputs = FormulaInputs(o.unit, per_sequence=numbers, collision=o.weighting)
     result = fused(formula, policy, batch, ref, inputs, call)
+    return output(result, _parts(result, o, times, chosen))
+
+
+def _parts(result: Fused, o: PairLossConfig, times: Count, chosen: Count) -> dict[str, Any]:
+    """Return the parts of the metrics, and of a loss with sft, whose mean is over tokens."""
     t = result.tokens if o.ld_alpha is None else apply_ld_alpha(result.tokens, o.ld_alpha)
     parts: dict[str, Any] = {**pair_metrics(t, betas(t, o) * t.log_ratios(), t.sums(t.logps))}
-    if "sft" in o.names and not o.weighting:
-        parts |= _sft_parts(result, o, times, chosen)
-    return output(result, parts)
-
-
-def _sft_parts(result: Fused, o: PairLossConfig, times: Count, chosen: Count) -> dict[str, tuple[Part, ...]]:
+    if o.dynamic:
+        parts["beta"] = Part(o.dynamic.beta.expand(t.sequences // 2))
+    if "sft" not in o.names or o.weighting:
+        return parts
     sums, lengths = result.tokens.sums(result.tokens.logps), result.tokens.lengths
     nll = Part(-sums.tensor_split(2)[0], lengths.tensor_split(2)[0])
-    return loss_and_nll(result, nll, sum(weight for name, weight in o.losses if name == "sft"), times, chosen)
+    return parts | loss_and_nll(result, nll, sum(weight for name, weight in o.losses if name == "sft"), times, chosen)
 
 
 @takes(PreferenceOptions, "loss_type")

@@ -13,7 +13,7 @@ from ..core.sequence_parallel import sequence_shard
 from ..core.validation import check_positive
 from ..engine.tokens import Tokens
 
-__all__ = ["entropy_quantile_mask", "group_advantages", "rollout_weights"]
+__all__ = ["entropy_quantile_mask", "group_advantages", "optimal_values", "rollout_weights"]
 
 
 LEVELS = ("token", "sequence", "geometric")
@@ -144,12 +144,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> 
     """
     if scale not in ("group", "batch", "none"):
         raise not_one_of("scale", scale, ("group", "batch", "none"))
-    if not isinstance(rewards, Tensor) or rewards.dtype not in FLOATS:
-        raise TypeError(f"rewards: expected a float tensor, got {getattr(rewards, 'dtype', type(rewards).__name__)}")
-    if rewards.dim() != 1 or type(group_size) is not int or group_size < 1 or len(rewards) % group_size:
-        raise ValueError(
-            f"rewards: expected [groups * group_size] for group_size={group_size!r}, got {list(rewards.shape)}"
-        )
+    _check_groups(rewards, group_size)
     scored = ~rewards.isnan()
     r, counts = rewards.masked_fill(~scored, 0).view(-1, group_size), scored.view(-1, group_size)
     centred = _centred(r, counts)
@@ -158,6 +153,37 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> 
     flat = (r, counts) if scale == "group" else (r.view(1, -1), counts.view(1, -1))
     variance = _centred(*flat).square().sum(1, keepdim=True) / (flat[1].sum(1, keepdim=True) - 1).clamp(min=1)
     return (centred / (variance.sqrt() + 1e-4)).view(-1)
+
+
+def optimal_values(rewards: Tensor, group_size: int, beta: float) -> Tensor:
+    """Estimate the optimal value V* [S] of the prompt of each response, from the rewards of several (arXiv 2505.20686).
+
+        V* = beta log mean_i e^(r_i / beta)     over the group, the same for all its responses
+
+    The responses are samples of the reference policy. The advantages of fl.a2po_loss are rewards minus V*.
+
+    Args:
+        rewards: [S]; each group_size rewards in a row belong to answers to one prompt. A reward that is NaN (not scored) is
+            ignored; a group without a reward has the value NaN.
+        group_size: the number of answers to a prompt.
+        beta: beta_1 of the paper, > 0 (beta1 of TRL's A2POTrainer).
+    """
+    check_positive(beta=beta)
+    _check_groups(rewards, group_size)
+    r = rewards.detach().view(-1, group_size)
+    scored = ~r.isnan()
+    total = (r / beta).masked_fill(~scored, -torch.inf).logsumexp(1) - scored.sum(1).to(r.dtype).log()
+    return (beta * total).repeat_interleave(group_size)
+
+
+def _check_groups(rewards: Tensor, group_size: int) -> None:
+    """Raise if rewards are no float tensor [groups * group_size]."""
+    if not isinstance(rewards, Tensor) or rewards.dtype not in FLOATS:
+        raise TypeError(f"rewards: expected a float tensor, got {getattr(rewards, 'dtype', type(rewards).__name__)}")
+    if rewards.dim() != 1 or type(group_size) is not int or group_size < 1 or len(rewards) % group_size:
+        raise ValueError(
+            f"rewards: expected [groups * group_size] for group_size={group_size!r}, got {list(rewards.shape)}"
+        )
 
 
 def _centred(r: Tensor, counts: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from .preference_matching import (
     preference_matching_reward,
 )
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
-from .rollouts import entropy_quantile_mask, group_advantages, rollout_weights
+from .regression import a2po_loss, rebel_loss
+from .rollouts import entropy_quantile_mask, group_advantages, optimal_values, rollout_weights
 from .speculative import speculative_loss
 from .stats import token_stats
 from .tdpo import tdpo_loss
@@ -34,12 +35,12 @@ from .unpaired import bco_loss, kto_baseline, kto_loss
 from .upo import expectile_loss, upo_loss
 
 __all__ = [
-    "bco_loss", "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss",
-    "distillation_loss", "dpo_loss", "entropy_from_logits", "entropy_quantile_mask", "expectile_loss",
-    "generalized_jsd_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss",
-    "lta_thinker_loss", "orpo_loss", "plackett_luce_loss", "preference_loss", "preference_matching_gap",
-    "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss", "rollout_weights",
-    "sampled_distillation_loss", "selective_log_softmax", "selective_log_softmax_and_entropy",
-    "semantic_alignment_loss", "simpo_loss", "speculative_loss", "tdpo_loss", "token_stats", "topk_distillation_loss",
-    "upo_loss",
+    "a2po_loss", "bco_loss", "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss",
+    "cross_entropy_loss", "distillation_loss", "dpo_loss", "entropy_from_logits", "entropy_quantile_mask",
+    "expectile_loss", "generalized_jsd_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss",
+    "lta_thinker_loss", "optimal_values", "orpo_loss", "plackett_luce_loss", "preference_loss",
+    "preference_matching_gap", "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss",
+    "rebel_loss", "rollout_weights", "sampled_distillation_loss", "selective_log_softmax",
+    "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "speculative_loss", "tdpo_loss",
+    "token_stats", "topk_distillation_loss", "upo_loss",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence
+from ..core.dynamic_beta import DynamicBeta
 from ..core.elementwise import cap
 from ..core.inputs import LogProbs, Source, as_source
 from ..core.names import present
@@ -155,7 +156,7 @@ def preference_loss(
     loss_type: str | Several[str] = "sigmoid",
     loss_weights: Several[float] | None = None,
     divergence: str | Divergence = "reverse_kl",
-    beta: float | Tensor = 0.1,
+    beta: float | Tensor | DynamicBeta = 0.1,
     margins: Tensor | None = None,
     weights: Tensor | None = None,
     label_smoothing: float | Tensor | None = None,
@@ -190,6 +191,10 @@ def preference_loss(
         pairs = [_apply_ld_alpha(chosen, rejected, o.ld_alpha) for chosen, rejected in whole]
     wpo = [(_wpo(chosen) + _wpo(rejected)).exp() for chosen, rejected in whole] if use_weighting else None
 
+    if o.dynamic is not None:
+        ahead = [(_score(chosen, o) - _score(rejected, o)).detach() for chosen, rejected in pairs]
+        o = replace(o, beta=float(o.dynamic.update(joined(ahead, stats))))
+
     def losses_of(name: str) -> list[Tensor]:
         if name == "sft":
             chosen_tokens = max(1, sum(len(chosen) for chosen, _ in whole))
@@ -206,7 +211,10 @@ def preference_loss(
         num_items = weights.sum().item() if num_items is None and call.reduction == "mean" else num_items
     rewards = [(_beta(chosen, o) * chosen.h, _beta(rejected, o) * rejected.h) for chosen, rejected in pairs]
     logps = [(chosen.log_p, rejected.log_p) for chosen, rejected in pairs]
-    return LossOutput(reduced(losses, call.reduction, num_items), pair_metrics(rewards, logps, stats), stats)
+    metrics = pair_metrics(rewards, logps, stats)
+    if o.dynamic is not None:
+        metrics["beta"] = stats.logps.new_tensor(o.beta)
+    return LossOutput(reduced(losses, call.reduction, num_items), metrics, stats)
 
 
 def _apply_ld_alpha(chosen: Sequence, rejected: Sequence, alpha: float) -> Pair:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["entropy_quantile_mask", "group_advantages", "rollout_weights"]
+__all__ = ["entropy_quantile_mask", "group_advantages", "optimal_values", "rollout_weights"]
 
 
 def rollout_weights(
@@ -57,3 +57,13 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> 
             divisor = (among.std() if len(among) > 1 else 0.0) + 1e-4
         advantages[start : start + group_size] = torch.where(group.isnan(), 0.0, (group - scored.mean()) / divisor)
     return advantages
+
+
+def optimal_values(rewards: Tensor, group_size: int, beta: float) -> Tensor:
+    """Compute fl.optimal_values, one group after another."""
+    values = torch.empty_like(rewards)
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        scored = group[~group.isnan()]
+        values[start : start + group_size] = beta * (scored / beta).exp().mean().log() if len(scored) else math.nan
+    return values
