@@ -94,8 +94,8 @@ def test_logits_of_any_dtype_and_strides(monkeypatch, dtype, inplace):
     y, t = labels_for((2, 3, 3), V, "cpu"), 0.5 + torch.rand(2, 3, 3)
     leaf = x.detach().clone().requires_grad_()
     given = x.detach().requires_grad_()
-    ours = fl.token_stats(fl.Logits(given * 1, temperature=t) if inplace else fl.Logits(given, temperature=t), y, shift=False,
-                          inplace_backward=inplace)  # fmt: skip
+    policy = fl.Logits(given * 1 if inplace else given, temperature=t)
+    ours = fl.token_stats(policy, y, shift=False, inplace_backward=inplace)
     divided = fl.token_stats(leaf.to(torch.float64) / t[..., None], y, shift=False)
     tolerance = {torch.float64: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(ours.logps.double(), divided.logps, rtol=1e-5, atol=1e-5)

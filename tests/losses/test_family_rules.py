@@ -52,6 +52,7 @@ ALLOWED = {
     "__init__": {"cross_entropy"},  # a module
     "topk": {"log_softmax", "logsumexp", "gather"},  # over the K tokens
     "preference_matching": {"logsumexp"},  # over responses
+    "rollouts": {"logsumexp"},  # over the answers to a prompt
     "lta_thinker": {"cross_entropy", "gather"},  # over steps
 }
 
