@@ -111,11 +111,12 @@ def test_micro_batches_add_up():
     z, w = made.x @ made.weight.T, made.ref_x @ made.ref_weight.T
     whole = fl.dpo_loss(z, made.y, w, shift=False, **named).loss
     total = NUMBERS["weights"].sum()
-    parts = [
-        fl.dpo_loss(z[[i, i + 3]], made.y[[i, i + 3]], w[[i, i + 3]], shift=False, num_items=total,
-                    **{n: x[[i]] for n, x in named.items()}).loss for i in range(3)
-    ]  # fmt: skip
-    torch.testing.assert_close(sum(parts), whole)
+
+    def part(i):
+        own, pair = {n: x[[i]] for n, x in named.items()}, [i, i + 3]
+        return fl.dpo_loss(z[pair], made.y[pair], w[pair], shift=False, num_items=total, **own).loss
+
+    torch.testing.assert_close(sum(part(i) for i in range(3)), whole)
 
 
 def test_under_torch_compile(monkeypatch):
