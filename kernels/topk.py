@@ -18,7 +18,7 @@ LAST = tl.constexpr(2**31 - 1)  # above every id
 @triton.jit
 def value_order(x):
     """Return integers in the order of float32 numbers: NaN is the largest, and both zeros are equal."""
-    return tl.where(x == x, in_order(tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)), 0x7FFFFFFF)
+    return tl.where(x == x, in_order((x + 0.0).to(tl.int32, bitcast=True)), 0x7FFFFFFF)  # -0.0 + 0.0 is 0.0
 
 
 @triton.jit
@@ -31,6 +31,23 @@ def in_order(bits):
 def entry_order(order, token):
     """Return one integer for an entry, from the order of its value and its id."""
     return (order.to(tl.int64) << 32) | (token ^ LAST).to(tl.int64)  # LAST - token
+
+
+@triton.jit
+def searched(order, v, first, best, least, bar):
+    """Put what is larger in a block than the least of the best in its place. v: positions in the block, first: its first id.
+
+    bar: the order of the value of the least. What is searched later has higher ids, so that its value has to be larger.
+    """
+    top = tl.max(order, 0)
+    while top > bar:
+        at = tl.min(tl.where(order == top, v, LAST), 0)
+        best = tl.where(best == least, entry_order(top, first + at), best)
+        order = tl.where(v == at, EMPTY, order)
+        least = tl.min(best, 0)
+        bar = (least >> 32).to(tl.int32)
+        top = tl.max(order, 0)
+    return best, least, bar
 
 
 @triton.jit(do_not_specialize=["V", "first", "k"], do_not_specialize_on_alignment=["values", "ids"])
@@ -50,20 +67,17 @@ def top_entries(logits, values, ids, V, first, k, FRESH: tl.constexpr, SLOTS: tl
         )
     best = tl.where(slot < k, best, 0x7FFFFFFFFFFFFFFF)
     least = tl.min(best, 0)
-    bar = (least >> 32).to(tl.int32)  # later entries have higher ids, so that their values have to be larger
+    bar = (least >> 32).to(tl.int32)
     start = row_start(logits, row)
-    for block in range(0, V, BLOCK):
-        v = block + tl.arange(0, BLOCK)
-        x = tl.load(pointers(start, logits, v), mask=v < V, other=0.0).to(tl.float32)
-        order = tl.where(v < V, value_order(x), EMPTY)
-        top = tl.max(order, 0)
-        while top > bar:
-            at = tl.min(tl.where(order == top, v, LAST), 0)
-            best = tl.where(best == least, entry_order(top, first + at), best)
-            order = tl.where(v == at, EMPTY, order)
-            least = tl.min(best, 0)
-            bar = (least >> 32).to(tl.int32)
-            top = tl.max(order, 0)
+    whole = V - V % BLOCK
+    v = tl.arange(0, BLOCK)
+    for block in range(0, whole, BLOCK):
+        order = value_order(tl.load(pointers(start, logits, block + v)).to(tl.float32))
+        best, least, bar = searched(order, v, first + block, best, least, bar)
+    if whole < V:
+        x = tl.load(pointers(start, logits, whole + v), mask=whole + v < V, other=0.0)
+        order = tl.where(whole + v < V, value_order(x.to(tl.float32)), EMPTY)
+        best, least, bar = searched(order, v, first + whole, best, least, bar)
     best = tl.where(slot < k, best, empty)
     for i in range(k):
         found = tl.max(best, 0)
