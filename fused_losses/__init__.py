@@ -11,12 +11,13 @@ from . import losses, reference
 from .core import divergences
 from .core.inputs import Hidden, Logits, LogProbs, Lora, TokenStats
 from .core.names import nearest
+from .core.outputs import TopK
 from .core.support import Support
 from .engine.explain import Explanation, explain
 from .engine.partial_stats import PartialStats, merge_stats, partial_stats
 from .engine.support import logits_at
 from .engine.token_stats import token_stats
-from .engine.topk import TopK, topk
+from .engine.topk import topk
 from .integrations.trl_functions import (
     entropy_from_logits,
     generalized_jsd_loss,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 64  # columns of which at first only the maximum is compared: what this takes is less than a second pass over all
+GROUP = (
+    64  # columns of which at first only the maximum is compared: what this takes is less than a second pass over all
+)
 
 
 def first_of_order(x: Tensor, k: int) -> Tensor:

@@ -13,6 +13,7 @@ from ..backends.order import first_of_order
 from ..core.inputs import Hidden, Logits, LogProbs, Source, as_source, check_aligned
 from ..core.layout import StatsSpec, collapse, stats_dtype
 from ..core.moments import fields
+from ..core.outputs import TopK
 from .explain import add_step, end_call, explaining
 from .hidden_ops import Options, plan_inputs
 from .operator_args import Layout
@@ -24,22 +25,9 @@ from .sides import Inputs, Wanted
 from .stats_outputs import zero_outputs
 from .vocab_parallel import VocabShard, group_of, shard_of
 
-__all__ = ["TopK", "topk"]
+__all__ = ["topk"]
 
 MOST = 128  # of them one warp holds in registers
-
-
-class TopK(NamedTuple):
-    """The largest logits of each position, and the tokens that have them.
-
-    Attributes:
-        values: [..., k], largest first: logits, or log-probs if they were asked for. float32, or float64 for float64. They
-            have no gradient.
-        ids: [..., k], int64: the tokens.
-    """
-
-    values: Tensor
-    ids: Tensor
 
 
 class TopArgs(NamedTuple):
@@ -74,7 +62,7 @@ def topk(policy: Source, k: int, *, log_probs: bool = False, workspace: int | No
         policy: fl.Hidden (states [..., H] and the head), or logits [..., V]; of a teacher as well. With a process_group the
             result is the same on all its ranks, and ids are those of the whole vocabulary.
         k: how many, from 1 to 128, and at most the number of tokens.
-        log_probs: return log-probs, normalised over all tokens, in place of logits. From logits this is one more pass over them.
+        log_probs: return log-probs, normalised over all tokens, in place of logits. From logits they take one more pass.
         workspace: for hidden states: the bytes that tiles of logits may take. None: FUSED_LOSSES_WORKSPACE, else 256 MiB.
 
     Returns:
@@ -105,9 +93,12 @@ def topk(policy: Source, k: int, *, log_probs: bool = False, workspace: int | No
 
 def _constants(source: Logits | Hidden) -> Inputs:
     """Return the tensors of a source without their gradients, logits with rows that lie on two strides."""
-    inputs = Inputs(*[x.detach() if isinstance(x, Tensor) else x for x in inputs_of(source)])
-    x = inputs.x
-    return inputs._replace(x=x if inputs.weight is not None or len(collapse(x, 1)) <= 2 else x.contiguous())
+    inputs = inputs_of(source)
+    tensors: dict[str, Any] = {name: x.detach() for name, x in inputs._asdict().items() if isinstance(x, Tensor)}
+    x = tensors["x"]
+    if isinstance(source, Logits) and len(collapse(x, 1)) > 2:
+        tensors["x"] = x.contiguous()
+    return inputs._replace(**tensors)
 
 
 def _options(source: Logits | Hidden, shard: VocabShard, workspace: int | None) -> Options:
@@ -195,7 +186,10 @@ def _from_tiles(args: TopArgs, labels: Tensor, values: Tensor, ids: Tensor) -> T
 def _of_all_ranks(values: Tensor, ids: Tensor, k: int, name: str) -> tuple[Tensor, Tensor]:
     """Return the k largest of all ranks. A rank with fewer tokens than k fills up with -inf and the id -1."""
     group, missing = group_of(name), (0, k - values.shape[1])
-    mine = torch.nn.functional.pad(values, missing, value=float("-inf")), torch.nn.functional.pad(ids, missing, value=-1)
+    mine = (
+        torch.nn.functional.pad(values, missing, value=float("-inf")),
+        torch.nn.functional.pad(ids, missing, value=-1),
+    )
     every = [[torch.empty_like(x) for _ in range(dist.get_world_size(group))] for x in mine]
     for parts, x in zip(every, mine, strict=True):
         dist.all_gather(parts, x, group=group)

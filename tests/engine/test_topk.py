@@ -33,7 +33,9 @@ def check(found, z, k, shown=lambda z: z):
         torch.float64 if z.dtype == torch.float64 else torch.float32
     )
     assert torch.equal(found.ids.cpu(), ids.cpu())
-    torch.testing.assert_close(found.values.double(), shown(values).to(found.values.device), rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        found.values.double(), shown(values).to(found.values.device), rtol=1e-6, atol=1e-6, equal_nan=True
+    )
 
 
 def needs(backend, dtype):
@@ -179,7 +181,10 @@ def test_random_states_agree_with_the_other_functions(backend, device):
 
 def test_the_values_with_a_gradient(own_backend, device):
     """The lines of the docstring."""
-    x, w = torch.randn(3, 4, 8, device=device, requires_grad=True), torch.randn(50, 8, device=device, requires_grad=True)
+    x, w = (
+        torch.randn(3, 4, 8, device=device, requires_grad=True),
+        torch.randn(50, 8, device=device, requires_grad=True),
+    )
     policy, labels = fl.Hidden(x, w), torch.zeros(3, 4, dtype=torch.long, device=device)
     found = fl.topk(policy, 5, log_probs=True)
     assert not found.values.requires_grad and not found.ids.requires_grad
@@ -238,6 +243,19 @@ def test_memory_from_hidden_states(own_backend, device):
     for log_probs in (False, True):
         beyond = peak_bytes(lambda p=log_probs: fl.topk(fl.Hidden(x, w), 20, log_probs=p, workspace=workspace))
         assert beyond < workspace + whole_logits / 8
+
+
+def test_the_reference_is_the_same(own_backend, device):
+    """It transforms all logits, and sorts those before the options of the head."""
+    x, w, bias, lora = head(torch.float32, device)
+    every = fl.Hidden(x, w, bias, lora=lora, softcap=30.0, temperature=0.7, valid_vocab=1250)
+    for source in (every, fl.Logits(x @ w.T, scale=0.5)):
+        for log_probs in (False, True):
+            found, truth = (lib.topk(source, 9, log_probs=log_probs) for lib in (fl, fl.reference))
+            assert torch.equal(found.ids, truth.ids) and type(found) is type(truth) is fl.TopK
+            torch.testing.assert_close(found.values, truth.values, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="policy: fl.LogProbs has no logits"):
+        fl.reference.topk(fl.LogProbs(bias), 2)
 
 
 # ---- as torch sees it ------------------------------------------------------------------------------------------------
