@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = (
-    64  # columns of which at first only the maximum is compared: what this takes is less than a second pass over all
-)
+# Columns of which only the maximum is compared at first. The more there are, the faster are their maxima; but groups have to be
+# many more than k.
+SIZES = (64, 16)
 
 
 def first_of_order(x: Tensor, k: int) -> Tensor:
@@ -28,12 +28,14 @@ def top_positions(x: Tensor, k: int) -> Tensor:
 
     The k largest are in those k groups of neighbours whose maxima are the k largest, and in what no group has.
     """
-    groups = x.shape[1] // GROUP
-    if groups <= 2 * k:
+    n = x.shape[1]
+    size = next((size for size in SIZES if n // size > 2 * k), n)
+    if size == n:
         return first_of_order(x, k)
-    grouped = x[:, : groups * GROUP].unflatten(1, (groups, GROUP))
-    chosen = first_of_order(grouped.amax(-1), k).sort(-1).values.unsqueeze(-1)  # ascending, as positions are
-    rest = torch.arange(groups * GROUP, x.shape[1], device=x.device).expand(len(x), -1)
-    inside = torch.arange(GROUP, device=x.device)
-    positions = torch.cat([(chosen * GROUP + inside).flatten(1), rest], 1)
+    end = n // size * size
+    maxima = x[:, :end].unflatten(1, (-1, size)).amax(-1)
+    chosen = first_of_order(maxima, k).sort(-1).values.unsqueeze(-1)  # ascending, as positions are
+    rest = torch.arange(end, n, device=x.device).expand(len(x), -1)
+    inside = torch.arange(size, device=x.device)
+    positions = torch.cat([(chosen * size + inside).flatten(1), rest], 1)
     return positions.gather(1, first_of_order(x.gather(1, positions), k))

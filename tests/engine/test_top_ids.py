@@ -228,7 +228,7 @@ def test_autocast_and_inference_mode(own_backend, device):
 
 def test_groups_find_what_a_whole_search_finds():
     """With as few groups as they are used for; remaining columns have the largest."""
-    for n, k in ((order.GROUP * 11 + 5, 5), (order.GROUP * 300, 100), (order.GROUP * 3 + 63, 1)):
+    for n, k in ((64 * 11 + 5, 5), (64 * 300, 100), (64 * 3 + 63, 1), (16 * 11 + 15, 5), (16 * 11 + 15, 6)):
         for most in (2, 1000):
             x = whole(6, n, most=most)
             x[0, -1] = x[1, 0] = most + 1
