@@ -195,7 +195,7 @@ def tops(rows: int = 16, vocab: int = 8192) -> Iterator[tuple[str, Launch]]:
     """The kernel of fl.topk (kernels/topk.py), by workload: from logits, and from one tile after another."""
     import torch
 
-    from fused_losses.kernels import launch
+    from fused_losses.kernels import configs, launch
 
     problem = _problem(((), (), False), vocab)
     for k, dtype in itertools.product((1, 64, 128), (torch.bfloat16, torch.float32)):
@@ -204,7 +204,10 @@ def tops(rows: int = 16, vocab: int = 8192) -> Iterator[tuple[str, Launch]]:
         for direction, first in (("fresh", 0), ("onto", vocab)):
             part = problem._replace(first=first)
             run = lambda s=part, z=z, v=values, i=ids: launch.top(s, z, v, i, not s.first)  # noqa: E731
-            yield f"top {k}, {str(dtype).removeprefix('torch.')}", Launch("top_entries", direction, run)
+            yield (
+                f"top {k}, {str(dtype).removeprefix('torch.')}",
+                Launch("top_entries", direction, run, configs.TOP.per_thread, z.itemsize),
+            )
 
 
 def cases() -> dict[str, tuple]:
@@ -228,6 +231,8 @@ def _row(kernel, target: str, workload: str, of: Launch) -> Row:
     if of.kernel == "tile_sums":
         ops, products = mc.nest(sass)
         row["sides"], row["product_instructions"] = of.sides, sum(map(len, products)) / of.entries / of.depth
+    elif of.kernel == "top_entries":
+        ops = mc.around(sass)
     else:
         innermost = mc.loops(sass)
         found = [loop for loop in innermost if any(op.startswith("MUFU") for op in loop)]
