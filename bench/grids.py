@@ -42,7 +42,7 @@ GRIDS: dict[str, list[Job]] = {
         Job("tdpo,sft + kl,token_stats", (SMALL,), f"{QUICK},torch.compile,*slices"),
         Job("jsd", (SMALL,), f"{QUICK},Liger*compiled"),
         Job("dpo saved,dpo frozen,kto,grpo*", (SMALL,), QUICK),
-        Job("support*,ce weights,logp temperatures,dft,lk_hybrid", (SMALL,), "eager,torch.compile,fused_losses"),
+        Job("support*,topk,ce weights,logp temperatures,dft,lk_hybrid", (SMALL,), "eager,torch.compile,fused_losses"),
         Job("logits: token_stats,logits: logp,logits: logp + entropy,logits: forward_kl,logits: js",
             (SMALL._replace(hidden=0),), f"{QUICK},torch.compile"),
         Job("logits: *", (SMALL._replace(hidden=0),), "eager,fused*"),

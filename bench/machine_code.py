@@ -146,6 +146,14 @@ def loops(sass: str) -> list[list[str]]:
     return [_hot(code, labels, *s) for s in inner]
 
 
+def around(sass: str) -> list[str]:
+    """Opcodes of the loop around the first innermost one, without that one, which few steps enter."""
+    code, _, spans = _parse(sass)
+    start, end = next(s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans))
+    first, last = min((s for s in spans if s[0] <= start and end < s[1]), key=lambda s: s[1] - s[0])
+    return [op for i, (op, _) in enumerate(code) if first <= i < last and not start <= i < end]
+
+
 def beside(sass: str) -> int:
     """Instructions that a row needs beside the steps of its loops, at most: every other one, and once what loops skip."""
     return len(_parse(sass)[0]) - sum(map(len, loops(sass)))

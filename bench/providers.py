@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses as fl
-from bench.workloads import ALONE, BETA, JSD, KTO_BASELINE, Problem, Workload
+from bench.workloads import ALONE, BETA, JSD, KTO_BASELINE, TOP, Problem, Workload
 from fused_losses import divergences
 
 Loss = Callable[[Problem], Tensor]
@@ -115,6 +115,8 @@ def naive(p: Problem, names: Sequence[str]) -> dict[str, Tensor]:
             numbers[name] = _at(log_p, p)
         elif name == "entropy":
             numbers[name] = -(log_p.exp() * log_p).sum(-1)
+        elif name == "top_mass":
+            numbers[name] = log_p.topk(TOP).values.logsumexp(-1)
         elif log_q is None:
             raise AssertionError(name)
         elif name == "ref_logps":

@@ -191,6 +191,25 @@ def tiles(case: tuple, rows: int = 16, vocab: int = 16, width: int = 64, softcap
         yield Launch("tile_sums", direction, run, per_thread, 0, asked * 2 * width * (1 + ref), config.depth, 1 + ref)
 
 
+def tops(rows: int = 16, vocab: int = 8192) -> Iterator[tuple[str, Launch]]:
+    """The kernel of fl.topk (kernels/topk.py), by workload: from logits, and from one tile after another."""
+    import torch
+
+    from fused_losses.kernels import configs, launch
+
+    problem = _problem(((), (), False), vocab)
+    for k, dtype in itertools.product((1, 64, 128), (torch.bfloat16, torch.float32)):
+        z = torch.zeros(rows, vocab, dtype=dtype)
+        values, ids = torch.zeros(rows, k), torch.zeros(rows, k, dtype=torch.int64)
+        for direction, first in (("fresh", 0), ("onto", vocab)):
+            part = problem._replace(first=first)
+            run = lambda s=part, z=z, v=values, i=ids: launch.top(s, z, v, i, not s.first)  # noqa: E731
+            yield (
+                f"top {k}, {str(dtype).removeprefix('torch.')}",
+                Launch("top_entries", direction, run, configs.TOP.per_thread, z.itemsize),
+            )
+
+
 def cases() -> dict[str, tuple]:
     from fused_losses import divergences
 
@@ -212,6 +231,8 @@ def _row(kernel, target: str, workload: str, of: Launch) -> Row:
     if of.kernel == "tile_sums":
         ops, products = mc.nest(sass)
         row["sides"], row["product_instructions"] = of.sides, sum(map(len, products)) / of.entries / of.depth
+    elif of.kernel == "top_entries":
+        ops = mc.around(sass)
     else:
         innermost = mc.loops(sass)
         found = [loop for loop in innermost if any(op.startswith("MUFU") for op in loop)]
@@ -319,6 +340,11 @@ def compile_part(target: str, part: str) -> list[Row]:
                     "token_stats", direction, _none, config.per_thread, count, whole=config, chunks=((vocab, vocab),)
                 )
                 rows.append(_row(kernel, target, f"{workload}, V = {vocab}", of))
+    elif part == "top":
+        for workload, of in tops():
+            with mc.compiled(target) as kernels:
+                of.run()
+            rows.append(_row(kernels.pop(), target, workload, of))
     elif part == "pairs":
         for workload, direction, kernel in mc.compile_pairs(target):
             of = Launch("pair", direction, _none, configs.PAIRS.per_thread, 9)  # two floats and a mask
@@ -343,6 +369,7 @@ KERNELS = {
     "tiles": ("tile_sums",),
     "slices": ("fold_slice", "add_terms", "merge_states", "close_states"),
     "pairs": ("pair",),
+    "top": ("top_entries",),
 }
 
 
@@ -357,11 +384,11 @@ OTHERS = tuple(part + OTHER for part in PARTS)
 
 def parts(targets: list[str], short: bool) -> Iterator[tuple[str, str]]:
     """(target, part) to compile, the longest first. short: for one target everything, but that of slices and tiles only the
-    kinds: the rest are the formulas of token_stats again. For each other one the pairs, every kind of token_stats, and of the
-    rest every third; tiles of every target are compiled by tests/kernels/test_fused_linear.py."""
+    kinds: the rest are the formulas of token_stats again. For each other one the pairs, topk, every kind of token_stats, and of
+    the rest every third; tiles of every target are compiled by tests/kernels/test_fused_linear.py."""
     others = [target for target in mc.TARGETS if target != H200]
     turn = {part: others[i % len(others)] for i, part in enumerate(cases())}
-    for part in (*PARTS, *OTHERS, "pairs", *cases(), "strided", UNALIGNED):
+    for part in (*PARTS, *OTHERS, "pairs", "top", *cases(), "strided", UNALIGNED):
         for target in targets:
             if part == "strided":
                 wanted = target in ("sm_100", "gfx942")
@@ -370,7 +397,7 @@ def parts(targets: list[str], short: bool) -> Iterator[tuple[str, str]]:
             elif part in OTHERS:
                 wanted = not short
             else:
-                wanted = not short or target == H200 or part in ("pairs", *KINDS) or turn.get(part) == target
+                wanted = not short or target == H200 or part in ("pairs", "top", *KINDS) or turn.get(part) == target
             if wanted:
                 yield target, part
 
@@ -382,7 +409,7 @@ def compiled_by(kernel: str, workload: str) -> str:
             return UNALIGNED
         return "strided" if workload.endswith(", strided") else workload
     part = next(part for part, kernels in KERNELS.items() if kernel in kernels)
-    return part if part == "pairs" or workload in (*KINDS, SOFTCAP) else part + OTHER
+    return part if part in ("pairs", "top") or workload in (*KINDS, SOFTCAP) else part + OTHER
 
 
 # ---- interpreted -----------------------------------------------------------------------------------------------------

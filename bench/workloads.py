@@ -23,9 +23,11 @@ from fused_losses import divergences
 
 BETA, JSD, ETA = 0.1, 0.5, 3.0
 KEPT = 64  # ids that a sampler kept at each token
+TOP = 16  # ids that the policy itself prefers
 Numbers = Mapping[str, Tensor]  # per token [S, T]: those of ALONE, ref_logps, and divergences by name; 0 where masked
-# Numbers of the policy alone: support_logps over the ids kept, tempered_logps with a temperature for each sequence.
-ALONE = frozenset({"logps", "entropy", "support_logps", "tempered_logps"})
+# Numbers of the policy alone: support_logps over the ids kept, tempered_logps with a temperature for each sequence, top_mass:
+# the log of the mass of its TOP largest.
+ALONE = frozenset({"logps", "entropy", "support_logps", "tempered_logps", "top_mass"})
 
 
 class Shape(NamedTuple):
@@ -290,6 +292,14 @@ def _tempered(lib: Any, p: Problem, options: dict[str, Any]) -> Tensor:
     return -p.mean(lib.token_stats(policy, p.labels, shift=False, **options).logps)
 
 
+def _top(lib: Any, p: Problem, options: dict[str, Any]) -> Tensor:
+    """The ids, their logits, which have gradients, and the lse of all logits."""
+    ids = lib.topk(p.policy, TOP, **{k: v for k, v in options.items() if k == "workspace"}).ids
+    first = ids[..., 0].masked_fill(~p.mask, -100)
+    top = lib.token_stats(p.policy, first, support=fl.Support(ids), shift=False)
+    return -p.mean(top.lse - lib.token_stats(p.policy, p.labels, shift=False, **options).lse)
+
+
 def _negative(n: Numbers, p: Problem, name: str) -> Tensor:
     return -p.mean(n[name])
 
@@ -341,6 +351,8 @@ WORKLOADS = [
              partial(_negative, name="tempered_logps")),
     Workload("lk_hybrid", "a draft model for speculative decoding", _ours("speculative_loss", _ref, loss_type="lk_hybrid"),
              ("total_variation", "forward_kl"), _lk_hybrid),
+    Workload("topk", f"mass of the {TOP} tokens that the model itself prefers", _top, ("top_mass",),
+             partial(_negative, name="top_mass")),
     Workload("support", f"log-prob over {KEPT} ids that a sampler kept", _support, ("support_logps",), _kept, kept=KEPT),
     Workload("support frozen", "the same, no gradient to the head", _support, ("support_logps",), _kept, frozen=True,
              kept=KEPT),

@@ -11,11 +11,13 @@ from . import losses, reference
 from .core import divergences
 from .core.inputs import Hidden, Logits, LogProbs, Lora, TokenStats
 from .core.names import nearest
+from .core.outputs import TopK
 from .core.support import Support
 from .engine.explain import Explanation, explain
 from .engine.partial_stats import PartialStats, merge_stats, partial_stats
 from .engine.support import logits_at
 from .engine.token_stats import token_stats
+from .engine.topk import topk
 from .integrations.trl_functions import (
     entropy_from_logits,
     generalized_jsd_loss,
@@ -35,10 +37,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Explanation", "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "PartialStats", "Support", "TokenStats", "TrustRegion",
-    "at_head", "backbone", "calibration", "divergences", "entropy_from_logits", "explain", "find_head",
+    "Explanation", "FusedHead", "Hidden", "LogProbs", "Logits", "Lora", "PartialStats", "Support", "TokenStats", "TopK",
+    "TrustRegion", "at_head", "backbone", "calibration", "divergences", "entropy_from_logits", "explain", "find_head",
     "generalized_jsd_loss", "logits_at", "losses", "merge_stats", "partial_stats", "reference", "selective_log_softmax",
-    "selective_log_softmax_and_entropy", "token_stats", "verify_divergence", "verify_loss",
+    "selective_log_softmax_and_entropy", "token_stats", "topk", "verify_divergence", "verify_loss",
 ]  # fmt: skip
 __all__ += losses.__all__
 

@@ -33,6 +33,9 @@ CHUNK = Config(256, 8, 1, 2)
 CHUNK_MORE = Config(256, 4, 1, 2)
 CHUNK_TWO_PASS = Config(256, 2, 1, 2)
 PAIRS = Config(1024, 1, 4, 1)
+# One warp a row: the search for the largest entry of a block is a reduction, which then needs no shared memory.
+TOP = Config(512, 1, 1, 1)
+TOP_SLOTS = 16  # the least number of places for the best entries, so that few kernels are compiled
 
 
 class Tile(NamedTuple):

@@ -26,7 +26,7 @@ from ..core.layout import (
     StatsSpec,
     row_layout,
 )
-from . import arguments, configs, fused_linear, pair_loss, row_stats, token_stats, vocab_chunks
+from . import arguments, configs, fused_linear, pair_loss, row_stats, token_stats, topk, vocab_chunks
 from .arguments import odd
 from .elementwise import INTERPRET, LN2_HI, LN2_LO, jit
 
@@ -256,6 +256,24 @@ def close(spec: StatsSpec, state, labels, out: Outputs) -> None:
             FORMULAS=_formulas(spec.divergences),
             MOMENTS=_moments(spec),
             num_warps=1,
+        )
+
+
+def top(spec: StatsSpec, logits, values, ids, fresh: bool) -> None:
+    config = configs.TOP
+    rows, k = values.shape
+    with on(logits.device):
+        topk.top_entries[(rows,)](
+            _logits(logits, _rows(logits), None),
+            values,
+            ids,
+            spec.vocab,
+            spec.first,
+            k,
+            FRESH=fresh,
+            SLOTS=max(configs.TOP_SLOTS, triton.next_power_of_2(k)),
+            BLOCK=config.step,
+            num_warps=config.warps,
         )
 
 

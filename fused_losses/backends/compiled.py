@@ -54,6 +54,7 @@ from .torch_backend import (  # noqa: F401 (functions of the interface that are 
     saved_log,
     tile_states,
     tile_terms,
+    top,
 )
 
 # On two cores, forward and backward of a new kind of call compile for 5 to 25 s, the first on a machine for 10 s more, and from

@@ -108,6 +108,16 @@ class Backend(Protocol):
         rows. Other divergences, and ignored rows, are not changed.
         """
 
+    # ---- the largest logits ------------------------------------------------------------------------------------------
+
+    def top(self, spec: StatsSpec, logits: Tensor, values: Tensor, ids: Tensor, fresh: bool) -> None:
+        """Write the k largest logits of each row, and their ids: largest first, of equal ones the lowest id first.
+
+        logits [..., V]: a part of the vocabulary whose column 0 is the token spec.first. values [rows, k] in the dtype of
+        statistics and ids [rows, k] int64 are contiguous; they hold the k largest of the columns before, or nothing yet if
+        fresh. Then k <= V. NaN counts as larger than every number. Options of the head are not applied.
+        """
+
     # ---- the unit of shifts ------------------------------------------------------------------------------------------
 
     def saved_log(self, x: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from ..core.layout import (
 from ..core.moments import close_moments, close_power, merge, merge_power
 from .block import Block, Side, Sums, gradients, powers, sums
 from .block import terms as block_terms
+from .order import first_of_order, top_positions
 
 
 def _at(x: Tensor, rows: Tensor) -> tuple:
@@ -227,6 +228,22 @@ def close(spec: StatsSpec, state: Tensor, labels: Tensor, out: Outputs) -> None:
     clear(out)
     rows = (labels != spec.ignore_index).nonzero().squeeze(1)
     write(spec, rows, Sums.of(state[:, rows]), out)
+
+
+def top(spec: StatsSpec, logits: Tensor, values: Tensor, ids: Tensor, fresh: bool) -> None:
+    rows = rows_view(logits, 1)
+    every = torch.arange(len(values), device=logits.device)
+    for r in every.split(max(1, BLOCK_BYTES // max(1, spec.vocab * values.itemsize))):
+        x = rows[_at(rows, r)][:, : spec.vocab].to(values.dtype)
+        k = min(values.shape[1], x.shape[1])
+        at = top_positions(x, k)
+        found, tokens = x.gather(1, at), at + spec.first
+        here = slice(int(r[0]), int(r[-1]) + 1)
+        if not fresh:  # those of earlier columns come first, because their ids are lower
+            found, tokens = torch.cat([values[here], found], 1), torch.cat([ids[here], tokens], 1)
+            best = first_of_order(found, values.shape[1])
+            found, tokens = found.gather(1, best), tokens.gather(1, best)
+        values[here], ids[here] = found, tokens
 
 
 def saved_log(x: Tensor) -> Tensor:

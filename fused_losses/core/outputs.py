@@ -1,4 +1,4 @@
-"""The classes that a loss returns."""
+"""The classes that losses return, and that of topk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ import torch
 from torch import Tensor
 
 from .inputs import TokenStats
+
+
+class TopK(NamedTuple):
+    """The largest logits of each position, and the tokens that have them.
+
+    Attributes:
+        values: [..., k], largest first: logits, or log-probs if they were asked for. float32, or float64 for float64. They
+            have no gradient.
+        ids: [..., k], int64: the tokens.
+    """
+
+    values: Tensor
+    ids: Tensor
 
 
 class Part(NamedTuple):

@@ -33,7 +33,7 @@ class VocabShard(NamedTuple):
         """Return the running sums over the columns of all ranks."""
         if not self.group:
             return state
-        group = _group(self.group)
+        group = group_of(self.group)
         parts = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, state.contiguous(), group=group)
         for part in parts[1:]:
@@ -43,11 +43,12 @@ class VocabShard(NamedTuple):
     def summed(self, x: Tensor) -> Tensor:
         """Sum x over all ranks, in place."""
         if self.group:
-            dist.all_reduce(x, group=_group(self.group))
+            dist.all_reduce(x, group=group_of(self.group))
         return x
 
 
-def _group(name: str) -> dist.ProcessGroup:
+def group_of(name: str) -> dist.ProcessGroup:
+    """Return the group that operators get by its name."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 

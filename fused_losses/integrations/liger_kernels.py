@@ -14,8 +14,9 @@ These differences exist:
   * A mean over no tokens is 0. Liger's is NaN.
   * Gradients are summed in float32, whatever accum_dtype says. Options that choose Liger's kernels (ce_impl, ce_mode,
     chunk_mem_const, jsd_impl, jsd_mode, m_tiles_per_cluster, tiles_per_reduce) are ignored.
-  * These raise an error that explains why: class weights, predicted token ids, token scaling beside label smoothing or a
-    z-loss, a second differentiation.
+  * These raise an error that explains why: class weights, token scaling beside label smoothing or a z-loss, a second
+    differentiation.
+  * Predicted token ids are found in a pass of their own: one more product with the head, where they are asked for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..core.inputs import Hidden
 from ..core.names import not_one_of, present
 from ..engine.support import logits_at
 from ..engine.token_stats import token_stats
+from ..engine.topk import topk
 from ..losses import cross_entropy_loss, distillation_loss
 from .patching import EntryPoints, Patch, check_version
 
@@ -92,14 +94,15 @@ def _cross_entropy(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
     *kernels: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-    """Return the loss, and what else is asked for: z-loss and token accuracy, per token where reduction is "none"."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the loss, and what else is asked for: z-loss and token accuracy, per token where reduction is "none"; ids.
+
+    The ids are those of the largest logits [tokens], -1 for a token that is ignored.
+    """
     if ce_weight is not None:
         raise NotImplementedError(
             "ce_weight: class weights are not computed; outside the block, Liger's own kernel has them"
         )
-    if return_predicted_tokens:
-        raise NotImplementedError("return_predicted_tokens: ids of the largest logits are not computed")
     if use_token_scaling and (label_smoothing or lse_square_scale):
         raise NotImplementedError("use_token_scaling: is not computed beside label_smoothing or lse_square_scale")
     if reduction not in REDUCTIONS:
@@ -121,7 +124,15 @@ def _cross_entropy(
     lse, correct = (present(name, x).detach() for name, x in (("lse", stats.lse), ("correct", stats.correct)))
     z_loss = reduced(lse_square_scale * lse.square(), reduction == "mean") if return_z_loss else None
     accuracy = reduced(correct.float(), True) if return_token_accuracy else None
-    return out.loss, z_loss, accuracy, None
+    predicted = _predicted(_input, weight, bias, stats.mask) if return_predicted_tokens else None
+    return out.loss, z_loss, accuracy, predicted
+
+
+def _predicted(_input: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """Return the ids of the largest logits of the rows that count, -1 for the others."""
+    rows = mask.nonzero().squeeze(1)
+    ids = topk(Hidden(_input.detach()[rows], weight.detach(), bias), 1).ids.squeeze(-1)
+    return torch.full_like(mask, -1, dtype=torch.long).index_copy(0, rows, ids)
 
 
 def _scaled_cross_entropy(

@@ -24,7 +24,7 @@ from .rollouts import entropy_quantile_mask, group_advantages, optimal_values, r
 from .speculative import speculative_loss
 from .stats import token_stats
 from .tdpo import tdpo_loss
-from .topk import topk_distillation_loss
+from .topk import topk, topk_distillation_loss
 from .trl_functions import (
     entropy_from_logits,
     generalized_jsd_loss,
@@ -42,5 +42,5 @@ __all__ = [
     "preference_matching_gap", "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss",
     "rebel_loss", "rollout_weights", "sampled_distillation_loss", "selective_log_softmax",
     "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "speculative_loss", "tdpo_loss",
-    "token_stats", "topk_distillation_loss", "upo_loss",
+    "token_stats", "topk", "topk_distillation_loss", "upo_loss",
 ]  # fmt: skip

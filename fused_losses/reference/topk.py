@@ -1,4 +1,4 @@
-"""Reference implementation of distillation from the K best tokens of a teacher."""
+"""Reference implementation of topk, and of distillation from the K best tokens of a teacher."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from torch import Tensor
 
 from ..core.batch import read_batch, read_options
 from ..core.divergences import Divergence, from_key
-from ..core.inputs import Source, as_source
+from ..core.inputs import Logits, LogProbs, Source, as_source
 from ..core.options import check_teacher, check_topk
-from ..core.outputs import LossOutput
+from ..core.outputs import LossOutput, TopK
 from .distillation import token_mean
-from .stats import batch_stats, transformed
+from .stats import batch_stats, projected, transformed
 
-__all__ = ["topk_distillation_loss"]
+__all__ = ["topk", "topk_distillation_loss"]
+
+
+def topk(policy: Source, k: int, *, log_probs: bool = False, workspace: int | None = None) -> TopK:
+    """Compute fl.topk from all logits of each position, sorted. The values have gradients. workspace is ignored."""
+    source = as_source("policy", policy)
+    if isinstance(source, LogProbs):
+        raise ValueError("policy: fl.LogProbs has no logits; expected fl.Hidden or logits")
+    z = source.logits if isinstance(source, Logits) else projected(source)
+    ids = z[..., : source.vocab].sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    values = transformed(source)
+    return TopK((values.log_softmax(-1) if log_probs else values).gather(-1, ids), ids)
 
 
 def topk_distillation_loss(

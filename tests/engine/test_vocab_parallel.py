@@ -272,6 +272,34 @@ def check_triton(rank, group, split):
         torch.testing.assert_close(found[1][rows], gradients[1][rows], rtol=1e-4, atol=1e-6)
 
 
+def check_topk(rank, group, split, dtype, *several):
+    """Ids of the whole vocabulary, ties between ranks, suppressed tokens beside ranks that have fewer tokens than k."""
+    seeded(5)
+    whole = lambda *shape: torch.randint(-2, 3, shape).to(dtype)  # noqa: E731
+    x, w, bias, a, b = whole(4, 6, H), whole(VOCAB, H), whole(VOCAB), whole(R, H), whole(VOCAB, R)
+    rows = own(rank, split, VOCAB)
+    head = {"softcap": 50.0, "temperature": 0.8}
+    bias[VOCAB // 2 :] = -torch.inf  # on the last ranks
+    told = {"process_group": group, "shard": (rows.start, VOCAB)}
+    for k in several:
+        for log_probs in (False, True):
+            truth = fl.topk(fl.Hidden(x, w, bias, lora=fl.Lora(a, b, 0.5), **head), k, log_probs=log_probs)
+            lora = fl.Lora(a, b[rows], 0.5)
+            mine = fl.Hidden(x, w[rows], bias[rows], lora=lora, **head, **told)
+            found = fl.topk(mine, k, log_probs=log_probs, workspace=1 << 12)
+            assert torch.equal(found.ids, truth.ids), (k, log_probs)
+            torch.testing.assert_close(found.values, truth.values, rtol=1e-5, atol=1e-5)  # of sums in another order
+            gathered = [torch.empty_like(found.values) for _ in split]
+            dist.all_gather(gathered, found.values, group=group)
+            assert all(torch.equal(part, found.values) for part in gathered)
+        z = x @ w.T + bias
+        z[0, 0] = torch.nan
+        found = fl.topk(fl.Logits(z[..., rows].clone(), process_group=group), k)
+        assert torch.equal(found.ids, z.sort(dim=-1, descending=True, stable=True).indices[..., :k])
+    with pytest.raises(ValueError, match="k: expected at most the number of tokens, 67, got 68"):
+        fl.topk(fl.Logits(z[..., rows], process_group=group), 68)
+
+
 def refusals(rank, group, split):
     policy, ref, labels = tensors()
     rows = own(rank, split, VOCAB)
@@ -329,6 +357,17 @@ def test_a_dtensor_head():
 def test_ranks_of_the_triton_backend(monkeypatch):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
     on_ranks(2, check_triton, (0.3, 0.7))
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_topk(split):
+    on_ranks(len(split), check_topk, split, torch.float64, 1, 4, 40, VOCAB)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs kernels in Triton's interpreter")
+def test_topk_of_the_triton_backend(monkeypatch):
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "triton")
+    on_ranks(2, check_topk, (0.95, 0.05), torch.float32, 6)
 
 
 def test_refusals():

@@ -90,6 +90,7 @@ def test_cross_entropy(inside, case, reduction):
         reduction=reduction,
         return_z_loss=True,
         return_token_accuracy=True,
+        return_predicted_tokens=True,
     )
     each = eager(x, weight, y, *bias, **o)
     truth = {"mean": each.sum() / (y != -100).sum(), "sum": each.sum(), "none": each}[reduction]
@@ -104,6 +105,7 @@ def test_cross_entropy(inside, case, reduction):
     hits = (z.argmax(-1) == y).float()
     accuracy = hits if reduction == "none" else hits.sum() / (y != -100).sum()
     torch.testing.assert_close(found.token_accuracy, accuracy)
+    assert torch.equal(found.predicted_tokens, z.argmax(-1).masked_fill(y == -100, -1))
 
 
 @pytest.mark.parametrize("selected", [False, True])
@@ -206,7 +208,6 @@ def test_another_version_is_refused(monkeypatch, applies):
 
 REFUSED = [
     ({"ce_weight": torch.ones(V)}, "ce_weight: class weights are not computed"),
-    ({"return_predicted_tokens": True}, "return_predicted_tokens"),
     ({"use_token_scaling": True, "label_smoothing": 0.1}, "use_token_scaling: is not computed beside"),
 ]
 

@@ -19,6 +19,7 @@ LOOPS = (
     "dpo, row_blocks",
     "distillation, vocab_chunks",
     "js, on_chip",
+    "topk",
 )
 
 

@@ -61,6 +61,12 @@ def test_every_kernel_of_every_workload_is_there(static_report):
             assert (target, kernel, name, direction) in found
 
 
+def test_the_search_for_the_largest_is_there(static_report):
+    """On every target, for one and for many, from the first columns and from later ones."""
+    found = {(r["target"], r["workload"], r["direction"]) for r in static_report.rows if r["kernel"] == "top_entries"}
+    assert len(found) == len(static.mc.TARGETS) * 12
+
+
 def part_of(name):
     kernel, workload, _, target = name.split("|")
     return target, static.compiled_by(kernel, workload)
@@ -95,6 +101,8 @@ def test_figures_are_those_of_a_loop(static_report):
             assert row["instructions"] > 1
             assert row["kernel"] == "pair" or 0.5 < row["mufu"] < row["instructions"]
             assert row["kernel"] != "tile_sums" or row["product_instructions"] > 0
+        if counted and row["kernel"] == "top_entries":  # one load of 16 bytes is one of 4 or 8 logits
+            assert 5 < row["instructions"] < 12 and row["mufu"] == 0 and set(row["loads"]) == {"128"}
 
 
 def test_planted_faults(static_report, check):

@@ -76,6 +76,11 @@ def on_chip(fl, b, t):
         fl.token_stats(*hidden(fl, b, t), divergence="js", plan="on_chip", shift=False)
 
 
+def topk(fl, b, t):
+    policy, k = hidden(fl, b, t)[0], random_sizes.randint(1, 16)
+    fl.topk(policy, k, log_probs=True, workspace=SMALL)
+
+
 LOOPS = {
     "dpo from logits, padded": padded,
     "dpo from logits, odd vocabulary": odd_vocabulary,
@@ -86,6 +91,7 @@ LOOPS = {
     "dpo, row_blocks": dpo("row_blocks"),
     "distillation, vocab_chunks": distillation,
     "js, on_chip": on_chip,
+    "topk": topk,
 }
 
 
