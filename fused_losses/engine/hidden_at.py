@@ -22,6 +22,7 @@ from .operators import once_differentiable, operator
 from .prepare import inputs_of
 from .projection import HiddenSide
 from .sides import BothGradients, InputFlags, InputGradients, Inputs, Wanted
+from .vocab_parallel import VocabShard, shard_of
 
 BYTES = 64 << 20
 CACHED_BYTES = 1 << 20  # on a CPU: what stays in the cache of a core between the gather and the product
@@ -34,6 +35,7 @@ class RowIds(NamedTuple):
     keep: Tensor
     wrong: Tensor  # an id that is not a token
     shift: bool
+    shard: VocabShard
 
     def outputs(self, x: Tensor) -> Tensor:
         """Return numbers at the ids of the output tokens, from those of the rows; NaN where an id is wrong."""
@@ -41,26 +43,31 @@ class RowIds(NamedTuple):
         return x[..., :-1, :] if self.shift else x
 
 
-def refuse_split(source: Logits | Hidden) -> None:
-    """Raise for a source whose vocabulary is split over ranks."""
-    if source.process_group is not None:
-        raise ValueError("process_group: logits at given tokens are not there where the vocabulary is split over ranks")
-
-
 def row_ids(source: Logits | Hidden, batch: Batch, ids: Tensor, keep: Tensor) -> RowIds:
     """Return the ids of the rows from those of the output tokens; raise on a CPU for one that is not a token."""
-    wrong = keep & ((ids < 0) | (ids >= source.vocab))
+    shard = shard_of(source)
+    vocab = shard.total if shard.group else source.vocab
+    wrong = keep & ((ids < 0) | (ids >= vocab))
     if ids.is_cpu and not torch.compiler.is_compiling() and wrong.any():
-        raise ValueError(f"ids: expected tokens in [0, {source.vocab}), got {int(ids[wrong][0])}")
+        raise ValueError(f"ids: expected tokens in [0, {vocab}), got {int(ids[wrong][0])}")
     ids = ids.long().masked_fill(~keep | wrong, 0)
     if batch.shift:
         ids, keep, wrong = (pad(x, (0, 0, 0, 1)) for x in (ids, keep, wrong))
-    return RowIds(ids, keep, wrong, batch.shift)
+    return RowIds(ids, keep, wrong, batch.shift, shard)
 
 
-def hidden_logits(policy: Hidden, ids: Tensor, keep: Tensor) -> Tensor:
-    """Return the logits [..., K] of hidden states at ids [..., K] of tokens, 0 where keep is False."""
-    args = HiddenAtArgs(ids, keep, policy.softcap or 0.0, policy.multiplier, inputs_of(policy))
+def hidden_logits(policy: Hidden, rows: RowIds) -> Tensor:
+    """Return the logits [..., K] of hidden states at the ids of the rows, 0 where keep is False."""
+    args = HiddenAtArgs(
+        ids=rows.ids,
+        keep=rows.keep,
+        softcap=policy.softcap or 0.0,
+        multiplier=policy.multiplier,
+        inputs=inputs_of(policy),
+        vocab=policy.vocab,
+        first=rows.shard.first,
+        group=rows.shard.group,
+    )
     return HIDDEN_AT_RESULT.unpack(hidden_at(*HIDDEN_AT.pack(args))).logits
 
 
@@ -72,6 +79,13 @@ class HiddenAtArgs(NamedTuple):
     softcap: float
     multiplier: float
     inputs: Inputs
+    vocab: int  # of this rank
+    first: int = 0  # the id of its first token
+    group: str = ""  # the ranks that share the vocabulary
+
+    @property
+    def shard(self) -> VocabShard:
+        return VocabShard(self.group, self.first)
 
 
 class HiddenAt(NamedTuple):
@@ -106,10 +120,15 @@ SAVED_HIDDEN_AT = Layout(_SavedHiddenAt)
 class _Gathered:
     """The rows of hidden states and the rows of the head that they are multiplied with, block by block."""
 
-    def __init__(self, ids: Tensor, keep: Tensor, inputs: Inputs):
-        self.side = HiddenSide(inputs.hidden_operand(), None)
-        self.ids, self.keep = ids.reshape(-1, ids.shape[-1]), keep.reshape(-1, ids.shape[-1])
-        self.counts = self.keep.any(-1, keepdim=True)  # other rows may hold any value
+    def __init__(self, args: HiddenAtArgs):
+        self.side = HiddenSide(args.inputs.hidden_operand(), None)
+        ids, keep = (x.reshape(-1, x.shape[-1]) for x in (args.ids, args.keep))
+        if args.group:  # entries of other ranks are theirs
+            ids = ids - args.first
+            keep = keep & (ids >= 0) & (ids < args.vocab)
+            ids = ids.masked_fill(~keep, 0)
+        self.ids, self.keep = ids, keep
+        self.counts = keep.any(-1, keepdim=True)  # other rows may hold any value
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield a slice of the rows, (x, x A') [rows, H + rank], and (W, B) at their ids [rows, K, H + rank]."""
@@ -130,18 +149,46 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+def logits_of_rows(source: Logits | Hidden, rows: RowIds) -> Tensor:
+    """Return the logits [..., K] of a source at the ids of the rows, 0 where keep is False."""
+    if isinstance(source, Hidden):
+        return hidden_logits(source, rows)
+    ids, keep = rows.ids - rows.shard.first, rows.keep
+    if rows.shard.group:
+        keep = keep & (ids >= 0) & (ids < source.vocab)
+    z = source.logits.gather(-1, ids.masked_fill(~keep, 0)).to(stats_dtype(source.logits)).masked_fill(~keep, 0)
+    z = _SumOverRanks.apply(z, rows.shard) if rows.shard.group else z
+    z = source.softcap * torch.tanh(z / source.softcap) if source.softcap else z
+    z = z * source.multiplier if source.factors is None else z * source.multiplier * source.factors.unsqueeze(-1).to(z)
+    return z.masked_fill(~rows.keep, 0)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks of numbers of which each is on one rank. All ranks have the same incoming gradient."""
+
+    @staticmethod
+    def forward(ctx, x, shard):  # type: ignore[no-untyped-def]
+        return shard.summed(x.clone())
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return g, None
+
+
 @operator("hidden_at", HIDDEN_AT, HIDDEN_AT_RESULT)
 def hidden_at(*values: Any) -> tuple[Tensor, ...]:
     """Compute the logits [..., K] of hidden states [..., H] at ids [..., K], 0 where keep is False."""
     args = HIDDEN_AT.unpack(values)
     ids, keep, bias = args.ids, args.keep, args.inputs.bias
     with torch.autocast(ids.device.type, enabled=False):
-        rows = _Gathered(ids, keep, args.inputs)
+        rows = _Gathered(args)
         logits = torch.zeros(rows.ids.shape, dtype=rows.side.sums, device=ids.device)
         for r, x, gathered in rows.blocks():
             torch.bmm(gathered, x.unsqueeze(-1), out=logits[r].unsqueeze(-1))
     if bias is not None:
         logits += bias.to(logits.dtype)[rows.ids]
+    if args.group:
+        logits = args.shard.summed(logits.masked_fill_(~rows.keep, 0))
     logits, slope = transform_logits(logits, args.softcap, args.multiplier, logits.dtype)
     slope = slope if isinstance(slope, Tensor) else logits.new_full((1, 1), slope)
     return tuple(HIDDEN_AT_RESULT.pack(HiddenAt(logits.view(ids.shape).masked_fill(~keep, 0), slope)))
@@ -160,7 +207,7 @@ def hidden_at_backward(*values: Any) -> list[Tensor]:
     """Return the gradients of those tensors that need one, in their order."""
     args = HIDDEN_AT_BACKWARD.unpack(values)
     call, inputs, wanted = args.call, args.call.inputs, args.wanted.policy
-    rows = _Gathered(call.ids, call.keep, inputs)
+    rows = _Gathered(call)
     side, low_rank, width = rows.side, rows.side.low_rank, rows.side.weight.shape[1]
     g = args.g.reshape(rows.ids.shape).to(side.sums).masked_fill(~rows.keep, 0) * args.slope
 
@@ -184,6 +231,9 @@ def hidden_at_backward(*values: Any) -> list[Tensor]:
                 out.index_add_(0, flat, (g[r].unsqueeze(-1) * part.unsqueeze(1)).view(len(flat), -1))
         if sums.bias is not None:
             sums.bias.index_add_(0, flat, g[r].reshape(-1))
+    for shared in (sums.x, sums.a):  # all ranks hold the same states and the same a
+        if shared is not None:
+            call.shard.summed(shared)
     rounded = [None if s is None or t is None else s.to(t.dtype) for s, t in zip(sums, tensors, strict=True)]
     return args.wanted.chosen(BothGradients(policy=InputGradients(*rounded)))
 

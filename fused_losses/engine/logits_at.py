@@ -19,7 +19,7 @@ from ..core.inputs import Hidden, Logits, TokenStats
 from ..core.layout import Grads, Outputs, StatsSpec, collapse
 from . import logits_ops
 from .explain import end_call, explaining
-from .hidden_at import hidden_logits, refuse_split, row_ids
+from .hidden_at import logits_of_rows, row_ids
 from .operator_args import Layout
 from .operators import check_plain, once
 from .prepare import Asks, ExecutionOptions, spec_of
@@ -35,7 +35,6 @@ def stats_at(
     0, and get no gradient. Ids may repeat. An id that is not a token raises on a CPU, and gives NaN elsewhere. A second
     differentiation raises.
     """
-    refuse_split(policy)
     if isinstance(policy, Logits) and policy.factors is not None:
         raise ValueError("temperature: beside top-k from logits, expected a number, got a tensor")
     check_sources(policy, batch.labels, None, ())
@@ -45,9 +44,9 @@ def stats_at(
         compute_stats(policy, batch, None, (), False, options)
         end_call()
     rows = row_ids(policy, batch, ids, keep & batch.mask.unsqueeze(-1))
-    if isinstance(policy, Hidden):
+    if isinstance(policy, Hidden) or rows.shard.group:
         stats = compute_stats(policy, batch, None, (), False, options)
-        logits = hidden_logits(policy, rows.ids, rows.keep)
+        logits = logits_of_rows(policy, rows)
     else:
         stats, logits = _from_logits(policy, batch, rows.ids, rows.keep, options)
     return stats, rows.outputs(logits), stats.lse  # type: ignore[return-value]

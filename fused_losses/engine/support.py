@@ -13,9 +13,8 @@ from torch import Tensor
 from ..core.batch import Batch, CallOptions, token_batch
 from ..core.elementwise import FAR
 from ..core.inputs import Hidden, Logits, LogProbs, Source, as_source, check_aligned
-from ..core.layout import stats_dtype
 from ..core.support import Support, padded
-from .hidden_at import hidden_logits, refuse_split, row_ids
+from .hidden_at import logits_of_rows, row_ids
 from .prepare import ExecutionOptions
 
 __all__ = ["logits_at"]
@@ -35,7 +34,7 @@ def logits_at(policy: Source, ids: Tensor) -> Tensor:
         elsewhere.
 
     Raises:
-        TypeError, ValueError: If the shapes do not go together, or the vocabulary is split over ranks.
+        TypeError, ValueError: If the shapes do not go together.
     """
     source = as_source("policy", policy)
     if not isinstance(ids, Tensor) or ids.dim() == 0:
@@ -49,15 +48,9 @@ def _logits(source: Logits | Hidden | LogProbs, batch: Batch, ids: Tensor, keep:
     """Return the logits at ids [..., K], 0 where keep is False."""
     if isinstance(source, LogProbs):
         raise ValueError("policy: fl.LogProbs has no logits; expected fl.Hidden or logits")
-    refuse_split(source)
     check_aligned("policy", source, batch.labels)
     rows = row_ids(source, batch, ids, keep)
-    if isinstance(source, Hidden):
-        return rows.outputs(hidden_logits(source, rows.ids, rows.keep))
-    z = source.logits.gather(-1, rows.ids).to(stats_dtype(source.logits))
-    z = source.softcap * torch.tanh(z / source.softcap) if source.softcap else z
-    z = z * source.multiplier if source.factors is None else z * source.multiplier * source.factors.unsqueeze(-1).to(z)
-    return rows.outputs(z.masked_fill(~rows.keep, 0))
+    return rows.outputs(logits_of_rows(source, rows))
 
 
 def on_support(

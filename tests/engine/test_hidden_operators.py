@@ -65,7 +65,7 @@ def test_opcheck_hidden_stats(backend, device, what):
 def hidden_at_arguments(leaves, softcap=3.0):
     """Of fused_losses::hidden_at: three tokens of each row, of which some do not count."""
     ids, keep = torch.randint(0, 41, (2, 3, 3)), torch.rand(2, 3, 3) > 0.3
-    return hidden_at.HiddenAtArgs(ids, keep, softcap, 0.5, Inputs(*leaves, 0.7))
+    return hidden_at.HiddenAtArgs(ids, keep, softcap, 0.5, Inputs(*leaves, 0.7), vocab=len(leaves[1]))
 
 
 @pytest.mark.slow

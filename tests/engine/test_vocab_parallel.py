@@ -49,6 +49,22 @@ def sources(policy, ref, rows=slice(None), **shard):
     return p, fl.Hidden(ref[0], ref[1][rows], **head, **shard)
 
 
+def kept(labels):
+    """Seven ids of each token, all over the vocabulary, the label among them."""
+    return (labels.clamp(min=0).unsqueeze(-1) + 9 * torch.arange(7)) % VOCAB
+
+
+def kept_loss(policy, labels):
+    stats = fl.token_stats(policy, labels, support=fl.Support(kept(labels)), entropy=True, shift=False)
+    return (stats.logps - 0.3 * stats.entropy).sum()
+
+
+def topk_loss(policy, labels):
+    ids = kept(labels)
+    teacher = torch.linspace(-1, -4, 7, dtype=torch.float64).expand(*ids.shape)
+    return fl.topk_distillation_loss(policy, labels, teacher, ids, hard=0.3, shift=False).loss
+
+
 # What the family below does not: softcap, temperature, bias and LoRA on every one, gradients of the reference, other options
 CASES = {
     "dpo": lambda p, y, q: fl.dpo_loss(p, y, q, shift=False).loss,
@@ -59,6 +75,9 @@ CASES = {
     "alpha": lambda p, y, q: fl.distillation_loss(p, y, q, divergence="alpha(a=0.3)", hard=0.5, shift=False).loss,
     "ce": lambda p, y, q: fl.cross_entropy_loss(p, y, z_loss=0.1, label_smoothing=0.2, shift=False).loss,
     "entropy": lambda p, y, q: fl.token_stats(p, y, entropy=True, shift=True, workspace=1 << 14).entropy.sum(),
+    "support": lambda p, y, q: kept_loss(p, y),
+    "logits at": lambda p, y, q: fl.logits_at(p, kept(y)).square().mean(),
+    "top-k": lambda p, y, q: topk_loss(p, y),
 }
 
 
@@ -80,10 +99,6 @@ def check_family(rank, group, split):
         ref = None if batch.entry.ref == "unused" else "hidden"
         batch.weight, batch.ref_weight = batch.weight[rows], batch.ref_weight[rows]
         batch.head = {"process_group": group} | ({"shard": (rows.start, V)} if i % 3 else {})
-        if name == "topk_distillation_loss":
-            with pytest.raises(ValueError, match="process_group: logits at given tokens"):
-                batch.call(fl, torch.float64, "hidden", ref)
-            continue
         truth, (dx, dw) = whole.call(fl, torch.float64, "hidden", ref)
         out, found = batch.call(fl, torch.float64, "hidden", ref)
         for what, mine, exact in (("loss", out.loss, truth.loss), ("dx", found[0], dx), ("dw", found[1], dw[rows])):
@@ -123,6 +138,14 @@ def check(rank, group, split):
     assert torch.equal(split.correct, whole.correct)
     for key, value in whole.divergence.items():
         torch.testing.assert_close(split.divergence[key], value, rtol=1e-9, atol=1e-12)
+    for loss in (kept_loss, topk_loss):
+        leaf = z.clone().requires_grad_()
+        exact, part = loss(leaf, labels), loss(mine[0], labels)
+        torch.testing.assert_close(part, exact, rtol=1e-10, atol=1e-12)
+        (g,), (t,) = torch.autograd.grad(part, mine[0].logits), torch.autograd.grad(exact, leaf)
+        torch.testing.assert_close(g, t[..., rows], rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match=f"ids: expected tokens in .0, {VOCAB}., got {VOCAB}"):
+        fl.logits_at(mine[0], torch.full((4, 6, 1), VOCAB))
     for sides in ((mine[0], w), (z, mine[1])):  # one of the two is split: each is gone through on its own
         torch.testing.assert_close(
             fl.dpo_loss(sides[0], labels, sides[1], shift=False).loss,

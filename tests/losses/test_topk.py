@@ -283,7 +283,8 @@ def test_memory_of_hidden_states_is_bounded():
     seen = []
     ids = torch.randint(0, V, (50, K))
     x, weight = torch.randn(50, 6), torch.randn(V, 6)
-    rows = hidden_at._Gathered(ids, torch.ones_like(ids, dtype=torch.bool), hidden_at.Inputs(x, weight))
+    keep, inputs = torch.ones_like(ids, dtype=torch.bool), hidden_at.Inputs(x, weight)
+    rows = hidden_at._Gathered(hidden_at.HiddenAtArgs(ids, keep, 0.0, 1.0, inputs, vocab=V))
     for r, part, gathered in rows.blocks():
         seen.append((r.stop - r.start, gathered.numel() * 4))
         assert len(part) == len(gathered)
