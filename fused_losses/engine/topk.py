@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import backend_module, choose
 from ..backends.order import first_of_order
 from ..core.inputs import Hidden, Logits, LogProbs, Source, as_source, check_aligned
-from ..core.layout import StatsSpec, collapse, stats_dtype
+from ..core.layout import RowFactors, StatsSpec, collapse, stats_dtype
 from ..core.moments import fields
 from ..core.outputs import TopK
 from .explain import add_step, end_call, explaining
@@ -23,6 +23,7 @@ from .planner import Plan, make_plan, workspace_bytes
 from .prepare import inputs_of, is_hidden, spec_of
 from .sides import Inputs, Wanted
 from .stats_outputs import zero_outputs
+from .token_stats import flat_factors
 from .vocab_parallel import VocabShard, group_of, shard_of
 
 __all__ = ["topk"]
@@ -34,6 +35,7 @@ class TopArgs(NamedTuple):
     """The arguments of the operator topk."""
 
     inputs: Inputs
+    factors: Tensor | None  # on the logits of each row, where a temperature is a tensor
     options: Options
     k: int
     log_probs: bool
@@ -84,7 +86,13 @@ def topk(policy: Source, k: int, *, log_probs: bool = False, workspace: int | No
     vocab = shard.total if shard.group else source.vocab
     if k > vocab:
         raise ValueError(f"k: expected at most the number of tokens, {vocab}, got {k}")
-    args = TopArgs(_constants(source), _options(source, shard, workspace), k, bool(log_probs))
+    args = TopArgs(
+        inputs=_constants(source),
+        factors=flat_factors(source) if isinstance(source, Logits) else None,
+        options=_options(source, shard, workspace),
+        k=k,
+        log_probs=bool(log_probs),
+    )
     if explaining():
         add_step(source, None, _plan(args) if is_hidden(source) else None)
         end_call()
@@ -140,6 +148,7 @@ def _topk(*packed: Any) -> tuple[Tensor, ...]:
         if options.group:
             values, ids = _of_all_ranks(values, ids, args.k, options.group)
     values = transformed(values, spec)
+    values = values if args.factors is None else values * args.factors.unsqueeze(-1)
     if args.log_probs:
         values -= lse.unsqueeze(-1)
     return tuple(x.view(*lead, args.k) for x in (values, ids))
@@ -159,7 +168,7 @@ def _from_logits(args: TopArgs, labels: Tensor, values: Tensor, ids: Tensor) -> 
     backend.top(spec, args.inputs.x, values, ids, True)
     out = zero_outputs(spec, labels, labels.numel(), False, values.dtype)
     if args.log_probs:
-        backend.forward(spec, args.inputs.x, labels, None, out)
+        backend.forward(spec, args.inputs.x, labels, None, out, RowFactors(policy=args.factors))
     return out.lse
 
 

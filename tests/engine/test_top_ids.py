@@ -110,6 +110,12 @@ def test_options_of_the_head(backend, device):
     check(fl.topk(fl.Logits(z, **head), 9), z, 9, shown)
     p = fl.topk(fl.Logits(z, **head), 9, log_probs=True)
     check(p, z, 9, lambda v: shown(v) - shown(z.double()).logsumexp(-1, keepdim=True))
+    each = torch.tensor([0.5, 1.5], device=device)
+    tempered = fl.Logits(z, softcap=3.0, temperature=each)
+    shown = lambda v: 3.0 * (v / 3.0).tanh() / each[:, None, None]  # noqa: E731
+    check(fl.topk(tempered, 9), z, 9, shown)
+    p = fl.topk(tempered, 9, log_probs=True)
+    check(p, z, 9, lambda v: shown(v) - shown(z.double()).logsumexp(-1, keepdim=True))
     large = whole(3, 700, most=500, device=device) + 1000
     found = fl.topk(fl.Logits(large, softcap=3.0), 9)
     check(found, large, 9, lambda z: 3.0 * (z / 3.0).tanh())
@@ -289,7 +295,7 @@ def test_opcheck(backend, device, kind):
     source = fl.Logits(x, softcap=2.0) if kind == "logits" else fl.Hidden(x, torch.randn(30, 8, device=device))
     options = engine._options(source, engine.shard_of(source), None)
     assert isinstance(options, Options)
-    args = engine.TopArgs(engine._constants(source), options, 3, log_probs=True)
+    args = engine.TopArgs(engine._constants(source), None, options, 3, log_probs=True)
     opcheck(engine._topk, tuple(engine.ARGS.pack(args)))
 
 
