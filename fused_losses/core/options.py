@@ -392,6 +392,15 @@ def check_bco(batch: Batch, desirable: Tensor, weights: Tensor | None, beta: flo
     return {"desirable": desirable, "weights": weights.detach()}
 
 
+# eaft_loss
+
+
+def check_eaft(k: int, alpha: float) -> None:
+    if type(k) is not int or not 2 <= k <= 128:
+        raise ValueError(f"k: expected an int from 2 to 128, got {k!r}")
+    check_weights(alpha=alpha)
+
+
 # rebel_loss, a2po_loss
 
 

@@ -14,7 +14,8 @@ rollouts             advantages, importance weights and masks of sampled respons
 distillation         from a teacher
 topk                 from a teacher's K best tokens
 speculative          a draft model for speculative decoding
-cross_entropy        with label smoothing and z-loss
+cross_entropy        with label smoothing and z-loss; DFT
+fine_tuning          EAFT, ASFT
 preference_matching  PM-RLHF, Bradley-Terry, Plackett-Luce
 calibration          compares confidence with accuracy, from the statistics that a loss returns
 experimental         upo (UPO) and lta_thinker (LTA-Thinker)
@@ -27,6 +28,7 @@ from .cross_entropy import cross_entropy_loss
 from .distillation import distillation_loss, sampled_distillation_loss
 from .experimental.lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
 from .experimental.upo import expectile_loss, upo_loss
+from .fine_tuning import asft_loss, eaft_loss
 from .policy_gradient import grpo_loss
 from .preference import LOSSES as LOSSES
 from .preference import dpo_loss, ipo_loss, preference_loss
@@ -49,10 +51,10 @@ from .topk import topk_distillation_loss
 from .unpaired import bco_loss, kto_baseline, kto_loss
 
 __all__ = [
-    "DynamicBeta", "LossOutput", "RunningDelta", "a2po_loss", "bco_loss", "bradley_terry_loss",
+    "DynamicBeta", "LossOutput", "RunningDelta", "a2po_loss", "asft_loss", "bco_loss", "bradley_terry_loss",
     "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss", "dpo_loss",
-    "entropy_quantile_mask", "expectile_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss",
-    "lta_thinker_loss", "optimal_values", "orpo_loss", "plackett_luce_loss", "preference_loss",
+    "eaft_loss", "entropy_quantile_mask", "expectile_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline",
+    "kto_loss", "lta_thinker_loss", "optimal_values", "orpo_loss", "plackett_luce_loss", "preference_loss",
     "preference_matching_gap", "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss",
     "rebel_loss", "rollout_weights", "sampled_distillation_loss", "semantic_alignment_loss", "simpo_loss",
     "speculative_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",

@@ -7,6 +7,7 @@ check other code.
 
 from .cross_entropy import cross_entropy_loss
 from .distillation import distillation_loss, sampled_distillation_loss
+from .fine_tuning import asft_loss, eaft_loss
 from .lta_thinker import lta_thinker_loss, reasoning_focus_loss, semantic_alignment_loss
 from .policy_gradient import grpo_loss
 from .preference import dpo_loss, ipo_loss, preference_loss
@@ -35,8 +36,8 @@ from .unpaired import bco_loss, kto_baseline, kto_loss
 from .upo import expectile_loss, upo_loss
 
 __all__ = [
-    "a2po_loss", "bco_loss", "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss",
-    "cross_entropy_loss", "distillation_loss", "dpo_loss", "entropy_from_logits", "entropy_quantile_mask",
+    "a2po_loss", "asft_loss", "bco_loss", "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss",
+    "cross_entropy_loss", "distillation_loss", "dpo_loss", "eaft_loss", "entropy_from_logits", "entropy_quantile_mask",
     "expectile_loss", "generalized_jsd_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline", "kto_loss",
     "lta_thinker_loss", "optimal_values", "orpo_loss", "plackett_luce_loss", "preference_loss",
     "preference_matching_gap", "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss",

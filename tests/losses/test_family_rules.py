@@ -53,6 +53,7 @@ ALLOWED = {
     "topk": {"log_softmax", "logsumexp", "gather"},  # over the K tokens
     "preference_matching": {"logsumexp"},  # over responses
     "rollouts": {"logsumexp"},  # over the answers to a prompt
+    "fine_tuning": {"log_softmax"},  # over the k largest
     "lta_thinker": {"cross_entropy", "gather"},  # over steps
 }
 
