@@ -47,15 +47,15 @@ from .regression import a2po_loss, rebel_loss
 from .rollouts import entropy_quantile_mask, group_advantages, optimal_values, rollout_weights
 from .speculative import speculative_loss
 from .tdpo import tdpo_loss
-from .topk import topk_distillation_loss
+from .topk import TopKOverlap, topk_distillation_loss, topk_overlap
 from .unpaired import bco_loss, kto_baseline, kto_loss
 
 __all__ = [
-    "DynamicBeta", "LossOutput", "RunningDelta", "a2po_loss", "asft_loss", "bco_loss", "bradley_terry_loss",
-    "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss", "dpo_loss",
-    "eaft_loss", "entropy_quantile_mask", "expectile_loss", "group_advantages", "grpo_loss", "ipo_loss", "kto_baseline",
-    "kto_loss", "lta_thinker_loss", "optimal_values", "orpo_loss", "plackett_luce_loss", "preference_loss",
-    "preference_matching_gap", "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss",
-    "rebel_loss", "rollout_weights", "sampled_distillation_loss", "semantic_alignment_loss", "simpo_loss",
-    "speculative_loss", "tdpo_loss", "topk_distillation_loss", "upo_loss",
+    "DynamicBeta", "LossOutput", "RunningDelta", "TopKOverlap", "a2po_loss", "asft_loss", "bco_loss",
+    "bradley_terry_loss", "conditional_preference_matching_loss", "cpo_loss", "cross_entropy_loss", "distillation_loss",
+    "dpo_loss", "eaft_loss", "entropy_quantile_mask", "expectile_loss", "group_advantages", "grpo_loss", "ipo_loss",
+    "kto_baseline", "kto_loss", "lta_thinker_loss", "optimal_values", "orpo_loss", "plackett_luce_loss",
+    "preference_loss", "preference_matching_gap", "preference_matching_loss", "preference_matching_reward",
+    "reasoning_focus_loss", "rebel_loss", "rollout_weights", "sampled_distillation_loss", "semantic_alignment_loss",
+    "simpo_loss", "speculative_loss", "tdpo_loss", "topk_distillation_loss", "topk_overlap", "upo_loss",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from ..core.validation import check_weights, divided
 from ..engine.logits_at import stats_at
 from ..engine.token_stats import token_stats
 from ..engine.tokens import Tokens
+from ..engine.topk import topk
 from .distillation import token_means
 from .registry import register
 from .shared import Fused, output, read_weights
 
-__all__ = ["topk_distillation_loss"]
+__all__ = ["TopKOverlap", "topk_distillation_loss", "topk_overlap"]
 
 NOTHING = -FAR  # log-prob of an entry that does not exist: finite, so that differences are finite
 
@@ -91,7 +92,8 @@ def topk_distillation_loss(
             other number. Metrics are not weighted. None: 1.
         **options: the options of a batch, as in preference_loss; the mean is over the tokens that count.
 
-    The metrics are means over the tokens: kl (the divergence), topk_mass (sum_k p_k), logps, and entropy if it is requested.
+    The metrics are means over the tokens: kl (the divergence), topk_mass (sum_k p_k), teacher_mass (sum_k q_k), logps, and
+    entropy if it is requested. topk_overlap compares the ids with the student's own.
     """
     source, d = as_source("student", student), from_key(divergence)
     check_topk(tail, d)
@@ -110,7 +112,8 @@ def topk_distillation_loss(
     if (weights := read_weights(options.get("weights"), batch)) is not None:
         weights = weights.to(losses.dtype)
         losses = losses * weights
-    numbers = {"kl": kl, "topk_mass": mass.exp().masked_fill(~mask, 0), "logps": stats.logps}
+    masses = {"topk_mass": mass.exp(), "teacher_mass": logq.exp().sum(-1)}
+    numbers = {"kl": kl, "logps": stats.logps} | {name: x.masked_fill(~mask, 0) for name, x in masses.items()}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
     counts = mask if weights is None else weights
     total, mask, counts, *others = batch.shard.whole([losses, mask, counts, *numbers.values()])
@@ -123,6 +126,54 @@ def topk_distillation_loss(
     weights = None if weights is None else counts.reshape(-1)
     result = Fused(losses, replace(stats, divergence={d.key: kl}), _tokens(whole, mask, batch), each, "token", weights)
     return output(result, token_means(result, **whole))
+
+
+class TopKOverlap(NamedTuple):
+    """What topk_overlap returns: numbers of each output token, 0 where the mask is False, without a gradient.
+
+    Attributes:
+        overlap: How many of the teacher's ids are among the student's own K best.
+        student_mass: sum_k p_k over the teacher's ids.
+        teacher_mass: sum_k q_k.
+        advantage: The mean of q_k (log q_k - log p_k) over the common ids, 0 where there is none.
+    """
+
+    overlap: Tensor
+    student_mass: Tensor
+    teacher_mass: Tensor
+    advantage: Tensor
+
+
+@torch.no_grad()
+def topk_overlap(
+    student: Source, labels: Tensor, topk_logps: Tensor, topk_ids: Tensor, **options: Unpack[TokenOptions]
+) -> TopKOverlap:
+    """Compare the K best tokens of a student with those of a teacher: metrics of top-k distillation, for each token.
+
+    They are those of verl's compute_forward_kl_topk. fl.topk finds the student's own K best without logits of all tokens in
+    memory. p is the student, normalised over the whole vocabulary, and q the teacher.
+
+    Args:
+        student: fl.Hidden or logits [..., V], as in topk_distillation_loss.
+        labels: as in topk_distillation_loss; they mark the tokens that count.
+        topk_logps: as in topk_distillation_loss.
+        topk_ids: as in topk_distillation_loss.
+        **options: the options of a batch, as in topk_distillation_loss; those about the loss are not read.
+    """
+    source, batch, call = as_source("student", student), read_batch(labels, "tokens", options), read_options(options)
+    if isinstance(source, LogProbs):
+        raise ValueError("student: expected fl.Hidden or logits, got fl.LogProbs")
+    check_teacher(topk_logps, topk_ids, batch.mask)
+    keep = batch.mask.unsqueeze(-1) & (topk_logps != -math.inf)
+    stats, z, lse = stats_at(source, batch, topk_ids, keep, call)
+    own = topk(source, topk_ids.shape[-1], workspace=call.workspace).ids
+    own = own[..., :-1, :] if batch.shift else own
+    common = keep & (topk_ids.unsqueeze(-1) == own.unsqueeze(-2)).any(-1)
+    logp, logq = (x.masked_fill(~keep, 0) for x in (z - lse.unsqueeze(-1), topk_logps.to(z.dtype)))
+    gain = (logq.exp() * (logq - logp)).masked_fill(~common, 0).sum(-1)
+    count = common.sum(-1)
+    p, q = (x.exp().masked_fill(~keep, 0).sum(-1) for x in (logp, logq))
+    return TopKOverlap(count, p, q, gain / count.clamp(min=1))
 
 
 def _tokens(numbers: dict[str, Tensor], mask: Tensor, batch: Batch) -> Tokens:

@@ -70,7 +70,8 @@ def topk_distillation_loss(
     kl = kl.masked_scatter(stats.mask, torch.stack(tokens)) if tokens else kl
     mass = torch.zeros_like(kl).masked_scatter(stats.mask, torch.stack(masses)) if masses else kl
     losses, count = soft * kl - hard * stats.logps, stats.mask.sum().clamp(min=1)
-    numbers = {"kl": kl, "topk_mass": mass, "logps": stats.logps}
+    known = torch.where(stats.mask, topk_logps.detach().to(mass.dtype).exp().sum(-1), 0.0)
+    numbers = {"kl": kl, "topk_mass": mass, "teacher_mass": known, "logps": stats.logps}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
     metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
     return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import double, doubles, gradients_of, hidden_leaves, hidden_source, logits, relative
+from helpers import double, doubles, gradients_of, hidden_leaves, hidden_source, labels_for, logits, relative
 
 import fused_losses as fl
 from fused_losses.core.batch import CallOptions, token_batch
@@ -289,6 +289,31 @@ def test_memory_of_hidden_states_is_bounded():
         seen.append((r.stop - r.start, gathered.numel() * 4))
         assert len(part) == len(gathered)
     assert sum(n for n, _ in seen) == 50 and max(b for _, b in seen) <= hidden_at.BYTES
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+def test_overlap_by_hand(own_backend, kind, shift):
+    """As verl counts it: one token after another, in sets."""
+    x, weight, w = torch.randn(3, 6, 8), torch.randn(V, 8), torch.randn(3, 6, V)
+    y = labels_for((3, 6), V, "cpu")
+    logq, ids = w.log_softmax(-1).topk(K)
+    logq[1, 2, 1:] = -torch.inf
+    (logq, ids) = (t[:, :-1] if shift else t for t in (logq, ids))
+    policy = fl.Hidden(x, weight) if kind == "hidden" else x @ weight.T
+    found = fl.topk_overlap(policy, y, logq, ids, shift=shift)
+    logp = (x @ weight.T).double().log_softmax(-1)
+    mask = (y[:, 1:] if shift else y) != -100
+    for at in range(mask.shape[1] * 3):
+        s, t = divmod(at, mask.shape[1])
+        here = [(int(v), float(q)) for v, q in zip(ids[s, t], logq[s, t], strict=True) if q != -math.inf and mask[s, t]]
+        own = set(logp[s, t].topk(K).indices.tolist())
+        both = [(v, q) for v, q in here if v in own]
+        assert found.overlap[s, t] == len(both)
+        masses = sum(math.exp(logp[s, t, v]) for v, _ in here), sum(math.exp(q) for _, q in here)
+        gain = sum(math.exp(q) * (q - float(logp[s, t, v])) for v, q in both) / max(1, len(both))
+        mine = found.student_mass[s, t], found.teacher_mass[s, t], found.advantage[s, t]
+        assert [float(m) for m in mine] == pytest.approx([*masses, gain], rel=1e-4, abs=1e-6)
 
 
 def test_once():
