@@ -109,13 +109,12 @@ def topk_distillation_loss(
     mass = z.masked_fill(~keep, NOTHING).logsumexp(-1) - lse  # log sum_k p_k
     kl = _divergence(d, tail, z.masked_fill(~keep, NOTHING), logq, mass, lse, mask)
     losses = soft * kl - hard * stats.logps
-    if (weights := read_weights(options.get("weights"), batch)) is not None:
-        weights = weights.to(losses.dtype)
-        losses = losses * weights
+    weights = read_weights(options.get("weights"), batch)
+    counts = mask if weights is None else weights.to(losses.dtype)
+    losses = losses if weights is None else losses * counts
     masses = {"topk_mass": mass.exp(), "teacher_mass": logq.exp().sum(-1)}
     numbers = {"kl": kl, "logps": stats.logps} | {name: x.masked_fill(~mask, 0) for name, x in masses.items()}
     numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
-    counts = mask if weights is None else weights
     total, mask, counts, *others = batch.shard.whole([losses, mask, counts, *numbers.values()])
     if call.reduction == "mean":
         losses = divided(total.sum(), counts.sum() if call.num_items is None else call.num_items)
