@@ -20,7 +20,7 @@ scaled (muP). Megatron adds a head's .grad to its main_grad, as for every parame
   * Tokens whose loss_mask is 0 have the label -100, and the loss 0.
   * Inference raises an error. So does a loss mask of other numbers than 0 and 1.
 
-This module imports nothing from Megatron. Tested with 0.19.2.
+This module imports nothing from Megatron. Tested with 0.19.2, where it is installed.
 """
 
 from __future__ import annotations
