@@ -12,7 +12,7 @@ from ..core.batch import read_batch, read_options
 from ..core.inputs import LogProbs, Source, as_source
 from ..core.names import present
 from ..core.outputs import LossOutput
-from .distillation import token_mean
+from .distillation import token_output
 from .stats import batch_stats, transformed
 
 __all__ = ["cross_entropy_loss"]
@@ -30,8 +30,7 @@ def cross_entropy_loss(
     """Compute fl.cross_entropy_loss from torch's cross_entropy and lse^2."""
     batch, call, source = read_batch(labels, "tokens", options), read_options(options), as_source("policy", policy)
     stats = batch_stats(policy, batch, entropy=call.entropy)
-    count = stats.mask.sum().clamp(min=1)
-    numbers = {"logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
+    numbers: dict[str, Tensor] = {}
     if isinstance(source, LogProbs):
         losses = -stats.logps
     else:
@@ -49,5 +48,4 @@ def cross_entropy_loss(
         numbers |= {"lse": present("lse", stats.lse), "mean_token_accuracy": correct}
     if loss_type == "dft":
         losses = -stats.logps.exp().detach() * stats.logps
-    metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)
+    return token_output(losses, stats, call, options, **numbers)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.batch import CallOptions, read_batch, read_options
 from ..core.divergences import Divergence, parse
-from ..core.inputs import Source
+from ..core.inputs import Source, TokenStats
 from ..core.names import present
 from ..core.outputs import LossOutput
 from .common import part
@@ -35,10 +35,7 @@ def distillation_loss(
     batch, call = read_batch(labels, "tokens", options), read_options(options)
     stats = batch_stats(student, batch, teacher, parse(divergence), entropy=call.entropy)
     (d,) = stats.divergence.values()
-    losses, count = soft * d - hard * stats.logps, stats.mask.sum().clamp(min=1)
-    names = {"kl": d, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
-    metrics = {name: (x.sum() / count).detach() for name, x in names.items()}
-    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)
+    return token_output(soft * d - hard * stats.logps, stats, call, options, kl=d)
 
 
 def sampled_distillation_loss(
@@ -50,10 +47,17 @@ def sampled_distillation_loss(
     """Compute fl.sampled_distillation_loss."""
     batch, call = read_batch(labels, "tokens", options), read_options(options)
     stats = batch_stats(student, batch, teacher, entropy=call.entropy)
-    kl, count = (stats.logps - present("teacher", stats.ref_logps)).detach(), stats.mask.sum().clamp(min=1)
-    names = {"kl": kl, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
-    metrics = {name: (x.sum() / count).detach() for name, x in names.items()}
-    return LossOutput(token_mean(kl * stats.logps, stats.mask, call, options.get("weights")), metrics, stats)
+    kl = (stats.logps - present("teacher", stats.ref_logps)).detach()
+    return token_output(kl * stats.logps, stats, call, options, kl=kl)
+
+
+def token_output(
+    losses: Tensor, stats: TokenStats, call: CallOptions, options: dict[str, Any], **numbers: Tensor
+) -> LossOutput:
+    """Return the result of a loss of tokens, whose metrics are the means of numbers of the tokens, 0 where not counted."""
+    numbers |= {"logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
+    metrics = {name: (x.sum() / stats.mask.sum().clamp(min=1)).detach() for name, x in numbers.items()}
+    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)
 
 
 def token_mean(losses: Tensor, mask: Tensor, call: CallOptions, weights: Tensor | None) -> Tensor:

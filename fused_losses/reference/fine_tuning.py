@@ -13,7 +13,7 @@ from ..core.divergences import Divergence, parse
 from ..core.inputs import LogProbs, Source, as_source
 from ..core.options import check_eaft
 from ..core.outputs import LossOutput
-from .distillation import token_mean
+from .distillation import token_output
 from .stats import batch_stats, entropy_of, transformed
 
 __all__ = ["asft_loss", "eaft_loss"]
@@ -30,9 +30,7 @@ def eaft_loss(policy: Source, labels: Tensor, *, k: int = 20, alpha: float = 1.0
     largest = largest / largest.sum(-1, keepdim=True)
     gate = (entropy_of(largest.log()) / math.log(k)) ** alpha
     gate = torch.where(stats.mask, gate[..., :-1] if batch.shift else gate, 0.0)
-    numbers = {"gate": gate, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
-    metrics = {name: (x.sum() / stats.mask.sum().clamp(min=1)).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(-gate * stats.logps, stats.mask, call, options.get("weights")), metrics, stats)
+    return token_output(-gate * stats.logps, stats, call, options, gate=gate)
 
 
 def asft_loss(
@@ -49,6 +47,4 @@ def asft_loss(
     stats = batch_stats(policy, batch, ref, parse(divergence), entropy=call.entropy)
     (d,) = stats.divergence.values()
     losses = -stats.logps.exp().detach() * stats.logps + kl_weight * d
-    numbers = {"kl": d, "logps": stats.logps} | ({} if stats.entropy is None else {"entropy": stats.entropy})
-    metrics = {name: (x.sum() / stats.mask.sum().clamp(min=1)).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)
+    return token_output(losses, stats, call, options, kl=d)

@@ -12,7 +12,7 @@ from ..core.divergences import parse
 from ..core.inputs import Hidden, Logits, Source, as_source
 from ..core.options import LEAST_ACCEPTANCE, check_speculative
 from ..core.outputs import LossOutput
-from .distillation import token_mean
+from .distillation import token_output
 from .stats import batch_stats, transformed
 
 __all__ = ["speculative_loss"]
@@ -41,9 +41,6 @@ def speculative_loss(
     if loss_type == "lk_hybrid":
         weight = torch.exp(-eta * alpha.detach())
         losses = weight * stats.divergence["forward_kl"] + (1 - weight) * losses
-    losses, count = losses.masked_fill(~stats.mask, 0), stats.mask.sum().clamp(min=1)
-    numbers = {"acceptance": alpha.masked_fill(~stats.mask, 0), "logps": stats.logps}
-    numbers |= {"kl": stats.divergence["forward_kl"]} if loss_type == "lk_hybrid" else {}
-    numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
-    metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)
+    losses, alpha = (x.masked_fill(~stats.mask, 0) for x in (losses, alpha))
+    kl = {"kl": stats.divergence["forward_kl"]} if loss_type == "lk_hybrid" else {}
+    return token_output(losses, stats, call, options, acceptance=alpha, **kl)

@@ -12,7 +12,7 @@ from ..core.divergences import Divergence, from_key
 from ..core.inputs import Logits, LogProbs, Source, as_source
 from ..core.options import check_teacher, check_topk
 from ..core.outputs import LossOutput, TopK
-from .distillation import token_mean
+from .distillation import token_output
 from .stats import batch_stats, projected, transformed
 
 __all__ = ["topk", "topk_distillation_loss"]
@@ -69,9 +69,6 @@ def topk_distillation_loss(
     kl = torch.zeros_like(stats.logps)
     kl = kl.masked_scatter(stats.mask, torch.stack(tokens)) if tokens else kl
     mass = torch.zeros_like(kl).masked_scatter(stats.mask, torch.stack(masses)) if masses else kl
-    losses, count = soft * kl - hard * stats.logps, stats.mask.sum().clamp(min=1)
     known = torch.where(stats.mask, topk_logps.detach().to(mass.dtype).exp().sum(-1), 0.0)
-    numbers = {"kl": kl, "topk_mass": mass, "teacher_mass": known, "logps": stats.logps}
-    numbers |= {} if stats.entropy is None else {"entropy": stats.entropy}
-    metrics = {name: (x.sum() / count).detach() for name, x in numbers.items()}
-    return LossOutput(token_mean(losses, stats.mask, call, options.get("weights")), metrics, stats)
+    losses = soft * kl - hard * stats.logps
+    return token_output(losses, stats, call, options, kl=kl, topk_mass=mass, teacher_mass=known)
