@@ -7,11 +7,12 @@ own tensors. For the divergences and losses that are named, verify_divergence an
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -323,6 +324,18 @@ def summary(rows: Sequence[Row]) -> str:
     return f"{sum(row.ok for row in rows)} of {len(rows)} checks pass, worst: {named}, {bound}"
 
 
+def as_json(ok: bool, setting: str, rows: Sequence[Row], notes: Sequence[str], reports: Sequence[Report]) -> str:
+    """Return what the command found; a number that JSON does not have is a text."""
+
+    def plain(row: Row) -> dict[str, Any]:
+        fields = asdict(row) | {"ok": row.ok}
+        return {n: x if not isinstance(x, float) or math.isfinite(x) else str(x) for n, x in fields.items()}
+
+    verified = [{"subject": report.subject, "ok": report.ok, "findings": report.findings} for report in reports]
+    found = {"ok": ok, "setting": setting, "rows": [plain(row) for row in rows], "not_run": notes, "verified": verified}
+    return json.dumps(found, indent=2)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -348,6 +361,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, help="sets FUSED_LOSSES_BACKEND; on the CPU, triton means its interpreter: slow")
     add("--spread", type=float, default=1.0, help="standard deviation of policy - reference logits; default 1")
     add("--seed", type=int, default=0, help="of the inputs; default 0")
+    add("--json", action="store_true", help="print every row, what was not run, and the findings as a JSON object")
     for name in HEAD:
         add(f"--{name}", type=float, help="head option of fl.Logits and fl.Hidden, for both sides")
 
@@ -416,8 +430,12 @@ def main(args: argparse.Namespace) -> int:
     reports = _reports(args, device, backend)
     sizes = f", H = {hidden[0]} and {hidden[1]}" if hidden else ""
     setting = f"B, T, V = {args.shape}{sizes} on {device}, spread {args.spread:g}\n{backend} backend: {reason}"
+    ok = all(row.ok for row in rows) and all(report.ok for report in reports)
+    if args.json:
+        print(as_json(ok, setting, rows, notes, reports))
+        return 0 if ok else 1
     parts = [setting, *map(str, reports)]
     if rows:
         parts += [table(rows), "\n".join(notes), RULE, summary(rows)]
     print(*filter(None, parts), sep="\n\n")
-    return 0 if all(row.ok for row in rows) and all(report.ok for report in reports) else 1
+    return 0 if ok else 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import platform
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ MEANING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Print versions, devices, and the backend of each device type. Exit code 1 if one has none."
+    parser.add_argument("--json", action="store_true", help="print all of it as a JSON object")
 
 
 def _version(name: str) -> str:
@@ -107,12 +109,15 @@ def _print(rows: list[tuple[str, str]]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    _print(list(versions()))
-    _print([(name, os.environ.get(name) or "not set") for name in VARIABLES])
-    device_rows = list(devices())
-    _print(device_rows)
-    backends = {
-        kind: backend_of(torch.device(kind)) for kind in dict.fromkeys(name.split(":")[0] for name, _ in device_rows)
-    }
-    _print([(f"{kind} tensors", sentence) for kind, (_, sentence) in backends.items()])
+    numbers, settings = dict(versions()), {name: os.environ.get(name) for name in VARIABLES}
+    found = dict(devices())
+    backends = {kind: backend_of(torch.device(kind)) for kind in dict.fromkeys(name.split(":")[0] for name in found)}
+    if args.json:
+        named = {kind: {"backend": name, "explanation": text} for kind, (name, text) in backends.items()}
+        print(json.dumps({"versions": numbers, "environment": settings, "devices": found, "backends": named}, indent=2))
+    else:
+        _print(list(numbers.items()))
+        _print([(name, value or "not set") for name, value in settings.items()])
+        _print(list(found.items()))
+        _print([(f"{kind} tensors", sentence) for kind, (_, sentence) in backends.items()])
     return 1 if None in [name for name, _ in backends.values()] else 0

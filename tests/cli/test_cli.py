@@ -127,6 +127,22 @@ def test_env_says_what_runs_and_why(capsys, monkeypatch):
     )
 
 
+def test_env_and_check_as_json(capsys, monkeypatch):
+    """What they print, for a script; the exit code is the same."""
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"].startswith(torch.__version__) and found["backends"]["cpu"]["backend"] == "torch"
+    assert found["environment"]["FUSED_LOSSES_BACKEND"] == "torch" and "cpu" in found["devices"]
+    assert main([*SMALL, "--divergence", "reverse_kl", "--dtype", "float32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and all(row["ok"] and row["ours"] <= row["allowed"] for row in found["rows"])
+    assert {row["part"] for row in found["rows"]} >= {"value", "dz"} and found["verified"][0]["findings"] == []
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "nope")
+    assert main(["env", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["backends"]["cpu"]["backend"] is None
+
+
 def test_check_covers_the_registries():
     rows = check.run((2, 5, 257))
     assert all(row.ok for row in rows), check.table([row for row in rows if not row.ok])
