@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,63 +13,26 @@ pytest.importorskip("trl")
 import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from ranks import Ranks  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import LlamaConfig, MixtralForCausalLM  # noqa: E402
+from trl_setup import SIZES, STEPS, new_tokenizer, rows, run, same, tiny  # noqa: E402
 
 import fused_losses as fl  # noqa: E402
-from fused_losses.cli import demo  # noqa: E402
 from fused_losses.integrations import trl_trainers as ours  # noqa: E402
 from fused_losses.integrations.trainer import TrustRegionCallback  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
-ROWS, STEPS = 8, 2
 LINKED = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"]
 OTHERS = ["nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"]
 LINKS = {"reverse_kl": 0.5, "forward_kl": 0.5, "js_divergence": 0.5, "alpha_divergence": 0.7}
 COMBINATIONS = [(t, k) for t in LINKED for k in LINKS] + [(t, "reverse_kl") for t in OTHERS]
 MODES = ["full", "lora", "precomputed"]
 SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
-PATH = Path(fl.__file__).parent / "cli/data/preferences.jsonl"
-SIZES = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    initializer_range=0.3,
-    pad_token_id=0,
-    eos_token_id=0,
-)
-
-
-def new_tokenizer():
-    made = PreTrainedTokenizerFast(tokenizer_object=demo.train_tokenizer(demo.load_pairs(str(PATH), 64), 300))
-    made.eos_token = made.pad_token = made.convert_ids_to_tokens(0)
-    return made
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return new_tokenizer()
-
-
-def rows(kind="pairs"):
-    found = [json.loads(line) for line in PATH.read_text("utf-8").splitlines()[:ROWS]]
-    short = [{k: r[k][:40] for k in ("prompt", "chosen", "rejected")} for r in found]
-    if kind == "pairs":
-        return Dataset.from_list(short)
-    return Dataset.from_list(
-        [
-            {"prompt": r["prompt"], "completion": r["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
-            for i, r in enumerate(short)
-        ]
-    )
-
-
-def tiny(tokenizer, seed=1, cls=LlamaForCausalLM, **options):
-    seeded(seed)
-    made = {LlamaForCausalLM: LlamaConfig, MixtralForCausalLM: MixtralConfig}[cls]
-    return cls(made(vocab_size=len(tokenizer), **SIZES | options))
 
 
 def build(cls, config, tokenizer, path, mode="full", data=None, model=None, evaluated=None, **options):
@@ -111,28 +72,6 @@ def build(cls, config, tokenizer, path, mode="full", data=None, model=None, eval
                 if "lora_B" in name:
                     p.mul_(0.1)
     return made
-
-
-def run(trainer, state, **settings):
-    """The log of a training from these weights, under these settings."""
-    trainer.model.load_state_dict(state)
-    for name, value in settings.items():
-        setattr(trainer, name, value)
-    trainer.model.train()
-    seeded(0)
-    trainer.state.log_history.clear()
-    trainer._total_train_tokens = 0
-    trainer.train()
-    ignored = ("runtime", "per_second", "flos", "epoch", "step_time")
-    return [{k: x for k, x in entry.items() if not any(i in k for i in ignored)} for entry in trainer.state.log_history]
-
-
-def same(mine, theirs, tolerance=2e-4):
-    assert len(mine) == len(theirs) >= STEPS
-    for a, b in zip(mine, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name, x in b.items():
-            assert a[name] == pytest.approx(x, rel=tolerance, abs=tolerance), name
 
 
 @pytest.fixture(scope="module", params=MODES)
