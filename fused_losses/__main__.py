@@ -35,7 +35,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fused_losses {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (summary, example) in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=f"Print or show {summary}.")
+        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         sub.epilog = f"example: python -m fused_losses {name} {example}".rstrip()
         if name == command:
             module = import_module(f"{__package__}.cli.{name}")

@@ -320,7 +320,7 @@ def main(args: argparse.Namespace) -> int:
         batches = make_batches(pairs, train_tokenizer(pairs, args.vocab), args)
         model = build_model(args)
     except (ImportError, OSError) as error:  # OSError: no such file, no such dataset, no network
-        hint = '; try: pip install "fused_losses[demo]"' if isinstance(error, ImportError) else ""
+        hint = '; in the checkout: pip install -e ".[demo]"' if isinstance(error, ImportError) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return 2
     print(f"{len(pairs)} pairs, {args.batch} a step, {args.vocab} tokens, torch {torch.__version__} on {args.device}")

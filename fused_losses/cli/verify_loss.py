@@ -40,7 +40,8 @@ def verify_loss(
     """Compare a loss with its reference implementation, and report in words what differs.
 
     Args:
-        loss: the name of a loss in fused_losses.losses.FAMILY, or the function, or an Entry, which need not be in FAMILY.
+        loss: the name of a registered loss (fused_losses.losses.FAMILY), or its function. For a loss of your own, decorate it
+            with fused_losses.losses.registry.register, or pass an Entry, which says how it is called.
         reference: its reference implementation. None: the function of the same name in fused_losses.reference.
         variants: names of variants of its Entry. None: all.
         device: where to run. None: the accelerator, or the CPU if there is none.

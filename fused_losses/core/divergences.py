@@ -591,7 +591,10 @@ def from_key(key: str | Divergence) -> Divergence:
     if isinstance(key, Divergence):
         # where torch.compile traces this line, they are not unique
         if key.name not in _FACTORIES or not (is_dynamo_compiling() or from_key(key.key) is key):
-            raise ValueError(f"divergence: expected one made by fl.divergences.get(), got {key.key or key!r}")
+            raise ValueError(
+                f"divergence: expected one made by fl.divergences.get(), got {key.key or 'a Divergence of your own'}; use it "
+                "inside `with fl.divergences.registered(divergence) as mine:`, or add a factory to core/divergences.py"
+            )
         return key
     if not isinstance(key, str):
         raise TypeError(f"divergence: expected a name or a Divergence, got {kind_of(key, Divergence)}")

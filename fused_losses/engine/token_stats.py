@@ -155,7 +155,12 @@ def check_sources(
         check_pair(policy, ref)
     elif asked:
         got = "None" if ref is None else "fl.LogProbs"
-        raise ValueError(f"divergence: {asked[0].key!r} needs ref as fl.Hidden or logits, got {got}")
+        hint = (
+            ""
+            if ref is None
+            else "; its states are fl.at_head(reference, lambda q: q, **inputs).out, under torch.no_grad()"
+        )
+        raise ValueError(f"divergence: {asked[0].key!r} needs ref as fl.Hidden or logits, got {got}{hint}")
 
 
 def _from_logits(

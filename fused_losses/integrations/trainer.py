@@ -234,6 +234,11 @@ class FusedLossMixin:
             return self.fused_loss(policy, labels, **{self._loss.reference: ref}, **options)
 
         out, aux = at_heads(model, self.reference, to_model, loss, self.accelerator)
+        if not isinstance(out, LossOutput):
+            name, got = getattr(self.fused_loss, "__name__", "the function"), type(out).__name__
+            raise TypeError(
+                f"fused_loss: expected fl.LossOutput from {name}, got {got}; return fl.LossOutput(loss, metrics, stats)"
+            )
         total = _with_aux(out.loss, aux, self.aux_loss_coef, share)
         self._record(out, aux, units, len(labels))
         self.loss_is_scaled_for_ga = counted

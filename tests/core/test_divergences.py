@@ -181,7 +181,7 @@ def test_parsing():
 def test_divergences_travel():
     d = divergences.get("js", beta=0.3)
     assert pickle.loads(pickle.dumps(d)) is d and copy.deepcopy(d) is d
-    with pytest.raises(ValueError, match=r"expected one made by fl.divergences.get\(\)"):
+    with pytest.raises(ValueError, match=r"expected one made by fl.divergences.get\(\), got .*; use it inside `with"):
         divergences.parse(dataclasses.replace(d, params=(0.1,)))
 
 

@@ -599,6 +599,14 @@ def test_metrics_of_a_loss_without_parts_are_weighed_by_rows(tmp_path):
     assert made.evaluate()["eval_margin"] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_loss_that_returns_a_tensor_gets_words(tmp_path):
+    options = dict(data_collator=collate, eval_dataset=units("dpo_loss", 6), reference=near(tiny()))
+    bare = lambda p, labels, ref, shift: fl.dpo_loss(p, labels, ref, shift=shift).loss  # noqa: E731
+    made = FusedTrainer(tiny(), arguments(tmp_path), fused_loss=bare, per_token=False, **options)
+    with pytest.raises(TypeError, match="fused_loss: expected fl.LossOutput from <lambda>, got Tensor; return"):
+        made.evaluate()
+
+
 def test_predictions_of_pairs_have_all_rows(tmp_path):
     made = trainer_of("dpo_loss", tmp_path, count=7, per_device_eval_batch_size=3)
     found = made.predict(made.eval_dataset)
