@@ -20,15 +20,14 @@ __all__ = ["asft_loss", "eaft_loss"]
 
 
 def eaft_loss(policy: Source, labels: Tensor, *, k: int = 20, alpha: float = 1.0, **options: Any) -> LossOutput:
-    """Compute fl.eaft_loss from the sorted probabilities of each token."""
+    """Compute fl.eaft_loss from the sorted logits of each token."""
     check_eaft(k, alpha)
     batch, call, source = read_batch(labels, "tokens", options), read_options(options), as_source("policy", policy)
     if isinstance(source, LogProbs):
         raise ValueError("policy: fl.LogProbs has no logits; expected fl.Hidden or logits")
     stats = batch_stats(policy, batch, entropy=call.entropy)
-    largest = transformed(source).softmax(-1).sort(-1, descending=True).values[..., :k].detach()
-    largest = largest / largest.sum(-1, keepdim=True)
-    gate = (entropy_of(largest.log()) / math.log(k)) ** alpha
+    largest = transformed(source).sort(-1, descending=True).values[..., :k].detach().log_softmax(-1)
+    gate = (entropy_of(largest) / math.log(k)).clamp(0, 1) ** alpha
     gate = torch.where(stats.mask, gate[..., :-1] if batch.shift else gate, 0.0)
     return token_output(-gate * stats.logps, stats, call, options, gate=gate)
 
