@@ -80,21 +80,45 @@ def exp_(x: Tensor, inplace: bool = False) -> Tensor:
 
 
 class RowExp:
-    """The rows of one side (policy or reference) in a block: logits, their maxima, exponentials and totals.
+    """The rows of one side (policy or reference) in a block: their maxima, centred logits, exponentials and totals.
 
-    y: the columns of the labels; a column outside [0, V) means that the label is not in these columns. alone: the centred
-    logits are needed only for their exponentials, so the exponentials overwrite them.
+    alone: the centred logits are needed only for their exponentials, so the exponentials overwrite them.
     """
 
-    def __init__(self, logits: Tensor, y: Tensor, alone: bool):
-        self.logits = logits
-        self.shift = logits.amax(1).clamp_(min=-HUGE)  # a row without any token sums to 0; its log-probs are NaN
+    def __init__(self, logits: Tensor, alone: bool):
+        # a row without any token sums to 0; its log-probs are NaN
+        if is_compiling():
+            self.shift = logits.clamp(min=-HUGE).amax(1)  # the loop that sums would clamp it at each step
+        else:
+            self.shift = logits.amax(1).clamp_(min=-HUGE)
         self.centred = torch.sub(logits, self.shift[:, None])
         self.exp = exp_(self.centred, inplace=alone)
         self.total = self.exp.sum(1)
-        here = (y >= 0) & (y < logits.shape[1])
-        columns = y.clamp(0, logits.shape[1] - 1)[:, None]
-        self.label = logits.gather(1, columns).squeeze(1).masked_fill(~here, -INF)
+
+
+class Totals(NamedTuple):
+    """The reductions over the vocabulary of some rows; None: not asked for.
+
+    They are apart from what follows for each row alone, because compiled loops over rows join only while each reduces.
+    """
+
+    shift_p: Tensor
+    sum_p: Tensor
+    sum_p_log: Tensor | None
+    sum_pp: Tensor | None
+    shift_q: Tensor | None = None
+    sum_q: Tensor | None = None
+    excess: Tensor | None = None
+    sum_pd: Tensor | None = None
+    sum_qd: Tensor | None = None
+    sum_qdd: Tensor | None = None
+    powers: tuple[tuple[Tensor, Tensor | None, Tensor], ...] = ()  # as PowerMoments; shift None: 0
+
+
+def _at_columns(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the logit of each row in its column y; -inf where that is outside [0, V): the label is in other columns."""
+    here = (y >= 0) & (y < logits.shape[1])
+    return logits.gather(1, y.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1).masked_fill(~here, -INF)
 
 
 def powers(spec: StatsSpec) -> list[float]:
@@ -102,52 +126,73 @@ def powers(spec: StatsSpec) -> list[float]:
     return list(dict.fromkeys(d.power for d in spec.divergences if d.power is not None))
 
 
-def sums(spec: StatsSpec, block: Block) -> Sums:
-    """Compute the sums of a block of rows."""
-    y, some = block.label, len(spec.divergences) > 0
-    if y is None:
-        raise AssertionError("sums need labels")
-    p = RowExp(block.policy.logits, y, not some and not spec.entropy)
-    q = None if block.ref is None else RowExp(block.ref.logits, y, not some)
-    zero = torch.zeros_like(p.shift)
-    one_side = RowMoments(
-        shift_p=p.shift,
-        sum_p=p.total,
-        max_p=p.shift,
-        label_p=p.label,
-        sum_p_log=_dot(p.exp, p.centred) if spec.entropy else zero,
-        shift_q=zero,
-        sum_q=zero,
-        label_q=zero,
-        center=zero,
-        excess=zero,
-        sum_pd=zero,
-        sum_qd=zero,
-        sum_qdd=zero,
-        sum_pp=_dot(p.exp, p.exp) if spec.collision else zero,
+def _center(shift_p: Tensor, shift_q: Tensor) -> Tensor:
+    """Return a number close to z - r; 0 for a side without any token, which its shift says before its total is known."""
+    return (shift_p - shift_q).masked_fill((shift_p <= -HUGE) | (shift_q <= -HUGE), 0)
+
+
+def totals(spec: StatsSpec, block: Block) -> Totals:
+    """Compute the sums of a block of rows over its columns."""
+    some = len(spec.divergences) > 0
+    p = RowExp(block.policy.logits, not some and not spec.entropy)
+    of_p = Totals(
+        p.shift,
+        p.total,
+        _dot(p.exp, p.centred) if spec.entropy else None,
+        _dot(p.exp, p.exp) if spec.collision else None,
     )
-    if q is None:
-        return Sums(one_side, [])
-    two_sides = one_side._replace(shift_q=q.shift, sum_q=q.total, label_q=q.label)
+    if block.ref is None:
+        return of_p
+    q = RowExp(block.ref.logits, not some)
+    of_both = of_p._replace(shift_q=q.shift, sum_q=q.total)
     if not some:
-        return Sums(two_sides, [])
-    # a side without any token has no center; its shift says so before its total is known
-    center = (p.shift - q.shift).masked_fill((p.shift <= -HUGE) | (q.shift <= -HUGE), 0)
-    d = (p.logits - q.logits).sub_(center[:, None])
+        return of_both
+    d = (block.policy.logits - block.ref.logits).sub_(_center(p.shift, q.shift)[:, None])
     sum_pd = _dot(p.exp, d)
     qd = q.exp * d
     sum_qd = qd.sum(1)
     sum_qdd = _dot(qd, d)
     excess = (p.exp - q.exp if is_compiling() else torch.sub(p.exp, q.exp, out=qd)).sum(1)
-    moments = two_sides._replace(center=center, excess=excess, sum_pd=sum_pd, sum_qd=sum_qd, sum_qdd=sum_qdd)
     of_powers = []
     for s in powers(spec):
         x = torch.add(p.centred * s, q.centred, alpha=1 - s)
-        top = x.amax(1) if s * (s - 1) > 0 else zero  # for s between 0 and 1, x is at most 0
-        terms = exp_(x.sub_(top[:, None]), inplace=True)
+        top = x.amax(1) if s * (s - 1) > 0 else None  # for s between 0 and 1, x is at most 0
+        terms = exp_(x if top is None else x.sub_(top[:, None]), inplace=True)
         total = terms.sum(1)
-        of_powers.append(PowerMoments(total, top, terms.mul_(top.exp()[:, None]).sub_(q.exp).sum(1)))
-    return Sums(moments, of_powers)
+        whole = terms if top is None else terms.mul_(top.exp()[:, None])
+        of_powers.append((total, top, whole.sub_(q.exp).sum(1)))
+    return of_both._replace(excess=excess, sum_pd=sum_pd, sum_qd=sum_qd, sum_qdd=sum_qdd, powers=tuple(of_powers))
+
+
+def sums(of_rows: Totals, block: Block) -> Sums:
+    """Return the sums of rows from their totals, and from a block that has at least the columns of their labels."""
+    zero, y, ref = torch.zeros_like(of_rows.shift_p), block.label, block.ref
+    if y is None:
+        raise AssertionError("sums need labels")
+
+    def known(x: Tensor | None) -> Tensor:
+        return zero if x is None else x
+
+    center = zero
+    if of_rows.excess is not None and of_rows.shift_q is not None:
+        center = _center(of_rows.shift_p, of_rows.shift_q)
+    row = RowMoments(
+        shift_p=of_rows.shift_p,
+        sum_p=of_rows.sum_p,
+        max_p=of_rows.shift_p,
+        label_p=_at_columns(block.policy.logits, y),
+        sum_p_log=known(of_rows.sum_p_log),
+        shift_q=known(of_rows.shift_q),
+        sum_q=known(of_rows.sum_q),
+        label_q=zero if ref is None else _at_columns(ref.logits, y),
+        center=center,
+        excess=known(of_rows.excess),
+        sum_pd=known(of_rows.sum_pd),
+        sum_qd=known(of_rows.sum_qd),
+        sum_qdd=known(of_rows.sum_qdd),
+        sum_pp=known(of_rows.sum_pp),
+    )
+    return Sums(row, [PowerMoments(total, known(top), excess) for total, top, excess in of_rows.powers])
 
 
 def _normalised(z: Tensor, r: Tensor, row: SavedRow) -> _Columns:

@@ -41,7 +41,7 @@ from ..core.layout import (
     write_divergence,
 )
 from . import block, torch_backend
-from .block import Block, Side, Sums
+from .block import Block, Side, Sums, Totals
 from .compiled_elementwise import bind
 from .torch_backend import (  # noqa: F401 (functions of the interface that are the same here)
     check_labels,
@@ -107,30 +107,61 @@ class _Scale(NamedTuple):
 class _Place(NamedTuple):
     """The rows that count in a tensor of logits or of their gradients."""
 
-    memory: Tensor  # all rows [outer, inner, V]
-    outer: Tensor
-    inner: Tensor
+    memory: Tensor  # all rows [rows, V], or [outer, inner, V] where rows have two strides
+    at: tuple[Tensor, ...]  # one for each dimension of the rows
 
     @classmethod
     def of(cls, x: Tensor, vocab: int, numbers: Tensor) -> _Place:
         """Take the rows of these numbers. `memory` is no view: code for a view would depend on the tensor it is a part of."""
         view = rows_view(x.detach(), 1)[..., :vocab]
+        at: tuple[Tensor, ...] = (numbers // view.shape[1], numbers % view.shape[1])
+        if view.shape[0] == 1:
+            view, at = view[0], (numbers,)
         own = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), view.storage_offset(), view.shape, view.stride())
-        return cls(own, numbers // own.shape[1], numbers % own.shape[1])
+        return cls(own, at)
 
     def load(self, column: Tensor | None = None) -> Tensor:
         """Return [rows, V], or [rows, 1] of one column of each row."""
-        if column is None:
-            return torch.ops.aten._unsafe_index(self.memory, [self.outer, self.inner])  # the places are in range
-        return torch.ops.aten._unsafe_index(self.memory, [self.outer, self.inner, column])[:, None]
+        if column is not None:
+            return torch.ops.aten._unsafe_index(self.memory, [*self.at, column])[:, None]
+        if len(self.at) == 1:
+            return torch.embedding(self.memory, self.at[0])  # whose places never count from the end: one step less
+        return torch.ops.aten._unsafe_index(self.memory, list(self.at))  # the places are in range
 
-    def store(self, x: Tensor, column: Tensor, at_column: Tensor) -> None:
-        """Write x [rows, V], and at_column [rows, 1] to one column of each row."""
-        dtype = self.memory.dtype
+    def store(self, x: Tensor) -> None:
+        """Write x [rows, V]."""
         # of equal sizes, what is computed and where it is written are one loop, without a buffer between
         torch._check(x.shape[-1] == self.memory.shape[-1])
-        self.memory[self.outer, self.inner] = x.to(dtype)
-        self.memory[self.outer, self.inner, column] = at_column.squeeze(1).to(dtype)
+        self.memory[self.at] = x.to(self.memory.dtype)
+
+    def apart(self) -> _Place:
+        """Return the same place as a tensor that torch.compile takes for another.
+
+        Where a loop writes to what it reads, torch.compile puts a buffer between; it need not, if each step of the loop reads
+        only where it writes.
+        """
+        return self._replace(memory=torch.from_dlpack(self.memory))
+
+
+class _Places(NamedTuple):
+    """Where the gradients of both sides are written; None: not wanted."""
+
+    policy: _Place | None
+    ref: _Place | None
+
+    def to_write(self, rows: _Rows) -> _Places:
+        """Return the places as _gradients() takes them: where one gradient is written over logits, a place apart.
+
+        Two gradients may become two loops, and the second must not read what the first has written: None is for those.
+        """
+        both = self.policy is not None and self.ref is not None
+
+        def place(of: _Place | None, logits: _Place | None) -> _Place | None:
+            if of is None or logits is None or of.memory.data_ptr() != logits.memory.data_ptr():
+                return of
+            return None if both else of.apart()
+
+        return _Places(place(self.policy, rows.policy), place(self.ref, rows.ref))
 
 
 class _Rows(NamedTuple):
@@ -155,8 +186,8 @@ class _Rows(NamedTuple):
         return column, self.block(here.long() - 1, column)
 
 
-def _sums(spec: StatsSpec, rows: _Rows) -> Tensor:
-    return block.sums(spec, rows.block(rows.label)).state()
+def _totals(spec: StatsSpec, rows: _Rows) -> Totals:
+    return block.totals(spec, rows.block(None))
 
 
 def _terms(spec: StatsSpec, rows: _Rows, saved: Tensor) -> list[tuple[int, Tensor, Tensor]]:
@@ -183,15 +214,11 @@ def _gradients(
     d_policy: _Place | None,
     d_ref: _Place | None,
 ) -> None:
-    """Write the gradients to their places; None: to where the logits are."""
-    # The labels' columns are computed once more for themselves; in the loop, each column would be compared with a label.
-    column, labels = rows.label_columns()
-    at_labels = block.gradients(spec, labels, saved, grads, *asked)
+    """Write the gradients to their places; None: to where the logits are. Those of the labels' own terms are not in them."""
     each = block.gradients(spec, rows.block(None), saved, grads, *asked)
-    places = (d_policy or rows.policy, d_ref or rows.ref)
-    for place, gradient, at_label in zip(places, each, at_labels, strict=True):
-        if place is not None and gradient is not None and at_label is not None:
-            place.store(gradient, column, at_label)
+    for place, gradient in zip((d_policy or rows.policy, d_ref or rows.ref), each, strict=True):
+        if place is not None and gradient is not None:
+            place.store(gradient)
 
 
 _failures: list[Exception] = []  # after the first one, the torch backend computes everything
@@ -217,6 +244,7 @@ def _bound(spec: StatsSpec, double: bool) -> StatsSpec:
 OPTIONS = {
     "compile_threads": 1,
     "cpp.max_horizontal_fusion_size": 1024,
+    "assert_indirect_indexing": False,
     "realize_opcount_threshold": 128,
     "realize_reads_threshold": 16,
     "realize_acc_reads_threshold": 32,
@@ -335,6 +363,11 @@ def _rows(
     )
 
 
+def _sums(spec: StatsSpec, rows: _Rows) -> Sums:
+    """Return the sums of the rows; the logits of their labels are computed here, without a loop of their own."""
+    return block.sums(_run(_totals, spec, rows), rows.label_columns()[1])
+
+
 @_or_torch
 def forward(
     spec: StatsSpec,
@@ -347,9 +380,9 @@ def forward(
     labels = shifted_labels(labels, spec.shift, spec.ignore_index)
     check_labels(spec, labels)
     numbers, rows = _rows(spec, policy, labels, ref if out.ref_logps is not None else None, factors)
-    state = _run(_sums, spec, rows)
+    found = _sums(spec, rows)
     torch_backend.clear(out)
-    torch_backend.write(spec, numbers, Sums.of(state), out)
+    torch_backend.write(spec, numbers, found, out)
     if rows.ref is not None and any(d.term is not None for d in spec.divergences):
         for i, value, slope in _run(_terms, spec, rows, out.saved[:, numbers]):
             write_divergence(spec, i, value, slope, numbers, out)
@@ -358,7 +391,7 @@ def forward(
 @_or_torch
 def fold(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, state: Tensor, fresh: bool) -> None:
     numbers, rows = _rows(spec, policy, labels, ref)
-    new = _run(_sums, spec, rows)
+    new = _sums(spec, rows).state()
     state[:, numbers] = new if fresh else torch_backend.merged(spec, state[:, numbers], new)
 
 
@@ -387,11 +420,15 @@ def backward(  # noqa: PLR0913 (the interface)
     numbers, rows = _rows(spec, policy, labels, ref if active or d_ref is not None else None, factors)
     of_rows = Grads(*(None if g is None else g[..., numbers] for g in grads))
     asked = _Asked(tuple(active), d_policy is not None, d_ref is not None)
-    places = [
-        None if x is None or logits is None or x.data_ptr() == logits.data_ptr() else _Place.of(x, spec.vocab, numbers)
-        for x, logits in ((d_policy, policy), (d_ref, ref))
-    ]
-    _run(_gradients, spec, rows, saved[:, numbers], of_rows, *places, fixed=(asked,))
+    saved = saved[:, numbers]
+    # The labels' columns are computed here; in the loop, each column would be compared with a label.
+    column, of_labels = rows.label_columns()
+    at_labels = block.gradients(spec, of_labels, saved, of_rows, *asked)
+    places = _Places(*(None if x is None else _Place.of(x, spec.vocab, numbers) for x in (d_policy, d_ref)))
+    _run(_gradients, spec, rows, saved, of_rows, *places.to_write(rows), fixed=(asked,))
+    for place, gradient in zip(places, at_labels, strict=True):
+        if place is not None and gradient is not None:
+            place.memory[(*place.at, column)] = gradient.squeeze(1).to(place.memory.dtype)
     for x in (d_policy, d_ref):
         if x is not None:
             torch_backend.zero_outside(rows_view(x, 1), labels, spec)

@@ -37,7 +37,7 @@ from ..core.layout import (
     write_divergence,
 )
 from ..core.moments import close_moments, close_power, merge, merge_power
-from .block import Block, Side, Sums, gradients, powers, sums
+from .block import Block, Side, Sums, gradients, powers, sums, totals
 from .block import terms as block_terms
 from .order import first_of_order, top_positions
 
@@ -137,7 +137,7 @@ def forward(
     second = any(d.term is not None for d in spec.divergences)
     held: list[tuple[Tensor, Tensor]] = []  # rows and their sums: closing many at once takes as long as closing a few
     for rows, block in _blocks(spec, policy, labels, ref if out.ref_logps is not None else None, factors):
-        of_rows = sums(spec, block)
+        of_rows = sums(totals(spec, block), block)
         if not second or block.ref is None:
             held.append((rows, of_rows.state()))
             continue
@@ -204,7 +204,7 @@ def write(spec: StatsSpec, rows: Tensor, of_rows: Sums, out: Outputs) -> None:
 
 def fold(spec: StatsSpec, policy: Tensor, labels: Tensor, ref: Tensor | None, state: Tensor, fresh: bool) -> None:
     held = [  # rows and their sums: merging many at once takes as long as merging a few
-        (rows, sums(spec, block).state()) for rows, block in _blocks(spec, policy, labels, ref)
+        (rows, sums(totals(spec, block), block).state()) for rows, block in _blocks(spec, policy, labels, ref)
     ]
     if not held:
         return

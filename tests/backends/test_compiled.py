@@ -187,6 +187,42 @@ def test_no_temporary_of_vocabulary_size(on_compiled):
     assert peak_bytes(step) <= z.nbytes + 64 * 1024
 
 
+@pytest.mark.slow
+def test_no_temporary_where_a_gradient_takes_the_place_of_logits(on_compiled):
+    """From hidden states a tile holds the logits, then their gradient, and nothing else has its size."""
+    generator = seeded()
+    x, head = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (64, 16384))
+    labels = torch.randint(16384, (64,), generator=generator)
+
+    def step():
+        loss = fl.cross_entropy_loss(fl.Hidden(x, head), labels, shift=False, plan="row_blocks").loss
+        return torch.autograd.grad(loss, [x, head])
+
+    step()
+    tile = len(x) * len(head) * 4
+    assert peak_bytes(step) <= 1.5 * tile + 2 * head.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["vocab_chunks", "keep_logits"])
+def test_gradients_to_both_sides_in_place(plan, monkeypatch):
+    """Neither side's gradient is computed from what the other has overwritten."""
+    generator = seeded()
+    leaves = [torch.randn(n, 32, generator=generator) for n in (24, 2000, 24, 2000)]
+    labels = torch.randint(2000, (24,), generator=generator)
+    found = []
+    for backend in ("compiled", "torch"):
+        monkeypatch.setenv("FUSED_LOSSES_BACKEND", backend)
+        own = [x.clone().requires_grad_() for x in leaves]
+        how = {"plan": plan, "workspace": 1 << 17 if plan == "vocab_chunks" else None}
+        out = fl.token_stats(
+            fl.Hidden(*own[:2]), labels, fl.Hidden(*own[2:]), divergence="reverse_kl", shift=False, **how
+        )
+        found.append(torch.autograd.grad(out.divergence["reverse_kl"].sum() - out.logps.sum(), own))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
 def test_equal_from_run_to_run(monkeypatch):
     z, w, y = inputs(**CASES["some rows ignored"])
     first, second = (results("compiled", monkeypatch, z, w, y) for _ in range(2))
