@@ -5,6 +5,7 @@ python -m bench [--grid quick] [--workloads dpo ...] [--providers eager ...] [--
 python -m bench list                     workloads, providers, grids, and who cannot run here
 python -m bench training                 a whole training step, by TRL's and transformers' trainers and by ours
 python -m bench static                   bytes, instructions, spills of every kernel, compiled without a GPU
+python -m bench host                     the processor's time of calls on a GPU, in plain launches; needs no GPU
 python -m bench compare A.json B.json    what got slower, larger or less exact
 python -m bench plot FILE.json           the pictures again
 python -m bench tables                   the tables of README.md and docs/ from bench/results/
@@ -26,7 +27,7 @@ if __name__ == "__main__":
     if command in ("-h", "--help"):
         print(__doc__)
         sys.exit()
-    modules = {"static", "training", "compare", "plots", "tables", "targets", "tune"}
+    modules = {"static", "host", "training", "compare", "plots", "tables", "targets", "tune"}
     module = {"plot": "plots"}.get(command, command)
     if module in modules:
         main = importlib.import_module(f"bench.{module}").main

@@ -20,6 +20,7 @@ CPU = Path(__file__).resolve().parent / "results" / "cpu"
 OURS = "fused_losses"
 RIVAL = "torch.compile"
 NOT_MEASURED = "not measured"
+HOST, HOST_CALL = CPU.parent / "host.json", "dpo_loss from logits, forward + backward"  # of host.py, which needs Triton
 COMPILATIONS = CPU.parent / "compilations.json"  # {training loop: [[batch, kernel] of each compilation]}
 ONE_SIDE = ("logps", "logps + entropy", "logps + collision", "logps + entropy + collision")
 ALIGNED, UNALIGNED = "V = 50256", "V = 50257"
@@ -158,6 +159,14 @@ def _spills() -> str:
     return ", ".join(parts)
 
 
+def _host() -> str:
+    """The call's time in plain launches, and that of eager code."""
+    if not HOST.exists():
+        return ""
+    calls = json.loads(HOST.read_text("utf-8"))["calls"]
+    return ", eager code ".join(f"{calls[name]['plain_launches']:.1f}" for name in (HOST_CALL, f"eager {HOST_CALL}"))
+
+
 ROWS = [
     Row("CPU, from logits, 512 x 16384 fp32, log-probs and forward KL, forward + backward: time over torch.compile's",
         "python -m bench --grid cpu --save cpu", "<= 0.75 x", _against_compiled("cpu")),
@@ -176,7 +185,8 @@ ROWS = [
     Row("rows that are not aligned (V = 50257), bf16: instructions over an aligned row's",
         "python -m bench static --update", "<= 1.15 x", _unaligned),
     Row("mixtures, forward, both sweeps: instructions a pair", "python -m bench static --update", "<= 62", _mixtures),
-    Row("host time of dpo_loss from logits, forward + backward, in plain launches", "", "<= 15"),
+    Row("host time of dpo_loss from logits, forward + backward, in plain launches", "python -m bench host --save", "<= 15",
+        _host),
     Row("tile kernel on sm_90, by version of Triton: accesses to spilled registers", "python -m bench static --update",
         "0", _spills),
     Row("the tests, in one process, of what they took before", "", "<= 45 %, without slow ones <= 10 %"),
