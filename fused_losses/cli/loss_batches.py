@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.batch import EACH
 from ..core.inputs import Hidden, Logits, LogProbs, Source
 from ..losses import Entry
 from ..reference.stats import token_stats
@@ -27,7 +28,7 @@ class LossBatch:
         self.options: dict[str, Any] = dict(entry.variants[variant])
         self.head: Mapping[str, Any] = {}  # more of fl.Hidden's and fl.Logits' options
         g = generator
-        sequences = 6 if entry.batch == "pairs" else 4
+        sequences = 4 if EACH[entry.batch] == 1 else 6
         self.x, self.ref_x = (torch.randn(sequences, T, width, generator=g) for width in (H, REF_H))
         self.weight, self.ref_weight = (torch.randn(V, width, generator=g) * 0.5 for width in (H, REF_H))
         self.y = torch.randint(0, V, (sequences, T), generator=g)

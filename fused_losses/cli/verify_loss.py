@@ -19,6 +19,7 @@ from torch import Tensor
 import fused_losses as fl
 
 from .. import reference as references
+from ..core.batch import EACH
 from ..core.names import unknown
 from ..losses import FAMILY, Entry
 from ..losses.registry import INPUTS
@@ -89,8 +90,8 @@ def _entry(loss: str | Entry | Callable) -> Entry:
 def _wrong_entry(entry: Entry) -> Iterator[str]:
     """Yield what is wrong with an entry and can be seen without a call."""
     text = inspect.getdoc(entry.call) or ""
-    if entry.batch not in ("pairs", "sequences", "tokens"):
-        yield f"batch: expected 'pairs', 'sequences' or 'tokens', got {entry.batch!r}"
+    if entry.batch not in EACH:
+        yield f"batch: expected one of {', '.join(map(repr, EACH))}, got {entry.batch!r}"
     if entry.ref not in ("needed", "optional", "unused"):
         yield f"ref: expected 'needed', 'optional' or 'unused', got {entry.ref!r}"
     if not entry.variants:

@@ -19,6 +19,9 @@ MISSING_SHIFT = (
     "label t + 1, as Hugging Face models do; False: labels hold the next token of each position already"
 )
 
+EACH = {"tokens": 1, "sequences": 1, "pairs": 2, "triples": 3}  # sequences of a unit, by the kind of a batch
+PARTS = {2: "chosen rows then rejected rows", 3: "chosen rows, rejected rows, then gold rows"}
+
 
 class CallOptions(NamedTuple):
     """The options of a call that are not about its labels. preference_loss describes them."""
@@ -74,6 +77,14 @@ class Batch:
             return rows[:, None] < sequences
         return rows + self.shard.first < self.cu_seqlens[sequences]
 
+    def texts(self, each: int) -> Tensor:
+        """Return which tokens belong to the sequences whose negative log-likelihood is a part of the loss, as among_first().
+
+        each: the sequences of a unit. Of pairs these are the chosen, which come first; of triples the gold, which come last.
+        """
+        last = self.among_first(self.sequences // each * (each - 1))
+        return last if each == 2 else ~last
+
     def count(self, among: Tensor | bool = True) -> Tensor:
         """Return the number of tokens that count, of all ranks of the sequence group, at least 1.
 
@@ -102,7 +113,8 @@ def read_batch(labels: object, kind: str, options: Mapping[str, Any]) -> Batch:
 
     Args:
         labels: The labels that a user has passed.
-        kind: "tokens"; "sequences" for [S, T] or packed; or "pairs" for an even number of sequences, the chosen first.
+        kind: A key of EACH: "tokens"; "sequences" for [S, T] or packed; "pairs" for an even number of sequences, the chosen
+            first; or "triples", where the gold sequences follow as a third part.
         options: The options of a loss; shift, ignore_index, cu_seqlens, sequence_group and static_shapes are read.
 
     Raises:
@@ -121,7 +133,7 @@ def read_batch(labels: object, kind: str, options: Mapping[str, Any]) -> Batch:
     cu_seqlens = ordinary(cu_seqlens) if isinstance(cu_seqlens, Tensor) else cu_seqlens
     sequences = 0
     if kind != "tokens" or cu_seqlens is not None:
-        sequences = count_sequences(labels, cu_seqlens, group, 2 if kind == "pairs" else 1)
+        sequences = count_sequences(labels, cu_seqlens, group, EACH[kind])
     shard = sequence_shard(labels, group, cu_seqlens, bool(shift), bool(options.get("static_shapes")))
     rolled = bool(shift) and cu_seqlens is not None
     if rolled and cu_seqlens is not None:
@@ -149,8 +161,7 @@ def count_sequences(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: o
         if each == 1:
             raise ValueError(f"labels: expected [S, T] (or cu_seqlens for packed), got {list(labels.shape)}")
         raise ValueError(
-            "labels: expected [2B, T], chosen rows then rejected rows (or cu_seqlens for packed), got "
-            f"{list(labels.shape)}"
+            f"labels: expected [{each}B, T], {PARTS[each]} (or cu_seqlens for packed), got {list(labels.shape)}"
         )
     return labels.shape[0]
 
@@ -162,7 +173,7 @@ def _check_offsets(labels: Tensor, cu_seqlens: Tensor, sequence_group: object, e
         got = getattr(cu_seqlens, "dtype", type(cu_seqlens))
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {got}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or (cu_seqlens.numel() - 1) % each:
-        shape = "[S + 1]" if each == 1 else "[2B + 1]"
+        shape = "[S + 1]" if each == 1 else f"[{each}B + 1]"
         raise ValueError(f"cu_seqlens: expected {shape} offsets, got {list(cu_seqlens.shape)}")
     if cu_seqlens.device != labels.device:
         raise ValueError(f"cu_seqlens: expected on {labels.device} as the labels are, got {cu_seqlens.device}")

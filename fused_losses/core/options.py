@@ -318,9 +318,10 @@ def check_tdpo(
     return from_key(divergence)
 
 
-# simpo_loss, cpo_loss, orpo_loss
+# simpo_loss, cpo_loss, orpo_loss, tpo_loss
 
 CPO = ("sigmoid", "hinge", "ipo")
+TPO = (*CPO, "tpo-l")
 SURE = -1e-12  # the largest mean log-prob whose odds ORPO does not treat as infinite
 
 
@@ -344,6 +345,23 @@ def check_cpo(loss_type: str, beta: float, cpo_alpha: float, label_smoothing: fl
         raise ValueError(
             f"label_smoothing: only goes with loss_type='sigmoid', got {label_smoothing!r} with {loss_type!r}"
         )
+
+
+def check_tpo(loss_type: str, beta: float, tpo_alpha: float, gamma: float | None, label_smoothing: float) -> None:
+    if loss_type not in TPO:
+        raise unknown("loss_type", loss_type, TPO)
+    check_positive(beta=beta)
+    check_weights(tpo_alpha=tpo_alpha)
+    check_smoothing(label_smoothing)
+    if label_smoothing and loss_type not in ("sigmoid", "tpo-l"):
+        raise ValueError(
+            f"label_smoothing: only goes with loss_type='sigmoid' and 'tpo-l', got {label_smoothing!r} with {loss_type!r}"
+        )
+    if (gamma is None) == (loss_type == "tpo-l"):
+        expected = "a number with loss_type='tpo-l'" if gamma is None else f"none with loss_type={loss_type!r}"
+        raise ValueError(f"gamma: expected {expected}, got {gamma!r}")
+    if gamma is not None:
+        check_weights(gamma=gamma)
 
 
 def check_nll_labels(nll_labels: Tensor, labels: Tensor) -> Tensor:

@@ -26,14 +26,15 @@ from .prepare import ExecutionOptions, PreparedCall, prepare_call
 from .token_stats import apart, check_sources, compute_stats, pack_stats
 from .tokens import REF, Formula, Tokens
 
-EACH = {"sequence": 1, "pair": 2}  # number of sequences in a unit
+EACH = {"sequence": 1, "pair": 2, "triple": 3}  # number of sequences in a unit
 
 
 class FormulaInputs(NamedTuple):
     """What a formula reads in addition to the log-probs.
 
     Args:
-        unit: "token"; "sequence"; "pair": sequences s and B + s of 2B; or "batch", for a formula that cannot be split.
+        unit: "token"; "sequence"; "pair": sequences s and B + s of 2B; "triple": s, B + s and 2B + s of 3B; or "batch",
+            for a formula that cannot be split.
         divergences: The divergences of each token.
         per_token: Tensors in the shape of the mask, by name.
         per_sequence: Tensors [S], by name.

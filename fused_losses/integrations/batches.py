@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from ..core.batch import Batch, read_batch
+from ..core.batch import EACH, Batch, read_batch
 from ..core.names import present
 from ..core.options import SequenceOptions
 from ..losses import FAMILY, Entry, dpo_loss, ipo_loss, kto_loss, preference_loss, upo_loss
@@ -105,7 +105,7 @@ class Loss:
 
     @property
     def unit(self) -> str:
-        """Return what num_items counts: "tokens", "sequences" or "pairs"."""
+        """Return what num_items counts: "tokens", "sequences", "pairs" or "triples"."""
         entry = present("fused_loss", self.entry)
         if self.base is not None and self.base.entry is not None:
             return self.base.unit
@@ -120,7 +120,8 @@ class Loss:
     def counts(self, batch: Mapping[str, Any]) -> Counts:
         """Return the numbers of units and of NLL tokens in a batch."""
         read = self.read(batch)
-        items: int | Tensor = read.sequences // 2 if self.unit == "pairs" else read.sequences
+        each = EACH[self.unit]
+        items: int | Tensor = read.sequences // each
         if self.unit == "tokens":
             items = read.mask.sum()
         if not self._counts_nll:
@@ -129,8 +130,8 @@ class Loss:
             nll_labels = read.aligned(batch["nll_labels"])
             read = read.with_labels(read.labels.where(read.labels != read.ignore_index, nll_labels))
         mask = read.mask
-        if self.unit == "pairs":  # the tokens of the chosen sequences, which come first
-            mask = mask & read.among_first(read.sequences // 2)
+        if each > 1:
+            mask = mask & read.texts(each)
         return Counts(items, mask.sum())
 
     def read(self, batch: Mapping[str, Any]) -> Batch:

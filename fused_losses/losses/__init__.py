@@ -6,7 +6,7 @@ registry             FAMILY, and the decorator that adds a loss to it
 shared               results, reductions, the call of evaluate
 preference           pairs: DPO and the loss types of TRL; their formulas are in pair_losses
 tdpo                 pairs: TDPO
-reference_free       pairs without a reference: SimPO, CPO, ORPO
+reference_free       pairs without a reference: SimPO, CPO, ORPO; triples: TPO
 unpaired             KTO, BCO, APO-zero
 regression           REBEL, A*-PO
 policy_gradient      GRPO and its relatives; their terms are in policy_terms
@@ -40,7 +40,7 @@ from .preference_matching import (
     preference_matching_loss,
     preference_matching_reward,
 )
-from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .reference_free import cpo_loss, orpo_loss, simpo_loss, tpo_loss
 from .registry import FAMILY as FAMILY
 from .registry import Entry as Entry
 from .regression import a2po_loss, rebel_loss
@@ -57,5 +57,6 @@ __all__ = [
     "kto_baseline", "kto_loss", "lta_thinker_loss", "optimal_values", "orpo_loss", "plackett_luce_loss",
     "preference_loss", "preference_matching_gap", "preference_matching_loss", "preference_matching_reward",
     "reasoning_focus_loss", "rebel_loss", "rollout_weights", "sampled_distillation_loss", "semantic_alignment_loss",
-    "simpo_loss", "speculative_loss", "tdpo_loss", "topk_distillation_loss", "topk_overlap", "upo_loss",
+    "simpo_loss", "speculative_loss", "tdpo_loss", "topk_distillation_loss", "topk_overlap", "tpo_loss",
+    "upo_loss",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
-"""Losses of pairs without a reference model: SimPO, CPO, ORPO.
+"""Losses of pairs without a reference model: SimPO, CPO, ORPO; and of triples: TPO.
 
 Each is a term of the pair's log-probs (means or sums over tokens) plus a share of the negative log-likelihood of the chosen
-responses. The mean of the latter is over the tokens of the batch: the share of a pair is B / tokens times its own sum, so
-that the mean over pairs is the mean over tokens.
+responses, or of the gold ones of triples. The mean of the latter is over the tokens of the batch: the share of a pair is
+B / tokens times its own sum, so that the mean over pairs is the mean over tokens.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..core.batch import read_batch, read_options
+from ..core.batch import EACH, read_batch, read_options
 from ..core.elementwise import cap
 from ..core.inputs import Source
-from ..core.options import SURE, SequenceOptions, check_cpo, check_nll_labels, check_simpo
+from ..core.options import SURE, SequenceOptions, check_cpo, check_nll_labels, check_simpo, check_tpo
 from ..core.outputs import LossOutput, Part
 from ..core.validation import Count, check_positive, divided, read_count
 from ..engine.evaluate import FormulaInputs
@@ -26,7 +26,7 @@ from ..engine.tokens import Tokens
 from .registry import register
 from .shared import Fused, fused, loss_and_nll, output, pair_metrics, smoothed
 
-__all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
+__all__ = ["cpo_loss", "orpo_loss", "simpo_loss", "tpo_loss"]
 
 
 @register(
@@ -207,6 +207,72 @@ def orpo_loss(
     return output(result, pair_metrics(_scored(result.tokens), beta * x, x) | odds_parts | nll)
 
 
+@register(
+    SequenceOptions,
+    "gamma",
+    batch="triples",
+    source="2405.16681",
+    ref="unused",
+    variants={
+        "TPO": {},
+        "TPO-L": {"loss_type": "tpo-l", "beta": 2.0, "gamma": 0.7, "label_smoothing": 0.1},
+        "hinge": {"loss_type": "hinge", "beta": 0.3, "num_nll_tokens": 29},
+        "IPO": {"loss_type": "ipo", "beta": 0.3, "tpo_alpha": 0.5},
+    },
+)
+def tpo_loss(
+    policy: Source,
+    labels: Tensor,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.01,
+    tpo_alpha: float = 1.0,
+    gamma: float | None = None,
+    label_smoothing: float = 0.0,
+    num_nll_tokens: Count | None = None,
+    **options: Unpack[SequenceOptions],
+) -> LossOutput:
+    """Compute TPO (arXiv 2405.16681): a loss of chosen and rejected without a reference model, and the NLL of gold responses.
+
+    As in TRL, with x = log p(y_w) - log p(y_l):
+
+        "sigmoid":  -(1 - eps) log sigmoid(beta x) - eps log sigmoid(-beta x)
+        "hinge":    max(0, 1 - beta x)
+        "ipo":      (x - 1 / (2 beta))^2, with means over tokens in x, as in "tpo-l"
+        "tpo-l":    -(1 - eps) log sigmoid(beta x - gamma) - eps log sigmoid(gamma - beta x)
+        + tpo_alpha NLL,    NLL = -sum over the gold tokens of the batch of log p(y_t) / their number
+
+    What TRL calls the reference is the gold response, not a model.
+
+    Args:
+        policy: as in simpo_loss.
+        labels: triples [3B, T]: B chosen, then B rejected, then B gold responses, as TRL's collator has them; or packed with
+            cu_seqlens in this order. There is one loss for each triple.
+        loss_type: "sigmoid", "hinge", "ipo" or "tpo-l".
+        beta: > 0.
+        tpo_alpha: >= 0. With 0 the gold responses do not count; cpo_loss with cpo_alpha=0 is the same without them.
+        gamma: the target margin of the rewards, only for "tpo-l", which needs it (TRL's tpo_l_gamma, 0.5 there).
+        label_smoothing: eps, in [0, 0.5), only for "sigmoid" and "tpo-l".
+        num_nll_tokens: as in cpo_loss, of the gold tokens.
+        **options: the options of a batch, as in preference_loss.
+
+    The metrics are those of cpo_loss, where nll_loss is that of the gold responses and entropy is over all three.
+    """
+    check_tpo(loss_type, beta, tpo_alpha, gamma, label_smoothing)
+
+    def term(chosen: Tensor, rejected: Tensor) -> Tensor:
+        difference = chosen - rejected
+        if loss_type == "hinge":
+            return torch.relu(1 - beta * difference)
+        if loss_type == "ipo":
+            return (difference - 0.5 / beta).square()
+        return smoothed(beta * difference - (gamma or 0.0), label_smoothing)
+
+    mean = loss_type in ("ipo", "tpo-l")
+    result, x, nll = _pairs(term, policy, labels, mean, tpo_alpha, num_nll_tokens, options, kind="triples")
+    return output(result, pair_metrics(result.tokens, beta * x, x, each=3) | nll)
+
+
 def _scored(tokens: Tokens) -> Tokens:
     """Return the tokens without those that count only for the NLL."""
     only = tokens.extra.get("scored")
@@ -222,33 +288,38 @@ def _pairs(
     num_nll_tokens: Count | None,
     options: SequenceOptions,
     nll_labels: Tensor | None = None,
+    kind: str = "pairs",
 ) -> tuple[Fused, Tensor, dict[str, Any]]:
     """Compute term(chosen, rejected) + weight NLL.
 
-    Return the evaluated loss, the log-probs [2B] that the term used (means over tokens if `mean`, else sums), and the parts
-    of the NLL and of the loss.
+    Return the evaluated loss, the log-probs of all sequences as the term used them (means over tokens if `mean`, else sums),
+    and the parts of the NLL and of the loss.
     """
-    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    batch, call = read_batch(labels, kind, options), read_options(options)
     num_nll_tokens = read_count("num_nll_tokens", num_nll_tokens)
-    chosen, extra = batch.among_first(batch.sequences // 2), {}
+    each, unit = EACH[kind], kind.removesuffix("s")
+    read, extra = batch.texts(each), {}
     if nll_labels is not None:
         extra = {"scored": batch.mask}
-        extra_labels = batch.aligned(check_nll_labels(nll_labels, batch.labels)).where(chosen, batch.ignore_index)
+        extra_labels = batch.aligned(check_nll_labels(nll_labels, batch.labels)).where(read, batch.ignore_index)
         batch = batch.with_labels(batch.labels.where(batch.labels != batch.ignore_index, extra_labels))
     # The reduction divides by pairs, or by num_items: `times` cancels this, so that the mean over tokens remains.
-    by = batch.count(chosen) if num_nll_tokens is None else num_nll_tokens
-    times = batch.sequences // 2 if call.num_items is None or num_nll_tokens is None else call.num_items
+    by = batch.count(read) if num_nll_tokens is None else num_nll_tokens
+    times = batch.sequences // each if call.num_items is None or num_nll_tokens is None else call.num_items
 
     def logps(tokens: Tokens) -> Tensor:
         tokens = _scored(tokens)
         return tokens.means(tokens.logps) if mean else tokens.sums(tokens.logps)
 
+    def of_texts(x: Tensor) -> Tensor:
+        return x.tensor_split(each)[0 if each == 2 else -1]
+
     def formula(tokens: Tokens) -> Tensor:
-        losses = term(*logps(tokens).tensor_split(2))
-        nll = -tokens.sums(tokens.logps).tensor_split(2)[0]
+        losses = term(*logps(tokens).tensor_split(each)[:2])
+        nll = -of_texts(tokens.sums(tokens.logps))
         return losses + weight * divided(nll * times, by) if weight else losses
 
-    result = fused(formula, policy, batch, None, FormulaInputs("pair", per_token=extra), call)
+    result = fused(formula, policy, batch, None, FormulaInputs(unit, per_token=extra), call)
     sums, lengths = result.tokens.sums(result.tokens.logps), result.tokens.lengths
-    nll = Part(-sums.tensor_split(2)[0], lengths.tensor_split(2)[0])
+    nll = Part(-of_texts(sums), of_texts(lengths))
     return result, logps(result.tokens), {"nll_loss": nll, **loss_and_nll(result, nll, weight, times, by)}

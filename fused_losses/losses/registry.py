@@ -59,7 +59,9 @@ class Entry:
     """A public loss, and what the tests and the table of the README need to call it."""
 
     call: Callable[..., LossOutput]  # fused_losses.reference has the same name for its reference implementation
-    batch: str  # "pairs": labels [2B, T], chosen first; "sequences": [S, T]; "tokens": [..., T]. All may be packed but the last
+    # "pairs": labels [2B, T], chosen first; "triples": [3B, T], gold last; "sequences": [S, T]; "tokens": [..., T]. All may be
+    # packed but the last
+    batch: str
     source: str  # papers, or whose code
     variants: Mapping[str, Mapping[str, Any]]  # names of special cases -> options
     ref: str = "needed"  # or "optional", or "unused"

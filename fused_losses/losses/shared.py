@@ -133,32 +133,32 @@ def token_part(result: Fused, x: Tensor, counts: Tensor | None = None) -> Part:
     return Part(x.masked_fill(~mask, 0), counts)
 
 
-def sequence_part(tokens: Tokens, x: Tensor, pairs: bool = False) -> Part:
-    """Return the Part of a number of each token, where the units are sequences, or pairs of sequences if `pairs`."""
+def sequence_part(tokens: Tokens, x: Tensor, each: int = 1) -> Part:
+    """Return the Part of a number of each token, where the units are sequences, or `each` sequences together."""
     count, mask = tokens.sequences, tokens.mask
     counts = tokens.lengths if tokens.cu_seqlens is not None else mask.view(count, len(mask) // max(count, 1))
     amounts = tokens.sums(x)
-    if pairs:
-        amounts, counts = (y.view(2, count // 2, *y.shape[1:]).transpose(0, 1) for y in (amounts, counts))
+    if each > 1:
+        amounts, counts = (y.view(each, count // each, *y.shape[1:]).transpose(0, 1) for y in (amounts, counts))
     return Part(amounts, counts)
 
 
-def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor) -> dict[str, Part]:
-    """Return TRL's metrics, from a reward and a log-prob of each of the 2B sequences.
+def pair_metrics(tokens: Tokens, rewards: Tensor, logps: Tensor, each: int = 2) -> dict[str, Part]:
+    """Return TRL's metrics, from a reward and a log-prob of each sequence: of 2B, or of 3B where units have `each` = 3.
 
-    They are means over the pairs, and the entropy if it is requested.
+    They are means over the pairs, and the entropy of all sequences if it is requested.
     """
-    chosen, rejected = rewards.tensor_split(2)
+    chosen, rejected = rewards.tensor_split(each)[:2]
     parts = {
         "rewards/chosen": Part(chosen),
         "rewards/rejected": Part(rejected),
         "rewards/margins": Part(chosen - rejected),
         "rewards/accuracies": Part((chosen > rejected).to(rewards.dtype)),
-        "logps/chosen": Part(logps.tensor_split(2)[0]),
-        "logps/rejected": Part(logps.tensor_split(2)[1]),
+        "logps/chosen": Part(logps.tensor_split(each)[0]),
+        "logps/rejected": Part(logps.tensor_split(each)[1]),
     }
     if tokens.entropy is not None:
-        parts["entropy"] = sequence_part(tokens, tokens.entropy, pairs=True)
+        parts["entropy"] = sequence_part(tokens, tokens.entropy, each)
     return parts
 
 

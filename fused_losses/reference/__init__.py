@@ -19,7 +19,7 @@ from .preference_matching import (
     preference_matching_loss,
     preference_matching_reward,
 )
-from .reference_free import cpo_loss, orpo_loss, simpo_loss
+from .reference_free import cpo_loss, orpo_loss, simpo_loss, tpo_loss
 from .regression import a2po_loss, rebel_loss
 from .rollouts import entropy_quantile_mask, group_advantages, optimal_values, rollout_weights
 from .speculative import speculative_loss
@@ -43,5 +43,5 @@ __all__ = [
     "preference_matching_gap", "preference_matching_loss", "preference_matching_reward", "reasoning_focus_loss",
     "rebel_loss", "rollout_weights", "sampled_distillation_loss", "selective_log_softmax",
     "selective_log_softmax_and_entropy", "semantic_alignment_loss", "simpo_loss", "speculative_loss", "tdpo_loss",
-    "token_stats", "topk", "topk_distillation_loss", "upo_loss",
+    "token_stats", "topk", "topk_distillation_loss", "tpo_loss", "upo_loss",
 ]  # fmt: skip

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from ..core.batch import read_batch, read_options
+from ..core.batch import EACH, read_batch, read_options
 from ..core.elementwise import cap
 from ..core.inputs import Source
-from ..core.options import SURE, check_cpo, check_nll_labels, check_simpo
+from ..core.options import SURE, check_cpo, check_nll_labels, check_simpo, check_tpo
 from ..core.outputs import LossOutput
 from ..core.validation import check_positive, read_count
 from .common import Sequence, cut, joined, pair_metrics, part, reduced
 
-__all__ = ["cpo_loss", "orpo_loss", "simpo_loss"]
+__all__ = ["cpo_loss", "orpo_loss", "simpo_loss", "tpo_loss"]
 
 Pair = tuple[Sequence, Sequence]
 
@@ -77,6 +77,38 @@ def cpo_loss(
     return _reference_free(policy, labels, each, lambda y: beta * logps(y), logps, cpo_alpha, options)[0]
 
 
+def tpo_loss(
+    policy: Source,
+    labels: Tensor,
+    *,
+    loss_type: str = "sigmoid",
+    beta: float = 0.01,
+    tpo_alpha: float = 1.0,
+    gamma: float | None = None,
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> LossOutput:
+    """Compute fl.tpo_loss."""
+    check_tpo(loss_type, beta, tpo_alpha, gamma, label_smoothing)
+
+    def logps(y: Sequence) -> Tensor:
+        return _mean(y) if loss_type in ("ipo", "tpo-l") else y.log_p
+
+    def each(chosen: Sequence, rejected: Sequence) -> Tensor:
+        x = logps(chosen) - logps(rejected)
+        if loss_type == "hinge":
+            return relu(1 - beta * x)
+        if loss_type == "ipo":
+            return (x - 1 / (2 * beta)) ** 2
+        margin = beta * x if gamma is None else beta * x - gamma
+        return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+    def reward(y: Sequence) -> Tensor:
+        return beta * logps(y)
+
+    return _reference_free(policy, labels, each, reward, logps, tpo_alpha, options, kind="triples")[0]
+
+
 def orpo_loss(
     policy: Source, labels: Tensor, *, beta: float = 0.1, nll_labels: Tensor | None = None, **options: Any
 ) -> LossOutput:
@@ -108,14 +140,15 @@ def _reference_free(
     weight: float,
     options: dict[str, Any],
     nll_labels: Tensor | None = None,
+    kind: str = "pairs",
 ) -> tuple[LossOutput, list[Pair]]:
     """Compute loss(chosen, rejected) + weight NLL; return the loss of the batch, and the pairs."""
-    batch, call = read_batch(labels, "pairs", options), read_options(options)
+    batch, call = read_batch(labels, kind, options), read_options(options)
     num_items, num_nll_tokens = call.num_items, read_count("num_nll_tokens", options.get("num_nll_tokens"))
-    count = batch.sequences // 2
+    count = batch.sequences // EACH[kind]
     stats, sequences = cut(policy, batch, entropy=call.entropy)
-    pairs = list(zip(sequences[:count], sequences[count:], strict=True))
-    texts = sequences[:count]
+    pairs = list(zip(sequences[:count], sequences[count : 2 * count], strict=True))
+    texts = sequences[:count] if kind == "pairs" else sequences[2 * count :]
     if nll_labels is not None:
         extra_labels = batch.aligned(check_nll_labels(nll_labels, batch.labels))
         both = extra_labels.where(batch.labels == batch.ignore_index, batch.labels)

@@ -20,6 +20,7 @@ from datasets import Dataset  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
 import fused_losses as fl  # noqa: E402
+from fused_losses.core.batch import EACH  # noqa: E402
 from fused_losses.integrations.data import PreferenceCollator, UnpairedCollator  # noqa: E402
 from fused_losses.integrations.trainer import FusedLossMixin, TrustRegionCallback, compute_loss_func  # noqa: E402
 from fused_losses.losses import FAMILY  # noqa: E402
@@ -471,7 +472,7 @@ def units(name, count):
     torch.manual_seed(5)
     kind = entry_of(base if callable(base) else loss)
     extra = entry_of(loss).inputs | kind.inputs
-    k = 2 if kind.batch == "pairs" else 1
+    k = EACH[kind.batch]
     found = []
     for i in range(count):
         ids = torch.randint(1, VOCAB, (k, LENGTH))

@@ -9,6 +9,7 @@ from family_batches import CASES, Batch, sources_of
 from helpers import EPS, double, kernels_of, one_of_each
 
 import fused_losses as fl
+from fused_losses.core.batch import EACH
 from fused_losses.losses import FAMILY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +70,7 @@ def test_parts_are_what_metrics_are_made_of(monkeypatch, name, variant, packed):
     batch = Batch(name, variant, packed, seed=3)
     ref = None if batch.entry.ref == "unused" else fl.Hidden(batch.ref_x, batch.ref_weight)
     count = len(batch.options["cu_seqlens"]) - 1 if packed else len(batch.y)
-    count //= 2 if batch.entry.batch == "pairs" else 1
+    count //= EACH[batch.entry.batch]
 
     def value(terms):
         return sum(x.value() for x in terms)
@@ -91,7 +92,7 @@ def test_parts_are_what_metrics_are_made_of(monkeypatch, name, variant, packed):
     if packed:
         return
     units = torch.arange(2)
-    rows = torch.cat([units, units + count]) if batch.entry.batch == "pairs" else units
+    rows = torch.cat([units + part * count for part in range(EACH[batch.entry.batch])])
     for n in ("x", "y", "ref_x"):
         setattr(batch, n, getattr(batch, n)[rows])
     batch.extra = {n: x[rows] for n, x in batch.extra.items()}

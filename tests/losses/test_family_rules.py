@@ -17,6 +17,7 @@ from helpers import Judge, relative
 import fused_losses as fl
 from fused_losses import losses
 from fused_losses.core import policy_options
+from fused_losses.core.batch import EACH
 from fused_losses.losses import FAMILY
 from fused_losses.losses import matrix as table
 
@@ -138,7 +139,7 @@ def test_runs_inside_a_head(monkeypatch, name):
 # Totals of the whole batch that micro-batches are told: options -> what is counted. COUPLED: losses that look across the
 # batch, as their docstrings say.
 TOTALS = {"num_items": "units"}
-NLL = TOTALS | {"num_nll_tokens": "chosen tokens"}
+NLL = TOTALS | {"num_nll_tokens": "NLL tokens"}
 BY_TOKENS = {"num_items": "tokens"}
 COUPLED = {
     ("preference_loss", "aot"), ("preference_loss", "aot, smoothed"), ("preference_loss", "aot_unpaired"),
@@ -154,7 +155,7 @@ def given(name, variant):
 def totals_of(name, variant):
     if name == "lta_thinker_loss":
         return TOTALS | {"num_nll_tokens": "tokens"}
-    if name in ("simpo_loss", "cpo_loss", "orpo_loss", "preference_loss"):
+    if name in ("simpo_loss", "cpo_loss", "orpo_loss", "tpo_loss", "preference_loss"):
         return NLL
     by_tokens = name == "grpo_loss" and FAMILY[name].variants[variant].get("loss_type") in policy_options.BY_TOKENS
     return BY_TOKENS if by_tokens else TOTALS
@@ -166,11 +167,11 @@ def test_micro_batches_add_up(monkeypatch, name, variant):
     monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
     batch = Batch(name, variant, seed=4)
     sequences, ref = len(batch.y), None if batch.entry.ref == "unused" else "hidden"
-    units = [[s] for s in range(sequences)]
-    if batch.entry.batch == "pairs":
-        units = [[b, sequences // 2 + b] for b in range(sequences // 2)]
+    each = EACH[batch.entry.batch]
+    units = [list(range(b, sequences, sequences // each)) for b in range(sequences // each)]
     counts = {"units": len(units), "tokens": int((batch.y != -100).sum())}
-    counts["chosen tokens"] = int((batch.y[: sequences // 2] != -100).sum())
+    texts = batch.y[: sequences // 2] if each == 2 else batch.y[-(sequences // each) :]
+    counts["NLL tokens"] = int((texts != -100).sum())
     if batch.entry.batch == "tokens":
         counts["units"] = counts["tokens"]
     whole, exact = batch.call(fl, torch.float32, "hidden", ref)
