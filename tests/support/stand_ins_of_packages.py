@@ -20,6 +20,8 @@ def adapter(name, *modules):
     """fused_losses.integrations.NAME, imported anew beside these modules and the packages around them, and forgotten
     afterwards."""
     ours, before = f"fused_losses.integrations.{name}", dict(sys.modules)
+    around = vars(importlib.import_module("fused_losses.integrations"))
+    attribute = around.get(name)
     tops = {x.__name__.split(".")[0] for x in modules}
     try:
         for key in [key for key in sys.modules if key.split(".")[0] in tops or key == ours]:
@@ -37,6 +39,9 @@ def adapter(name, *modules):
     finally:
         for key in [key for key in sys.modules if key.split(".")[0] in tops or key == ours]:
             del sys.modules[key]
+        around.pop(name, None)
+        if attribute is not None:
+            around[name] = attribute
         sys.modules.update({key: x for key, x in before.items() if key.split(".")[0] in tops or key == ours})
 
 
