@@ -16,7 +16,7 @@ exist:
   * Results are float32 for low-precision logits. ms-swift's log-probs and divergences have the dtype of the logits.
   * A loss_scale below 0 raises an error on a CPU, and sequence parallelism one in the loss types. per_token_loss_func is not
     used by it.
-  * A divergence of a split vocabulary (Megatron), and one of a teacher with a gradient, is computed by ms-swift.
+  * A divergence with functions of the caller, as Megatron's for a split vocabulary, is computed by ms-swift.
   * GRPO keeps its own functions. It is imported after a plugin.
 
 Tested with 4.6.0.
@@ -155,7 +155,7 @@ def _jsd(gkd: Any) -> Callable[..., Tensor]:
         chunk_size: int = 512,
     ) -> Tensor:
         """Return the sum over rows [N, V] of the generalised Jensen-Shannon divergence."""
-        if (log_softmax_fn, kl_div_fn) != own or t_logits.requires_grad or not len(s_logits):
+        if (log_softmax_fn, kl_div_fn) != own:
             return theirs(s_logits, t_logits, beta, log_softmax_fn, kl_div_fn, chunk_size)
         labels = torch.zeros(len(s_logits), dtype=torch.long, device=s_logits.device)
         return distillation_loss(s_logits, labels, t_logits, beta=beta, reduction="sum").loss
