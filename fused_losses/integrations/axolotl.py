@@ -4,9 +4,9 @@
 
 Axolotl finds the plugin by its entry point, in every run, and it does nothing without this line. With it, the forward of the
 model's class computes the loss in place of the head while the model trains and is given labels. It returns the loss alone, and
-is what it was after the training. Value and gradients are those of transformers' ForCausalLMLoss, for every model that
-fl.find_head takes, in every dtype, also with LoRA on the head, sample packing, and the auxiliary loss of a mixture. These
-differences exist:
+is what it was after the training. Value and gradients are, to rounding, those of transformers' ForCausalLMLoss, for every model
+that fl.find_head takes, also with LoRA on the head, sample packing, and the auxiliary loss of a mixture. These differences
+exist:
 
   * A mean over no tokens is 0. Theirs is NaN.
   * These raise an error that explains why: another cross entropy in the same config, a loss function that is not

@@ -210,6 +210,38 @@ def test_steps_of_a_trainer(ours, tmp_path):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_steps_of_axolotls_trainer(tmp_path):
+    """The same losses from step to step."""
+    trainers, arguments = real("axolotl.core.trainers.base"), real("axolotl.core.training_args")
+    datasets, ours = pytest.importorskip("datasets"), importlib.import_module(f"fused_losses.integrations.{NAME}")
+    rows = datasets.Dataset.from_list([{k: x[i % 2].tolist() for k, x in batch().items()} for i in range(8)])
+    found = []
+    for cfg in (SimpleNamespace(fused_losses_cross_entropy=False), ON):
+        torch.manual_seed(0)
+        model, plugin = model_of("Llama"), ours.FusedLossesPlugin()
+        plugin.post_model_build(cfg, model)
+        args = arguments.AxolotlTrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            learning_rate=0.01,
+            logging_steps=1,
+            include_tkps=True,
+        )
+        trainer = trainers.AxolotlTrainer(model=model, args=args, train_dataset=rows)
+        trainer.axolotl_cfg = SimpleNamespace(sample_packing=False)
+        trainer.train()
+        plugin.post_train_unload(cfg)
+        found.append([x["loss"] for x in trainer.state.log_history if "loss" in x])
+    assert len(found[0]) == 3 and found[0][0] != found[0][2]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_words(ours):
     check = ours.FusedLossesArgs.model_validate
     for name in ours.OTHERS:
