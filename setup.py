@@ -54,5 +54,7 @@ setup(
     packages=[*find_packages(include=["fused_losses", "fused_losses.*"]), "fused_losses.kernels"],
     package_dir={"fused_losses.kernels": "kernels"},
     package_data={"fused_losses": ["py.typed", "cli/data/*.jsonl"]},
+    # Axolotl loads it in every run; it does nothing without its line in the config.
+    entry_points={"axolotl.plugins": ["fused-losses = fused_losses.integrations.axolotl:FusedLossesPlugin"]},
     zip_safe=False,
 )
