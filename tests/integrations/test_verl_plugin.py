@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from helpers import relative
 from ranks import on_ranks
+from torch.autograd.profiler import profile
 
 import fused_losses as fl
 from fused_losses.integrations import verl as plugin
@@ -154,6 +155,30 @@ def test_log_probs_and_entropy_are_verls(verl, dtype, shape):
     assert [x.dtype for x in mine] == [x.dtype for x in theirs] == [torch.float32, dtype]
     assert torch.equal(part, mine[0])
     compare(mine, theirs, leaves, 1e-6 if dtype == torch.float64 else 1e-5)
+
+
+def largest(run):
+    """The bytes of the largest allocation during run()."""
+    with profile(profile_memory=True) as recorded:
+        run()
+    return max(event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_no_tensor_of_vocabulary_size(verl, monkeypatch):
+    """Forward and backward, against verl's, which has logits of a whole chunk."""
+    rows, vocab, workspace = 256, 512, 65536
+    monkeypatch.setenv("FUSED_LOSSES_WORKSPACE", str(workspace))
+    x, weight = torch.randn(rows, H).requires_grad_(), torch.randn(vocab, H).requires_grad_()
+    ids = torch.randint(vocab, (rows,))
+
+    def step():
+        logps, entropy = verl.ppo.FusedLinearForPPO(chunk_size=rows)(x, weight, ids)
+        (logps.sum() + entropy.sum()).backward()
+
+    theirs = largest(step)
+    with plugin.patched():
+        mine = largest(step)
+    assert mine <= workspace < theirs and theirs >= 4 * rows * vocab
 
 
 @pytest.mark.parametrize("shape", [(B,), (B, T), (1, T), (T,)])
