@@ -22,7 +22,8 @@ Arguments and outputs are those of verl, with the same shapes and dtypes of the 
     is that of this rank's rows. Their sums are the same, and Megatron's sequence parallelism takes the sum.
   * The top-k loss is float32, and takes at most 128 ids. That of Megatron is verl's own.
 
-impl_backend=liger is not changed: see liger_kernels. Tested with 0.9.1 on a CPU: the functions, not a training run.
+impl_backend=liger is not changed: see liger_kernels. Tested with 0.9.1 on a CPU: the functions and a
+model's forward, not a training run.
 """
 
 from __future__ import annotations

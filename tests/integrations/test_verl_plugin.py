@@ -366,6 +366,39 @@ def test_verl_loads_the_plugin(metadata, value):
     assert (done.stdout.split()[-1] == plugin.__name__) == (value == "1")
 
 
+def test_a_model_with_verls_forward(monkeypatch):
+    """A tiny Llama as verl patches it: impl_backend torch on verl's function and ours, and triton, which then needs no GPU."""
+    verl_itself()
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from verl.models.transformers.monkey_patch import patch_forward_with_backends
+
+    sizes = {"hidden_size": H, "intermediate_size": H, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, **sizes))
+    monkeypatch.setattr(LlamaForCausalLM, "forward", LlamaForCausalLM.forward)
+    ids, shifted = torch.randint(V, (1, T)), torch.randint(V, (1, T))
+
+    def step(backend, temperature):
+        patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+        model.zero_grad()
+        out = model(input_ids=ids, shift_labels=shifted, temperature=temperature, return_dict=True)
+        (out.log_probs.sum() - 0.3 * out.entropy.sum()).backward()
+        return [out.log_probs.flatten(), out.entropy.flatten(), *(p.grad.clone() for p in model.parameters())]
+
+    theirs = step("torch", 0.7)
+    with plugin.patched():
+        for backend in ("torch", "triton"):
+            for temperature in (0.7, torch.full((T,), 0.7)):
+                torch.testing.assert_close(step(backend, temperature), theirs, rtol=1e-4, atol=1e-5)
+        mixed = step("torch", torch.tensor([0.7, 2.0, 0.7, 2.0, 2.0]))
+    at_two = step("torch", 2.0)
+    for mine, at_07, at_2 in zip(mixed[:2], theirs, at_two, strict=False):
+        torch.testing.assert_close(
+            mine, torch.stack([at_07[0], at_2[1], at_07[2], at_2[3], at_2[4]]), rtol=1e-5, atol=1e-5
+        )
+        assert not torch.allclose(at_07, at_2, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["FusedLinearForPPO.forward", "FusedLinearForPPOFunction.forward"])
 def test_the_stand_ins_have_verls_signatures(name):
     verl_itself()
