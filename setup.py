@@ -48,6 +48,8 @@ setup(
         "docs": DOCS,
         "dev": TEST + LINT + DOCS,
     },
+    # verl imports it at its start; it changes nothing unless FUSED_LOSSES_VERL is 1
+    entry_points={"verl.plugins": ["fused_losses = fused_losses.integrations.verl:plugin"]},
     # kernels/ is a folder of its own in the repository and fused_losses.kernels everywhere else. The symlink
     # fused_losses/kernels makes that true in a checkout too; without an __init__.py in kernels/, `import kernels`
     # from the repository root still finds the unrelated package of that name.
