@@ -48,15 +48,16 @@ setup(
         "docs": DOCS,
         "dev": TEST + LINT + DOCS,
     },
-    # verl imports it at its start; it changes nothing unless FUSED_LOSSES_VERL is 1
-    entry_points={"verl.plugins": ["fused_losses = fused_losses.integrations.verl:plugin"]},
+    # verl and Axolotl load these in every run; they do nothing without FUSED_LOSSES_VERL=1, or their line in Axolotl's config.
+    entry_points={
+        "verl.plugins": ["fused_losses = fused_losses.integrations.verl:plugin"],
+        "axolotl.plugins": ["fused-losses = fused_losses.integrations.axolotl:FusedLossesPlugin"],
+    },
     # kernels/ is a folder of its own in the repository and fused_losses.kernels everywhere else. The symlink
     # fused_losses/kernels makes that true in a checkout too; without an __init__.py in kernels/, `import kernels`
     # from the repository root still finds the unrelated package of that name.
     packages=[*find_packages(include=["fused_losses", "fused_losses.*"]), "fused_losses.kernels"],
     package_dir={"fused_losses.kernels": "kernels"},
     package_data={"fused_losses": ["py.typed", "cli/data/*.jsonl"]},
-    # Axolotl loads it in every run; it does nothing without its line in the config.
-    entry_points={"axolotl.plugins": ["fused-losses = fused_losses.integrations.axolotl:FusedLossesPlugin"]},
     zip_safe=False,
 )
