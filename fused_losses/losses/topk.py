@@ -149,8 +149,8 @@ def topk_overlap(
 ) -> TopKOverlap:
     """Compare the K best tokens of a student with those of a teacher: metrics of top-k distillation, for each token.
 
-    They are those of verl's compute_forward_kl_topk. fl.topk finds the student's own K best without logits of all tokens in
-    memory. p is the student, normalised over the whole vocabulary, and q the teacher.
+    They are those of verl's compute_forward_kl_topk, where `advantage` has the other sign. fl.topk finds the student's own K
+    best without logits of all tokens in memory. p is the student, normalised over the whole vocabulary, and q the teacher.
 
     Args:
         student: fl.Hidden or logits [..., V], as in topk_distillation_loss.
