@@ -47,7 +47,10 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 for success, 1 if it found an error, 2 for invalid input."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser(argv[0] if argv else None).parse_args(argv)
+    if not argv:
+        build_parser(None).print_help()
+        return 0
+    args = build_parser(argv[0]).parse_args(argv)
     try:
         return args.main(args)
     except (ValueError, TypeError, torch.OutOfMemoryError) as error:

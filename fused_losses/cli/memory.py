@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,9 +198,11 @@ def size(count: int) -> str:
 
 
 def byte_count(text: str) -> int:
-    """Convert text such as 1048576, 1024K, 256M or 2G to a number of bytes."""
-    power = "KMG".find(text[-1:].upper()) + 1
-    return int(text[:-1] if power else text) << 10 * power
+    """Convert text such as 1048576, 1024K, 256M, 256MiB or 2G to a number of bytes; each unit is 1024 of the one before."""
+    match = re.fullmatch(r"(\d+)([KMG]?)(?:I?B)?", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes such as 1048576, 1024K, 256M or 2G, got {text!r}")
+    return int(match[1]) << 10 * ("KMG".find(match[2]) + 1 if match[2] else 0)
 
 
 VOCAB = 128256  # unless --vocab or --config says another

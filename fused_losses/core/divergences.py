@@ -600,7 +600,7 @@ def from_key(key: str | Divergence) -> Divergence:
         raise TypeError(f"divergence: expected a name or a Divergence, got {kind_of(key, Divergence)}")
     if key in _FACTORIES:
         return get(key)
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", key)
+    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", key)
     if match is None:
         raise ValueError(f"divergence: expected a name such as 'js' or 'js(beta=0.3)', got {key!r}")
     name, arguments = match.groups()

@@ -13,14 +13,23 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
+# what people look for under another name than ours
+OTHER_NAMES = {
+    "ppo_loss": "grpo_loss", "reinforce_loss": "grpo_loss", "rloo_loss": "grpo_loss", "gspo_loss": "grpo_loss",
+    "dapo_loss": "grpo_loss", "sft": "cross_entropy_loss", "sft_loss": "cross_entropy_loss", "nll_loss": "cross_entropy_loss",
+    "dft_loss": "cross_entropy_loss", "gkd_loss": "distillation_loss", "kd_loss": "distillation_loss",
+    "jsd_loss": "distillation_loss", "kl_loss": "distillation_loss", "apo_loss": "preference_loss", "dpo": "sigmoid",
+    "dpo_loss": "sigmoid", "jsd": "js", "tv": "total_variation",
+}  # fmt: skip
 
 
 def nearest(got: object, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known names similar to got, or an empty string."""
     if not isinstance(got, str) or not got:
         return ""
-    names, word = list(known), got.lower()
-    matches = get_close_matches(word, names, n=2, cutoff=0.7)
+    names, word = list(known), got.lower().replace("-", "_")
+    meant = OTHER_NAMES.get(word)
+    matches = [meant] if meant in names else get_close_matches(word, names, n=2, cutoff=0.7)
     matches = matches or [name for name in names if word in name.split("_") or name.startswith(word)][:2]
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 

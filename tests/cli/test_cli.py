@@ -404,3 +404,24 @@ def test_check_verifies_what_is_named(capsys, monkeypatch):
     monkeypatch.setattr(fl.reference, "orpo_loss", fl.reference.simpo_loss)
     assert main(["check", "--device", "cpu", "--loss", "orpo_loss"]) == 1
     assert "finding" in capsys.readouterr().out
+
+
+def test_without_a_command_it_prints_help(capsys):
+    assert main([]) == 0
+    assert "memory" in (out := capsys.readouterr().out) and "check" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1048576", 1 << 20), ("1024k", 1 << 20), ("16MB", 1 << 24), ("16MiB", 1 << 24), ("2G", 2 << 30)],
+)
+def test_numbers_of_bytes(text, count, capsys):
+    assert memory.byte_count(text) == count
+    with pytest.raises(SystemExit):
+        main(["memory", "--hidden", "64", "--workspace", f"{text}x"])
+    assert f"expected a number of bytes such as 1048576, 1024K, 256M or 2G, got '{text}x'" in capsys.readouterr().err
+
+
+def test_a_loss_by_the_name_of_its_function(capsys):
+    assert main(["check", "--device", "cpu", "--loss", "dpo_loss"]) == 2
+    assert "did you mean 'sigmoid'" in capsys.readouterr().err

@@ -19,6 +19,9 @@ Z, Y = torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.long)
         (lambda: fl.grpo_loss(Z, Y, Z[:, 0, 0], loss_type="gspo", shift=False), "GSPO is importance='sequence'"),
         (lambda: fl.dpo_loss(Z, Y, Z, reduction="avg", shift=False), "expected one of mean, sum, none, got 'avg'$"),
         (lambda: fl.dpo_loss(fl.Hidden(Z, Z[0]), Y, None, plan="chunks", shift=False), "did you mean 'vocab_chunks'"),
+        (lambda: fl.dpo_loss(Z, Y, Z, divergence="forward-kl", shift=False), "did you mean 'forward_kl'"),
+        (lambda: fl.token_stats(Z, Y, Z, divergence="tv", shift=False), "did you mean 'total_variation'"),
+        (lambda: fl.token_stats(Z, Y, Z, divergence="jsd(beta=0.3)", shift=False), "did you mean 'js'"),
         (
             lambda: fl.dpo_loss(Z, Y, Z, divergence="qqq", shift=False),
             "unknown name 'qqq'; known: reverse_kl, .*alpha_beta$",
@@ -55,6 +58,20 @@ def test_the_nearest_name(call, words):
 def test_shapes_that_shift_explains(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("ppo_loss", "grpo_loss"),
+        ("sft_loss", "cross_entropy_loss"),
+        ("gkd_loss", "distillation_loss"),
+        ("dopo_loss", "dpo_loss"),
+    ],
+)
+def test_names_that_others_use(name, ours):
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}'; did you mean '{ours}'"):
+        getattr(fl, name)
 
 
 def test_a_result_shows_its_metrics():
