@@ -1,6 +1,7 @@
 """What stands in for from_pretrained and load_dataset in these examples: models with random weights, a tokenizer trained on
 the spot, and the preference pairs that come with the package. Nothing is downloaded."""
 
+import argparse
 import json
 import os
 import sys
@@ -46,6 +47,38 @@ def model(seed: int = 0, vocab_size: int = TOKENS, hidden_size: int = 48, **opti
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=hidden_size, **SIZES | options)
     return LlamaForCausalLM(config)
+
+
+def options() -> argparse.Namespace:
+    """seed and plot; what else there is in the command line is not ours."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", metavar="FILE", help="save a picture (needs matplotlib)")
+    return parser.parse_known_args()[0]
+
+
+def picture(file: str, title: str, x: str, y: str, lines: dict[str, tuple[list, list]], dashed: str = "") -> None:
+    """Each line (xs, ys) has its name at its end; names that would overlap are moved apart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    grey = {"color": "0.4", "ls": "--", "zorder": 3}
+    drawn = [(axes.plot(*line, lw=2, **grey if name == dashed else {})[0], name) for name, line in lines.items()]
+    axes.margins(y=0.1)  # room for names that are moved up
+    low, high = axes.get_ylim()
+    width, gap, last = axes.get_xlim(), 0.06 * (high - low), low - high  # a line of text is 0.06 of the height
+    for line, name in sorted(drawn, key=lambda one: one[0].get_ydata()[-1]):
+        end = line.get_xdata()[-1], line.get_ydata()[-1]
+        last = max(end[1], last + gap)
+        at = end[0] + 0.015 * (width[1] - width[0]), last
+        axes.annotate(name, end, at, color=line.get_color(), va="center", annotation_clip=False)
+    figure.savefig(file, dpi=120)
 
 
 def leave() -> None:

@@ -1,6 +1,6 @@
 """TR-DPO: a reference that follows the policy, here all the way after every fourth step.
 
-python examples/tr_dpo.py
+python examples/tr_dpo.py [--seed N] [--plot FILE]
 
 In a Trainer, transformers' or TRL's, it is integrations.trainer.TrustRegionCallback(reference, alpha=, every=).
 """
@@ -13,8 +13,9 @@ import torch
 import fused_losses as fl
 from fused_losses.integrations import data
 
+options = tiny.options()
 tokenizer = tiny.tokenizer()
-policy = tiny.model()
+policy = tiny.model(options.seed)
 reference = copy.deepcopy(policy)  # weights of its own
 region = fl.TrustRegion(reference, policy, alpha=1.0, every=4)  # alpha < 1: a soft update
 
@@ -43,3 +44,8 @@ for step in range(9):
 assert margins[0] < margins[3] and margins[4] < margins[7]  # learns
 assert abs(margins[4]) < 1e-4 and abs(margins[8]) < 1e-4  # from a reference that agrees with it
 assert region.updates == 2
+
+if options.plot:
+    lines = {"margin": (list(range(9)), margins), "after an update": ([0, 8], [0, 0])}
+    title = "After an update of the reference the margin is 0 again: h = 0"
+    tiny.picture(options.plot, title, "step", "margin of rewards, before the step", lines, "after an update")

@@ -23,9 +23,19 @@ CLAIMS = {
     "distillation": r"forward and backward: \d MiB \(written out \d\d\)",
     "lora": r"the adapter has learnt, the reference has stayed",
     "saved_reference": r"refused: .* the log-probs are stale; .* model: 21 weights are others",
+    "pm_rlhf": r"only preference matching ends at softmax\(reward\)$",
+    "f_dpo": r"in this order: more KL at the same margin; reverse KL has the lowest entropy$",
 }
 PACKAGES = {"trl_dpo": "trl", "lora": "peft"}
-WRONG = {"plain_loop": "dpo", "tdpo": "tdpo", "kto": "kto", "grpo": "grpo", "distillation": "distillation"}
+WRONG = {
+    "plain_loop": "dpo",
+    "tdpo": "tdpo",
+    "kto": "kto",
+    "grpo": "grpo",
+    "distillation": "distillation",
+    "pm_rlhf": "preference_matching",
+    "f_dpo": "dpo",
+}
 TWO = {
     "vocabulary_parallel": r"rank 0: 300 of 1000 tokens, loss (\d\.\d+), in one process \1",
     "fsdp2": r"rank 1: \[500, 48\] of the head, tdpo (\d\.\d+), in one process \1",
