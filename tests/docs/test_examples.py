@@ -25,6 +25,8 @@ CLAIMS = {
     "saved_reference": r"refused: .* the log-probs are stale; .* model: 21 weights are others",
     "pm_rlhf": r"only preference matching ends at softmax\(reward\)$",
     "f_dpo": r"in this order: more KL at the same margin; reverse KL has the lowest entropy$",
+    "upo": r"UPO follows the auxiliary rewards and the preferences; KTO the preferences alone$",
+    "lta_thinker": r"the variance of thoughts over questions has grown \d+\.\d times$",
 }
 PACKAGES = {"trl_dpo": "trl", "lora": "peft"}
 WRONG = {
@@ -35,6 +37,8 @@ WRONG = {
     "distillation": "distillation",
     "pm_rlhf": "preference_matching",
     "f_dpo": "dpo",
+    "upo": "upo",
+    "lta_thinker": "lta_thinker",
 }
 TWO = {
     "vocabulary_parallel": r"rank 0: 300 of 1000 tokens, loss (\d\.\d+), in one process \1",
