@@ -75,3 +75,15 @@ def test_what_the_gpu_script_says_of_a_step(tmp_path, capsys):
     assert steps.lines[1:] == ["may fail: FAILED, exit code 3"] and not steps.failed
     steps.run(gpu.Command("bad", ["-c", "raise SystemExit(3)"], 50.0))
     assert steps.failed and "3 passed" in capsys.readouterr().out
+
+
+def test_host_time_without_a_gpu():
+    """Triton's launch path runs up to the kernel: two launches of the loss, and two of its gradient."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = python("-m", "bench", "host", "--rounds", "3", env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {line[:52].strip(): line[52:].split() for line in done.stdout.splitlines()[1:]}
+    assert rows["plain launch"][1:] == ["1.0", "1", "0"]
+    assert rows["dpo_loss from logits, forward + backward"][2] == "4"
+    assert float(rows["dpo_loss from logits, forward + backward"][1]) > 4
