@@ -78,6 +78,7 @@ def picture(file: str, title: str, x: str, y: str, lines: dict[str, tuple[list, 
         last = max(end[1], last + gap)
         at = end[0] + 0.015 * (width[1] - width[0]), last
         axes.annotate(name, end, at, color=line.get_color(), va="center", annotation_clip=False)
+    axes.set_ylim(low, max(high, last + gap))
     figure.savefig(file, dpi=120)
 
 
