@@ -20,7 +20,10 @@ MISSING_SHIFT = (
 )
 
 EACH = {"tokens": 1, "sequences": 1, "pairs": 2, "triples": 3}  # sequences of a unit, by the kind of a batch
-PARTS = {2: "chosen rows then rejected rows", 3: "chosen rows, rejected rows, then gold rows"}
+SHAPES = {  # of labels, where a unit has several sequences
+    2: "labels: expected [2B, T], chosen rows then rejected rows",
+    3: "labels: expected [3B, T], chosen rows, rejected rows, then gold rows",
+}
 
 
 class CallOptions(NamedTuple):
@@ -160,9 +163,7 @@ def count_sequences(labels: Tensor, cu_seqlens: Tensor | None, sequence_group: o
     if labels.dim() != 2 or labels.shape[0] % each:
         if each == 1:
             raise ValueError(f"labels: expected [S, T] (or cu_seqlens for packed), got {list(labels.shape)}")
-        raise ValueError(
-            f"labels: expected [{each}B, T], {PARTS[each]} (or cu_seqlens for packed), got {list(labels.shape)}"
-        )
+        raise ValueError(f"{SHAPES[each]} (or cu_seqlens for packed), got {list(labels.shape)}")
     return labels.shape[0]
 
 

@@ -98,7 +98,7 @@ BROKEN = {
         "^the loss: raises TypeError: fl.simpo_loss: unknown option 'gama'; did you mean 'gamma'.*; in every case, for",
     ),
     "no docstring": (replace(SIMPO, call=no_words), "docstring: say what the metrics are\ndocstring: name the source, 2405"),
-    "batch": (replace(SIMPO, batch="pair"), "batch: expected 'pairs', 'sequences' or 'tokens', got 'pair'"),
+    "batch": (replace(SIMPO, batch="pair"), "batch: expected one of 'tokens', 'sequences', 'pairs', 'triples', got 'pair'"),
     "inputs": (replace(SIMPO, inputs={"beta": "scalar"}), "inputs: expected one of per sequence, .* for beta, got 'scalar'"),
     "no variants": (replace(SIMPO, variants={}), "variants: expected at least one"),
     "ref": (replace(SIMPO, ref="no"), "ref: expected 'needed', 'optional' or 'unused', got 'no'"),
