@@ -114,9 +114,11 @@ class _Place(NamedTuple):
     def of(cls, x: Tensor, vocab: int, numbers: Tensor) -> _Place:
         """Take the rows of these numbers. `memory` is no view: code for a view would depend on the tensor it is a part of."""
         view = rows_view(x.detach(), 1)[..., :vocab]
-        at: tuple[Tensor, ...] = (numbers // view.shape[1], numbers % view.shape[1])
+        at: tuple[Tensor, ...] = (numbers,)
         if view.shape[0] == 1:
-            view, at = view[0], (numbers,)
+            view = view[0]
+        else:
+            at = numbers // view.shape[1], numbers % view.shape[1]
         own = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), view.storage_offset(), view.shape, view.stride())
         return cls(own, at)
 

@@ -142,13 +142,7 @@ def cpo_loss(
     The metrics are those of simpo_loss, with rewards beta log p(y), or beta times the mean for "ipo".
     """
     check_cpo(loss_type, beta, cpo_alpha, label_smoothing)
-
-    def term(chosen: Tensor, rejected: Tensor) -> Tensor:
-        difference = chosen - rejected
-        if loss_type == "sigmoid":
-            return smoothed(beta * difference, label_smoothing)
-        return torch.relu(1 - beta * difference) if loss_type == "hinge" else (difference - 0.5 / beta).square()
-
+    term = _contrast(loss_type, beta, label_smoothing)
     result, x, nll = _pairs(term, policy, labels, loss_type == "ipo", cpo_alpha, num_nll_tokens, options)
     return output(result, pair_metrics(result.tokens, beta * x, x) | nll)
 
@@ -259,6 +253,16 @@ def tpo_loss(
     The metrics are those of cpo_loss, where nll_loss is that of the gold responses and entropy is over all three.
     """
     check_tpo(loss_type, beta, tpo_alpha, gamma, label_smoothing)
+    term = _contrast(loss_type, beta, label_smoothing, gamma or 0.0)
+    mean = loss_type in ("ipo", "tpo-l")
+    result, x, nll = _pairs(term, policy, labels, mean, tpo_alpha, num_nll_tokens, options, kind="triples")
+    return output(result, pair_metrics(result.tokens, beta * x, x, each=3) | nll)
+
+
+def _contrast(
+    loss_type: str, beta: float, label_smoothing: float, gamma: float = 0.0
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the term of cpo_loss and tpo_loss: a function of the log-probs of chosen and rejected."""
 
     def term(chosen: Tensor, rejected: Tensor) -> Tensor:
         difference = chosen - rejected
@@ -266,11 +270,9 @@ def tpo_loss(
             return torch.relu(1 - beta * difference)
         if loss_type == "ipo":
             return (difference - 0.5 / beta).square()
-        return smoothed(beta * difference - (gamma or 0.0), label_smoothing)
+        return smoothed(beta * difference - gamma, label_smoothing)
 
-    mean = loss_type in ("ipo", "tpo-l")
-    result, x, nll = _pairs(term, policy, labels, mean, tpo_alpha, num_nll_tokens, options, kind="triples")
-    return output(result, pair_metrics(result.tokens, beta * x, x, each=3) | nll)
+    return term
 
 
 def _scored(tokens: Tokens) -> Tokens:

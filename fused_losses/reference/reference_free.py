@@ -26,6 +26,16 @@ def _mean(y: Sequence) -> Tensor:
     return y.log_p / max(len(y), 1)
 
 
+def _contrast(x: Tensor, loss_type: str, beta: float, label_smoothing: float, gamma: float = 0.0) -> Tensor:
+    """Compute the term of cpo_loss and tpo_loss from the difference x of log-probs."""
+    if loss_type == "hinge":
+        return relu(1 - beta * x)
+    if loss_type == "ipo":
+        return (x - 1 / (2 * beta)) ** 2
+    margin = beta * x - gamma
+    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+
 def simpo_loss(
     policy: Source,
     labels: Tensor,
@@ -67,12 +77,7 @@ def cpo_loss(
         return _mean(y) if loss_type == "ipo" else y.log_p
 
     def each(chosen: Sequence, rejected: Sequence) -> Tensor:
-        x = logps(chosen) - logps(rejected)
-        if loss_type == "hinge":
-            return relu(1 - beta * x)
-        if loss_type == "ipo":
-            return (x - 1 / (2 * beta)) ** 2
-        return -(1 - label_smoothing) * logsigmoid(beta * x) - label_smoothing * logsigmoid(-beta * x)
+        return _contrast(logps(chosen) - logps(rejected), loss_type, beta, label_smoothing)
 
     return _reference_free(policy, labels, each, lambda y: beta * logps(y), logps, cpo_alpha, options)[0]
 
@@ -95,18 +100,11 @@ def tpo_loss(
         return _mean(y) if loss_type in ("ipo", "tpo-l") else y.log_p
 
     def each(chosen: Sequence, rejected: Sequence) -> Tensor:
-        x = logps(chosen) - logps(rejected)
-        if loss_type == "hinge":
-            return relu(1 - beta * x)
-        if loss_type == "ipo":
-            return (x - 1 / (2 * beta)) ** 2
-        margin = beta * x if gamma is None else beta * x - gamma
-        return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+        return _contrast(logps(chosen) - logps(rejected), loss_type, beta, label_smoothing, gamma or 0.0)
 
-    def reward(y: Sequence) -> Tensor:
-        return beta * logps(y)
-
-    return _reference_free(policy, labels, each, reward, logps, tpo_alpha, options, kind="triples")[0]
+    return _reference_free(policy, labels, each, lambda y: beta * logps(y), logps, tpo_alpha, options, kind="triples")[
+        0
+    ]
 
 
 def orpo_loss(
